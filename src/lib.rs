@@ -1,0 +1,23 @@
+//! Converts, quantizes, inspects, verifies and runs language-model files.
+//!
+//! The flow of a conversion is open, recognise, plan, stream, finish, verify.
+//! Modules import downward only, from `cli` to `tensor`.
+#![warn(missing_docs)]
+#![deny(unsafe_code)]
+
+pub mod arch;
+pub mod block;
+pub mod container;
+pub mod convert;
+pub mod error;
+pub mod eval;
+#[cfg(feature = "ggml")]
+pub mod ggml;
+pub mod inspect;
+pub mod limits;
+pub mod sys;
+pub mod tensor;
+pub mod verify;
+pub mod vocab;
+
+pub use error::{Error, ErrorKind, Result};

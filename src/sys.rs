@@ -1,0 +1,83 @@
+//! What is particular to an operating system, each with its portable fallback.
+
+use std::fs::File;
+use std::io;
+
+/// Reads exactly `buf.len()` bytes at `offset`; the file's cursor plays no part, so many threads
+/// may read one file.
+///
+/// # Errors
+/// `UnexpectedEof` when the file is shorter.
+#[cfg(unix)]
+pub fn read_exact_at(file: &File, buf: &mut [u8], offset: u64) -> io::Result<()> {
+    std::os::unix::fs::FileExt::read_exact_at(file, buf, offset)
+}
+
+/// Writes all of `buf` at `offset`.
+///
+/// # Errors
+/// As the system says: disk full, quota.
+#[cfg(unix)]
+pub fn write_all_at(file: &File, buf: &[u8], offset: u64) -> io::Result<()> {
+    std::os::unix::fs::FileExt::write_all_at(file, buf, offset)
+}
+
+/// As on Unix, on Windows' own positioned reads (which move the cursor; nobody here uses it).
+#[cfg(windows)]
+pub fn read_exact_at(file: &File, mut buf: &mut [u8], mut offset: u64) -> io::Result<()> {
+    while !buf.is_empty() {
+        match std::os::windows::fs::FileExt::seek_read(file, buf, offset) {
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(n) => {
+                buf = &mut buf[n..];
+                offset += n as u64;
+            }
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(())
+}
+
+/// As on Unix, on Windows' own positioned writes.
+#[cfg(windows)]
+pub fn write_all_at(file: &File, mut buf: &[u8], mut offset: u64) -> io::Result<()> {
+    while !buf.is_empty() {
+        match std::os::windows::fs::FileExt::seek_write(file, buf, offset) {
+            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+            Ok(n) => {
+                buf = &buf[n..];
+                offset += n as u64;
+            }
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(())
+}
+
+#[cfg(not(any(unix, windows)))]
+mod portable {
+    use super::*;
+    use std::io::{Read, Seek, SeekFrom, Write};
+    use std::sync::Mutex;
+
+    // One cursor for all threads: correct, slow.
+    static CURSOR: Mutex<()> = Mutex::new(());
+
+    /// Portable fallback: seek and read under a lock.
+    pub fn read_exact_at(mut file: &File, buf: &mut [u8], offset: u64) -> io::Result<()> {
+        let _guard = CURSOR.lock().unwrap_or_else(|e| e.into_inner());
+        file.seek(SeekFrom::Start(offset))?;
+        file.read_exact(buf)
+    }
+
+    /// Portable fallback: seek and write under a lock.
+    pub fn write_all_at(mut file: &File, buf: &[u8], offset: u64) -> io::Result<()> {
+        let _guard = CURSOR.lock().unwrap_or_else(|e| e.into_inner());
+        file.seek(SeekFrom::Start(offset))?;
+        file.write_all(buf)
+    }
+}
+#[cfg(not(any(unix, windows)))]
+pub use portable::{read_exact_at, write_all_at};
