@@ -1,8 +1,10 @@
 //! What a tensor is: an element or block type, a shape, a place in a file.
 
 mod dtype;
+mod strided;
 
 pub use dtype::DType;
+pub use strided::{Axes, Dim, StridedCopy};
 
 use crate::error::{Error, Result};
 
