@@ -1,1 +1,209 @@
-//! arch
+//! Architectures as data: which config.json describes which model, how its tensors are called and
+//! laid out in GGUF, and which metadata llama.cpp wants.
+//!
+//! One TOML file in `formats/arch/` is one architecture; CONTRIBUTING.md describes the fields.
+//! [`recognise`] matches a config.json, [`Model::map`] plans the way to GGUF, and
+//! [`Model::map_back`] the way back, from the same rows.
+
+mod expr;
+mod inverse;
+mod mapping;
+mod rope;
+mod schema;
+mod scope;
+mod template;
+
+pub use mapping::{Data, Elementwise, Mapped, Piece};
+pub use schema::{Architecture, TokenizerRule};
+pub use scope::Facts;
+pub use template::{Captures, Template};
+
+use serde_json::Value as Json;
+
+use crate::container::gguf::{Metadata, Value};
+use crate::error::{Error, Result};
+use schema::{Class, KvType};
+use scope::ModelScope;
+
+/// An architecture together with the config of one model.
+pub struct Model {
+    /// The definition.
+    pub arch: Architecture,
+    /// Which of its classes the config names.
+    class: Class,
+    scope: ModelScope,
+}
+
+/// All embedded definitions, by name of the file.
+///
+/// # Errors
+/// `Malformed` when an embedded file is faulty (a test holds them to be sound).
+pub fn all() -> Result<Vec<Architecture>> {
+    schema::embedded()
+}
+
+/// Finds the architecture of a config.json by its `architectures` entry, or takes the one called
+/// `forced`.
+///
+/// # Errors
+/// `Unsupported` for an unknown class, with the nearest known one; what a definition's
+/// requirements say.
+pub fn recognise(config: &Json, forced: Option<&str>) -> Result<Model> {
+    let archs = all()?;
+    let class_name = config
+        .get("architectures")
+        .and_then(|a| a.get(0))
+        .and_then(Json::as_str)
+        .unwrap_or_default()
+        .to_string();
+    let found = match forced {
+        Some(name) => archs.into_iter().find(|a| a.arch == name).map(|a| {
+            let class = a.class_named(&class_name).or(a.class.first()).cloned();
+            (a, class)
+        }),
+        None => archs
+            .into_iter()
+            .find_map(|a| a.class_named(&class_name).cloned().map(|class| (a, Some(class)))),
+    };
+    let Some((arch, Some(class))) = found else {
+        return Err(unknown_class(&class_name, forced));
+    };
+    let model = Model { scope: ModelScope::new(&arch, config.clone()), arch, class };
+    model.check()?;
+    Ok(model)
+}
+
+fn unknown_class(class: &str, forced: Option<&str>) -> Error {
+    let archs = all().unwrap_or_default();
+    if let Some(name) = forced {
+        let known: Vec<_> = archs.iter().map(|a| a.arch.as_str()).collect();
+        return Error::misuse(format!("no architecture is called {name:?}"))
+            .hint(format!("known are: {}", known.join(", ")));
+    }
+    if class.is_empty() {
+        return Error::malformed("config.json names no architecture (\"architectures\" is missing or empty)")
+            .hint("say which it is with --arch NAME");
+    }
+    let nearest = archs
+        .iter()
+        .flat_map(|a| a.class.iter().flat_map(move |c| c.names().map(move |n| (n, a.arch.as_str()))))
+        .max_by(|a, b| {
+            strsim::jaro_winkler(a.0, class).total_cmp(&strsim::jaro_winkler(b.0, class))
+        });
+    let error = Error::unsupported(format!("the architecture {class} is not known"));
+    match nearest {
+        Some((name, arch)) => error.hint(format!(
+            "the nearest known one is {name}; if the model computes like it, try --arch {arch}"
+        )),
+        None => error,
+    }
+}
+
+impl Model {
+    /// From a GGUF file's metadata: the config.json that a Hugging Face directory would have, as
+    /// far as the metadata tell.
+    ///
+    /// # Errors
+    /// `Unsupported` when `general.architecture` is none that we know.
+    pub fn from_metadata(metadata: &Metadata) -> Result<Self> {
+        let name = metadata
+            .str("general.architecture")
+            .ok_or_else(|| Error::malformed("general.architecture is missing or no string"))?;
+        let arch = all()?.into_iter().find(|a| a.arch == name).ok_or_else(|| {
+            let known: Vec<_> = all().unwrap_or_default().into_iter().map(|a| a.arch).collect();
+            Error::unsupported(format!("the architecture {name:?} is not known"))
+                .hint(format!("known are: {}", known.join(", ")))
+        })?;
+        let (config, class) = inverse::config(&arch, metadata)?;
+        let scope = ModelScope::new(&arch, config);
+        Ok(Self { arch, class, scope })
+    }
+
+    /// The class in config.json that was matched, e.g. `LlamaForCausalLM`.
+    pub fn class_name(&self) -> &str {
+        &self.class.name
+    }
+
+    /// config.json as it was read, or as it was made from GGUF metadata.
+    pub fn config(&self) -> &Json {
+        self.scope.config()
+    }
+
+    /// Facts that only later steps know: vocabulary size, file type.
+    pub fn set_facts(&mut self, facts: Facts) {
+        self.scope.set_facts(facts);
+    }
+
+    /// Evaluates a named variable of the definition, such as `n_layers`.
+    ///
+    /// # Errors
+    /// As the expression's evaluation.
+    pub fn var(&self, name: &str) -> Result<Json> {
+        use expr::Scope;
+        Ok(self.scope.get(name)?.unwrap_or(Json::Null))
+    }
+
+    /// What the definition warns of for this config.
+    ///
+    /// # Errors
+    /// As the evaluation of its conditions.
+    pub fn warnings(&self) -> Result<Vec<String>> {
+        let mut warnings = Vec::new();
+        for w in &self.arch.warn {
+            if !expr::truth(&w.expr.eval(&self.scope)?) {
+                warnings.push(w.why.clone());
+            }
+        }
+        Ok(warnings)
+    }
+
+    fn check(&self) -> Result<()> {
+        for r in &self.arch.require {
+            if !expr::truth(&r.expr.eval(&self.scope)?) {
+                return Err(Error::unsupported(format!("{}: {}", self.arch.arch, r.why)));
+            }
+        }
+        Ok(())
+    }
+
+    /// The architecture's metadata, `general.file_type` among them, in the definition's order.
+    ///
+    /// # Errors
+    /// `Malformed` when a value does not fit its type; the key is named.
+    pub fn metadata(&self) -> Result<Metadata> {
+        let mut metadata = Metadata::default();
+        for (key, kv) in &self.arch.kv {
+            let context = |e: Error| e.context(format!("{key} from config.json"));
+            let value = kv.expr.eval(&self.scope).map_err(context)?;
+            if let Some(value) = typed(kv.kind, &value).map_err(context)? {
+                metadata.set(key.as_str(), value);
+            }
+        }
+        Ok(metadata)
+    }
+}
+
+/// `None` for null.
+fn typed(kind: KvType, value: &Json) -> Result<Option<Value>> {
+    use crate::container::gguf::Array;
+    let wrong = || Error::malformed(format!("{value} is no {}", kind.name()));
+    if value.is_null() {
+        return Ok(None);
+    }
+    let u32_of = |v: &Json| {
+        let n = v.as_u64().or_else(|| v.as_f64().filter(|f| f.fract() == 0.0 && *f >= 0.0).map(|f| f as u64));
+        n.and_then(|n| u32::try_from(n).ok()).ok_or_else(wrong)
+    };
+    Ok(Some(match (kind, value) {
+        (KvType::U32, Json::Array(list)) => {
+            Value::Array(Array::U32(list.iter().map(u32_of).collect::<Result<_>>()?))
+        }
+        (KvType::U32, v) => Value::U32(u32_of(v)?),
+        (KvType::F32, v) => Value::F32(v.as_f64().ok_or_else(wrong)? as f32),
+        (KvType::Bool, Json::Array(list)) => Value::Array(Array::Bool(
+            list.iter().map(|v| v.as_bool().ok_or_else(wrong)).collect::<Result<_>>()?,
+        )),
+        (KvType::Bool, v) => Value::Bool(v.as_bool().ok_or_else(wrong)?),
+        (KvType::Str, v) => Value::from(v.as_str().ok_or_else(wrong)?),
+    }))
+}

@@ -1,0 +1,387 @@
+//! The way back: tensor names, shapes and config.json from GGUF, by the same rows.
+
+use std::collections::HashMap;
+
+use indexmap::IndexMap;
+use serde_json::{Map, Value as Json, json};
+
+use super::Model;
+use super::expr::{Expr, truth};
+use super::mapping::{Data, Mapped, Piece};
+use super::rope::Llama3;
+use super::schema::{Architecture, Class, ConfigValue, Op, Row};
+use super::scope::{ModelScope, WithShape};
+use crate::container::gguf::{Metadata, Value};
+use crate::error::{Error, Result};
+use crate::tensor::{TensorInfo, elements};
+
+/// A rearrangement in einops' notation: `(h two d) ... -> (h d two) ...`.
+pub(super) struct Rearrange {
+    left: Vec<Vec<String>>,
+    right: Vec<Vec<String>>,
+}
+
+/// For [`crate::tensor::Axes::regroup`]: parts of each axis, and the parts of each new axis.
+pub(super) type Regrouping = (Vec<Vec<u64>>, Vec<Vec<usize>>);
+
+const REST: &str = "...";
+
+impl Rearrange {
+    pub fn parse(spec: &str) -> Result<Self> {
+        let fail = || Error::malformed(format!("{spec:?} is no rearrangement such as \"(h d) i -> h d i\""));
+        let (left, right) = spec.split_once("->").ok_or_else(fail)?;
+        let side = |text: &str| -> Result<Vec<Vec<String>>> {
+            let mut axes: Vec<Vec<String>> = Vec::new();
+            let mut group: Option<Vec<String>> = None;
+            for word in text.replace('(', " ( ").replace(')', " ) ").split_whitespace() {
+                match (word, &mut group) {
+                    ("(", None) => group = Some(Vec::new()),
+                    (")", Some(_)) => axes.extend(group.take()),
+                    ("(" | ")", _) => return Err(fail()),
+                    (name, Some(g)) => g.push(name.to_string()),
+                    (name, None) => axes.push(vec![name.to_string()]),
+                }
+            }
+            if group.is_some() { Err(fail()) } else { Ok(axes) }
+        };
+        let spec = Self { left: side(left)?, right: side(right)? };
+        let names = |side: &[Vec<String>]| {
+            let mut names: Vec<String> = side.iter().flatten().filter(|n| *n != "1").cloned().collect();
+            names.sort();
+            names
+        };
+        let (l, r) = (names(&spec.left), names(&spec.right));
+        let mut unique = l.clone();
+        unique.dedup();
+        if l != r || unique.len() != l.len() { Err(fail()) } else { Ok(spec) }
+    }
+
+    /// `...` written out as `n` names.
+    fn expand(side: &[Vec<String>], n: usize) -> Vec<Vec<String>> {
+        side.iter()
+            .flat_map(|axis| {
+                if axis.first().is_some_and(|name| name == REST) {
+                    (0..n).map(|k| vec![format!("...{k}")]).collect()
+                } else {
+                    vec![axis.clone()]
+                }
+            })
+            .collect()
+    }
+
+    /// Sizes of all names for a tensor of this shape on one side.
+    fn bind(
+        side: &[Vec<String>],
+        shape: &[u64],
+        sizes: &HashMap<String, u64>,
+    ) -> Result<(Vec<Vec<String>>, HashMap<String, u64>)> {
+        let fail = |why: &str| Error::malformed(format!("shape {shape:?}: {why}"));
+        let has_rest = side.iter().flatten().any(|n| n == REST);
+        let fixed = side.len() - usize::from(has_rest);
+        if shape.len() < fixed || (!has_rest && shape.len() != fixed) {
+            return Err(fail(&format!("{fixed} dimensions were expected")));
+        }
+        let axes = Self::expand(side, shape.len() - fixed);
+        let mut bound = HashMap::new();
+        for (axis, &n) in axes.iter().zip(shape) {
+            let mut known = 1u64;
+            let mut open = None;
+            for name in axis {
+                match sizes.get(name).copied().or((name == "1").then_some(1)) {
+                    Some(size) => {
+                        known = known.checked_mul(size).ok_or_else(|| fail("sizes overflow"))?;
+                        bound.insert(name.clone(), size);
+                    }
+                    None if open.is_none() => open = Some(name),
+                    None => return Err(fail("two sizes of one axis are unknown")),
+                }
+            }
+            match open {
+                Some(name) if known > 0 && n.is_multiple_of(known) => {
+                    bound.insert(name.clone(), n / known);
+                }
+                None if known == n => {}
+                _ => return Err(fail(&format!("{n} is not made of {axis:?} with {known}"))),
+            }
+        }
+        Ok((axes, bound))
+    }
+
+    /// What to do with a tensor of this shape.
+    pub fn resolve(&self, shape: &[u64], sizes: &HashMap<String, u64>) -> Result<Regrouping> {
+        let (left, bound) = Self::bind(&self.left, shape, sizes)?;
+        let rest = left.iter().flatten().filter(|n| n.starts_with(REST)).count();
+        let right = Self::expand(&self.right, rest);
+        let size = |n: &String| bound.get(n).copied().unwrap_or(1);
+        let groups = left.iter().map(|axis| axis.iter().map(size).collect()).collect();
+        let flat: Vec<&String> = left.iter().flatten().collect();
+        let order = right
+            .iter()
+            .map(|axis| axis.iter().filter_map(|n| flat.iter().position(|f| *f == n)).collect())
+            .collect();
+        Ok((groups, order))
+    }
+
+    /// The shape before, for a tensor that has `shape` after.
+    fn shape_before(&self, shape: &[u64], sizes: &HashMap<String, u64>) -> Result<Vec<u64>> {
+        let (right, bound) = Self::bind(&self.right, shape, sizes)?;
+        let rest = right.iter().flatten().filter(|n| n.starts_with(REST)).count();
+        let size = |n: &String| bound.get(n).copied().unwrap_or(1);
+        Self::expand(&self.left, rest)
+            .iter()
+            .map(|axis| {
+                axis.iter()
+                    .try_fold(1u64, |product, n| product.checked_mul(size(n)))
+                    .ok_or_else(|| Error::malformed("sizes overflow"))
+            })
+            .collect()
+    }
+}
+
+impl Model {
+    /// The way of every tensor of a GGUF file into a Hugging Face checkpoint.
+    ///
+    /// # Errors
+    /// `Malformed` for a tensor that no row makes, or a split of which a part is missing.
+    pub fn map_back(&self, tensors: &[TensorInfo]) -> Result<Vec<Mapped>> {
+        let rows = self.active_rows(tensors.len())?;
+        let mut out: IndexMap<String, Mapped> = IndexMap::new();
+        for t in tensors {
+            if self.arch.generate.iter().any(|g| g.name == t.name) {
+                continue;
+            }
+            let found = rows.iter().find_map(|r| {
+                let (k, captures) =
+                    r.row.to.iter().enumerate().find_map(|(k, to)| Some((k, to.matches(&t.name)?)))?;
+                r.in_layer(&captures).then_some((r, k, captures))
+            });
+            let Some((active, k, mut captures)) = found else {
+                return Err(Error::malformed(format!(
+                    "tensor {:?} has no place in the architecture {}",
+                    t.name, self.arch.arch
+                )));
+            };
+            let context = |e: Error| e.context(format!("tensor {:?}", t.name));
+            let (one, stack) = match (&active.row.stack, t.shape.split_first()) {
+                (None, _) => (t.shape.clone(), 1),
+                (Some(_), Some((&n, rest))) if n == active.stack => (rest.to_vec(), n),
+                _ => {
+                    return Err(context(Error::malformed(format!(
+                        "shape {:?} should begin with {}",
+                        t.shape, active.stack
+                    ))));
+                }
+            };
+            let shape = self.shape_before(active.row, k, &one).map_err(context)?;
+            let (axes, mut elementwise) = self.transform(active.row, k, &shape).map_err(context)?;
+            if axes.shape() != one {
+                return Err(context(Error::malformed(format!("shape {one:?} cannot be undone"))));
+            }
+            elementwise.reverse();
+            elementwise.iter_mut().for_each(|e| *e = e.inverse());
+            let n = elements(&one)?;
+            for e in 0..stack {
+                if active.row.stack.is_some() {
+                    captures.integers.insert('e', e);
+                }
+                let name = active.row.hf.fill(&captures).ok_or_else(|| context(Error::malformed("has no name")))?;
+                let copy = axes.clone().into_copy(e * n).inverse();
+                let piece = Piece { source: t.name.clone(), copy };
+                match out.get_mut(&name) {
+                    None => {
+                        let data = Data::Copied { pieces: vec![piece], elementwise: elementwise.clone() };
+                        let name_out = self.original(&name);
+                        out.insert(name, Mapped { name: name_out, shape: shape.clone(), data });
+                    }
+                    Some(Mapped { data: Data::Copied { pieces, .. }, shape: s, .. }) if *s == shape => {
+                        pieces.push(piece);
+                    }
+                    Some(_) => return Err(context(Error::malformed("its parts do not fit together"))),
+                }
+            }
+        }
+        let out: Vec<Mapped> = out.into_values().collect();
+        for m in &out {
+            if let Data::Copied { pieces, .. } = &m.data {
+                let copied: u64 = pieces.iter().map(|p| p.copy.elements()).sum();
+                if copied != elements(&m.shape)? {
+                    return Err(Error::malformed(format!(
+                        "tensor {:?}: a part of it is missing from the GGUF file",
+                        m.name
+                    )));
+                }
+            }
+        }
+        Ok(out)
+    }
+
+    /// The name in the checkpoint for a name in the definition's terms.
+    fn original(&self, name: &str) -> String {
+        self.class
+            .rename
+            .iter()
+            .find_map(|(from, to)| from.fill(&to.matches(name)?))
+            .unwrap_or_else(|| name.to_string())
+    }
+
+    /// The shape that a row's transforms turn into `shape` (of part `k`).
+    fn shape_before(&self, row: &Row, k: usize, shape: &[u64]) -> Result<Vec<u64>> {
+        let mut shape = shape.to_vec();
+        if row.to.len() > 1
+            && let Some(n) = shape.get_mut(row.axis)
+        {
+            let total = if row.sizes.is_empty() {
+                n.checked_mul(row.to.len() as u64)
+            } else {
+                let mut total = Some(0u64);
+                for (j, size) in row.sizes.iter().enumerate() {
+                    let size = if j == k { Some(*n) } else { size.eval(&self.scope)?.as_u64() };
+                    total = total.zip(size).and_then(|(a, b)| a.checked_add(b));
+                }
+                total
+            };
+            *n = total.ok_or_else(|| Error::malformed("sizes overflow or are unknown"))?;
+        }
+        for op in row.ops.iter().rev() {
+            if let Op::Rearrange(r) = op {
+                shape = Rearrange::parse(&r.rearrange)?.shape_before(&shape, &self.sizes(&r.sizes)?)?;
+            }
+        }
+        Ok(shape)
+    }
+
+    /// Completes config.json by what only the tensors and the vocabulary tell. `rope_freqs` are
+    /// the values of the tensor of that name, where the file has it.
+    ///
+    /// # Errors
+    /// `Unsupported` when RoPE factors follow no known formula.
+    pub fn complete_config(
+        &mut self,
+        extra: impl IntoIterator<Item = (String, Json)>,
+        rope_freqs: Option<&[f32]>,
+    ) -> Result<()> {
+        let mut config = self.scope.config().as_object().cloned().unwrap_or_default();
+        config.extend(extra);
+        if let Some(factors) = rope_freqs {
+            let theta = config.get("rope_theta").and_then(Json::as_f64).unwrap_or(10_000.0);
+            let p = Llama3::recover(factors, theta).ok_or_else(|| {
+                Error::unsupported("rope_freqs.weight follows no formula that config.json could name")
+            })?;
+            config.insert("rope_scaling".into(), p.config());
+        }
+        let kv = std::mem::take(&mut self.scope.kv);
+        self.scope = ModelScope::new(&self.arch, Json::Object(config));
+        self.scope.kv = kv;
+        Ok(())
+    }
+}
+
+/// config.json from metadata: keys whose expression is a chain of aliases go back to the first of
+/// them, the rest comes from the definition's `[config]`.
+pub(super) fn config(arch: &Architecture, metadata: &Metadata) -> Result<(Json, Class)> {
+    let kv: Map<String, Json> = metadata
+        .iter()
+        .filter(|(k, _)| !k.starts_with("tokenizer."))
+        .filter_map(|(k, v)| Some((k.to_string(), json_of(v)?)))
+        .collect();
+    let mut config = Map::new();
+    for (key, rule) in &arch.kv {
+        let Some(value) = kv.get(key) else { continue };
+        if let Some(name) = first_alias(&rule.expr, arch, 0) {
+            config.entry(name).or_insert_with(|| value.clone());
+        }
+    }
+    if let Some(scaling) = rope_scaling(arch, &kv) {
+        config.insert("rope_scaling".into(), scaling);
+    }
+    let scope_of = |config: &Map<String, Json>| {
+        let mut scope = ModelScope::new(arch, Json::Object(config.clone()));
+        scope.kv = Json::Object(kv.clone());
+        scope
+    };
+    for (key, value) in &arch.config {
+        let value = match value {
+            ConfigValue::Constant(v) => v.clone(),
+            ConfigValue::Expr { expr } => expr.eval(&WithShape(&scope_of(&config), &[]))?,
+        };
+        if !value.is_null() {
+            config.insert(key.clone(), value);
+        }
+    }
+    let scope = scope_of(&config);
+    let mut class = None;
+    for c in &arch.class {
+        let holds = match &c.when {
+            Some(e) => truth(&e.eval(&scope)?),
+            None => true,
+        };
+        if holds {
+            class = Some(c.clone());
+            break;
+        }
+    }
+    let class = class.ok_or_else(|| Error::unsupported(format!("no class of {} fits this file", arch.arch)))?;
+    let mut ordered = Map::new();
+    ordered.insert("architectures".into(), json!([class.name]));
+    ordered.insert("model_type".into(), json!(class.model_type));
+    ordered.extend(config);
+    Ok((Json::Object(ordered), class))
+}
+
+/// The config key that an alias chain starts with, variables followed.
+fn first_alias(expr: &Expr, arch: &Architecture, depth: u32) -> Option<String> {
+    match expr.aliases().first()? {
+        Expr::Name(name) if depth < 8 && arch.vars.contains_key(name) => {
+            let inner = &arch.vars[name];
+            match inner.aliases().first() {
+                // Within its own definition a name means the config's key.
+                Some(Expr::Name(n)) if n == name => Some(n.clone()),
+                _ => first_alias(inner, arch, depth + 1),
+            }
+        }
+        Expr::Name(name) if name == "file_type" => None,
+        Expr::Name(name) => Some(name.clone()),
+        Expr::Field(object, field) => match (&**object, field.as_str()) {
+            (Expr::Name(o), "rope_theta") if o == "rope" => Some("rope_theta".into()),
+            (Expr::Name(o), "rope_theta") if o == "rope_sliding" => Some("rope_local_base_freq".into()),
+            _ => None,
+        },
+        _ => None,
+    }
+}
+
+fn rope_scaling(arch: &Architecture, kv: &Map<String, Json>) -> Option<Json> {
+    let get = |name: &str| kv.get(&format!("{}.rope.scaling.{name}", arch.arch)).cloned();
+    let kind = get("type").filter(|t| t != "none")?;
+    let mut scaling = Map::new();
+    scaling.insert("rope_type".into(), kind);
+    for (key, name) in [
+        ("factor", "factor"),
+        ("original_context_length", "original_max_position_embeddings"),
+        ("yarn_ext_factor", "extrapolation_factor"),
+        ("yarn_attn_factor", "attention_factor"),
+        ("yarn_beta_fast", "beta_fast"),
+        ("yarn_beta_slow", "beta_slow"),
+    ] {
+        if let Some(v) = get(key) {
+            scaling.insert(name.into(), v);
+        }
+    }
+    Some(Json::Object(scaling))
+}
+
+/// Scalars and short arrays; a float is written with the digits that tell it from its neighbours.
+fn json_of(value: &Value) -> Option<Json> {
+    const MAX_ARRAY: usize = 1 << 12;
+    Some(match value {
+        Value::String(_) => json!(value.as_str()?),
+        Value::Bool(b) => json!(b),
+        Value::F32(v) => serde_json::from_str(&v.to_string()).ok().filter(|_| v.is_finite())?,
+        Value::F64(v) => json!(v),
+        Value::Array(a) if a.len() <= MAX_ARRAY => {
+            Json::Array((0..a.len()).map(|i| json_of(&a.get(i)?)).collect::<Option<Vec<_>>>()?)
+        }
+        Value::Array(_) => return None,
+        v => json!(v.as_u64().map(Json::from).or(v.as_f64().map(Json::from))?),
+    })
+}

@@ -1,0 +1,419 @@
+//! From the tensors of a checkpoint to the tensors of a GGUF file: which go where, and how.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+
+use indexmap::IndexMap;
+
+use super::Model;
+use super::expr::{Expr, truth};
+use super::rope;
+use super::schema::{Op, Row};
+use super::scope::{WithLayer, WithShape};
+use super::template::{Captures, PARAMETERS};
+use crate::error::{Error, Result};
+use crate::tensor::{Axes, StridedCopy, TensorInfo, elements};
+
+/// A tensor to be written.
+#[derive(Clone, Debug)]
+pub struct Mapped {
+    /// Its name in the output.
+    pub name: String,
+    /// Its shape, outermost dimension first.
+    pub shape: Vec<u64>,
+    /// Where its values come from.
+    pub data: Data,
+}
+
+/// Where values come from.
+#[derive(Clone, Debug)]
+pub enum Data {
+    /// Copies from source tensors that tile the output, then arithmetic on each value, in order.
+    Copied {
+        /// The copies.
+        pieces: Vec<Piece>,
+        /// Arithmetic in f32.
+        elementwise: Vec<Elementwise>,
+    },
+    /// Values known now.
+    Values(Vec<f32>),
+}
+
+/// A copy from one source tensor.
+#[derive(Clone, Debug)]
+pub struct Piece {
+    /// The source tensor's name.
+    pub source: String,
+    /// How its elements lie in the output.
+    pub copy: StridedCopy,
+}
+
+/// Arithmetic on single values, in f32.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Elementwise {
+    /// `x * mul + add`, rounded after each step.
+    Affine {
+        /// Factor.
+        mul: f32,
+        /// Summand.
+        add: f32,
+    },
+}
+
+impl Elementwise {
+    /// What undoes it.
+    pub fn inverse(self) -> Self {
+        match self {
+            Self::Affine { mul, add } => Self::Affine { mul: 1.0 / mul, add: -add / mul },
+        }
+    }
+
+    /// Applies it.
+    pub fn apply(self, values: &mut [f32]) {
+        match self {
+            Self::Affine { mul: 1.0, add } => values.iter_mut().for_each(|x| *x += add),
+            Self::Affine { mul, add } => values.iter_mut().for_each(|x| *x = *x * mul + add),
+        }
+    }
+}
+
+/// Rows that apply to this model, with the layers they apply to.
+pub(super) struct ActiveRow<'a> {
+    pub row: &'a Row,
+    layers: Option<HashSet<u64>>,
+    pub stack: u64,
+}
+
+impl ActiveRow<'_> {
+    pub fn in_layer(&self, captures: &Captures) -> bool {
+        match (&self.layers, captures.integers.get(&'i')) {
+            (Some(layers), Some(i)) => layers.contains(i),
+            _ => true,
+        }
+    }
+}
+
+impl Model {
+    /// Number of layers, if the definition has any. Bounded by nothing: compare, do not allocate.
+    pub(super) fn layers(&self) -> Result<u64> {
+        Ok(self.var("n_layers")?.as_u64().unwrap_or(0))
+    }
+
+    pub(super) fn active_rows(&self, tensors: usize) -> Result<Vec<ActiveRow<'_>>> {
+        // A layer that applies has at least one tensor: more layers than tensors are not visited.
+        let n_layers = self.layers()?.min(tensors as u64 + 1);
+        let mut rows = Vec::new();
+        for row in &self.arch.rows {
+            let context = |e: Error| e.context(format!("{}: row {:?}", self.arch.arch, row.hf.text()));
+            let holds = |e: &Option<Expr>| match e {
+                Some(e) => Ok(truth(&e.eval(&self.scope)?)),
+                None => Ok(true),
+            };
+            if !holds(&row.when).map_err(context)? {
+                continue;
+            }
+            let layers = match &row.layers {
+                None => None,
+                Some(e) => {
+                    let mut set = HashSet::new();
+                    for i in 0..n_layers {
+                        if truth(&e.eval(&WithLayer(&self.scope, i)).map_err(context)?) {
+                            set.insert(i);
+                        }
+                    }
+                    Some(set)
+                }
+            };
+            let stack = match &row.stack {
+                None => 1,
+                Some(e) => e.eval(&self.scope).map_err(context)?.as_u64().ok_or_else(|| {
+                    context(Error::malformed("the number of tensors to stack is unknown"))
+                })?,
+            };
+            rows.push(ActiveRow { row, layers, stack });
+        }
+        Ok(rows)
+    }
+
+    /// The way of every tensor of a checkpoint into GGUF, in the checkpoint's order.
+    ///
+    /// # Errors
+    /// `Malformed` for a tensor that no rule knows (naming the nearest rule), one that is missing,
+    /// or a shape that a transform does not fit.
+    pub fn map(&self, tensors: &[TensorInfo]) -> Result<Vec<Mapped>> {
+        let rows = self.active_rows(tensors.len())?;
+        let mut out: IndexMap<String, Building> = IndexMap::new();
+        for g in &self.arch.generate {
+            if truth(&g.when.eval(&self.scope)?) {
+                let (shape, values) = rope::generate(g.function, self)?;
+                out.insert(g.name.clone(), Building { shape, values: Some(values), ..Building::default() });
+            }
+        }
+        let mut hits: HashMap<&str, HashSet<Captures>> = HashMap::new();
+        for t in tensors {
+            let name = self.canonical(&t.name);
+            if self.arch.drop.iter().any(|d| d.matches(&name).is_some()) {
+                continue;
+            }
+            let found = rows.iter().find_map(|r| {
+                let captures = r.row.hf.matches(&name)?;
+                r.in_layer(&captures).then_some((r, captures))
+            });
+            let Some((active, captures)) = found else {
+                return Err(self.unknown_tensor(&t.name, &name, &rows));
+            };
+            let context = |e: Error| e.context(format!("tensor {:?}", t.name));
+            self.check_layer(&captures).map_err(context)?;
+            for (k, to) in active.row.to.iter().enumerate() {
+                let target = to.fill(&captures).ok_or_else(|| context(Error::malformed("no target name")))?;
+                let (axes, elementwise) = self.transform(active.row, k, &t.shape).map_err(context)?;
+                out.entry(target)
+                    .or_insert_with(|| Building { stack: active.stack, ..Building::default() })
+                    .add(t, active, &captures, axes, elementwise)
+                    .map_err(context)?;
+            }
+            hits.entry(active.row.hf.text()).or_default().insert(captures);
+        }
+        self.check_complete(&rows, &hits, &out)?;
+        out.into_iter().map(|(name, b)| b.finish(name)).collect()
+    }
+
+    /// The name in the definition's terms.
+    pub(super) fn canonical(&self, name: &str) -> String {
+        self.class
+            .rename
+            .iter()
+            .find_map(|(from, to)| to.fill(&from.matches(name)?))
+            .unwrap_or_else(|| name.to_string())
+    }
+
+    fn check_layer(&self, captures: &Captures) -> Result<()> {
+        let n = self.layers()?;
+        match captures.integers.get(&'i') {
+            Some(&i) if n > 0 && i >= n => Err(Error::malformed(format!(
+                "belongs to layer {i}, config.json says there are {n}"
+            ))
+            .hint("config.json and the weights are not of the same model")),
+            _ => Ok(()),
+        }
+    }
+
+    fn unknown_tensor(&self, name: &str, canonical: &str, rows: &[ActiveRow<'_>]) -> Error {
+        let pattern = pattern_of(canonical);
+        let nearest = rows
+            .iter()
+            .map(|r| r.row.hf.text())
+            .max_by(|a, b| strsim::jaro_winkler(a, &pattern).total_cmp(&strsim::jaro_winkler(b, &pattern)));
+        let error = Error::malformed(format!("tensor {name:?} has no place in the architecture {}", self.arch.arch));
+        match nearest {
+            Some(rule) => error.hint(format!("the nearest rule is {rule:?}")),
+            None => error,
+        }
+    }
+
+    /// Transforms of a row for its part `k`, for a source of this shape.
+    pub(super) fn transform(&self, row: &Row, k: usize, shape: &[u64]) -> Result<(Axes, Vec<Elementwise>)> {
+        elements(shape)?;
+        let mut axes = Axes::new(shape);
+        let mut elementwise = Vec::new();
+        for op in &row.ops {
+            let scope_shape = axes.shape();
+            let scope = WithShape(&self.scope, &scope_shape);
+            let number = |e: &Option<Expr>, default: u64| match e {
+                None => Ok(default),
+                Some(e) => {
+                    let v = e.eval(&scope)?;
+                    v.as_u64().ok_or_else(|| Error::malformed(format!("{v} is no index")))
+                }
+            };
+            match op {
+                Op::Rearrange(r) => {
+                    let sizes = self.sizes(&r.sizes)?;
+                    let spec = super::inverse::Rearrange::parse(&r.rearrange)?;
+                    let (groups, order) = spec.resolve(&axes.shape(), &sizes)?;
+                    axes.regroup(&groups, &order)?;
+                }
+                Op::Slice(s) => {
+                    let n = scope_shape.get(s.slice).copied().unwrap_or(0);
+                    axes.slice(s.slice, number(&s.start, 0)?, number(&s.stop, n)?, number(&s.step, 1)?)?;
+                }
+                Op::Affine(a) => {
+                    let value = |e: &Option<Expr>, default: f32| match e {
+                        None => Ok(default),
+                        Some(e) => {
+                            let v = e.eval(&scope)?;
+                            v.as_f64().map(|v| v as f32).ok_or_else(|| Error::malformed(format!("{v} is no number")))
+                        }
+                    };
+                    elementwise.push(Elementwise::Affine { mul: value(&a.mul, 1.0)?, add: value(&a.add, 0.0)? });
+                }
+            }
+        }
+        if row.to.len() > 1 {
+            let shape = axes.shape();
+            let (start, stop, step) = self.part(row, k, &shape)?;
+            axes.slice(row.axis, start, stop, step)?;
+        }
+        Ok((axes, elementwise))
+    }
+
+    /// The range that part `k` of a split takes of its axis.
+    fn part(&self, row: &Row, k: usize, shape: &[u64]) -> Result<(u64, u64, u64)> {
+        let n = shape.get(row.axis).copied().unwrap_or(0);
+        let parts = row.to.len() as u64;
+        if row.sizes.is_empty() {
+            if !n.is_multiple_of(parts) {
+                return Err(Error::malformed(format!("axis {} of {shape:?} does not fall into {parts} parts", row.axis)));
+            }
+            return Ok(if row.interleaved {
+                (k as u64, n, parts)
+            } else {
+                (n / parts * k as u64, n / parts * (k as u64 + 1), 1)
+            });
+        }
+        let mut start = 0u64;
+        let mut range = (0, 0);
+        for (j, size) in row.sizes.iter().enumerate() {
+            let size = size.eval(&WithShape(&self.scope, shape))?;
+            let size = size.as_u64().ok_or_else(|| Error::malformed(format!("{size} is no size")))?;
+            let end = start.checked_add(size).ok_or_else(|| Error::malformed("sizes overflow"))?;
+            if j == k {
+                range = (start, end);
+            }
+            start = end;
+        }
+        if start != n {
+            return Err(Error::malformed(format!("axis {} of {shape:?} should have {start} elements", row.axis)));
+        }
+        Ok((range.0, range.1, 1))
+    }
+
+    pub(super) fn sizes(&self, given: &BTreeMap<String, Expr>) -> Result<HashMap<String, u64>> {
+        given
+            .iter()
+            .map(|(name, e)| {
+                let v = e.eval(&self.scope)?;
+                let n = v.as_u64().filter(|n| *n > 0);
+                Ok((name.clone(), n.ok_or_else(|| Error::malformed(format!("{name} = {v} is no size")))?))
+            })
+            .collect()
+    }
+
+    fn check_complete(
+        &self,
+        rows: &[ActiveRow<'_>],
+        hits: &HashMap<&str, HashSet<Captures>>,
+        out: &IndexMap<String, Building>,
+    ) -> Result<()> {
+        let n_layers = self.layers()?;
+        let none = HashSet::new();
+        for r in rows {
+            let seen = hits.get(r.row.hf.text()).unwrap_or(&none);
+            let layered = r.row.hf.has('i');
+            let parameters: Vec<Option<&'static str>> =
+                if r.row.hf.has_parameter() { PARAMETERS.map(Some).to_vec() } else { vec![None] };
+            for parameter in parameters {
+                let some = seen.iter().any(|c| c.parameter == parameter);
+                let needed = !r.row.optional && (parameter != Some("bias") || r.row.bias);
+                if !needed && !some {
+                    continue; // all layers lack it
+                }
+                for i in 0..if layered { n_layers } else { 1 } {
+                    let mut captures = Captures { parameter, ..Captures::default() };
+                    if layered {
+                        captures.integers.insert('i', i);
+                    }
+                    if !r.in_layer(&captures) {
+                        continue;
+                    }
+                    let target = r.row.to[0].fill(&captures);
+                    let done = target.as_ref().and_then(|t| out.get(t));
+                    if done.is_none_or(|b| b.values.is_none() && (b.pieces.len() as u64) < b.stack) {
+                        return Err(self.missing(r, captures, seen));
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn missing(&self, r: &ActiveRow<'_>, mut captures: Captures, seen: &HashSet<Captures>) -> Error {
+        if r.row.stack.is_some() {
+            let lacking = (0..r.stack).find(|e| {
+                captures.integers.insert('e', *e);
+                !seen.contains(&captures)
+            });
+            captures.integers.insert('e', lacking.unwrap_or(0));
+        }
+        let name = r.row.hf.fill(&captures).unwrap_or_else(|| r.row.hf.text().to_string());
+        let error = Error::malformed(format!("tensor {name:?} is missing"));
+        if seen.is_empty() {
+            error.hint(format!("the architecture {} needs it; is this another kind of model?", self.arch.arch))
+        } else {
+            error.hint("other layers or experts have it: a shard may be missing, or config.json counts more than there are")
+        }
+    }
+}
+
+/// `model.layers.3.x` -> `model.layers.{i}.x`
+fn pattern_of(name: &str) -> String {
+    let parts: Vec<&str> = name
+        .split('.')
+        .map(|part| if part.bytes().all(|b| b.is_ascii_digit()) { "{i}" } else { part })
+        .collect();
+    parts.join(".")
+}
+
+/// A target while its sources come in.
+#[derive(Default)]
+struct Building {
+    shape: Vec<u64>,
+    stack: u64,
+    pieces: BTreeMap<u64, Piece>,
+    elementwise: Vec<Elementwise>,
+    values: Option<Vec<f32>>,
+}
+
+impl Building {
+    fn add(
+        &mut self,
+        source: &TensorInfo,
+        active: &ActiveRow<'_>,
+        captures: &Captures,
+        axes: Axes,
+        elementwise: Vec<Elementwise>,
+    ) -> Result<()> {
+        let mut shape = axes.shape();
+        let one = elements(&shape)?;
+        let index = match &active.row.stack {
+            None => 0,
+            Some(_) => {
+                shape.insert(0, active.stack);
+                let e = captures.integers.get(&'e').copied().unwrap_or(0);
+                if e >= active.stack {
+                    return Err(Error::malformed(format!("is number {e}, config.json says there are {}", active.stack))
+                        .hint("config.json and the weights are not of the same model"));
+                }
+                e
+            }
+        };
+        elements(&shape)?;
+        if !self.pieces.is_empty() && self.shape != shape {
+            return Err(Error::malformed(format!("gives shape {shape:?} where the others give {:?}", self.shape)));
+        }
+        self.shape = shape;
+        self.elementwise = elementwise;
+        let piece = Piece { source: source.name.clone(), copy: axes.into_copy(index * one) };
+        if let Some(other) = self.pieces.insert(index, piece) {
+            return Err(Error::malformed(format!("takes the same place as {:?}", other.source)));
+        }
+        Ok(())
+    }
+
+    fn finish(self, name: String) -> Result<Mapped> {
+        let data = match self.values {
+            Some(values) => Data::Values(values),
+            None => Data::Copied { pieces: self.pieces.into_values().collect(), elementwise: self.elementwise },
+        };
+        Ok(Mapped { name, shape: self.shape, data })
+    }
+}

@@ -1,0 +1,101 @@
+//! Tensors that llama.cpp expects and no checkpoint holds: factors for RoPE frequencies.
+
+use serde_json::{Value as Json, json};
+
+use super::Model;
+use super::schema::GenerateFn;
+use crate::error::{Error, Result};
+
+const MAX_DIM: u64 = 1 << 16;
+
+/// Parameters of Llama 3.1's frequency scaling, with transformers' names and defaults.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) struct Llama3 {
+    pub theta: f64,
+    pub factor: f64,
+    pub low_freq_factor: f64,
+    pub high_freq_factor: f64,
+    pub original_max_position_embeddings: f64,
+}
+
+impl Llama3 {
+    /// One divisor for each pair of dimensions: 1 for short wavelengths, `factor` for long ones,
+    /// and between them a line in the frequency.
+    /// Source: `ROPE_INIT_FUNCTIONS["llama3"]` of transformers; Llama 3.1's release notes.
+    pub fn factors(&self, dim: u64) -> Vec<f32> {
+        let original = self.original_max_position_embeddings;
+        let low = original / self.low_freq_factor;
+        let high = original / self.high_freq_factor;
+        (0..dim / 2)
+            .map(|i| {
+                // The frequency is a 32-bit number in the programs whose result is to be met.
+                let exponent = (2 * i) as f32 / dim as f32;
+                let frequency = 1.0f32 / (self.theta as f32).powf(exponent);
+                let wavelength = 2.0 * std::f64::consts::PI / f64::from(frequency);
+                let factor = if wavelength < high {
+                    1.0
+                } else if wavelength > low {
+                    self.factor
+                } else {
+                    let smooth = (original / wavelength - self.low_freq_factor)
+                        / (self.high_freq_factor - self.low_freq_factor);
+                    1.0 / ((1.0 - smooth) / self.factor + smooth)
+                };
+                factor as f32
+            })
+            .collect()
+    }
+
+    /// The config.json entry.
+    pub fn config(&self) -> Json {
+        json!({
+            "rope_type": "llama3",
+            "factor": self.factor,
+            "low_freq_factor": self.low_freq_factor,
+            "high_freq_factor": self.high_freq_factor,
+            "original_max_position_embeddings": self.original_max_position_embeddings as u64,
+        })
+    }
+
+    /// The parameters that give these factors; GGUF keeps the factors alone. Released models vary
+    /// `factor` and the original context; the other two are 1 and 4 everywhere.
+    pub fn recover(factors: &[f32], theta: f64) -> Option<Self> {
+        let factor = f64::from(factors.iter().copied().fold(1.0f32, f32::max));
+        let dim = factors.len() as u64 * 2;
+        (6..22)
+            .map(|k| Self {
+                theta,
+                factor,
+                low_freq_factor: 1.0,
+                high_freq_factor: 4.0,
+                original_max_position_embeddings: f64::from(1u32 << k),
+            })
+            .find(|p| p.factors(dim).iter().zip(factors).all(|(a, b)| (a - b).abs() <= 2e-6 * b.abs()))
+    }
+}
+
+/// Shape and values of a generated tensor.
+pub(super) fn generate(function: GenerateFn, model: &Model) -> Result<(Vec<u64>, Vec<f32>)> {
+    match function {
+        GenerateFn::RopeLlama3 => {
+            let rope = model.var("rope")?;
+            let get = |key: &str, default: f64| match rope.get(key).filter(|v| !v.is_null()) {
+                None => Ok(default),
+                Some(v) => v
+                    .as_f64()
+                    .filter(|v| *v > 0.0)
+                    .ok_or_else(|| Error::malformed(format!("RoPE parameter {key} = {v} is no positive number"))),
+            };
+            let parameters = Llama3 {
+                theta: get("rope_theta", 10_000.0)?,
+                factor: get("factor", 8.0)?,
+                low_freq_factor: get("low_freq_factor", 1.0)?,
+                high_freq_factor: get("high_freq_factor", 4.0)?,
+                original_max_position_embeddings: get("original_max_position_embeddings", 8192.0)?,
+            };
+            let dim = model.var("rope_dim")?.as_u64().filter(|d| (2..=MAX_DIM).contains(d));
+            let dim = dim.ok_or_else(|| Error::malformed("the head dimension is unknown or absurd"))?;
+            Ok((vec![dim / 2], parameters.factors(dim)))
+        }
+    }
+}

@@ -1,0 +1,414 @@
+//! The TOML of an architecture: its fields, and how one file extends another.
+
+use std::collections::BTreeMap;
+
+use indexmap::IndexMap;
+use serde::Deserialize;
+
+use super::expr::Expr;
+use super::template::Template;
+use crate::error::{Error, Result};
+
+/// Name and text of every file in `formats/arch/`.
+static EMBEDDED: &[(&str, &str)] = include!(concat!(env!("OUT_DIR"), "/arch.rs"));
+const SCHEMA: u32 = 1;
+
+/// One architecture, extensions resolved.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Architecture {
+    schema: u32,
+    /// llama.cpp's name: `general.architecture`.
+    #[serde(default)]
+    pub arch: String,
+    extends: Option<String>,
+    /// Objects of config.json that are searched before its root.
+    #[serde(default)]
+    pub(super) config_root: Vec<String>,
+    /// Source tensors that are left out.
+    #[serde(default)]
+    pub(super) drop: Vec<Template>,
+    #[serde(default)]
+    pub(super) class: Vec<Class>,
+    #[serde(default)]
+    pub(super) vars: IndexMap<String, Expr>,
+    #[serde(default)]
+    pub(super) kv: IndexMap<String, Kv>,
+    #[serde(default)]
+    pub(super) require: Vec<Rule>,
+    #[serde(default)]
+    pub(super) warn: Vec<Rule>,
+    /// How the vocabulary is read.
+    #[serde(default)]
+    pub tokenizer: TokenizerRule,
+    #[serde(default)]
+    tensors: IndexMap<Template, RowSpec>,
+    /// `tensors`, names resolved.
+    #[serde(skip)]
+    pub(super) rows: Vec<Row>,
+    #[serde(default)]
+    pub(super) generate: Vec<Generate>,
+    /// What config.json says beyond `kv` when it is written from a GGUF.
+    #[serde(default)]
+    pub(super) config: IndexMap<String, ConfigValue>,
+}
+
+/// A class of transformers.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Class {
+    pub name: String,
+    pub model_type: String,
+    #[serde(default)]
+    aliases: Vec<String>,
+    /// Names in the checkpoint -> names in `tensors`; the first that matches counts.
+    #[serde(default)]
+    pub rename: IndexMap<Template, Template>,
+    /// On the way back: whether a GGUF becomes this class.
+    pub when: Option<Expr>,
+}
+
+impl Class {
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        std::iter::once(&self.name).chain(&self.aliases).map(String::as_str)
+    }
+}
+
+/// `expr` must hold, or `why` is said.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Rule {
+    pub expr: Expr,
+    pub why: String,
+}
+
+/// Type and expression of a metadata value: `{ u32 = "n_layers" }`.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(try_from = "BTreeMap<KvType, Expr>")]
+pub(super) struct Kv {
+    pub kind: KvType,
+    pub expr: Expr,
+}
+
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, PartialOrd, Ord)]
+#[serde(rename_all = "lowercase")]
+pub(super) enum KvType {
+    U32,
+    F32,
+    Bool,
+    Str,
+}
+
+impl KvType {
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::U32 => "unsigned 32-bit integer",
+            Self::F32 => "number",
+            Self::Bool => "truth value",
+            Self::Str => "string",
+        }
+    }
+}
+
+impl TryFrom<BTreeMap<KvType, Expr>> for Kv {
+    type Error = String;
+
+    fn try_from(map: BTreeMap<KvType, Expr>) -> Result<Self, String> {
+        let mut entries = map.into_iter();
+        match (entries.next(), entries.next()) {
+            (Some((kind, expr)), None) => Ok(Self { kind, expr }),
+            _ => Err("one type and its expression were expected, such as { u32 = \"n_layers\" }".into()),
+        }
+    }
+}
+
+/// How the vocabulary is read.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TokenizerRule {
+    /// Kinds to try, the first whose files exist: `spm`, `bpe`.
+    #[serde(default, rename = "try")]
+    pub kinds: Vec<String>,
+    /// Overrides `tokenizer.ggml.add_space_prefix` for SentencePiece.
+    pub add_space_prefix: Option<bool>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(untagged)]
+enum RowSpec {
+    Name(Template),
+    Row(RowTable),
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RowTable {
+    to: Option<Template>,
+    #[serde(default)]
+    split: Vec<Template>,
+    #[serde(default)]
+    axis: usize,
+    #[serde(default)]
+    sizes: Vec<Expr>,
+    #[serde(default)]
+    interleaved: bool,
+    #[serde(default)]
+    ops: Vec<Op>,
+    stack: Option<Expr>,
+    when: Option<Expr>,
+    layers: Option<Expr>,
+    #[serde(default)]
+    optional: bool,
+    #[serde(default)]
+    bias: bool,
+}
+
+/// How one kind of tensor goes from the checkpoint to GGUF.
+#[derive(Clone, Debug)]
+pub(super) struct Row {
+    /// Name in the checkpoint.
+    pub hf: Template,
+    /// Names in GGUF: one, or the parts of a split.
+    pub to: Vec<Template>,
+    /// For a split: the axis.
+    pub axis: usize,
+    /// For a split: sizes of the parts; equal parts when empty.
+    pub sizes: Vec<Expr>,
+    /// For a split: part `k` of `n` takes every `n`-th from `k` on.
+    pub interleaved: bool,
+    pub ops: Vec<Op>,
+    /// `{e}` runs from 0 to this, and the tensors are stacked along a new first axis.
+    pub stack: Option<Expr>,
+    /// Whether the row applies to this config at all.
+    pub when: Option<Expr>,
+    /// Whether it applies to layer `i`.
+    pub layers: Option<Expr>,
+    /// All layers may lack it.
+    pub optional: bool,
+    /// With `{p}`: the bias must be there too.
+    pub bias: bool,
+}
+
+/// A transform.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(untagged)]
+pub(super) enum Op {
+    /// `{ rearrange = "(h two d) ... -> (h d two) ...", h = "n_heads", two = 2 }`
+    Rearrange(RearrangeOp),
+    /// `{ slice = 0, start = "a", stop = "b", step = "c" }`: axis and range.
+    Slice(SliceOp),
+    /// `{ mul = 2, add = 1 }`: `x * mul + add`, in f32.
+    Affine(AffineOp),
+}
+
+#[derive(Clone, Debug, Deserialize)]
+pub(super) struct RearrangeOp {
+    pub rearrange: String,
+    #[serde(flatten)]
+    pub sizes: BTreeMap<String, Expr>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct SliceOp {
+    pub slice: usize,
+    pub start: Option<Expr>,
+    pub stop: Option<Expr>,
+    pub step: Option<Expr>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct AffineOp {
+    pub mul: Option<Expr>,
+    pub add: Option<Expr>,
+}
+
+/// A tensor that no checkpoint holds.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Generate {
+    pub name: String,
+    pub when: Expr,
+    #[serde(rename = "fn")]
+    pub function: GenerateFn,
+}
+
+#[derive(Clone, Copy, Debug, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum GenerateFn {
+    RopeLlama3,
+}
+
+/// A constant, or `{ expr = "..." }`.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(untagged)]
+pub(super) enum ConfigValue {
+    Expr { expr: Expr },
+    Constant(serde_json::Value),
+}
+
+impl Architecture {
+    /// Parses one file; `base` finds the text of the file it extends.
+    ///
+    /// # Errors
+    /// `Malformed`, with the line, as the TOML parser says.
+    pub fn parse(text: &str, base: &dyn Fn(&str) -> Option<String>) -> Result<Self> {
+        let mut arch: Self =
+            toml::from_str(text).map_err(|e| Error::malformed(e.to_string().trim_end().to_string()))?;
+        if arch.schema != SCHEMA {
+            return Err(Error::unsupported(format!("schema {} is not known, this is {SCHEMA}", arch.schema)));
+        }
+        if let Some(name) = &arch.extends {
+            let text = base(name).ok_or_else(|| Error::malformed(format!("extends {name:?}, which is not there")))?;
+            let base: Self = toml::from_str(&text).map_err(|e| Error::malformed(e.to_string()).context(name))?;
+            arch.inherit(base);
+        }
+        let prefix = arch.arch.clone();
+        arch.kv = std::mem::take(&mut arch.kv)
+            .into_iter()
+            .map(|(key, kv)| (key.replace("{arch}", &prefix), kv))
+            .fold(IndexMap::new(), |mut map, (key, kv)| {
+                map.insert(key, kv);
+                map
+            });
+        arch.rows = std::mem::take(&mut arch.tensors)
+            .into_iter()
+            .map(|(hf, spec)| Row::new(hf, spec))
+            .collect::<Result<_>>()?;
+        Ok(arch)
+    }
+
+    /// What the base has and this lacks; where both speak, this one counts and the base's place.
+    fn inherit(&mut self, base: Self) {
+        fn under<K: std::hash::Hash + Eq, V>(mine: &mut IndexMap<K, V>, base: IndexMap<K, V>) {
+            let mine_only = std::mem::replace(mine, base);
+            for (key, value) in mine_only {
+                mine.insert(key, value);
+            }
+        }
+        // `{arch}.x` and `llama.x` are the same key.
+        let prefix = format!("{}.", self.arch);
+        let own = std::mem::take(&mut self.kv);
+        self.kv = own
+            .into_iter()
+            .map(|(k, v)| match k.strip_prefix(&prefix) {
+                Some(rest) => (format!("{{arch}}.{rest}"), v),
+                None => (k, v),
+            })
+            .collect();
+        under(&mut self.kv, base.kv);
+        under(&mut self.vars, base.vars);
+        under(&mut self.tensors, base.tensors);
+        under(&mut self.config, base.config);
+        self.require.splice(0..0, base.require);
+        self.warn.splice(0..0, base.warn);
+        self.drop.extend(base.drop);
+        self.generate.extend(base.generate);
+        if self.tokenizer.kinds.is_empty() {
+            self.tokenizer = base.tokenizer;
+        }
+    }
+
+    pub(super) fn class_named(&self, name: &str) -> Option<&Class> {
+        self.class.iter().find(|c| c.names().any(|n| n == name))
+    }
+}
+
+impl Row {
+    fn new(hf: Template, spec: RowSpec) -> Result<Self> {
+        let table = match spec {
+            RowSpec::Row(table) => table,
+            RowSpec::Name(to) => RowTable {
+                to: Some(to),
+                split: Vec::new(),
+                axis: 0,
+                sizes: Vec::new(),
+                interleaved: false,
+                ops: Vec::new(),
+                stack: None,
+                when: None,
+                layers: None,
+                optional: false,
+                bias: false,
+            },
+        };
+        let fail = |why: &str| Err(Error::malformed(format!("tensors.{:?}: {why}", hf.text())));
+        let to = match (table.to, table.split) {
+            (Some(to), split) if split.is_empty() => vec![to],
+            (None, split) if !split.is_empty() => split,
+            _ => return fail("either `to` or `split` is needed"),
+        };
+        let known = |c: char| hf.has(c);
+        if to.iter().any(|t| t.letters().any(|c| !known(c)) || t.has_parameter() != hf.has_parameter()) {
+            return fail("`to` needs the same placeholders");
+        }
+        let stacked = hf.letters().any(|c| c != 'i' && !to[0].has(c));
+        if stacked != table.stack.is_some() || (stacked && !hf.has('e')) || (stacked && to.len() > 1) {
+            return fail("`stack` goes with an {e} that `to` lacks");
+        }
+        if !table.sizes.is_empty() && table.sizes.len() != to.len() {
+            return fail("`sizes` needs one size a part");
+        }
+        Ok(Self {
+            hf,
+            to,
+            axis: table.axis,
+            sizes: table.sizes,
+            interleaved: table.interleaved,
+            ops: table.ops,
+            stack: table.stack,
+            when: table.when,
+            layers: table.layers,
+            optional: table.optional,
+            bias: table.bias,
+        })
+    }
+}
+
+/// All embedded architectures.
+pub(super) fn embedded() -> Result<Vec<Architecture>> {
+    let text = |name: &str| EMBEDDED.iter().find(|(n, _)| *n == name).map(|(_, t)| t.to_string());
+    let mut archs = Vec::new();
+    for (name, toml) in EMBEDDED {
+        let arch = Architecture::parse(toml, &text).map_err(|e| e.context(format!("formats/arch/{name}.toml")))?;
+        if !arch.arch.is_empty() {
+            archs.push(arch);
+        }
+    }
+    Ok(archs)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn embedded_files_are_sound() {
+        let archs = embedded().unwrap();
+        assert!(archs.len() >= 6);
+        let mut names: Vec<_> = archs.iter().flat_map(|a| a.class.iter().flat_map(Class::names)).collect();
+        let all = names.len();
+        names.sort_unstable();
+        names.dedup();
+        assert_eq!(names.len(), all, "a class belongs to two architectures");
+        assert!(archs.iter().all(|a| !a.tokenizer.kinds.is_empty() && !a.rows.is_empty()));
+    }
+
+    #[test]
+    fn faults_name_the_line() {
+        let none = |_: &str| None;
+        let e = Architecture::parse("schema = 1\nunknown = 2\n", &none).unwrap_err();
+        assert!(e.to_string().contains("line 2"), "{e}");
+        for bad in [
+            "schema = 2",
+            "schema = 1\nextends = \"x\"",
+            "schema = 1\n[kv]\na = { u32 = \"1\", f32 = \"2\" }",
+            "schema = 1\n[kv]\na = { u32 = \"1 +\" }",
+            "schema = 1\n[tensors]\n\"a.{i}\" = \"b\"\n\"c.{e}\" = \"d\"",
+            "schema = 1\n[tensors]\n\"a\" = \"b.{i}\"",
+        ] {
+            assert!(Architecture::parse(bad, &none).is_err(), "{bad}");
+        }
+    }
+}
