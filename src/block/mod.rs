@@ -1,1 +1,181 @@
-//! block
+//! Codecs: how each type turns weights into bytes, and bytes into weights.
+//!
+//! A block type stores `block_size` weights in `type_size` bytes; `formats/spec/blocks.md`
+//! describes each. [`codec`] gives the fastest implementation that this CPU can run. All
+//! implementations of a type write the same bytes: those of the linked ggml's
+//! `ggml_quantize_chunk`, for every input, NaN and infinities included.
+//!
+//! Adding a type: one file here with a `SCALAR` codec, one row in [`SCALAR`], one section of the
+//! specification. A SIMD path is a kernel in `simd/kernels.rs` and its row in `simd/mod.rs`.
+
+mod cast;
+mod float;
+mod q4_0;
+mod q4_1;
+mod q5_0;
+mod q5_1;
+mod q8_0;
+#[cfg(target_arch = "x86_64")]
+#[allow(unsafe_code)]
+mod simd;
+mod tq1_0;
+mod tq2_0;
+
+pub use float::{bf16_from_f32, f16_from_f32, f32_from_bf16, f32_from_f16};
+
+use crate::error::{Error, Result};
+use crate::tensor::DType;
+
+/// The portable implementation of every type: the one table.
+static SCALAR: &[Codec] = &[
+    float::F32,
+    float::F16,
+    float::BF16,
+    float::F64,
+    q4_0::SCALAR,
+    q4_1::SCALAR,
+    q5_0::SCALAR,
+    q5_1::SCALAR,
+    q8_0::SCALAR,
+    tq1_0::SCALAR,
+    tq2_0::SCALAR,
+];
+
+/// One implementation of the bytes of one type.
+///
+/// The functions behind it are handed whole blocks and matching lengths only.
+#[derive(Clone, Copy, Debug)]
+pub struct Codec {
+    /// The type.
+    pub dtype: DType,
+    /// Which implementation this is: `scalar`, `avx2`, `avx512`.
+    pub implementation: &'static str,
+    /// Weights to blocks, each block by itself; `None` where the type is only read.
+    encode: Option<fn(&[f32], &mut [u8])>,
+    /// Whether ggml's encoder of this type weighs its errors by importance.
+    weighs: bool,
+    /// Blocks to weights.
+    decode: fn(&[u8], &mut [f32]),
+    /// The largest error that encoding one block of finite weights can make; `None` where the
+    /// type promises none.
+    bound: Option<fn(&[f32]) -> f32>,
+}
+
+/// The fastest implementation of `dtype` on this CPU; `None` where qconv has no codec for it.
+pub fn codec(dtype: DType) -> Option<&'static Codec> {
+    implementations(dtype).last()
+}
+
+/// Every implementation of `dtype` that this CPU can run: the portable one first, the fastest
+/// last. They differ in speed only; tests run over all of them.
+pub fn implementations(dtype: DType) -> impl Iterator<Item = &'static Codec> {
+    #[cfg(target_arch = "x86_64")]
+    let simd = simd::tables();
+    #[cfg(not(target_arch = "x86_64"))]
+    let simd = std::iter::empty::<&'static [Codec]>();
+    std::iter::once(SCALAR).chain(simd).flatten().filter(move |c| c.dtype == dtype)
+}
+
+impl Codec {
+    /// Whether weights can be written in this type.
+    pub fn can_encode(&self) -> bool {
+        self.encode.is_some()
+    }
+
+    /// Encodes rows of `row` weights each, one row after the other, into `dst`.
+    ///
+    /// `importance` holds one weight per column, as an importance matrix does. Types whose
+    /// encoder in ggml ignores it (Q8_0, TQ1_0, TQ2_0, element types) ignore it here.
+    ///
+    /// # Errors
+    /// `Misuse` when `row` does not fill whole blocks, when `src` is not whole rows, or when the
+    /// length of `importance` or `dst` does not match. `Unsupported` when the type can only be
+    /// read, or would have to heed `importance`.
+    pub fn encode(&self, src: &[f32], row: usize, importance: Option<&[f32]>, dst: &mut [u8]) -> Result<()> {
+        let dtype = self.dtype;
+        let encode = self.encode.ok_or_else(|| Error::unsupported(format!("{dtype} can be read, not written")))?;
+        if row == 0 || !src.len().is_multiple_of(row) || !row.is_multiple_of(self.block_size()) {
+            return Err(Error::misuse(format!(
+                "{} weights are not rows of {row} that fill blocks of {} ({dtype})",
+                src.len(),
+                self.block_size()
+            )));
+        }
+        self.check_bytes(src.len(), dst.len())?;
+        if let Some(importance) = importance {
+            if importance.len() != row {
+                return Err(Error::misuse(format!(
+                    "importance of {} columns for rows of {row} weights",
+                    importance.len()
+                )));
+            }
+            if self.weighs {
+                return Err(Error::unsupported(format!("{dtype} cannot be weighed by importance yet")));
+            }
+        }
+        encode(src, dst);
+        Ok(())
+    }
+
+    /// Decodes whole blocks. Any bytes decode to something; a NaN's sign and payload are
+    /// unspecified.
+    ///
+    /// # Errors
+    /// `Misuse` when `dst` is not whole blocks, or `src` is not exactly their bytes.
+    pub fn decode(&self, src: &[u8], dst: &mut [f32]) -> Result<()> {
+        if !dst.len().is_multiple_of(self.block_size()) {
+            return Err(Error::misuse(format!(
+                "{} weights do not fill blocks of {} ({})",
+                dst.len(),
+                self.block_size(),
+                self.dtype
+            )));
+        }
+        self.check_bytes(dst.len(), src.len())?;
+        (self.decode)(src, dst);
+        Ok(())
+    }
+
+    /// The largest `|decoded - w|` that encoding and decoding may cause for a weight `w` of
+    /// `src`, in the unit of the weights: what the type promises, worked out from the weights
+    /// themselves, rounding of the scale to f16 included. Over several blocks it is the largest
+    /// of theirs; give one block for the sharpest bound.
+    ///
+    /// Infinite where nothing is promised: weights that are not finite, or a scale beyond f16.
+    /// `None` when the type as such gives no bound.
+    pub fn error_bound(&self, src: &[f32]) -> Option<f32> {
+        let bound = self.bound?;
+        let largest = |most: f32, block: &[f32]| {
+            if block.iter().all(|w| w.is_finite()) { most.max(bound(block)) } else { f32::INFINITY }
+        };
+        Some(src.chunks(self.block_size()).fold(0.0, largest))
+    }
+
+    fn block_size(&self) -> usize {
+        self.dtype.block_size() as usize
+    }
+
+    fn check_bytes(&self, weights: usize, bytes: usize) -> Result<()> {
+        let expected = (weights / self.block_size()).checked_mul(self.dtype.type_size() as usize);
+        if expected == Some(bytes) {
+            return Ok(());
+        }
+        Err(Error::misuse(format!("{weights} weights of {} do not take {bytes} bytes", self.dtype)))
+    }
+}
+
+/// Runs `f` over pairs of `N` weights and the block that they fill.
+#[inline(always)]
+fn encode_blocks<B: bytemuck::Pod, const N: usize>(src: &[f32], dst: &mut [u8], f: impl Fn(&[f32; N], &mut B)) {
+    for (x, block) in src.as_chunks::<N>().0.iter().zip(bytemuck::cast_slice_mut(dst)) {
+        f(x, block);
+    }
+}
+
+/// Runs `f` over pairs of a block and the `N` weights that it holds.
+#[inline(always)]
+fn decode_blocks<B: bytemuck::Pod, const N: usize>(src: &[u8], dst: &mut [f32], f: impl Fn(&B, &mut [f32; N])) {
+    for (block, y) in bytemuck::cast_slice(src).iter().zip(dst.as_chunks_mut::<N>().0) {
+        f(block, y);
+    }
+}

@@ -1,0 +1,60 @@
+//! Q4_0: 32 weights in 18 bytes, one scale, codes of 4 bits around 8.
+
+use super::cast::{extreme, has_inverse, inverse, round_up, scale_error, truncate};
+use super::{Codec, decode_blocks, encode_blocks, f16_from_f32, f32_from_f16};
+use crate::tensor::DType;
+
+#[repr(C)]
+#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+pub(super) struct Block {
+    /// Scale, f16 little endian.
+    pub d: [u8; 2],
+    /// Codes: weight `j` in the low half of byte `j`, weight `j + 16` in the high half.
+    /// A weight is `d * (code - 8)`.
+    pub qs: [u8; 16],
+}
+const _: () = assert!(size_of::<Block>() as u64 == DType::Q4_0.type_size());
+
+pub(super) const SCALAR: Codec = Codec {
+    dtype: DType::Q4_0,
+    implementation: "scalar",
+    encode: Some(|src, dst| encode_blocks(src, dst, encode_block)),
+    weighs: true,
+    decode: |src, dst| decode_blocks(src, dst, decode_block),
+    bound: Some(|x| bound(x, 8.0)),
+};
+
+/// The weight farthest from zero gets code 0, so that its sign picks the sign of `d`.
+pub(super) fn encode_block(x: &[f32; 32], block: &mut Block) {
+    let d = extreme(x) / -8.0;
+    let id = inverse(d);
+    block.d = f16_from_f32(d).to_le_bytes();
+    let code = |x: f32| (truncate(x * id + 8.5) as i8).min(15) as u8;
+    let (low, high) = x.split_at(16);
+    for (q, (&low, &high)) in block.qs.iter_mut().zip(low.iter().zip(high)) {
+        *q = code(low) | code(high) << 4;
+    }
+}
+
+fn decode_block(block: &Block, y: &mut [f32; 32]) {
+    let d = f32_from_f16(u16::from_le_bytes(block.d));
+    let (low, high) = y.split_at_mut(16);
+    for ((low, high), &q) in low.iter_mut().zip(high).zip(&block.qs) {
+        *low = f32::from((q & 15) as i8 - 8) * d;
+        *high = f32::from((q >> 4) as i8 - 8) * d;
+    }
+}
+
+/// Codes reach `middle` steps on the side of the extreme weight and one step less on the other:
+/// half a step, or whatever the farthest weight of the other side lacks.
+pub(super) fn bound(x: &[f32], middle: f32) -> f32 {
+    let max = extreme(x);
+    let d = max / -middle;
+    if !has_inverse(d) {
+        return max.abs();
+    }
+    let other = x.iter().fold(0.0, |most: f32, v| most.max(v * -max.signum()));
+    let step = f64::from(d.abs());
+    let beyond = f64::from(other) - f64::from(middle - 1.0) * step;
+    round_up(beyond.max(0.5 * step) + scale_error(d, middle.into()))
+}

@@ -1,0 +1,119 @@
+//! SIMD paths for x86-64, chosen at run time.
+//!
+//! Each kernel stands once in `kernels`, over the trait [`Lanes`] of 32 weights; `avx2` and
+//! `avx512` implement the trait and nothing else. Kernels treat ordinary blocks; blocks with NaN,
+//! infinities or a scale near the ends of f32 go to the portable code, so that the bytes are the
+//! same by construction there. Each block's arithmetic keeps its order, and a product and a sum
+//! are never contracted into one rounding.
+//!
+//! On other processors the portable code serves: it vectorizes passably there, and no such
+//! machine was at hand to prove more.
+//!
+//! Functions here are `unsafe` for one reason, stated once: the CPU must have the features of the
+//! implementation. [`tables`] is the only way in, and asks the CPU first.
+#![allow(unsafe_op_in_unsafe_fn)]
+
+mod avx2;
+mod avx512;
+mod kernels;
+
+use super::{Codec, float, q4_0, q4_1, q5_0, q5_1, q8_0, tq1_0, tq2_0};
+use core::arch::x86_64::__m256i;
+
+/// The tables of the implementations that this CPU can run, the fastest last.
+pub(super) fn tables() -> impl Iterator<Item = &'static [Codec]> {
+    // The standard library caches what it asks the CPU.
+    let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("f16c");
+    let avx512 = avx2
+        && is_x86_feature_detected!("avx512f")
+        && is_x86_feature_detected!("avx512bw")
+        && is_x86_feature_detected!("avx512vl")
+        && is_x86_feature_detected!("avx512dq");
+    let avx2 = avx2.then_some(AVX2);
+    let avx512 = avx512.then_some(AVX512);
+    avx2.into_iter().chain(avx512)
+}
+
+/// 32 weights in registers; lane `i` is weight `i`.
+///
+/// # Safety
+/// Methods may be called only where the CPU has the implementor's features.
+trait Lanes: Copy {
+    unsafe fn load(x: &[f32; 32]) -> Self;
+    unsafe fn store(self, y: &mut [f32; 32]);
+    /// From halves, little endian.
+    unsafe fn load_f16(x: &[u8; 64]) -> Self;
+    /// To the nearest halves, ties to even; lanes must not be NaN.
+    unsafe fn store_f16(self, y: &mut [u8; 64]);
+    /// From signed bytes.
+    unsafe fn from_i8(q: __m256i) -> Self;
+    unsafe fn mul(self, s: f32) -> Self;
+    unsafe fn add(self, s: f32) -> Self;
+    unsafe fn abs(self) -> Self;
+    /// The larger of lanes that are zero, positive or NaN; NaN counts as larger than all.
+    unsafe fn max(self, other: Self) -> Self;
+    /// The largest lane, in the order of [`Self::max`].
+    unsafe fn reduce_max(self) -> f32;
+    /// Least and greatest lane, from `f32::MAX` down and `-f32::MAX` up, NaN passed over; the
+    /// sign of a zero is unspecified.
+    unsafe fn min_max(self) -> (f32, f32);
+    /// Bit `i` is set where lane `i` equals `s`.
+    unsafe fn eq(self, s: f32) -> u32;
+    /// Truncated to bytes: lanes from 0 to 255; NaN becomes 0.
+    unsafe fn truncate(self) -> __m256i;
+    /// Rounded half away from zero to signed bytes: lanes from -128 to 127.
+    unsafe fn round(self) -> __m256i;
+}
+
+/// One table of codecs: the portable ones with their functions replaced by instances of the
+/// kernels for one implementation of [`Lanes`].
+macro_rules! table {
+    ($table:ident, $name:literal, $lanes:ty, $features:literal) => {
+        static $table: &[Codec] = {
+            // Wraps the kernel over a run of blocks into a function with the features enabled.
+            macro_rules! encode {
+                ($kernel:ident) => {
+                    Some(|src, dst| {
+                        #[target_feature(enable = $features)]
+                        unsafe fn run(src: &[f32], dst: &mut [u8]) {
+                            kernels::$kernel::<$lanes>(src, dst);
+                        }
+                        // SAFETY: the table is handed out only after the features were detected.
+                        unsafe { run(src, dst) }
+                    })
+                };
+            }
+            macro_rules! decode {
+                ($kernel:ident) => {
+                    |src, dst| {
+                        #[target_feature(enable = $features)]
+                        unsafe fn run(src: &[u8], dst: &mut [f32]) {
+                            kernels::$kernel::<$lanes>(src, dst);
+                        }
+                        // SAFETY: the table is handed out only after the features were detected.
+                        unsafe { run(src, dst) }
+                    }
+                };
+            }
+            macro_rules! row {
+                ($base:expr, $encode:ident, $decode:ident) => {
+                    Codec { implementation: $name, encode: encode!($encode), decode: decode!($decode), ..$base }
+                };
+            }
+            &[
+                row!(float::F16, encode_f16, decode_f16),
+                row!(float::BF16, encode_bf16, decode_bf16),
+                row!(q4_0::SCALAR, encode_q4_0, decode_q4_0),
+                row!(q4_1::SCALAR, encode_q4_1, decode_q4_1),
+                row!(q5_0::SCALAR, encode_q5_0, decode_q5_0),
+                row!(q5_1::SCALAR, encode_q5_1, decode_q5_1),
+                row!(q8_0::SCALAR, encode_q8_0, decode_q8_0),
+                row!(tq1_0::SCALAR, encode_tq1_0, decode_tq1_0),
+                row!(tq2_0::SCALAR, encode_tq2_0, decode_tq2_0),
+            ]
+        };
+    };
+}
+
+table!(AVX2, "avx2", avx2::Avx2, "avx2,f16c");
+table!(AVX512, "avx512", avx512::Avx512, "avx512f,avx512bw,avx512vl,avx512dq,avx2,f16c");
