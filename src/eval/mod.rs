@@ -1,1 +1,10 @@
-//! eval
+//! What a model does, measured: logits against a reference, token parity, generated text.
+
+pub mod chat;
+#[cfg(feature = "ggml")]
+pub mod generate;
+pub mod logits;
+#[cfg(feature = "ggml")]
+pub mod parity;
+#[cfg(feature = "ggml")]
+mod probe;

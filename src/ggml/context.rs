@@ -1,0 +1,228 @@
+//! The execution of a model: tokens in, logits out.
+
+use std::marker::PhantomData;
+use std::ptr::NonNull;
+
+use llama_cpp_sys_2 as sys;
+
+use super::{Model, log};
+use crate::error::{Error, Result};
+
+/// How to execute a model.
+#[derive(Clone, Debug)]
+pub struct ContextOptions {
+    /// Most tokens that can be held; 0 takes the model's own context length.
+    pub n_ctx: u32,
+    /// Most tokens computed at once. Logits of all of them take `n_batch` times the vocabulary's
+    /// size times 4 bytes.
+    pub n_batch: u32,
+    /// Threads. One is the default: ggml's threads wait by spinning, which stalls on a busy
+    /// machine.
+    pub threads: u32,
+    /// Keep keys and values in F32 and compute attention without the fused kernel, to compare
+    /// results with an exact reference. Off means F16, as users run it.
+    pub exact: bool,
+}
+
+impl Default for ContextOptions {
+    fn default() -> Self {
+        Self { n_ctx: 0, n_batch: 512, threads: 1, exact: false }
+    }
+}
+
+/// Which logits [`Context::decode`] shall keep.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Logits {
+    /// Those of the last token.
+    Last,
+    /// Those of every token. (llama.cpp then computes the last layer for every token too.)
+    All,
+}
+
+/// The state of one sequence under a model: what it has read, and its last logits.
+#[derive(Debug)]
+pub struct Context<'m> {
+    context: NonNull<sys::llama_context>,
+    model: &'m Model,
+    n_ctx: usize,
+    n_batch: usize,
+    // Tokens decoded so far.
+    position: usize,
+    // Batch indices whose logits exist.
+    logits: std::ops::Range<usize>,
+    // Computation uses thread-local state of the library: a context may move, not be shared.
+    not_sync: PhantomData<std::cell::Cell<()>>,
+}
+
+// SAFETY: a context may be used from any thread, by one at a time; `&mut self` sees to that.
+unsafe impl Send for Context<'_> {}
+
+impl Drop for Context<'_> {
+    fn drop(&mut self) {
+        // SAFETY: ours alone; the model outlives it.
+        unsafe { sys::llama_free(self.context.as_ptr()) }
+    }
+}
+
+impl<'m> Context<'m> {
+    /// A context in which nothing has been read yet.
+    ///
+    /// # Errors
+    /// `Misuse` for a vocabulary-only model, `Unsupported` with llama.cpp's reason when it cannot
+    /// execute the model.
+    pub fn new(model: &'m Model, options: &ContextOptions) -> Result<Self> {
+        if model.vocab_only() {
+            return Err(Error::misuse("only the vocabulary was loaded; the model cannot be executed"));
+        }
+        if options.n_ctx == 0 && model.n_ctx_train() == 0 {
+            return Err(Error::unsupported("the model does not say how long its context is"));
+        }
+        log::clear();
+        let threads = i32::try_from(options.threads.max(1)).unwrap_or(i32::MAX);
+        let n_batch = options.n_batch.max(1);
+        // SAFETY: returns a plain struct of defaults.
+        let mut params = unsafe { sys::llama_context_default_params() };
+        params.n_ctx = options.n_ctx;
+        params.n_batch = n_batch;
+        params.n_ubatch = n_batch.min(512);
+        params.n_seq_max = 1;
+        params.n_threads = threads;
+        params.n_threads_batch = threads;
+        params.no_perf = true;
+        if options.exact {
+            params.type_k = sys::GGML_TYPE_F32;
+            params.type_v = sys::GGML_TYPE_F32;
+            params.flash_attn_type = sys::LLAMA_FLASH_ATTN_TYPE_DISABLED;
+        }
+        // SAFETY: the model is valid, has weights and outlives the context (`'m`); the parameters
+        // hold no pointers of ours; the function catches its exceptions and returns null.
+        let context = unsafe { sys::llama_init_from_model(model.as_ptr(), params) };
+        let context = NonNull::new(context).ok_or_else(|| {
+            Error::unsupported(format!(
+                "llama.cpp cannot execute the model: {}",
+                log::reason("no reason given")
+            ))
+        })?;
+        // SAFETY: the context is valid. llama.cpp may have rounded what was asked for.
+        let (n_ctx, n_batch) =
+            unsafe { (sys::llama_n_ctx(context.as_ptr()), sys::llama_n_batch(context.as_ptr())) };
+        Ok(Self {
+            context,
+            model,
+            n_ctx: n_ctx as usize,
+            n_batch: n_batch as usize,
+            position: 0,
+            logits: 0..0,
+            not_sync: PhantomData,
+        })
+    }
+
+    /// The model.
+    pub fn model(&self) -> &'m Model {
+        self.model
+    }
+
+    /// Most tokens it can hold.
+    pub fn n_ctx(&self) -> usize {
+        self.n_ctx
+    }
+
+    /// Most tokens of one [`Self::decode`].
+    pub fn n_batch(&self) -> usize {
+        self.n_batch
+    }
+
+    /// Tokens read so far.
+    pub fn position(&self) -> usize {
+        self.position
+    }
+
+    /// Reads `ids` after everything read before, and keeps the logits that `keep` asks for.
+    ///
+    /// # Errors
+    /// `Misuse` when `ids` is empty, longer than [`Self::n_batch`], leaves the context or holds an
+    /// id outside the vocabulary; `Unsupported` with llama.cpp's reason when it fails.
+    pub fn decode(&mut self, ids: &[i32], keep: Logits) -> Result<()> {
+        if ids.is_empty() || ids.len() > self.n_batch {
+            return Err(Error::misuse(format!(
+                "{} tokens given to decode at once, 1 to {} can be",
+                ids.len(),
+                self.n_batch
+            )));
+        }
+        if ids.len() > self.n_ctx - self.position.min(self.n_ctx) {
+            return Err(Error::misuse(format!(
+                "{} tokens after {} do not fit the context of {} tokens",
+                ids.len(),
+                self.position,
+                self.n_ctx
+            )));
+        }
+        for &id in ids {
+            self.model.check_token(id)?;
+        }
+        self.logits = 0..0;
+        let n = ids.len();
+        let mut token = ids.to_vec();
+        // Positions stay below `n_ctx`, which llama.cpp itself keeps in 32 bits.
+        let mut pos: Vec<i32> = (self.position..self.position + n).map(|p| p as i32).collect();
+        let mut n_seq_id = vec![1i32; n];
+        let mut sequence = 0i32;
+        let mut seq_id: Vec<*mut i32> = vec![&raw mut sequence; n];
+        let mut output = vec![i8::from(keep == Logits::All); n];
+        if let Some(last) = output.last_mut() {
+            *last = 1;
+        }
+        let batch = sys::llama_batch {
+            n_tokens: n as i32,
+            token: token.as_mut_ptr(),
+            embd: std::ptr::null_mut(),
+            pos: pos.as_mut_ptr(),
+            n_seq_id: n_seq_id.as_mut_ptr(),
+            seq_id: seq_id.as_mut_ptr(),
+            logits: output.as_mut_ptr(),
+        };
+        log::clear();
+        // SAFETY: the arrays hold `n` elements each and live through the call, which copies them;
+        // `n` is at most `n_batch`, and the ids are in the vocabulary.
+        let status = unsafe { sys::llama_decode(self.context.as_ptr(), batch) };
+        if status != 0 {
+            return Err(Error::unsupported(format!(
+                "llama.cpp failed to decode (status {status}): {}",
+                log::reason("no reason given")
+            )));
+        }
+        self.position += n;
+        self.logits = if keep == Logits::All { 0..n } else { n - 1..n };
+        Ok(())
+    }
+
+    /// The logits after token `i` of the last [`Self::decode`], one for every token of the
+    /// vocabulary; `None` where they were not kept, or the model has none.
+    pub fn logits(&self, i: usize) -> Option<&[f32]> {
+        if !self.logits.contains(&i) {
+            return None;
+        }
+        // SAFETY: the context is valid; `i` is a batch index whose logits were asked for.
+        let row = unsafe { sys::llama_get_logits_ith(self.context.as_ptr(), i as i32) };
+        if row.is_null() {
+            return None;
+        }
+        // SAFETY: a row has one value per token of the vocabulary, and stays as it is until the
+        // next decode, which needs `&mut self`.
+        Some(unsafe { std::slice::from_raw_parts(row, self.model.n_tokens()) })
+    }
+
+    /// Forgets everything read.
+    pub fn clear(&mut self) {
+        self.position = 0;
+        self.logits = 0..0;
+        // SAFETY: the context is valid; it may have no memory, then there is nothing to clear.
+        unsafe {
+            let memory = sys::llama_get_memory(self.context.as_ptr());
+            if !memory.is_null() {
+                sys::llama_memory_clear(memory, true);
+            }
+        }
+    }
+}
