@@ -5,6 +5,7 @@
 //! positioned read into a bounded buffer keeps resident memory bounded, and a file that shrinks
 //! meanwhile is an error instead of a signal.
 
+mod endian;
 pub mod gguf;
 pub mod safetensors;
 
@@ -14,7 +15,18 @@ use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
 use crate::sys;
-use crate::tensor::TensorInfo;
+use crate::tensor::{DType, TensorInfo};
+
+/// A tensor that is to be written: what a writer needs to lay out a file.
+#[derive(Clone, Copy, Debug)]
+pub struct TensorSpec<'a> {
+    /// Name, unique among the tensors written together.
+    pub name: &'a str,
+    /// Element or block type.
+    pub dtype: DType,
+    /// Dimensions, outermost first.
+    pub shape: &'a [u64],
+}
 
 /// An opened input file. Reads go through it, never beyond the length it had at opening.
 #[derive(Debug)]
@@ -78,6 +90,7 @@ pub struct Store {
     files: Vec<InputFile>,
     tensors: Vec<TensorInfo>,
     by_name: HashMap<String, usize>,
+    big_endian: bool,
 }
 
 impl Store {
@@ -106,7 +119,12 @@ impl Store {
                 return Err(Error::malformed(format!("tensor {:?} appears twice", t.name)).at(file.path()));
             }
         }
-        Ok(Self { files, tensors, by_name })
+        Ok(Self { files, tensors, by_name, big_endian: false })
+    }
+
+    /// Declares the data big-endian: [`Self::read`] then turns every element round.
+    pub(crate) fn into_big_endian(self) -> Self {
+        Self { big_endian: true, ..self }
     }
 
     /// All files.
@@ -124,10 +142,13 @@ impl Store {
         self.by_name.get(name).map(|&i| &self.tensors[i])
     }
 
-    /// Fills `buf` from byte `offset` of the tensor's data.
+    /// Fills `buf` from byte `offset` of the tensor's data; the data is little-endian whatever
+    /// the file's byte order.
     ///
     /// # Errors
-    /// `Malformed` when the range leaves the tensor, `Io` when the read fails.
+    /// `Malformed` when the range leaves the tensor, `Io` when the read fails. For a big-endian
+    /// file also `Unsupported` when the block type has no defined big-endian layout, and `Misuse`
+    /// when the range is not whole blocks.
     pub fn read(&self, tensor: &TensorInfo, offset: u64, buf: &mut [u8]) -> Result<()> {
         if offset.checked_add(buf.len() as u64).is_none_or(|end| end > tensor.nbytes) {
             return Err(Error::malformed(format!(
@@ -137,7 +158,20 @@ impl Store {
                 tensor.nbytes
             )));
         }
-        self.files[tensor.file].read_at(tensor.offset + offset, buf)
+        let file = self.files.get(tensor.file);
+        let at = tensor.offset.checked_add(offset);
+        let (Some(file), Some(at)) = (file, at) else {
+            return Err(Error::misuse(format!("tensor {:?} is not of this store", tensor.name)));
+        };
+        file.read_at(at, buf)?;
+        if self.big_endian {
+            if !offset.is_multiple_of(tensor.dtype.type_size()) {
+                return Err(Error::misuse(format!("offset {offset} is within a block of {}", tensor.dtype)));
+            }
+            endian::swap(tensor.dtype, buf)
+                .map_err(|e| e.context(format_args!("tensor {:?}", tensor.name)))?;
+        }
+        Ok(())
     }
 
     /// All bytes of a small tensor.

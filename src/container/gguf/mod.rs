@@ -1,6 +1,14 @@
-//! GGUF: ggml's file format, versions 2 and 3 read, version 3 written.
-//! The bytes are described in `formats/spec/gguf.md`.
+//! GGUF, ggml's file format: metadata, tensor table, data. The bytes are described in
+//! `formats/spec/gguf.md`.
+//!
+//! [`Gguf::open`] reads a file or a split set; [`write::Layout`] plans a file to write.
 
+mod cursor;
+mod layout;
+mod read;
 mod value;
+pub mod write;
 
+pub use layout::{DEFAULT_ALIGNMENT, MAGIC, shard_name, split_shard_name};
+pub use read::Gguf;
 pub use value::{Array, Metadata, Value, ValueType};

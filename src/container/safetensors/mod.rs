@@ -1,1 +1,8 @@
-//! Safetensors: Hugging Face's tensor format, single files and shards with an index.
+//! Safetensors: Hugging Face's tensor format, single files and shards with an index. The bytes
+//! are described in `formats/spec/safetensors.md`.
+
+mod header;
+mod read;
+pub mod write;
+
+pub use read::{INDEX_FILE, SafeTensors, open};

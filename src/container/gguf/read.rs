@@ -1,0 +1,308 @@
+//! Opens GGUF files: versions 2 and 3, both byte orders, single or split.
+
+use std::collections::HashSet;
+use std::path::Path;
+
+use crate::container::{InputFile, Store};
+use crate::error::{Error, ErrorKind, Result};
+use crate::limits::Limits;
+use crate::tensor::{DType, TensorInfo};
+
+use super::cursor::Cursor;
+use super::layout::{
+    KEY_SPLIT_COUNT, KEY_SPLIT_NO, KEY_SPLIT_TENSORS, MAGIC, MAX_DIMS, MAX_KEY, MAX_NAME, MIN_ENTRY,
+    MIN_INFO, VERSION, align_up, alignment, check_key, shard_name, split_shard_name,
+};
+use super::value::Metadata;
+
+/// An opened GGUF file, or all shards of a split one.
+#[derive(Debug)]
+pub struct Gguf {
+    /// Version of the format: 2 or 3.
+    pub version: u32,
+    /// Whether numbers in the file are big-endian. [`Store::read`] delivers little-endian data.
+    pub big_endian: bool,
+    /// Alignment of tensor data in bytes, a power of two.
+    pub alignment: u32,
+    /// The first shard's metadata. Of a split set the `split.*` entries are left out: the
+    /// tensors here are whole again.
+    pub metadata: Metadata,
+    /// All tensors, in file order, shard after shard.
+    pub store: Store,
+    /// Where the tensor data of the first shard begins, in bytes.
+    pub data_offset: u64,
+    /// Bytes behind the last tensor (and its padding) that belong to nothing, over all shards.
+    pub trailing_bytes: u64,
+    /// Number of files.
+    pub shards: usize,
+}
+
+/// One file's header.
+struct Header {
+    version: u32,
+    big_endian: bool,
+    alignment: u32,
+    metadata: Metadata,
+    tensors: Vec<TensorInfo>,
+    data_offset: u64,
+    trailing_bytes: u64,
+}
+
+/// What a shard says of its place.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Split {
+    no: u64,
+    count: u64,
+    tensors: u64,
+}
+
+impl Gguf {
+    /// Opens `path`; of a split set any shard, the others are found beside it by their names.
+    ///
+    /// # Errors
+    /// `Io` when a file or shard cannot be read, `Malformed`, `Unsupported` (version 1, unknown
+    /// tensor types) and `Limit` as `formats/spec/gguf.md` lists.
+    pub fn open(path: impl AsRef<Path>, limits: &Limits) -> Result<Self> {
+        let path = path.as_ref();
+        let (file, header) = Header::open(path, limits)?;
+        let shards = match header.split().map_err(|e| e.at(path))? {
+            None => vec![(file, header)],
+            Some(split) => open_shards(path, (file, header), split, limits)?,
+        };
+        let mut files = Vec::with_capacity(shards.len());
+        let mut tensors = Vec::new();
+        let mut trailing_bytes = 0u64;
+        let mut first: Option<Header> = None;
+        for (i, (file, mut shard)) in shards.into_iter().enumerate() {
+            tensors.extend(shard.tensors.drain(..).map(|t| TensorInfo { file: i, ..t }));
+            trailing_bytes = trailing_bytes.saturating_add(shard.trailing_bytes);
+            if first.as_ref().is_some_and(|f| f.big_endian != shard.big_endian) {
+                return Err(Error::malformed("its byte order is not that of the first shard").at(file.path()));
+            }
+            files.push(file);
+            first.get_or_insert(shard);
+        }
+        let mut first = first.ok_or_else(|| Error::malformed("no shards").at(path))?;
+        for key in [KEY_SPLIT_NO, KEY_SPLIT_COUNT, KEY_SPLIT_TENSORS] {
+            first.metadata.remove(key);
+        }
+        let shards = files.len();
+        let store = Store::new(files, tensors)?;
+        Ok(Self {
+            version: first.version,
+            big_endian: first.big_endian,
+            alignment: first.alignment,
+            metadata: first.metadata,
+            store: if first.big_endian { store.into_big_endian() } else { store },
+            data_offset: first.data_offset,
+            trailing_bytes,
+            shards,
+        })
+    }
+}
+
+/// All shards in order; `given` is the one that was named.
+fn open_shards(
+    path: &Path,
+    given: (InputFile, Header),
+    split: Split,
+    limits: &Limits,
+) -> Result<Vec<(InputFile, Header)>> {
+    if split.count > limits.shards {
+        return Err(
+            Error::limit(format!("{} shards, at most {} are allowed", split.count, limits.shards)).at(path)
+        );
+    }
+    let name = path.file_name().and_then(|n| n.to_str()).unwrap_or_default();
+    let prefix = match split_shard_name(name) {
+        Some((prefix, no, count)) if (no, count) == (split.no, split.count) => prefix,
+        _ => {
+            return Err(Error::malformed(format!(
+                "is shard {} of {}, but its name does not say so",
+                split.no + 1,
+                split.count
+            ))
+            .at(path)
+            .hint(format!(
+                "shards are found by name: rename it to {}",
+                shard_name("NAME", split.no, split.count)
+            )));
+        }
+    };
+    let mut given = Some(given);
+    let mut shards = Vec::new();
+    for no in 0..split.count {
+        let (file, header) = match given.take_if(|_| no == split.no) {
+            Some(shard) => shard,
+            None => {
+                let sibling = path.with_file_name(shard_name(prefix, no, split.count));
+                Header::open(&sibling, limits).map_err(|e| {
+                    let missing = e.kind() == ErrorKind::Io;
+                    let e = e.context(format_args!("shard {} of {}", no + 1, split.count));
+                    if missing { e.hint("all shards must lie in one directory") } else { e }
+                })?
+            }
+        };
+        if header.split().map_err(|e| e.at(file.path()))? != Some(Split { no, ..split }) {
+            return Err(Error::malformed(format!(
+                "its split.* metadata do not make it shard {} of {} with {} tensors in all",
+                no + 1,
+                split.count,
+                split.tensors
+            ))
+            .at(file.path()));
+        }
+        shards.push((file, header));
+    }
+    let found: u64 = shards.iter().map(|(_, h)| h.tensors.len() as u64).sum();
+    if found != split.tensors {
+        return Err(Error::malformed(format!(
+            "the shards hold {found} tensors, {KEY_SPLIT_TENSORS} promises {}",
+            split.tensors
+        ))
+        .at(path));
+    }
+    Ok(shards)
+}
+
+impl Header {
+    fn open(path: &Path, limits: &Limits) -> Result<(InputFile, Self)> {
+        let file = InputFile::open(path)?;
+        let header = Self::parse(&file, limits).map_err(|e| e.at(path))?;
+        Ok((file, header))
+    }
+
+    fn parse(file: &InputFile, limits: &Limits) -> Result<Self> {
+        let mut c = Cursor::new(file, limits);
+        let magic = [c.u8()?, c.u8()?, c.u8()?, c.u8()?];
+        if magic != MAGIC {
+            return Err(Error::unsupported("is no GGUF file: it does not begin with \"GGUF\""));
+        }
+        // Little-endian versions are small numbers; read the other way round they are huge.
+        let mut version = c.u32()?;
+        if version & 0xffff == 0 {
+            c.big_endian = true;
+            version = version.swap_bytes();
+        }
+        match version {
+            2 | VERSION => {}
+            0 | 1 => {
+                return Err(Error::unsupported(format!("GGUF version {version} is too old"))
+                    .hint("versions 2 and 3 are read; make the file anew from its source"));
+            }
+            _ => {
+                return Err(Error::unsupported(format!("GGUF version {version} is newer than this program")));
+            }
+        }
+        let (n_tensors, n_entries) = (c.u64()?, c.u64()?);
+        if n_tensors > limits.tensors {
+            return Err(Error::limit(format!("{n_tensors} tensors, at most {} are allowed", limits.tensors)));
+        }
+        if n_entries > limits.metadata_entries {
+            let most = limits.metadata_entries;
+            return Err(Error::limit(format!("{n_entries} metadata entries, at most {most} are allowed")));
+        }
+        c.expect(n_entries, MIN_ENTRY, "metadata entries")?;
+        let mut metadata = Metadata::default();
+        for i in 0..n_entries {
+            let key = c.string(MAX_KEY).map_err(|e| e.context(format_args!("metadata entry {i}")))?;
+            let key = String::from_utf8(key)
+                .map_err(|_| Error::malformed(format!("the key of metadata entry {i} is not UTF-8")))?;
+            check_key(&key)?;
+            let value = c.value().map_err(|e| e.context(format_args!("metadata {key:?}")))?;
+            if metadata.get(&key).is_some() {
+                return Err(Error::malformed(format!("metadata {key:?} appears twice")));
+            }
+            metadata.set(key, value);
+        }
+        let alignment = alignment(&metadata)?;
+        c.expect(n_tensors, MIN_INFO, "tensor infos")?;
+        let mut tensors = Vec::with_capacity(n_tensors as usize);
+        for i in 0..n_tensors {
+            tensors.push(tensor_info(&mut c, alignment).map_err(|e| e.context(format_args!("tensor {i}")))?);
+        }
+        let data_offset =
+            align_up(c.pos(), alignment).ok_or_else(|| Error::malformed("the header overflows"))?;
+        let end = place(&mut tensors, data_offset, alignment, file.len())?;
+        let trailing_bytes = file.len().saturating_sub(end);
+        let big_endian = c.big_endian;
+        Ok(Self { version, big_endian, alignment, metadata, tensors, data_offset, trailing_bytes })
+    }
+
+    fn split(&self) -> Result<Option<Split>> {
+        let Some(count) = self.metadata.u64(KEY_SPLIT_COUNT).filter(|n| *n > 1) else { return Ok(None) };
+        let get = |key: &str| {
+            self.metadata
+                .u64(key)
+                .ok_or_else(|| Error::malformed(format!("is a shard, but {key} is missing")))
+        };
+        let split = Split { no: get(KEY_SPLIT_NO)?, count, tensors: get(KEY_SPLIT_TENSORS)? };
+        if split.no >= count {
+            return Err(Error::malformed(format!("{KEY_SPLIT_NO} is {}, of {count} shards", split.no)));
+        }
+        Ok(Some(split))
+    }
+}
+
+/// Name, shape, type and relative offset.
+fn tensor_info(c: &mut Cursor<'_>, alignment: u32) -> Result<TensorInfo> {
+    let name = c.string(MAX_KEY)?;
+    let name = String::from_utf8(name).map_err(|_| Error::malformed("its name is not UTF-8"))?;
+    if name.is_empty() || name.len() > MAX_NAME || name.contains('\0') {
+        return Err(Error::malformed(format!(
+            "its name {name:?} has {} bytes; 1 to {MAX_NAME} without NUL are allowed",
+            name.len()
+        )));
+    }
+    let context = |e: Error| e.context(format_args!("{name:?}"));
+    let n_dims = c.u32()?;
+    if n_dims > MAX_DIMS {
+        return Err(context(Error::malformed(format!(
+            "{n_dims} dimensions, at most {MAX_DIMS} are allowed"
+        ))));
+    }
+    let mut shape = (0..n_dims).map(|_| c.u64()).collect::<Result<Vec<_>>>()?;
+    shape.reverse();
+    let id = c.u32()?;
+    let dtype = DType::from_ggml_id(id)
+        .ok_or_else(|| context(Error::unsupported(format!("tensor type {id} is not known"))))?;
+    let offset = c.u64()?;
+    if !offset.is_multiple_of(u64::from(alignment)) {
+        return Err(context(Error::malformed(format!("offset {offset} is no multiple of {alignment}"))));
+    }
+    let nbytes = dtype.nbytes(&shape).map_err(context)?;
+    Ok(TensorInfo { name, dtype, shape, file: 0, offset, nbytes })
+}
+
+/// Turns relative offsets into absolute ones; refuses tensors that overlap or leave the file.
+/// Returns where the last tensor's padding ends.
+fn place(tensors: &mut [TensorInfo], data_offset: u64, alignment: u32, len: u64) -> Result<u64> {
+    let mut names = HashSet::with_capacity(tensors.len());
+    for t in tensors.iter_mut() {
+        if !names.insert(t.name.clone()) {
+            return Err(Error::malformed(format!("tensor {:?} appears twice", t.name)));
+        }
+        let end = t.offset.checked_add(data_offset).and_then(|at| {
+            t.offset = at;
+            at.checked_add(t.nbytes)
+        });
+        if end.is_none_or(|end| end > len) {
+            return Err(Error::malformed(format!(
+                "tensor {:?} takes {} bytes from byte {}, the file has {len}",
+                t.name, t.nbytes, t.offset
+            ))
+            .hint("the file is cut short: fetch it again"));
+        }
+    }
+    let mut order: Vec<&TensorInfo> = tensors.iter().collect();
+    order.sort_by_key(|t| (t.offset, t.nbytes));
+    for pair in order.windows(2) {
+        if let [a, b] = pair
+            && a.offset + a.nbytes > b.offset
+        {
+            return Err(Error::malformed(format!("tensors {:?} and {:?} overlap", a.name, b.name)));
+        }
+    }
+    let end = order.last().map_or(data_offset, |t| t.offset + t.nbytes);
+    Ok(align_up(end, alignment).unwrap_or(end))
+}

@@ -1,0 +1,168 @@
+//! The JSON header of one file, checked before anything is believed.
+
+use std::fmt;
+
+use indexmap::IndexMap;
+use serde::Deserialize;
+use serde::de::{Deserializer, Error as _, MapAccess, Visitor};
+
+use crate::container::InputFile;
+use crate::error::{Error, Result};
+use crate::limits::Limits;
+use crate::tensor::{DType, TensorInfo};
+
+/// Longest header that the format's own library reads, in bytes.
+const MAX_HEADER: u64 = 100_000_000;
+
+/// Entries of a JSON object in file order; a key that comes twice is an error, where `serde_json`
+/// would keep the last.
+pub(super) struct Unique<V>(pub IndexMap<String, V>);
+
+impl<'de, V: Deserialize<'de>> Deserialize<'de> for Unique<V> {
+    fn deserialize<D: Deserializer<'de>>(d: D) -> std::result::Result<Self, D::Error> {
+        struct Entries<V>(std::marker::PhantomData<V>);
+        impl<'de, V: Deserialize<'de>> Visitor<'de> for Entries<V> {
+            type Value = Unique<V>;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a JSON object")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> std::result::Result<Self::Value, A::Error> {
+                let mut entries = IndexMap::new();
+                while let Some(key) = map.next_key::<String>()? {
+                    if entries.contains_key(&key) {
+                        return Err(A::Error::custom(format!("{key:?} appears twice")));
+                    }
+                    entries.insert(key, map.next_value()?);
+                }
+                Ok(Unique(entries))
+            }
+        }
+        d.deserialize_map(Entries(std::marker::PhantomData))
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Entry {
+    dtype: String,
+    shape: Vec<u64>,
+    data_offsets: (u64, u64),
+}
+
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Item {
+    Tensor(Entry),
+    Metadata(IndexMap<String, String>),
+}
+
+/// Tensors of one file, ordered by name, and its `__metadata__`.
+pub(super) struct Header {
+    pub tensors: Vec<TensorInfo>,
+    pub metadata: IndexMap<String, String>,
+}
+
+impl Header {
+    /// Reads and checks the header of `file`, whose number among the shards is `number`.
+    pub fn read(file: &InputFile, number: usize, limits: &Limits) -> Result<Self> {
+        Self::parse(file, number, limits).map_err(|e| e.at(file.path()))
+    }
+
+    fn parse(file: &InputFile, number: usize, limits: &Limits) -> Result<Self> {
+        let mut len = [0; 8];
+        if file.len() < 8 {
+            return Err(Error::malformed(format!("is no safetensors file: it has {} bytes", file.len())));
+        }
+        file.read_at(0, &mut len)?;
+        let len = u64::from_le_bytes(len);
+        let data = len.checked_add(8).filter(|d| *d <= file.len());
+        let Some(data) = data else {
+            return Err(Error::malformed(format!(
+                "its header should have {len} bytes, the file has {}",
+                file.len()
+            ))
+            .hint("the file is cut short, or no safetensors file"));
+        };
+        if len > MAX_HEADER.min(limits.header_bytes) {
+            return Err(Error::limit(format!(
+                "its header has {len} bytes, at most {MAX_HEADER} are allowed"
+            )));
+        }
+        let mut json = vec![0; len as usize];
+        file.read_at(8, &mut json)?;
+        if json.first() != Some(&b'{') {
+            return Err(Error::malformed("is no safetensors file: its header does not begin with \"{\""));
+        }
+        let items: Unique<Item> = serde_json::from_slice(&json)
+            .map_err(|e| Error::malformed(format!("its header is faulty: {e}")))?;
+        if items.0.len() as u64 > limits.tensors {
+            return Err(Error::limit(format!(
+                "{} tensors, at most {} are allowed",
+                items.0.len(),
+                limits.tensors
+            )));
+        }
+        let mut header = Self { tensors: Vec::with_capacity(items.0.len()), metadata: IndexMap::new() };
+        for (name, item) in items.0 {
+            match item {
+                Item::Metadata(map) if name == "__metadata__" => header.metadata = map,
+                Item::Tensor(entry) if name != "__metadata__" => {
+                    let info = entry
+                        .info(&name, number, data)
+                        .map_err(|e| e.context(format_args!("tensor {name:?}")))?;
+                    header.tensors.push(info);
+                }
+                _ => return Err(Error::malformed(format!("{name:?} is neither a tensor nor metadata"))),
+            }
+        }
+        header.check_tiling(data, file.len())?;
+        header.tensors.sort_by(|a, b| a.name.cmp(&b.name));
+        Ok(header)
+    }
+
+    /// Tensors must cover the data without gap, overlap or rest: nothing can hide there.
+    fn check_tiling(&mut self, data: u64, len: u64) -> Result<()> {
+        self.tensors.sort_by_key(|t| (t.offset, t.nbytes));
+        let mut end = data;
+        for t in &self.tensors {
+            if t.offset != end {
+                let what = if t.offset < end { "overlaps the one before" } else { "leaves a gap before it" };
+                return Err(Error::malformed(format!(
+                    "tensor {:?} {what}: it begins at {}, not {end}",
+                    t.name, t.offset
+                )));
+            }
+            end = t.offset.saturating_add(t.nbytes);
+        }
+        if end > len {
+            return Err(Error::malformed(format!("its tensors end at byte {end}, the file has {len}"))
+                .hint("the file is cut short: fetch it again"));
+        }
+        if end < len {
+            return Err(Error::malformed(format!(
+                "{} bytes behind its last tensor belong to nothing",
+                len - end
+            )));
+        }
+        Ok(())
+    }
+}
+
+impl Entry {
+    fn info(self, name: &str, file: usize, data: u64) -> Result<TensorInfo> {
+        let dtype = DType::from_safetensors_name(&self.dtype)
+            .ok_or_else(|| Error::unsupported(format!("its type {:?} is not known", self.dtype)))?;
+        let nbytes = dtype.nbytes(&self.shape)?;
+        let (begin, end) = self.data_offsets;
+        if end.checked_sub(begin) != Some(nbytes) {
+            return Err(Error::malformed(format!(
+                "{dtype} of shape {:?} takes {nbytes} bytes, its offsets are {begin} to {end}",
+                self.shape
+            )));
+        }
+        let offset = data.checked_add(begin).ok_or_else(|| Error::malformed("its offset overflows"))?;
+        Ok(TensorInfo { name: name.into(), dtype, shape: self.shape, file, offset, nbytes })
+    }
+}
