@@ -230,7 +230,12 @@ fn halves_convert_as_in_ggml() {
                 let mut dst = [0.0; 33];
                 codec.decode(&bits.to_le_bytes().repeat(33), &mut dst).unwrap();
                 for y in [dst[0], dst[32]] {
-                    assert_eq!(y.to_bits(), expected[0].to_bits(), "{dtype} {bits:#06x} {}", codec.implementation);
+                    assert_eq!(
+                        y.to_bits(),
+                        expected[0].to_bits(),
+                        "{dtype} {bits:#06x} {}",
+                        codec.implementation
+                    );
                 }
             }
         }

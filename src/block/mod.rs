@@ -5,7 +5,7 @@
 //! implementations of a type write the same bytes: those of the linked ggml's
 //! `ggml_quantize_chunk`, for every input, NaN and infinities included.
 //!
-//! Adding a type: one file here with a `SCALAR` codec, one row in [`SCALAR`], one section of the
+//! Adding a type: one file here with a `SCALAR` codec, one row in the table `SCALAR`, one section of the
 //! specification. A SIMD path is a kernel in `simd/kernels.rs` and its row in `simd/mod.rs`.
 
 mod cast;
@@ -41,6 +41,11 @@ static SCALAR: &[Codec] = &[
     tq2_0::SCALAR,
 ];
 
+/// Weights of whole blocks, and exactly their bytes.
+type EncodeFn = fn(&[f32], &mut [u8]);
+/// Bytes of whole blocks, and exactly their weights.
+type DecodeFn = fn(&[u8], &mut [f32]);
+
 /// One implementation of the bytes of one type.
 ///
 /// The functions behind it are handed whole blocks and matching lengths only.
@@ -51,11 +56,11 @@ pub struct Codec {
     /// Which implementation this is: `scalar`, `avx2`, `avx512`.
     pub implementation: &'static str,
     /// Weights to blocks, each block by itself; `None` where the type is only read.
-    encode: Option<fn(&[f32], &mut [u8])>,
+    encode: Option<EncodeFn>,
     /// Whether ggml's encoder of this type weighs its errors by importance.
     weighs: bool,
     /// Blocks to weights.
-    decode: fn(&[u8], &mut [f32]),
+    decode: DecodeFn,
     /// The largest error that encoding one block of finite weights can make; `None` where the
     /// type promises none.
     bound: Option<fn(&[f32]) -> f32>,
@@ -93,7 +98,8 @@ impl Codec {
     /// read, or would have to heed `importance`.
     pub fn encode(&self, src: &[f32], row: usize, importance: Option<&[f32]>, dst: &mut [u8]) -> Result<()> {
         let dtype = self.dtype;
-        let encode = self.encode.ok_or_else(|| Error::unsupported(format!("{dtype} can be read, not written")))?;
+        let encode =
+            self.encode.ok_or_else(|| Error::unsupported(format!("{dtype} can be read, not written")))?;
         if row == 0 || !src.len().is_multiple_of(row) || !row.is_multiple_of(self.block_size()) {
             return Err(Error::misuse(format!(
                 "{} weights are not rows of {row} that fill blocks of {} ({dtype})",
@@ -164,18 +170,20 @@ impl Codec {
     }
 }
 
-/// Runs `f` over pairs of `N` weights and the block that they fill.
+/// Pairs of `N` weights and the block that they fill.
 #[inline(always)]
-fn encode_blocks<B: bytemuck::Pod, const N: usize>(src: &[f32], dst: &mut [u8], f: impl Fn(&[f32; N], &mut B)) {
-    for (x, block) in src.as_chunks::<N>().0.iter().zip(bytemuck::cast_slice_mut(dst)) {
-        f(x, block);
-    }
+fn encode_pairs<'a, B: bytemuck::Pod, const N: usize>(
+    src: &'a [f32],
+    dst: &'a mut [u8],
+) -> impl Iterator<Item = (&'a [f32; N], &'a mut B)> {
+    src.as_chunks::<N>().0.iter().zip(bytemuck::cast_slice_mut(dst))
 }
 
-/// Runs `f` over pairs of a block and the `N` weights that it holds.
+/// Pairs of a block and the `N` weights that it holds.
 #[inline(always)]
-fn decode_blocks<B: bytemuck::Pod, const N: usize>(src: &[u8], dst: &mut [f32], f: impl Fn(&B, &mut [f32; N])) {
-    for (block, y) in bytemuck::cast_slice(src).iter().zip(dst.as_chunks_mut::<N>().0) {
-        f(block, y);
-    }
+fn decode_pairs<'a, B: bytemuck::Pod, const N: usize>(
+    src: &'a [u8],
+    dst: &'a mut [f32],
+) -> impl Iterator<Item = (&'a B, &'a mut [f32; N])> {
+    bytemuck::cast_slice(src).iter().zip(dst.as_chunks_mut::<N>().0)
 }

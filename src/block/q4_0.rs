@@ -1,7 +1,7 @@
 //! Q4_0: 32 weights in 18 bytes, one scale, codes of 4 bits around 8.
 
 use super::cast::{extreme, has_inverse, inverse, round_up, scale_error, truncate};
-use super::{Codec, decode_blocks, encode_blocks, f16_from_f32, f32_from_f16};
+use super::{Codec, decode_pairs, encode_pairs, f16_from_f32, f32_from_f16};
 use crate::tensor::DType;
 
 #[repr(C)]
@@ -18,9 +18,9 @@ const _: () = assert!(size_of::<Block>() as u64 == DType::Q4_0.type_size());
 pub(super) const SCALAR: Codec = Codec {
     dtype: DType::Q4_0,
     implementation: "scalar",
-    encode: Some(|src, dst| encode_blocks(src, dst, encode_block)),
+    encode: Some(|src, dst| encode_pairs(src, dst).for_each(|(x, block)| encode_block(x, block))),
     weighs: true,
-    decode: |src, dst| decode_blocks(src, dst, decode_block),
+    decode: |src, dst| decode_pairs(src, dst).for_each(|(block, y)| decode_block(block, y)),
     bound: Some(|x| bound(x, 8.0)),
 };
 

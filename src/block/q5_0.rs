@@ -1,7 +1,7 @@
 //! Q5_0: 32 weights in 22 bytes, one scale, codes of 5 bits around 16.
 
 use super::cast::{extreme, inverse, truncate};
-use super::{Codec, decode_blocks, encode_blocks, f16_from_f32, f32_from_f16};
+use super::{Codec, decode_pairs, encode_pairs, f16_from_f32, f32_from_f16};
 use crate::tensor::DType;
 
 #[repr(C)]
@@ -20,9 +20,9 @@ const _: () = assert!(size_of::<Block>() as u64 == DType::Q5_0.type_size());
 pub(super) const SCALAR: Codec = Codec {
     dtype: DType::Q5_0,
     implementation: "scalar",
-    encode: Some(|src, dst| encode_blocks(src, dst, encode_block)),
+    encode: Some(|src, dst| encode_pairs(src, dst).for_each(|(x, block)| encode_block(x, block))),
     weighs: true,
-    decode: |src, dst| decode_blocks(src, dst, decode_block),
+    decode: |src, dst| decode_pairs(src, dst).for_each(|(block, y)| decode_block(block, y)),
     bound: Some(|x| super::q4_0::bound(x, 16.0)),
 };
 

@@ -2,7 +2,7 @@
 
 use super::cast::{inverse, min_max, truncate};
 use super::q5_0::{pack, unpack};
-use super::{Codec, decode_blocks, encode_blocks, f16_from_f32, f32_from_f16};
+use super::{Codec, decode_pairs, encode_pairs, f16_from_f32, f32_from_f16};
 use crate::tensor::DType;
 
 #[repr(C)]
@@ -23,9 +23,9 @@ const _: () = assert!(size_of::<Block>() as u64 == DType::Q5_1.type_size());
 pub(super) const SCALAR: Codec = Codec {
     dtype: DType::Q5_1,
     implementation: "scalar",
-    encode: Some(|src, dst| encode_blocks(src, dst, encode_block)),
+    encode: Some(|src, dst| encode_pairs(src, dst).for_each(|(x, block)| encode_block(x, block))),
     weighs: true,
-    decode: |src, dst| decode_blocks(src, dst, decode_block),
+    decode: |src, dst| decode_pairs(src, dst).for_each(|(block, y)| decode_block(block, y)),
     bound: Some(|x| super::q4_1::bound(x, 31.0)),
 };
 

@@ -1,7 +1,7 @@
 //! Q8_0: 32 weights in 34 bytes, one scale, codes of 8 bits around zero.
 
 use super::cast::{abs_max, has_inverse, inverse, round_up, scale_error, truncate};
-use super::{Codec, decode_blocks, encode_blocks, f16_from_f32, f32_from_f16};
+use super::{Codec, decode_pairs, encode_pairs, f16_from_f32, f32_from_f16};
 use crate::tensor::DType;
 
 #[repr(C)]
@@ -17,9 +17,9 @@ const _: () = assert!(size_of::<Block>() as u64 == DType::Q8_0.type_size());
 pub(super) const SCALAR: Codec = Codec {
     dtype: DType::Q8_0,
     implementation: "scalar",
-    encode: Some(|src, dst| encode_blocks(src, dst, encode_block)),
+    encode: Some(|src, dst| encode_pairs(src, dst).for_each(|(x, block)| encode_block(x, block))),
     weighs: false,
-    decode: |src, dst| decode_blocks(src, dst, decode_block),
+    decode: |src, dst| decode_pairs(src, dst).for_each(|(block, y)| decode_block(block, y)),
     bound: Some(bound),
 };
 

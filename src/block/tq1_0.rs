@@ -1,7 +1,7 @@
 //! TQ1_0: 256 weights in 54 bytes, one scale, five ternary codes in a byte.
 
 use super::cast::{abs_max, inverse, round};
-use super::{Codec, decode_blocks, encode_blocks, f16_from_f32, f32_from_f16};
+use super::{Codec, decode_pairs, encode_pairs, f16_from_f32, f32_from_f16};
 use crate::tensor::DType;
 
 #[repr(C)]
@@ -19,14 +19,14 @@ pub(super) struct Block {
 const _: () = assert!(size_of::<Block>() as u64 == DType::TQ1_0.type_size());
 
 /// The runs of bytes that share a layout: bytes in the run, digits used of each.
-pub(super) const RUNS: [(usize, usize); 3] = [(32, 5), (16, 5), (4, 4)];
+const RUNS: [(usize, usize); 3] = [(32, 5), (16, 5), (4, 4)];
 
 pub(super) const SCALAR: Codec = Codec {
     dtype: DType::TQ1_0,
     implementation: "scalar",
-    encode: Some(|src, dst| encode_blocks(src, dst, encode_block)),
+    encode: Some(|src, dst| encode_pairs(src, dst).for_each(|(x, block)| encode_block(x, block))),
     weighs: false,
-    decode: |src, dst| decode_blocks(src, dst, decode_block),
+    decode: |src, dst| decode_pairs(src, dst).for_each(|(block, y)| decode_block(block, y)),
     bound: Some(super::tq2_0::bound),
 };
 
@@ -65,7 +65,7 @@ fn decode_block(block: &Block, y: &mut [f32; 256]) {
         let mut power = 1u8;
         for y in head.chunks_exact_mut(width) {
             for (y, byte) in y.iter_mut().zip(run) {
-                let digit = u16::from(byte.wrapping_mul(power)) * 3 >> 8;
+                let digit = (u16::from(byte.wrapping_mul(power)) * 3) >> 8;
                 *y = f32::from(digit as i8 - 1) * d;
             }
             power = power.wrapping_mul(3);

@@ -1,7 +1,7 @@
 //! TQ2_0: 256 weights in 66 bytes, one scale, ternary codes of 2 bits each.
 
 use super::cast::{abs_max, has_inverse, inverse, round, round_up, scale_error};
-use super::{Codec, decode_blocks, encode_blocks, f16_from_f32, f32_from_f16};
+use super::{Codec, decode_pairs, encode_pairs, f16_from_f32, f32_from_f16};
 use crate::tensor::DType;
 
 #[repr(C)]
@@ -18,9 +18,9 @@ const _: () = assert!(size_of::<Block>() as u64 == DType::TQ2_0.type_size());
 pub(super) const SCALAR: Codec = Codec {
     dtype: DType::TQ2_0,
     implementation: "scalar",
-    encode: Some(|src, dst| encode_blocks(src, dst, encode_block)),
+    encode: Some(|src, dst| encode_pairs(src, dst).for_each(|(x, block)| encode_block(x, block))),
     weighs: false,
-    decode: |src, dst| decode_blocks(src, dst, decode_block),
+    decode: |src, dst| decode_pairs(src, dst).for_each(|(block, y)| decode_block(block, y)),
     bound: Some(bound),
 };
 

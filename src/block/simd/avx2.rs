@@ -1,38 +1,89 @@
 //! 32 weights in four registers of AVX2.
 
-use super::Lanes;
+use super::{Decode, Encode};
 use core::arch::x86_64::*;
 
 #[derive(Clone, Copy)]
 pub(super) struct Avx2([__m256; 4]);
 
-impl Avx2 {
-    #[inline(always)]
-    unsafe fn each(self, f: impl Fn(__m256) -> __m256) -> Self {
-        Self([f(self.0[0]), f(self.0[1]), f(self.0[2]), f(self.0[3])])
-    }
+/// The same expression for each of the four registers.
+macro_rules! each {
+    ($lanes:expr, $v:ident => $result:expr) => {{
+        let [a, b, c, d] = $lanes.0;
+        Avx2([each!(a, $v, $result), each!(b, $v, $result), each!(c, $v, $result), each!(d, $v, $result)])
+    }};
+    ($register:ident, $v:ident, $result:expr) => {{
+        let $v = $register;
+        $result
+    }};
 }
 
-#[inline(always)]
-unsafe fn max_bits(a: __m256, b: __m256) -> __m256 {
-    _mm256_castsi256_ps(_mm256_max_epi32(_mm256_castps_si256(a), _mm256_castps_si256(b)))
-}
-
-#[inline(always)]
-unsafe fn abs(v: __m256) -> __m256 {
-    _mm256_andnot_ps(_mm256_set1_ps(-0.0), v)
-}
-
-/// The lower half combined with the upper, then again, down to one lane.
+/// The lower half of a register combined with the upper, then again, down to one lane.
 macro_rules! reduce {
-    ($v:expr, $op:expr) => {{
-        let v = $op(_mm256_castps256_ps128($v), _mm256_extractf128_ps($v, 1));
+    ($v:expr, $op:path) => {{
+        let v = $v;
+        let v = $op(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
         let v = $op(v, _mm_movehl_ps(v, v));
         _mm_cvtss_f32($op(v, _mm_movehdup_ps(v)))
     }};
 }
 
-impl Lanes for Avx2 {
+/// The larger of non-negative numbers: their bits are in their order, NaN above all.
+#[inline(always)]
+unsafe fn max(a: __m256, b: __m256) -> __m256 {
+    _mm256_castsi256_ps(_mm256_max_epi32(_mm256_castps_si256(a), _mm256_castps_si256(b)))
+}
+
+/// As [`max`].
+#[inline(always)]
+unsafe fn max_128(a: __m128, b: __m128) -> __m128 {
+    _mm_castsi128_ps(_mm_max_epi32(_mm_castps_si128(a), _mm_castps_si128(b)))
+}
+
+#[inline(always)]
+unsafe fn float(q: __m128i) -> __m256 {
+    _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(q))
+}
+
+impl Decode for Avx2 {
+    #[inline(always)]
+    unsafe fn store(self, y: &mut [f32; 32]) {
+        let p = y.as_mut_ptr();
+        _mm256_storeu_ps(p, self.0[0]);
+        _mm256_storeu_ps(p.add(8), self.0[1]);
+        _mm256_storeu_ps(p.add(16), self.0[2]);
+        _mm256_storeu_ps(p.add(24), self.0[3]);
+    }
+
+    #[inline(always)]
+    unsafe fn load_f16(x: &[u8; 64]) -> Self {
+        let p = x.as_ptr().cast::<__m128i>();
+        Self([
+            _mm256_cvtph_ps(_mm_loadu_si128(p)),
+            _mm256_cvtph_ps(_mm_loadu_si128(p.add(1))),
+            _mm256_cvtph_ps(_mm_loadu_si128(p.add(2))),
+            _mm256_cvtph_ps(_mm_loadu_si128(p.add(3))),
+        ])
+    }
+
+    #[inline(always)]
+    unsafe fn from_i8(q: __m256i) -> Self {
+        let (low, high) = (_mm256_castsi256_si128(q), _mm256_extracti128_si256(q, 1));
+        Self([float(low), float(_mm_srli_si128(low, 8)), float(high), float(_mm_srli_si128(high, 8))])
+    }
+
+    #[inline(always)]
+    unsafe fn mul(self, s: f32) -> Self {
+        each!(self, v => _mm256_mul_ps(v, _mm256_set1_ps(s)))
+    }
+
+    #[inline(always)]
+    unsafe fn add(self, s: f32) -> Self {
+        each!(self, v => _mm256_add_ps(v, _mm256_set1_ps(s)))
+    }
+}
+
+impl Encode for Avx2 {
     #[inline(always)]
     unsafe fn load(x: &[f32; 32]) -> Self {
         let p = x.as_ptr();
@@ -45,78 +96,49 @@ impl Lanes for Avx2 {
     }
 
     #[inline(always)]
-    unsafe fn store(self, y: &mut [f32; 32]) {
-        for (v, y) in self.0.into_iter().zip(y.as_chunks_mut::<8>().0) {
-            _mm256_storeu_ps(y.as_mut_ptr(), v);
-        }
-    }
-
-    #[inline(always)]
-    unsafe fn load_f16(x: &[u8; 64]) -> Self {
-        let p = x.as_ptr().cast::<__m128i>();
-        let load = |i| _mm256_cvtph_ps(_mm_loadu_si128(p.add(i)));
-        Self([load(0), load(1), load(2), load(3)])
-    }
-
-    #[inline(always)]
     unsafe fn store_f16(self, y: &mut [u8; 64]) {
-        for (v, y) in self.0.into_iter().zip(y.as_chunks_mut::<16>().0) {
-            _mm_storeu_si128(y.as_mut_ptr().cast(), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
-        }
-    }
-
-    #[inline(always)]
-    unsafe fn from_i8(q: __m256i) -> Self {
-        let (low, high) = (_mm256_castsi256_si128(q), _mm256_extracti128_si256(q, 1));
-        let float = |q| _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(q));
-        Self([float(low), float(_mm_srli_si128(low, 8)), float(high), float(_mm_srli_si128(high, 8))])
-    }
-
-    #[inline(always)]
-    unsafe fn mul(self, s: f32) -> Self {
-        self.each(|v| _mm256_mul_ps(v, _mm256_set1_ps(s)))
-    }
-
-    #[inline(always)]
-    unsafe fn add(self, s: f32) -> Self {
-        self.each(|v| _mm256_add_ps(v, _mm256_set1_ps(s)))
+        let p = y.as_mut_ptr().cast::<__m128i>();
+        _mm_storeu_si128(p, _mm256_cvtps_ph(self.0[0], _MM_FROUND_TO_NEAREST_INT));
+        _mm_storeu_si128(p.add(1), _mm256_cvtps_ph(self.0[1], _MM_FROUND_TO_NEAREST_INT));
+        _mm_storeu_si128(p.add(2), _mm256_cvtps_ph(self.0[2], _MM_FROUND_TO_NEAREST_INT));
+        _mm_storeu_si128(p.add(3), _mm256_cvtps_ph(self.0[3], _MM_FROUND_TO_NEAREST_INT));
     }
 
     #[inline(always)]
     unsafe fn abs(self) -> Self {
-        self.each(|v| abs(v))
+        each!(self, v => _mm256_andnot_ps(_mm256_set1_ps(-0.0), v))
     }
 
     #[inline(always)]
     unsafe fn max(self, other: Self) -> Self {
         let (a, b) = (self.0, other.0);
-        Self([max_bits(a[0], b[0]), max_bits(a[1], b[1]), max_bits(a[2], b[2]), max_bits(a[3], b[3])])
+        Self([max(a[0], b[0]), max(a[1], b[1]), max(a[2], b[2]), max(a[3], b[3])])
     }
 
     #[inline(always)]
     unsafe fn reduce_max(self) -> f32 {
-        let v = max_bits(max_bits(self.0[0], self.0[1]), max_bits(self.0[2], self.0[3]));
-        let max = |a, b| _mm_castsi128_ps(_mm_max_epi32(_mm_castps_si128(a), _mm_castps_si128(b)));
-        reduce!(v, max)
+        reduce!(max(max(self.0[0], self.0[1]), max(self.0[2], self.0[3])), max_128)
     }
 
     #[inline(always)]
     unsafe fn min_max(self) -> (f32, f32) {
         // Where an operand is NaN the second one is the result.
-        let [a, b, c, d] = self.0;
-        let fold = |start: f32, op: unsafe fn(__m256, __m256) -> __m256| {
-            op(d, op(c, op(b, op(a, _mm256_set1_ps(start)))))
-        };
-        let min = fold(f32::MAX, |a, b| _mm256_min_ps(a, b));
-        let max = fold(-f32::MAX, |a, b| _mm256_max_ps(a, b));
-        (reduce!(min, |a, b| _mm_min_ps(a, b)), reduce!(max, |a, b| _mm_max_ps(a, b)))
+        let (mut min, mut max) = (_mm256_set1_ps(f32::MAX), _mm256_set1_ps(-f32::MAX));
+        for v in self.0 {
+            min = _mm256_min_ps(v, min);
+            max = _mm256_max_ps(v, max);
+        }
+        (reduce!(min, _mm_min_ps), reduce!(max, _mm_max_ps))
     }
 
     #[inline(always)]
     unsafe fn eq(self, s: f32) -> u32 {
-        let s = _mm256_set1_ps(s);
-        let mask = |v| _mm256_movemask_ps(_mm256_cmp_ps::<_CMP_EQ_OQ>(v, s)) as u32;
-        mask(self.0[0]) | mask(self.0[1]) << 8 | mask(self.0[2]) << 16 | mask(self.0[3]) << 24
+        let equal = each!(self, v => _mm256_cmp_ps::<_CMP_EQ_OQ>(v, _mm256_set1_ps(s)));
+        let mut mask = 0;
+        for (i, v) in equal.0.into_iter().enumerate() {
+            mask |= (_mm256_movemask_ps(v) as u32) << (8 * i);
+        }
+        mask
     }
 
     #[inline(always)]
@@ -133,10 +155,9 @@ impl Lanes for Avx2 {
         // fraction is 1/2 or more.
         let half = _mm256_set1_ps(0.5f32.next_down());
         let sign = _mm256_set1_ps(-0.0);
-        let round = |v| _mm256_cvttps_epi32(_mm256_add_ps(v, _mm256_or_ps(_mm256_and_ps(v, sign), half)));
-        let [a, b, c, d] = self.0;
-        let ab = _mm256_packs_epi32(round(a), round(b));
-        let cd = _mm256_packs_epi32(round(c), round(d));
+        let [a, b, c, d] = each!(self, v => _mm256_add_ps(v, _mm256_or_ps(_mm256_and_ps(v, sign), half))).0;
+        let ab = _mm256_packs_epi32(_mm256_cvttps_epi32(a), _mm256_cvttps_epi32(b));
+        let cd = _mm256_packs_epi32(_mm256_cvttps_epi32(c), _mm256_cvttps_epi32(d));
         in_order(_mm256_packs_epi16(ab, cd))
     }
 }
