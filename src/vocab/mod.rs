@@ -1,1 +1,312 @@
-//! vocab
+//! Vocabularies, both ways: the tokenizer files of a Hugging Face directory, and the
+//! `tokenizer.*` metadata of GGUF.
+//!
+//! [`load`] and [`Vocab::from_metadata`] read, [`Vocab::to_metadata`] and [`Vocab::write_hf`] write. One
+//! file per kind of vocabulary: `bpe` (byte-level BPE), `spm` (SentencePiece from
+//! tokenizer.model), `spm_json` (the same, recovered from tokenizer.json). Chat templates are
+//! carried as data; nothing here renders them.
+
+mod bpe;
+mod hf;
+mod metadata;
+pub mod pre;
+mod proto;
+mod special;
+mod spm;
+mod spm_json;
+mod write;
+mod write_spm;
+
+use std::path::Path;
+
+use serde_json::Value;
+
+use crate::error::{Error, Result};
+use crate::limits::Limits;
+
+pub use special::{AddTokens, SpecialIds};
+
+/// Most tokens a vocabulary may have, and the bound on ids and on `vocab_size`.
+const MAX_TOKENS: u64 = 1 << 22;
+
+/// Where a vocabulary can come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Origin {
+    /// SentencePiece, from tokenizer.model.
+    Spm,
+    /// SentencePiece, recovered from tokenizer.json.
+    SpmFromHfJson,
+    /// Byte-level BPE, from tokenizer.json.
+    Bpe,
+}
+
+impl Origin {
+    /// What an architecture file calls `name`.
+    fn from_name(name: &str) -> Result<Self> {
+        Ok(match name {
+            "spm" => Self::Spm,
+            "spm_from_hf_json" => Self::SpmFromHfJson,
+            "bpe" => Self::Bpe,
+            _ => return Err(Error::unsupported(format!("vocabularies of kind {name:?} cannot be read yet"))),
+        })
+    }
+}
+
+/// A Hugging Face directory whose vocabulary is wanted.
+#[derive(Clone, Copy, Debug)]
+pub struct Source<'a> {
+    /// The directory.
+    pub dir: &'a Path,
+    /// Its config.json.
+    pub config: &'a Value,
+    /// Number of tokens the model has rows for, from the config. Missing ids become `[PAD{i}]`.
+    pub vocab_size: Option<u64>,
+    /// `--pre`: a name given by the user instead of recognising one.
+    pub pre: Option<&'a str>,
+    /// What to try, first choice first: `spm` (tokenizer.model), `spm_from_hf_json` (the same,
+    /// recovered from tokenizer.json), `bpe` (byte-level BPE). Empty for all, in this order.
+    pub kinds: &'a [String],
+}
+
+/// How llama.cpp tokenizes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Byte-level BPE.
+    Bpe,
+    /// SentencePiece, merging by score.
+    Spm,
+}
+
+impl Kind {
+    /// `tokenizer.ggml.model`.
+    pub const fn ggml_model(self) -> &'static str {
+        match self {
+            Self::Bpe => "gpt2",
+            Self::Spm => "llama",
+        }
+    }
+}
+
+/// `tokenizer.ggml.token_type`; the numbers are SentencePiece's too.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(i32)]
+pub enum TokenType {
+    /// Made by merging.
+    Normal = 1,
+    /// Stands for what has no token.
+    Unknown = 2,
+    /// Never in text: BOS, end of turn.
+    Control = 3,
+    /// Matched literally in text, before merging.
+    UserDefined = 4,
+    /// Padding of the vocabulary.
+    Unused = 5,
+    /// `<0xNN>`.
+    Byte = 6,
+}
+
+impl TokenType {
+    /// The type with that number.
+    pub const fn from_id(id: i32) -> Option<Self> {
+        Some(match id {
+            1 => Self::Normal,
+            2 => Self::Unknown,
+            3 => Self::Control,
+            4 => Self::UserDefined,
+            5 => Self::Unused,
+            6 => Self::Byte,
+            _ => return None,
+        })
+    }
+}
+
+/// A vocabulary, in GGUF's terms.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Vocab {
+    /// How llama.cpp tokenizes.
+    pub kind: Kind,
+    /// `tokenizer.ggml.pre`: name of the pre-tokenizer.
+    pub pre: String,
+    /// Token texts by id. Byte characters for byte-level BPE, U+2581 for spaces in SentencePiece.
+    pub tokens: Vec<Vec<u8>>,
+    /// Scores by id; SentencePiece only.
+    pub scores: Option<Vec<f32>>,
+    /// Types by id.
+    pub token_types: Vec<TokenType>,
+    /// Merges `left right`, first rank first; byte-level BPE only.
+    pub merges: Vec<String>,
+    /// Tokens with a role.
+    pub special: SpecialIds,
+    /// What is added around a text.
+    pub add: AddTokens,
+    /// Whether a space is put before a text.
+    pub add_space_prefix: Option<bool>,
+    /// Name and template; `default` for the main one.
+    pub chat_templates: Vec<(String, String)>,
+    /// SentencePiece was trained as Unigram. llama.cpp's `llama` model merges by score all the
+    /// same; GGUF does not record it, so from there it is inferred from the scores.
+    pub unigram: bool,
+    /// SentencePiece's compiled normalization, which GGUF's `llama` model does not carry.
+    pub charsmap: Vec<u8>,
+    /// Other `tokenizer.*` entries of the GGUF file this came from.
+    pub extra: Vec<(String, crate::container::gguf::Value)>,
+    /// What was recognised and how, and warnings. Not part of any file.
+    pub notes: Vec<String>,
+}
+
+impl Vocab {
+    fn new(kind: Kind, pre: &str) -> Self {
+        Self {
+            kind,
+            pre: pre.to_owned(),
+            tokens: Vec::new(),
+            scores: None,
+            token_types: Vec::new(),
+            merges: Vec::new(),
+            special: SpecialIds::default(),
+            add: AddTokens::default(),
+            add_space_prefix: None,
+            chat_templates: Vec::new(),
+            unigram: false,
+            charsmap: Vec::new(),
+            extra: Vec::new(),
+            notes: Vec::new(),
+        }
+    }
+
+    /// The `ROLE_token_id` entries that config.json should have for this vocabulary.
+    pub fn config_ids(&self) -> impl Iterator<Item = (String, u32)> {
+        self.special.iter().filter_map(|(role, _, id)| Some((format!("{role}_token_id"), id?)))
+    }
+
+    /// Appends a token with its type, and its score where there are scores.
+    fn push(&mut self, text: impl Into<Vec<u8>>, kind: TokenType, score: f32) {
+        self.tokens.push(text.into());
+        self.token_types.push(kind);
+        if let Some(scores) = &mut self.scores {
+            scores.push(score);
+        }
+    }
+
+    /// Replaces token `id`; nothing happens to an id that does not exist.
+    fn put(&mut self, id: usize, text: impl Into<Vec<u8>>, kind: TokenType, score: Option<f32>) {
+        if let (Some(t), Some(k)) = (self.tokens.get_mut(id), self.token_types.get_mut(id)) {
+            (*t, *k) = (text.into(), kind);
+        }
+        if let (Some(score), Some(s)) = (score, self.scores.as_mut().and_then(|s| s.get_mut(id))) {
+            *s = score;
+        }
+    }
+
+    /// Fills up with `[PAD{i}]` to `size` tokens.
+    fn pad_to(&mut self, size: usize, score: f32) {
+        for i in self.tokens.len()..size {
+            self.push(pad(i), TokenType::Unused, score);
+        }
+    }
+}
+
+/// The text of a token that exists only as a row of the embedding.
+fn pad(id: usize) -> String {
+    format!("[PAD{id}]")
+}
+
+/// The size a vocabulary gets: the config's, or just enough for `max_id`.
+fn vocab_size(source: &Source, max_id: Option<u64>) -> Result<usize> {
+    let needed = max_id.map_or(0, |id| id + 1);
+    let size = source.vocab_size.unwrap_or(needed);
+    if size > MAX_TOKENS || needed > MAX_TOKENS {
+        return Err(Error::limit(format!(
+            "a vocabulary of {} tokens: at most {MAX_TOKENS} are allowed",
+            size.max(needed)
+        )));
+    }
+    Ok(size as usize)
+}
+
+/// How a token that was added to a trained vocabulary appears in GGUF. llama.cpp matches
+/// user-defined ones in raw text, so SentencePiece's space sign becomes a space.
+fn added_form(text: &str, special: bool) -> (String, TokenType) {
+    match special || hf::looks_special(text) {
+        true => (text.to_owned(), TokenType::Control),
+        false => (text.replace('\u{2581}', " "), TokenType::UserDefined),
+    }
+}
+
+/// Reads the vocabulary of a Hugging Face directory.
+///
+/// # Errors
+/// `Unsupported` for a kind of tokenizer, or a pre-tokenizer, that is not known; `Malformed` when
+/// the files contradict themselves or the config's vocabulary size; `Limit`, `Io` from reading.
+pub fn load(source: &Source, limits: &Limits) -> Result<Vocab> {
+    if let Some(name) = source.pre.filter(|name| !pre::is_known(name)) {
+        let near = pre::nearest(name).map(|n| format!("did you mean {n:?}?"));
+        let error = Error::misuse(format!("llama.cpp knows no pre-tokenizer {name:?}"));
+        return Err(near.into_iter().fold(error, Error::hint));
+    }
+    let config = hf::tokenizer_config(source.dir, limits)?;
+    let json_path = source.dir.join("tokenizer.json");
+    let mut json = hf::tokenizer_json(source.dir, limits)?;
+    let mut seen = Vec::new();
+    let named: Vec<Origin> = source.kinds.iter().map(|k| Origin::from_name(k)).collect::<Result<_>>()?;
+    let all = [Origin::Spm, Origin::SpmFromHfJson, Origin::Bpe];
+    let order = if named.is_empty() { &all[..] } else { &named };
+    for origin in order {
+        match origin {
+            Origin::Spm => match spm::read_model(&source.dir.join("tokenizer.model"), limits)? {
+                Some(spm::Found::Model(model)) => {
+                    return spm::load(source, &config, model, json.as_ref(), limits);
+                }
+                Some(spm::Found::Other) => {
+                    seen.push("a tokenizer.model that is not SentencePiece's".to_owned())
+                }
+                None => {}
+            },
+            Origin::SpmFromHfJson => {
+                if let Some(json) = json.take_if(|json| spm_json::fits(json)) {
+                    return spm_json::load(source, &config, json, limits).map_err(|e| e.at(&json_path));
+                }
+            }
+            Origin::Bpe => {
+                if let Some(json) = json.take_if(|json| bpe::fits(json)) {
+                    return bpe::load(source, &config, json, limits).map_err(|e| e.at(&json_path));
+                }
+            }
+        }
+    }
+    if let Some(json) = &json {
+        seen.push(format!("a tokenizer.json with model {}", json.model.kind()));
+    }
+    if seen.is_empty() {
+        return Err(Error::unsupported("has no tokenizer.model and no tokenizer.json")
+            .at(source.dir)
+            .hint("fetch the tokenizer files too; vocab.json and merges.txt alone are not read"));
+    }
+    Err(Error::unsupported(format!(
+        "the vocabulary is none of the kinds this architecture can have ({order:?}): there is {}",
+        seen.join(" and ")
+    ))
+    .at(source.dir))
+}
+
+/// The `tokenizers` library's own tokenizer for a directory: the reference for token ids. Where
+/// there is only tokenizer.model, it is built in memory from that.
+///
+/// # Errors
+/// `Malformed` when the library refuses the file, else as [`load`].
+pub fn reference_tokenizer(dir: &Path) -> Result<tokenizers::Tokenizer> {
+    let limits = Limits::default();
+    let path = dir.join("tokenizer.json");
+    let bytes = match hf::read_side_file(&path, limits.side_file_bytes)? {
+        Some(bytes) => bytes,
+        None => {
+            let config: Value =
+                hf::read_json(&dir.join("config.json"), limits.side_file_bytes)?.unwrap_or_default();
+            let size = |c: &Value| c.get("vocab_size")?.as_u64();
+            let vocab_size = size(&config).or_else(|| size(config.get("text_config")?));
+            let source = Source { dir, config: &config, vocab_size, pre: None, kinds: &[] };
+            write::tokenizer_json(&load(&source, &limits)?)?
+        }
+    };
+    tokenizers::Tokenizer::from_bytes(bytes).map_err(|e| Error::malformed(e.to_string()).at(path))
+}

@@ -1,0 +1,282 @@
+//! Raw fields of the Hugging Face tokenizer files, shared by reading and writing.
+
+use std::fmt;
+use std::fs::File;
+use std::io::Read;
+use std::path::Path;
+
+use serde::de::{Deserializer, Error as _, IgnoredAny, MapAccess, SeqAccess, Visitor};
+use serde::{Deserialize, Serialize, Serializer};
+use serde_json::Value;
+
+use crate::error::{Error, Result};
+use crate::limits::Limits;
+
+/// The small files of a tokenizer never hold more than this, in bytes.
+const CONFIG_BYTES: u64 = 64 << 20;
+
+/// tokenizer.json, as far as a conversion needs it.
+#[derive(Deserialize)]
+pub struct TokenizerJson {
+    #[serde(default)]
+    pub added_tokens: Vec<AddedToken>,
+    #[serde(default)]
+    pub normalizer: Value,
+    #[serde(default)]
+    pub pre_tokenizer: Value,
+    #[serde(default)]
+    pub post_processor: Value,
+    pub model: Model,
+}
+
+/// One of `added_tokens` in tokenizer.json, and a value of `added_tokens_decoder`.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub struct AddedToken {
+    #[serde(default)]
+    pub id: u32,
+    pub content: String,
+    #[serde(default)]
+    pub single_word: bool,
+    #[serde(default)]
+    pub lstrip: bool,
+    #[serde(default)]
+    pub rstrip: bool,
+    #[serde(default)]
+    pub normalized: bool,
+    #[serde(default)]
+    pub special: bool,
+}
+
+/// `model` of tokenizer.json. Merges are `left right`; a space inside a part is U+0120, as
+/// llama.cpp's converter writes it.
+#[derive(Deserialize)]
+pub struct Model {
+    #[serde(default, rename = "type")]
+    pub kind: Option<String>,
+    #[serde(default)]
+    pub vocab: Entries,
+    #[serde(default)]
+    pub merges: Vec<Merge>,
+    #[serde(default)]
+    pub unk_token: Option<String>,
+    #[serde(default)]
+    pub byte_fallback: Option<bool>,
+    #[serde(default)]
+    pub ignore_merges: Option<bool>,
+    #[serde(default)]
+    pub continuing_subword_prefix: Option<String>,
+    #[serde(default)]
+    pub end_of_word_suffix: Option<String>,
+}
+
+impl Model {
+    /// `type`, or what the fields say where an old file has none.
+    pub fn kind(&self) -> &str {
+        match (&self.kind, &self.vocab) {
+            (Some(kind), _) => kind,
+            (None, Entries::Unigram) => "Unigram",
+            (None, Entries::Map(_)) if self.merges.is_empty() => "WordPiece",
+            (None, Entries::Map(_)) => "BPE",
+        }
+    }
+}
+
+/// `model.vocab`: token and id in file order. The list form (Unigram) is not kept.
+pub enum Entries {
+    Map(Vec<(String, u32)>),
+    Unigram,
+}
+
+impl Default for Entries {
+    fn default() -> Self {
+        Self::Map(Vec::new())
+    }
+}
+
+impl<'de> Deserialize<'de> for Entries {
+    fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+        struct V;
+        impl<'de> Visitor<'de> for V {
+            type Value = Entries;
+            fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
+                f.write_str("a vocabulary")
+            }
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Entries, A::Error> {
+                let mut entries = Vec::new();
+                while let Some(entry) = map.next_entry()? {
+                    entries.push(entry);
+                }
+                Ok(Entries::Map(entries))
+            }
+            fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Entries, A::Error> {
+                while seq.next_element::<IgnoredAny>()?.is_some() {}
+                Ok(Entries::Unigram)
+            }
+        }
+        d.deserialize_any(V)
+    }
+}
+
+/// One merge, as `left right`.
+pub struct Merge(pub String);
+
+impl<'de> Deserialize<'de> for Merge {
+    fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+        struct V;
+        impl<'de> Visitor<'de> for V {
+            type Value = Merge;
+            fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
+                f.write_str("a merge: a string or a pair of strings")
+            }
+            fn visit_str<E>(self, s: &str) -> Result<Merge, E> {
+                Ok(Merge(s.to_owned()))
+            }
+            fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Merge, A::Error> {
+                let mut part = || {
+                    seq.next_element::<String>()?.ok_or_else(|| A::Error::custom("a merge needs two parts"))
+                };
+                let (left, right) = (part()?, part()?);
+                if seq.next_element::<IgnoredAny>()?.is_some() {
+                    return Err(A::Error::custom("a merge has two parts"));
+                }
+                Ok(Merge(format!("{} {}", left.replace(' ', "Ġ"), right.replace(' ', "Ġ"))))
+            }
+        }
+        d.deserialize_any(V)
+    }
+}
+
+/// The two parts of a merge, as llama.cpp splits it: at the first space after the first byte.
+pub fn merge_parts(merge: &str) -> Option<(&str, &str)> {
+    let first = merge.chars().next()?.len_utf8();
+    let space = merge.get(first..)?.find(' ')? + first;
+    Some((merge.get(..space)?, merge.get(space + 1..)?))
+}
+
+/// `model.vocab` when written: an object in id order.
+pub struct VocabOut<'a>(pub Vec<(&'a str, u32)>);
+
+impl Serialize for VocabOut<'_> {
+    fn serialize<S: Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
+        s.collect_map(self.0.iter().copied())
+    }
+}
+
+/// A file beside the weights; `None` when there is none.
+///
+/// # Errors
+/// `Limit` when it is longer than the limits allow, `Io` when it cannot be read.
+pub fn read_side_file(path: &Path, max_bytes: u64) -> Result<Option<Vec<u8>>> {
+    let file = match File::open(path) {
+        Ok(file) => file,
+        Err(e) if matches!(e.kind(), std::io::ErrorKind::NotFound | std::io::ErrorKind::NotADirectory) => {
+            return Ok(None);
+        }
+        Err(e) => return Err(Error::io("open", path, e)),
+    };
+    let meta = file.metadata().map_err(|e| Error::io("read", path, e))?;
+    if !meta.is_file() {
+        return Ok(None);
+    }
+    let too_long = || Error::limit(format!("holds more than the {max_bytes} bytes allowed")).at(path);
+    if meta.len() > max_bytes {
+        return Err(too_long());
+    }
+    let mut bytes = Vec::new();
+    file.take(max_bytes + 1).read_to_end(&mut bytes).map_err(|e| Error::io("read", path, e))?;
+    if bytes.len() as u64 > max_bytes {
+        return Err(too_long());
+    }
+    Ok(Some(bytes))
+}
+
+/// A JSON file beside the weights; `None` when there is none.
+///
+/// # Errors
+/// As [`read_side_file`], and `Malformed` when it is not the JSON expected.
+pub fn read_json<T: for<'de> Deserialize<'de>>(path: &Path, max_bytes: u64) -> Result<Option<T>> {
+    let Some(bytes) = read_side_file(path, max_bytes)? else { return Ok(None) };
+    let bytes = bytes.strip_prefix(b"\xEF\xBB\xBF").unwrap_or(&bytes);
+    serde_json::from_slice(bytes).map(Some).map_err(|e| Error::malformed(e.to_string()).at(path))
+}
+
+/// tokenizer.json of `dir`.
+///
+/// # Errors
+/// As [`read_json`].
+pub fn tokenizer_json(dir: &Path, limits: &Limits) -> Result<Option<TokenizerJson>> {
+    read_json(&dir.join("tokenizer.json"), limits.side_file_bytes)
+}
+
+/// tokenizer_config.json of `dir`, an empty object where there is none.
+///
+/// # Errors
+/// As [`read_json`].
+pub fn tokenizer_config(dir: &Path, limits: &Limits) -> Result<Value> {
+    let path = dir.join("tokenizer_config.json");
+    let value = read_json(&path, limits.side_file_bytes.min(CONFIG_BYTES))?;
+    match value {
+        None => Ok(Value::Object(Default::default())),
+        Some(value @ Value::Object(_)) => Ok(value),
+        Some(_) => Err(Error::malformed("is not a JSON object").at(path)),
+    }
+}
+
+/// `added_tokens_decoder` of tokenizer_config.json, with ids filled in.
+///
+/// # Errors
+/// `Malformed` when an entry is not an added token or its id is not a number.
+pub fn added_tokens_decoder(config: &Value) -> Result<Vec<AddedToken>> {
+    let Some(entries) = config.get("added_tokens_decoder").and_then(Value::as_object) else {
+        return Ok(Vec::new());
+    };
+    let entry = |(id, value): (&String, &Value)| {
+        let bad = |why: String| Error::malformed(format!("added_tokens_decoder, token {id:?}: {why}"));
+        let mut token = AddedToken::deserialize(value).map_err(|e| bad(e.to_string()))?;
+        token.id = id.parse().map_err(|_| bad("its id is not a number".into()))?;
+        Ok(token)
+    };
+    entries.iter().map(entry).collect()
+}
+
+/// The text of a token in tokenizer_config.json: a string, or an object with `content`.
+pub fn token_text(config: &Value, key: &str) -> Option<String> {
+    let value = config.get(key)?;
+    let text = value.as_str().or_else(|| value.get("content")?.as_str())?;
+    (!text.is_empty()).then(|| text.to_owned())
+}
+
+/// Whether an added token that is not marked special is a control token all the same: several
+/// published models forgot the mark.
+pub fn looks_special(text: &str) -> bool {
+    let between = |open: &str, close: &str| text.starts_with(open) && text.ends_with(close);
+    matches!(text, "<pad>" | "<mask>" | "<2mass>" | "[@BOS@]")
+        || between("<|", "|>")
+        || between("<｜", "｜>")
+        || between("<unused", ">")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn merges_of_both_forms() {
+        let m: Vec<Merge> = serde_json::from_str(r#"["a b", ["c d", " "], ["x", "y"]]"#).unwrap();
+        let m: Vec<&str> = m.iter().map(|m| m.0.as_str()).collect();
+        assert_eq!(m, ["a b", "cĠd Ġ", "x y"]);
+        assert_eq!(merge_parts("Ġ t"), Some(("Ġ", "t")));
+        assert_eq!(merge_parts(""), None);
+        for bad in [r#"[["a"]]"#, r#"[["a","b","c"]]"#, "[1]"] {
+            assert!(serde_json::from_str::<Vec<Merge>>(bad).is_err());
+        }
+    }
+
+    #[test]
+    fn special_looks() {
+        for s in ["<pad>", "<|x|>", "<｜end▁of▁sentence｜>", "<unused12>"] {
+            assert!(looks_special(s), "{s}");
+        }
+        assert!(!looks_special("<think>"));
+    }
+}

@@ -1,0 +1,396 @@
+//! Pre-tokenizers: which `tokenizer.ggml.pre` splits text as a Hugging Face tokenizer does.
+//!
+//! A tokenizer.json is brought to a canonical [`Structure`], which does not depend on the
+//! vocabulary, so a fine-tune with added tokens is recognised like its base. The table is
+//! `formats/vocab/pre.toml`. There is no default: an unknown structure is an error that shows it.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::OnceLock;
+
+use serde::Deserialize;
+use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
+
+use crate::error::{Error, Result};
+
+const TABLE: &str = include_str!("../../formats/vocab/pre.toml");
+
+/// How some tokenizers write the English contractions that others write with `(?i:`.
+const CONTRACTIONS: (&str, &str) =
+    ("(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])", "(?i:'s|'t|'re|'ve|'m|'ll|'d)");
+
+/// What is done to text before merging, in canonical words (see `formats/vocab/pre.toml`).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Structure {
+    /// Normalizers, in order.
+    pub normalizer: Vec<String>,
+    /// Splitting and byte-encoding steps, in order.
+    pub steps: Vec<String>,
+    /// Whether a word that is a token is taken without merging.
+    pub ignore_merges: bool,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Table {
+    schema: u32,
+    adds_bos: Vec<String>,
+    known: Vec<String>,
+    regex: BTreeMap<String, Regex>,
+    pre: Vec<Row>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Regex {
+    pattern: String,
+    #[serde(default)]
+    total: bool,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Row {
+    names: Vec<String>,
+    steps: Vec<String>,
+    #[serde(default)]
+    normalizer: Vec<String>,
+    #[serde(default)]
+    ignore_merges: bool,
+    #[serde(default)]
+    note: Option<String>,
+}
+
+/// The embedded table, with `$name` in steps replaced by the pattern.
+fn table() -> &'static Table {
+    static PARSED: OnceLock<Table> = OnceLock::new();
+    PARSED.get_or_init(|| {
+        // Embedded data, checked by a test: no input reaches these panics.
+        let mut table: Table = toml::from_str(TABLE).expect("formats/vocab/pre.toml parses");
+        assert_eq!(table.schema, 1, "formats/vocab/pre.toml");
+        for row in &mut table.pre {
+            for step in &mut row.steps {
+                if let Some(name) = step.strip_prefix("split $") {
+                    *step = format!("split {}", table.regex[name].pattern);
+                }
+            }
+        }
+        table
+    })
+}
+
+/// GPT-2's own pattern, which `ByteLevel` applies when `use_regex` is set.
+fn gpt2_split() -> String {
+    format!("split {}", table().regex["gpt2"].pattern)
+}
+
+/// Whether the linked llama.cpp accepts `name` for byte-level BPE.
+pub fn is_known(name: &str) -> bool {
+    table().known.iter().any(|n| n == name)
+}
+
+/// The known name that looks most like `name`.
+pub fn nearest(name: &str) -> Option<&'static str> {
+    let shared = |n: &str| n.bytes().zip(name.bytes()).take_while(|(a, b)| a == b).count();
+    table().known.iter().map(String::as_str).max_by_key(|n| shared(n)).filter(|n| shared(n) > 0)
+}
+
+/// Whether llama.cpp adds BOS for `name` when the file does not say.
+pub fn adds_bos(name: &str) -> bool {
+    table().adds_bos.iter().any(|n| n == name)
+}
+
+impl Structure {
+    /// The canonical form of the `normalizer` and `pre_tokenizer` of a tokenizer.json.
+    pub fn of(normalizer: &Value, pre_tokenizer: &Value, ignore_merges: bool) -> Self {
+        let mut structure = Self { normalizer: Vec::new(), steps: Vec::new(), ignore_merges };
+        structure.add_normalizer(normalizer);
+        structure.add_pre_tokenizer(pre_tokenizer);
+        structure
+    }
+
+    fn add_normalizer(&mut self, json: &Value) {
+        match kind(json) {
+            "" if json.is_null() => {}
+            "Sequence" => list(json, "normalizers").for_each(|n| self.add_normalizer(n)),
+            "NFC" => self.normalizer.push("nfc".into()),
+            _ => self.normalizer.push(json.to_string()),
+        }
+    }
+
+    fn add_pre_tokenizer(&mut self, json: &Value) {
+        let flag = |key: &str, default: bool| json.get(key).and_then(Value::as_bool).unwrap_or(default);
+        match kind(json) {
+            "" if json.is_null() => {}
+            "Sequence" => list(json, "pretokenizers").for_each(|p| self.add_pre_tokenizer(p)),
+            "ByteLevel" => {
+                if flag("add_prefix_space", true) {
+                    self.steps.push("prefix-space".into());
+                }
+                if flag("use_regex", true) {
+                    self.steps.push(gpt2_split());
+                }
+                self.steps.push("bytes".into());
+            }
+            "Digits" => {
+                let pattern = if flag("individual_digits", false) { r"\p{N}" } else { r"\p{N}+" };
+                self.steps.push(format!("split {pattern}"));
+            }
+            "Punctuation" => {
+                let behavior = json.get("behavior").and_then(Value::as_str).unwrap_or("Isolated");
+                self.steps.push(format!("punctuation {}", behavior.to_lowercase()));
+            }
+            "Split" => self.steps.push(split_step(json)),
+            _ => self.steps.push(json.to_string()),
+        }
+    }
+
+    /// Twelve hexadecimal digits that stand for the structure.
+    pub fn fingerprint(&self) -> String {
+        let digest = Sha256::digest(self.to_string().as_bytes());
+        digest.iter().take(6).map(|b| format!("{b:02x}")).collect()
+    }
+
+    /// Whether text is turned into byte characters at all.
+    pub fn is_byte_level(&self) -> bool {
+        self.steps.iter().any(|s| s == "bytes")
+    }
+}
+
+/// One line per part, as an error shows it.
+impl std::fmt::Display for Structure {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        for n in &self.normalizer {
+            writeln!(f, "normalizer {n}")?;
+        }
+        for s in &self.steps {
+            writeln!(f, "{s}")?;
+        }
+        write!(f, "ignore_merges {}", self.ignore_merges)
+    }
+}
+
+fn kind(json: &Value) -> &str {
+    json.get("type").and_then(Value::as_str).unwrap_or("")
+}
+
+fn list<'a>(json: &'a Value, key: &str) -> impl Iterator<Item = &'a Value> {
+    json.get(key).and_then(Value::as_array).into_iter().flatten()
+}
+
+fn split_step(json: &Value) -> String {
+    let behavior = json.get("behavior").and_then(Value::as_str).unwrap_or("Isolated");
+    let invert = json.get("invert").and_then(Value::as_bool).unwrap_or(false);
+    let pattern = json.get("pattern");
+    let Some(regex) = pattern.and_then(|p| p.get("Regex")).and_then(Value::as_str) else {
+        return json.to_string();
+    };
+    let regex = regex.replace('\r', r"\r").replace('\n', r"\n").replace('\t', r"\t");
+    let regex = regex.replace(CONTRACTIONS.0, CONTRACTIONS.1);
+    let total = table().regex.values().any(|r| r.total && r.pattern == regex);
+    // Pieces between matches are pieces either way, so Isolated is its own inverse.
+    match (behavior, invert) {
+        ("Isolated", _) => format!("split {regex}"),
+        ("Removed", true) if total => format!("split {regex}"),
+        (_, false) => format!("split/{behavior} {regex}"),
+        (_, true) => format!("split/{behavior}/invert {regex}"),
+    }
+}
+
+/// A structure's names.
+#[derive(Debug)]
+pub struct Recognised {
+    /// The preferred name.
+    pub name: &'static str,
+    /// All names that split the same way, the preferred one first.
+    pub candidates: &'static [String],
+    /// What should be known about the choice.
+    pub notes: Vec<String>,
+}
+
+/// Finds the names that split as `structure` does. `merges_matter` says for how many tokens of
+/// this vocabulary `ignore_merges` changes the result; it is asked only when no row has the
+/// structure's own flag.
+///
+/// # Errors
+/// `Unsupported` for a structure that is not in the table, showing it.
+pub fn recognise(structure: &Structure, merges_matter: impl FnOnce() -> Result<usize>) -> Result<Recognised> {
+    let nfc_only = structure.normalizer.iter().all(|n| n == "nfc");
+    let rows = || table().pre.iter().filter(|row| row.steps == structure.steps && nfc_only);
+    let same_normalizer = |row: &&Row| row.normalizer == structure.normalizer;
+    let same_flag = |row: &&Row| row.ignore_merges == structure.ignore_merges;
+    let row = rows()
+        .find(|row| same_normalizer(row) && same_flag(row))
+        .or_else(|| rows().find(same_flag))
+        .or_else(|| rows().find(same_normalizer))
+        .or_else(|| rows().next());
+    let Some((row, name)) = row.and_then(|row| Some((row, row.names.first()?))) else {
+        return Err(Error::unsupported(format!(
+            "pre-tokenizer {} is not known:\n{structure}",
+            structure.fingerprint()
+        ))
+        .hint("if one of llama.cpp's pre-tokenizers splits text the same way, give it: --pre NAME"));
+    };
+    let mut notes = vec![format!(
+        "pre-tokenizer {name:?} recognised by structure {} (same splitting: {})",
+        structure.fingerprint(),
+        row.names.join(", ")
+    )];
+    if !structure.normalizer.is_empty() {
+        notes.push("the tokenizer normalises to NFC, llama.cpp does not: other text gets other ids".into());
+    }
+    if row.ignore_merges != structure.ignore_merges {
+        match merges_matter()? {
+            0 => notes.push(format!(
+                "ignore_merges is {} here and {} in {name:?}: it makes no difference to any token",
+                structure.ignore_merges, row.ignore_merges
+            )),
+            n => notes.push(format!(
+                "warning: ignore_merges is {} here and {} in {name:?}: {n} tokens come out differently",
+                structure.ignore_merges, row.ignore_merges
+            )),
+        }
+    }
+    notes.extend(row.note.iter().map(|n| format!("{name}: {n}")));
+    Ok(Recognised { name, candidates: &row.names, notes })
+}
+
+/// The Hugging Face side of a name: `normalizer`, `pre_tokenizer` and `ignore_merges` of a
+/// tokenizer.json that splits as llama.cpp does under `name`.
+///
+/// # Errors
+/// `Unsupported` when the table has no structure for it.
+pub fn hf_structure(name: &str) -> Result<(Value, Value, bool)> {
+    let row = table().pre.iter().find(|row| row.names.iter().any(|n| n == name)).ok_or_else(|| {
+        Error::unsupported(format!("no Hugging Face structure is known for pre-tokenizer {name:?}"))
+            .hint("if another name splits text the same way, give it: --pre NAME")
+    })?;
+    let normalizer = match row.normalizer.is_empty() {
+        true => Value::Null,
+        false => json!({"type": "NFC"}),
+    };
+    let gpt2 = gpt2_split();
+    let mut parts: Vec<Value> = Vec::new();
+    let mut steps = row.steps.iter().map(String::as_str).peekable();
+    while let Some(step) = steps.next() {
+        let byte_level = |use_regex: bool| json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": use_regex});
+        parts.push(if step == gpt2 && steps.next_if_eq(&"bytes").is_some() {
+            byte_level(true)
+        } else if step == "bytes" {
+            byte_level(false)
+        } else if step == "punctuation contiguous" {
+            json!({"type": "Punctuation", "behavior": "Contiguous"})
+        } else if step == r"split \p{N}" {
+            json!({"type": "Digits", "individual_digits": true})
+        } else if step == r"split \p{N}+" {
+            json!({"type": "Digits", "individual_digits": false})
+        } else {
+            let regex = step.strip_prefix("split ").unwrap_or(step);
+            json!({"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": false})
+        });
+    }
+    let pre_tokenizer = match parts.len() {
+        1 => parts.remove(0),
+        _ => json!({"type": "Sequence", "pretokenizers": parts}),
+    };
+    Ok((normalizer, pre_tokenizer, row.ignore_merges))
+}
+
+/// `char -> byte` of GPT-2's byte characters: printable Latin-1 stands for itself, the other
+/// bytes for U+0100 and up, in order.
+pub fn byte_of_char() -> &'static HashMap<char, u8> {
+    static MAP: OnceLock<HashMap<char, u8>> = OnceLock::new();
+    MAP.get_or_init(|| {
+        let mut next = 0x100u32;
+        let mut map = HashMap::with_capacity(256);
+        for byte in 0..=255u8 {
+            let code = match byte {
+                b'!'..=b'~' | 0xA1..=0xAC | 0xAE..=0xFF => u32::from(byte),
+                _ => {
+                    next += 1;
+                    next - 1
+                }
+            };
+            map.extend(char::from_u32(code).map(|c| (c, byte)));
+        }
+        map
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn no_matter() -> Result<usize> {
+        Ok(0)
+    }
+
+    #[test]
+    fn rows_are_unique_and_known() {
+        let t = table();
+        for (i, a) in t.pre.iter().enumerate() {
+            assert!(a.names.iter().all(|n| is_known(n)), "{:?}", a.names);
+            for b in &t.pre[i + 1..] {
+                assert!(
+                    (&a.steps, &a.normalizer, a.ignore_merges) != (&b.steps, &b.normalizer, b.ignore_merges),
+                    "{:?} {:?}",
+                    a.names,
+                    b.names
+                );
+            }
+        }
+        let mut known = t.known.clone();
+        known.sort();
+        known.dedup();
+        assert_eq!(known.len(), t.known.len());
+        assert!(t.adds_bos.iter().all(|n| is_known(n)));
+    }
+
+    /// What is written for a name is recognised as a name of the same row, and loads.
+    #[test]
+    fn every_row_round_trips() {
+        for row in &table().pre {
+            let (normalizer, pre, ignore) = hf_structure(&row.names[0]).unwrap();
+            let s = Structure::of(&normalizer, &pre, ignore);
+            let found = recognise(&s, no_matter).unwrap();
+            assert!(found.candidates.contains(&row.names[0]), "{} {found:?}", row.names[0]);
+            let text = json!({"version": "1.0", "added_tokens": [], "normalizer": normalizer, "pre_tokenizer": pre,
+                "post_processor": null, "decoder": null, "truncation": null, "padding": null,
+                "model": {"type": "BPE", "vocab": {}, "merges": []}});
+            tokenizers::Tokenizer::from_bytes(text.to_string())
+                .unwrap_or_else(|e| panic!("{:?}: {e}", row.names));
+        }
+    }
+
+    #[test]
+    fn spellings_of_one_structure_agree() {
+        let regex = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+        let bytes = json!({"type": "ByteLevel", "add_prefix_space": false, "use_regex": false});
+        let split = |regex: &str, behavior: &str, invert: bool| {
+            json!({"type": "Sequence", "pretokenizers": [
+                {"type": "Split", "pattern": {"Regex": regex}, "behavior": behavior, "invert": invert}, bytes]})
+        };
+        for pre in [split(regex, "Isolated", false), split(regex, "Removed", true)] {
+            let found = recognise(&Structure::of(&Value::Null, &pre, true), no_matter).unwrap();
+            assert_eq!(found.name, "llama-bpe");
+            let found = recognise(&Structure::of(&Value::Null, &pre, false), no_matter).unwrap();
+            assert_eq!(found.name, "smaug-bpe");
+        }
+        for altered in [split(r"\p{N}{1,4}", "Isolated", false), split(regex, "Removed", false)] {
+            let e = recognise(&Structure::of(&Value::Null, &altered, true), no_matter).unwrap_err();
+            assert_eq!(e.kind(), crate::ErrorKind::Unsupported);
+            assert!(e.to_string().contains("split") && e.hint_text().unwrap().contains("--pre"));
+        }
+        let lower = json!({"type": "Lowercase"});
+        assert!(
+            recognise(&Structure::of(&lower, &split(regex, "Isolated", false), true), no_matter).is_err()
+        );
+    }
+
+    #[test]
+    fn byte_characters() {
+        let map = byte_of_char();
+        assert_eq!(map.len(), 256);
+        assert_eq!((map[&'Ġ'], map[&'Ċ'], map[&'a'], map[&'Ń']), (b' ', b'\n', b'a', 0xAD));
+    }
+}

@@ -1,0 +1,276 @@
+//! SentencePiece recovered from tokenizer.json, where there is no tokenizer.model.
+//!
+//! The `tokenizers` library keeps such a vocabulary as BPE with explicit merges. llama.cpp has
+//! scores instead: it merges any two neighbours whose joined text is a token, the highest score
+//! first. Both give the same ids when the merges hold every split of every token, and no token's
+//! merges straddle another's in rank; then the scores follow from the ranks. Both conditions are
+//! checked, and a vocabulary that breaks them is refused rather than converted wrongly.
+
+use std::collections::HashMap;
+
+use serde_json::Value;
+
+use super::hf::{Entries, TokenizerJson, merge_parts};
+use super::spm::{ADDED_SCORE, PAD_SCORE, finish};
+use super::{Kind, Source, TokenType, Vocab, added_form, vocab_size};
+use crate::error::{Error, Result};
+use crate::limits::Limits;
+
+/// SentencePiece's sign for a space.
+const SPACE: char = '\u{2581}';
+
+/// Whether a tokenizer.json holds this kind.
+pub fn fits(json: &TokenizerJson) -> bool {
+    json.model.kind() == "BPE" && json.model.byte_fallback == Some(true) && !super::bpe::fits(json)
+}
+
+/// Builds the vocabulary.
+///
+/// # Errors
+/// As [`super::load`]; `Unsupported` when scores cannot express the merges, or the normalizer
+/// does more than llama.cpp can.
+pub fn load(source: &Source, config: &Value, json: TokenizerJson, limits: &Limits) -> Result<Vocab> {
+    let mut vocab = Vocab::new(Kind::Spm, source.pre.unwrap_or("default"));
+    vocab.scores = Some(Vec::new());
+    let forced = source.pre.is_some();
+    let prefix = space_prefix(&json, &mut vocab.notes)?;
+    let Entries::Map(entries) = json.model.vocab else {
+        return Err(Error::malformed("a BPE vocabulary must map tokens to ids"));
+    };
+    let ids = entries.iter().map(|e| e.1).chain(json.added_tokens.iter().map(|t| t.id));
+    let size = vocab_size(source, ids.max().map(u64::from))?;
+    vocab.pad_to(size, PAD_SCORE);
+    for (text, id) in &entries {
+        match vocab.token_types.get(*id as usize) {
+            Some(TokenType::Unused) => {}
+            Some(_) => return Err(Error::malformed(format!("two tokens have the id {id}"))),
+            None => {
+                vocab.notes.push(format!("token {text:?} has id {id}, beyond vocab_size {size}: ignored"));
+                continue;
+            }
+        }
+        let kind = match text {
+            text if Some(text) == json.model.unk_token.as_ref() => TokenType::Unknown,
+            text if is_byte(text) => TokenType::Byte,
+            _ => TokenType::Normal,
+        };
+        vocab.put(*id as usize, text.as_str(), kind, Some(0.0));
+    }
+    for token in &json.added_tokens {
+        let id = token.id as usize;
+        let (text, kind) = added_form(&token.content, token.special);
+        match vocab.token_types.get(id) {
+            Some(TokenType::Unknown | TokenType::Byte) | None => {}
+            Some(&old) => {
+                let score = (old == TokenType::Unused).then_some(ADDED_SCORE);
+                vocab.put(id, text, kind, score);
+            }
+        }
+    }
+    let merges: Vec<&str> = json.model.merges.iter().map(|m| m.0.as_str()).collect();
+    score(&mut vocab, &merges, forced)?;
+    vocab.notes.push("SentencePiece BPE recovered from the merges of tokenizer.json".into());
+    let stated = config.get("add_prefix_space").and_then(Value::as_bool);
+    vocab.add_space_prefix = stated.or((!prefix).then_some(false));
+    finish(source, config, &json.added_tokens, &json.post_processor, vocab, limits)
+}
+
+/// `<0xNN>`.
+fn is_byte(text: &str) -> bool {
+    let digits = text.strip_prefix("<0x").and_then(|t| t.strip_suffix('>'));
+    digits.is_some_and(|d| d.len() == 2 && d.bytes().all(|b| b.is_ascii_hexdigit()))
+}
+
+/// Whether a space is put before a text. Accepts what llama.cpp can do too: escape spaces, put
+/// one in front.
+fn space_prefix(json: &TokenizerJson, notes: &mut Vec<String>) -> Result<bool> {
+    let is = |v: &Value, kind: &str| v.get("type").and_then(Value::as_str) == Some(kind);
+    let text = |v: &Value, key: &str| v.get(key).and_then(Value::as_str).map(str::to_owned);
+    let parts = |v: &Value, key: &str| -> Vec<Value> {
+        match v.get(key).and_then(Value::as_array) {
+            Some(list) if is(v, "Sequence") => list.clone(),
+            _ if v.is_null() => Vec::new(),
+            _ => vec![v.clone()],
+        }
+    };
+    let refuse = |part: &Value| {
+        Err(Error::unsupported(format!("llama.cpp's SentencePiece cannot do what this part does: {part}")))
+    };
+    let literal = |v: &Value| v.get("pattern").and_then(|p| text(p, "String"));
+    let sign = Some(SPACE.to_string());
+    let (mut prefix, mut escaped) = (false, false);
+    for part in parts(&json.normalizer, "normalizers") {
+        if is(&part, "Prepend") && text(&part, "prepend") == sign {
+            prefix = true;
+        } else if is(&part, "Replace")
+            && literal(&part).as_deref() == Some(" ")
+            && text(&part, "content") == sign
+        {
+            escaped = true;
+        } else {
+            return refuse(&part);
+        }
+    }
+    for part in parts(&json.pre_tokenizer, "pretokenizers") {
+        if is(&part, "Split") && escaped && literal(&part).as_deref() == Some(" ") {
+            continue; // No space is left to split at.
+        }
+        if !is(&part, "Metaspace") || text(&part, "replacement") != sign {
+            return refuse(&part);
+        }
+        escaped = true;
+        let old = part.get("add_prefix_space").and_then(Value::as_bool);
+        prefix = match text(&part, "prepend_scheme").as_deref() {
+            Some("never") => false,
+            Some("first") => {
+                notes
+                    .push("llama.cpp puts a space after special tokens too, not only first in a text".into());
+                true
+            }
+            Some(_) => true,
+            None => old.unwrap_or(true),
+        };
+        let split = part.get("split").and_then(Value::as_bool).unwrap_or(true);
+        if let (true, Entries::Map(entries)) = (split, &json.model.vocab)
+            && let Some((inner, _)) = entries.iter().find(|(t, _)| t.chars().skip(1).any(|c| c == SPACE))
+        {
+            notes.push(format!(
+                "warning: the tokenizer splits words at spaces, llama.cpp can make tokens such as {inner:?} across"
+            ));
+        }
+    }
+    match escaped {
+        true => Ok(prefix),
+        false => {
+            Err(Error::unsupported("BPE with byte fallback, but without SentencePiece's sign for spaces"))
+        }
+    }
+}
+
+/// Sets the scores of the normal tokens from the ranks of the merges.
+fn score(vocab: &mut Vocab, merges: &[&str], forced: bool) -> Result<()> {
+    let mut id_of: HashMap<&str, usize> = HashMap::new();
+    for (id, (text, kind)) in vocab.tokens.iter().zip(&vocab.token_types).enumerate() {
+        if let (Ok(text), TokenType::Normal) = (std::str::from_utf8(text), kind) {
+            id_of.insert(text, id);
+        }
+    }
+    // Tokens in the order in which merges make them, and where each token's last merge stands.
+    let mut made: Vec<usize> = Vec::new();
+    let mut made_at: HashMap<usize, usize> = HashMap::new();
+    let mut pairs: HashMap<(&str, &str), usize> = HashMap::with_capacity(merges.len());
+    let mut straddling = None;
+    for merge in merges {
+        let Some((left, right)) = merge_parts(merge) else {
+            return Err(Error::malformed(format!("{merge:?} is not a merge")));
+        };
+        let joined = format!("{left}{right}");
+        let Some(&id) = id_of.get(joined.as_str()) else { continue };
+        if pairs.insert((left, right), id).is_some() {
+            return Err(Error::malformed(format!("the merge {merge:?} appears twice")));
+        }
+        match made_at.get(&id) {
+            None => {
+                made_at.insert(id, made.len());
+                made.push(id);
+            }
+            Some(&at) if at + 1 == made.len() => {}
+            Some(_) => straddling = straddling.or(Some(joined)),
+        }
+    }
+    // A symbol is a character, with or without a token, or a token.
+    let symbol = |s: &str| s.chars().nth(1).is_none() || id_of.contains_key(s);
+    let mut missing = Vec::new();
+    for text in id_of.keys() {
+        for (at, _) in text.char_indices().skip(1) {
+            let (left, right) = text.split_at(at);
+            if symbol(left) && symbol(right) && !pairs.contains_key(&(left, right)) {
+                missing.push(*text);
+                break;
+            }
+        }
+    }
+    missing.sort_unstable();
+    let fault = match (missing.as_slice(), straddling) {
+        ([], None) => None,
+        ([first, ..], _) => Some(format!(
+            "llama.cpp would merge in ways that tokenizer.json does not, for {} tokens such as {first:?}",
+            missing.len()
+        )),
+        ([], Some(text)) => Some(format!(
+            "the merges that make {text:?} do not stand together in rank, scores cannot express that"
+        )),
+    };
+    if let Some(fault) = fault {
+        if !forced {
+            return Err(Error::unsupported(fault).hint(
+                "put the model's tokenizer.model beside it; --pre default converts all the same, with some wrong ids",
+            ));
+        }
+        vocab.notes.push(format!("warning: {fault}"));
+    }
+    // SentencePiece numbers BPE pieces in the order of their merges, characters last, and scores
+    // them 0, -1, ...: reproduce that where the order agrees.
+    let first = id_of.values().copied().min().unwrap_or(0);
+    let in_order = made.windows(2).all(|w| w[0] < w[1]);
+    let rank = |id: usize| match (in_order, made_at.get(&id)) {
+        (true, _) => id - first,
+        (false, Some(&rank)) => rank,
+        (false, None) => made.len(),
+    };
+    let scores: Vec<(usize, f32)> = id_of.values().map(|&id| (id, 0.0 - rank(id) as f32)).collect();
+    for (id, score) in scores {
+        if let Some(s) = vocab.scores.as_mut().and_then(|s| s.get_mut(id)) {
+            *s = score;
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ErrorKind;
+    use serde_json::json;
+
+    fn run(vocab: &[&str], merges: Value, pre: Option<&str>) -> Result<Vocab> {
+        let map: serde_json::Map<_, _> =
+            vocab.iter().enumerate().map(|(i, t)| (t.to_string(), json!(i))).collect();
+        let json = json!({"added_tokens": [{"id": 0, "content": "<unk>", "special": true}],
+            "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+            "pre_tokenizer": null,
+            "model": {"type": "BPE", "byte_fallback": true, "unk_token": "<unk>", "vocab": map, "merges": merges}});
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("tokenizer.json"), json.to_string()).unwrap();
+        let config = json!({});
+        let source = Source { dir: dir.path(), config: &config, vocab_size: None, pre, kinds: &[] };
+        crate::vocab::load(&source, &Limits::default())
+    }
+
+    #[test]
+    fn scores_follow_ranks() {
+        let v = run(&["<unk>", "ab", "abc", "a", "b", "c"], json!(["a b", "ab c"]), None).unwrap();
+        assert_eq!(v.scores.unwrap(), [0.0, 0.0, -1.0, -2.0, -3.0, -4.0]);
+        assert_eq!(v.token_types[0], TokenType::Unknown);
+        assert_eq!(v.add_space_prefix, Some(false));
+        // Ids in another order than the merges.
+        let v = run(&["<unk>", "a", "abc", "b", "ab", "c"], json!(["a b", "ab c"]), None).unwrap();
+        assert_eq!(v.scores.unwrap(), [0.0, -2.0, -1.0, -2.0, 0.0, -2.0]);
+    }
+
+    #[test]
+    fn what_scores_cannot_say_is_refused() {
+        let tokens = ["<unk>", "a", "b", "c", "ab", "bc", "abc", "cc"];
+        // a bc is missing.
+        let e = run(&tokens, json!(["a b", "b c", "c c", "ab c"]), None).unwrap_err();
+        assert_eq!(e.kind(), ErrorKind::Unsupported);
+        assert!(e.to_string().contains("\"abc\""), "{e}");
+        // The merges of abc straddle that of cc.
+        let merges = json!(["a b", "b c", "ab c", "c c", "a bc"]);
+        assert_eq!(run(&tokens, merges.clone(), None).unwrap_err().kind(), ErrorKind::Unsupported);
+        assert!(
+            run(&tokens, merges, Some("default")).unwrap().notes.iter().any(|n| n.starts_with("warning"))
+        );
+        assert!(run(&tokens, json!(["a b", "b c", "c c", "ab c", "a bc"]), None).is_ok());
+    }
+}

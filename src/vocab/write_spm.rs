@@ -1,0 +1,171 @@
+//! SentencePiece -> tokenizer.json and tokenizer.model.
+
+use std::collections::HashMap;
+
+use prost::Message;
+use serde_json::{Value, json};
+
+use super::hf::VocabOut;
+use super::proto::{BPE, ModelProto, NormalizerSpec, SentencePiece, TrainerSpec, UNIGRAM};
+use super::write::{ModelOut, TokenizerOut, added_tokens, is_padding, post_processor};
+use super::{TokenType, Vocab};
+use crate::error::Result;
+
+/// SentencePiece's sign for a space.
+const SPACE: &str = "\u{2581}";
+
+/// tokenizer.json: BPE whose merges are all splits of all tokens, highest score first, which is
+/// how llama.cpp merges; or Unigram where the scores are log-probabilities.
+///
+/// # Errors
+/// None at present.
+pub fn tokenizer<'a>(vocab: &'a Vocab, texts: &[&'a str]) -> Result<TokenizerOut<'a>> {
+    let prefix = vocab.add_space_prefix != Some(false);
+    let escape = json!({"type": "Replace", "pattern": {"String": " "}, "content": SPACE});
+    let mut normalizers = Vec::new();
+    if !vocab.charsmap.is_empty() {
+        normalizers.push(json!({"type": "Precompiled", "precompiled_charsmap": base64(&vocab.charsmap)}));
+        normalizers.push(json!({"type": "Strip", "strip_left": true, "strip_right": true}));
+        normalizers.push(json!({"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "}));
+    }
+    if prefix {
+        normalizers.push(json!({"type": "Prepend", "prepend": SPACE}));
+    }
+    normalizers.push(escape);
+    let mut decoders = vec![
+        json!({"type": "Replace", "pattern": {"String": SPACE}, "content": " "}),
+        json!({"type": "ByteFallback"}),
+        json!({"type": "Fuse"}),
+    ];
+    if prefix {
+        decoders.push(json!({"type": "Strip", "content": " ", "start": 1, "stop": 0}));
+    }
+    let unk = vocab.token_types.iter().position(|t| *t == TokenType::Unknown);
+    let byte_fallback = vocab.token_types.contains(&TokenType::Byte);
+    let model = if vocab.unigram {
+        let scores = vocab.scores.as_deref().unwrap_or_default();
+        // A list by id has no holes: padding stays, with a score that nothing chooses.
+        ModelOut::Unigram {
+            r#type: "Unigram",
+            unk_id: unk.map(|id| id as u32),
+            vocab: texts.iter().copied().zip(scores.iter().copied()).collect(),
+            byte_fallback,
+        }
+    } else {
+        let entries = texts.iter().enumerate().filter(|(id, text)| !is_padding(vocab, *id, text));
+        ModelOut::Bpe {
+            r#type: "BPE",
+            dropout: Value::Null,
+            unk_token: unk.and_then(|id| texts.get(id).copied()),
+            continuing_subword_prefix: Value::Null,
+            end_of_word_suffix: Value::Null,
+            fuse_unk: true,
+            byte_fallback,
+            ignore_merges: false,
+            vocab: VocabOut(entries.map(|(id, text)| (*text, id as u32)).collect()),
+            merges: merges(vocab, texts),
+        }
+    };
+    Ok(TokenizerOut {
+        version: "1.0",
+        truncation: Value::Null,
+        padding: Value::Null,
+        added_tokens: added_tokens(vocab, texts, |_| false),
+        normalizer: json!({"type": "Sequence", "normalizers": normalizers}),
+        pre_tokenizer: Value::Null,
+        post_processor: post_processor(vocab, texts),
+        decoder: json!({"type": "Sequence", "decoders": decoders}),
+        model,
+    })
+}
+
+/// Every way to make a normal token of two, ordered by the token's score, then by ids.
+fn merges<'a>(vocab: &Vocab, texts: &[&'a str]) -> Vec<(&'a str, &'a str)> {
+    let mut id_of: HashMap<&str, usize> = HashMap::new();
+    for (id, (text, kind)) in texts.iter().zip(&vocab.token_types).enumerate() {
+        if *kind == TokenType::Normal {
+            id_of.insert(text, id);
+        }
+    }
+    let scores = vocab.scores.as_deref().unwrap_or_default();
+    let mut found = Vec::new();
+    for (&text, &id) in texts.iter().filter_map(|text| id_of.get_key_value(text)) {
+        for (at, _) in text.char_indices().skip(1) {
+            let (left, right) = text.split_at(at);
+            if let (Some(&l), Some(&r)) = (id_of.get(left), id_of.get(right)) {
+                let score = scores.get(id).copied().unwrap_or(0.0);
+                found.push((score, id, l, r));
+            }
+        }
+    }
+    found.sort_by(|a, b| b.0.total_cmp(&a.0).then_with(|| (a.1, a.2, a.3).cmp(&(b.1, b.2, b.3))));
+    found.into_iter().filter_map(|(_, _, l, r)| Some((*texts.get(l)?, *texts.get(r)?))).collect()
+}
+
+/// tokenizer.model, with every row as a piece.
+pub fn model_proto(vocab: &Vocab) -> Vec<u8> {
+    let scores = vocab.scores.as_deref().unwrap_or_default();
+    let rows = vocab.tokens.iter().zip(&vocab.token_types).zip(scores);
+    let pieces = rows.map(|((text, &kind), &score)| {
+        let piece = match (kind, std::str::from_utf8(text)) {
+            (TokenType::UserDefined, Ok(text)) => text.replace(' ', SPACE).into_bytes(),
+            _ => text.clone(),
+        };
+        let kind = (kind != TokenType::Normal).then_some(kind as i32);
+        SentencePiece { piece: Some(piece), score: Some(score), kind }
+    });
+    let id = |id: Option<u32>| Some(id.map_or(-1, |id| i32::try_from(id).unwrap_or(-1)));
+    let text =
+        |id: Option<u32>| vocab.tokens.get(id? as usize).map(|t| String::from_utf8_lossy(t).into_owned());
+    let special = &vocab.special;
+    let unk = vocab.token_types.iter().position(|t| *t == TokenType::Unknown).map(|id| id as u32);
+    let trainer_spec = Some(TrainerSpec {
+        model_type: Some(if vocab.unigram { UNIGRAM } else { BPE }),
+        vocab_size: i32::try_from(vocab.tokens.len()).ok(),
+        byte_fallback: Some(vocab.token_types.contains(&TokenType::Byte)),
+        unk_id: id(unk),
+        bos_id: id(special.bos),
+        eos_id: id(special.eos),
+        pad_id: id(special.pad),
+        unk_piece: text(unk),
+        bos_piece: text(special.bos),
+        eos_piece: text(special.eos),
+        pad_piece: text(special.pad),
+    });
+    let plain = vocab.charsmap.is_empty();
+    let normalizer_spec = Some(NormalizerSpec {
+        name: Some(if plain { "identity" } else { "user_defined" }.into()),
+        precompiled_charsmap: Some(vocab.charsmap.clone()),
+        add_dummy_prefix: Some(vocab.add_space_prefix != Some(false)),
+        remove_extra_whitespaces: Some(!plain),
+        escape_whitespaces: Some(true),
+    });
+    ModelProto { pieces: pieces.collect(), trainer_spec, normalizer_spec }.encode_to_vec()
+}
+
+/// RFC 4648 base64 with padding.
+fn base64(bytes: &[u8]) -> String {
+    const DIGITS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    let mut out = String::with_capacity(bytes.len().div_ceil(3) * 4);
+    for chunk in bytes.chunks(3) {
+        let word = (0..3).fold(0u32, |w, i| w << 8 | u32::from(chunk.get(i).copied().unwrap_or(0)));
+        for i in 0..4 {
+            match i <= chunk.len() {
+                true => out.push(char::from(DIGITS[(word >> (18 - 6 * i) & 63) as usize])),
+                false => out.push('='),
+            }
+        }
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn base64_of_the_rfc() {
+        for (text, code) in [("", ""), ("f", "Zg=="), ("fo", "Zm8="), ("foo", "Zm9v"), ("foobar", "Zm9vYmFy")]
+        {
+            assert_eq!(super::base64(text.as_bytes()), code);
+        }
+    }
+}
