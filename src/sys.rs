@@ -81,3 +81,17 @@ mod portable {
 }
 #[cfg(not(any(unix, windows)))]
 pub use portable::{read_exact_at, write_all_at};
+
+/// Bytes that an ordinary user may still write on the disk that holds `dir`; `None` when the
+/// system does not tell.
+pub fn free_space(dir: &std::path::Path) -> Option<u64> {
+    fs4::available_space(dir).ok()
+}
+
+/// Makes a rename in `dir` durable, where the system needs that to be said.
+pub fn sync_directory(dir: &std::path::Path) {
+    // A directory that cannot be opened or flushed costs durability across a power cut only.
+    if cfg!(unix) && let Ok(dir) = File::open(dir) {
+        let _ = dir.sync_all();
+    }
+}

@@ -104,18 +104,22 @@ impl Expr {
         })
     }
 
-    /// The names of an alias chain such as `a ?? b ?? c`; empty when this is anything else.
-    pub fn aliases(&self) -> Vec<&Expr> {
+    /// The name that comes first in `a ?? b ?? ...`.
+    pub fn first_name(&self) -> Option<&Expr> {
         match self {
-            Self::Name(_) | Self::Field(..) => vec![self],
-            Self::Binary("??", a, b) => {
-                let mut names = a.aliases();
-                if !names.is_empty() {
-                    names.extend(b.aliases());
-                }
-                names
-            }
-            _ => Vec::new(),
+            Self::Name(_) | Self::Field(..) => Some(self),
+            Self::Binary("??", a, _) => a.first_name(),
+            _ => None,
+        }
+    }
+
+    /// Whether this is a chain of names, with a literal at its end at most: what a config says,
+    /// and nothing computed.
+    pub fn is_alias_chain(&self) -> bool {
+        match self {
+            Self::Name(_) | Self::Field(..) | Self::Literal(_) => true,
+            Self::Binary("??", a, b) => a.is_alias_chain() && b.is_alias_chain(),
+            _ => false,
         }
     }
 }
@@ -453,7 +457,19 @@ mod tests {
 
     #[test]
     fn faults_are_errors() {
-        for text in ["", "1 +", "h / 3", "h / 0", "h % 0", "(1", "'a", "list * 2", "f(1)", "1 2", "9223372036854775807 + 1"] {
+        for text in [
+            "",
+            "1 +",
+            "h / 3",
+            "h / 0",
+            "h % 0",
+            "(1",
+            "'a",
+            "list * 2",
+            "f(1)",
+            "1 2",
+            "9223372036854775807 + 1",
+        ] {
             assert!(eval(text).is_err(), "{text}");
         }
         assert!(eval(&"(".repeat(10_000)).is_err());

@@ -184,7 +184,8 @@ impl Model {
                 if active.row.stack.is_some() {
                     captures.integers.insert('e', e);
                 }
-                let name = active.row.hf.fill(&captures).ok_or_else(|| context(Error::malformed("has no name")))?;
+                let name =
+                    active.row.hf.fill(&captures).ok_or_else(|| context(Error::malformed("has no name")))?;
                 let copy = axes.clone().into_copy(e * n).inverse();
                 let piece = Piece { source: t.name.clone(), copy };
                 match out.get_mut(&name) {
@@ -269,9 +270,7 @@ impl Model {
             })?;
             config.insert("rope_scaling".into(), p.config());
         }
-        let kv = std::mem::take(&mut self.scope.kv);
-        self.scope = ModelScope::new(&self.arch, Json::Object(config));
-        self.scope.kv = kv;
+        self.scope = self.scope.with_config(&self.arch, Json::Object(config));
         Ok(())
     }
 }
@@ -284,21 +283,29 @@ pub(super) fn config(arch: &Architecture, metadata: &Metadata) -> Result<(Json, 
         .filter(|(k, _)| !k.starts_with("tokenizer."))
         .filter_map(|(k, v)| Some((k.to_string(), json_of(v)?)))
         .collect();
-    let mut config = Map::new();
-    for (key, rule) in &arch.kv {
-        let Some(value) = kv.get(key) else { continue };
-        if let Some(name) = first_alias(&rule.expr, arch, 0) {
-            config.entry(name).or_insert_with(|| value.clone());
-        }
-    }
-    if let Some(scaling) = rope_scaling(arch, &kv) {
-        config.insert("rope_scaling".into(), scaling);
-    }
     let scope_of = |config: &Map<String, Json>| {
         let mut scope = ModelScope::new(arch, Json::Object(config.clone()));
         scope.kv = Json::Object(kv.clone());
         scope
     };
+    let mut config = Map::new();
+    // First what is said, then what would be computed otherwise, where it differs.
+    for computed in [false, true] {
+        for (key, rule) in &arch.kv {
+            let Some(value) = kv.get(key) else { continue };
+            let Some((name, plain)) = config_key(&rule.expr, arch, true, 0) else { continue };
+            if plain == computed || config.contains_key(&name) {
+                continue;
+            }
+            let would_be = if computed { rule.expr.eval(&scope_of(&config))? } else { Json::Null };
+            if would_be.as_f64().is_none() || would_be.as_f64() != value.as_f64() {
+                config.insert(name, value.clone());
+            }
+        }
+    }
+    if let Some(scaling) = rope_scaling(arch, &kv) {
+        config.insert("rope_scaling".into(), scaling);
+    }
     for (key, value) in &arch.config {
         let value = match value {
             ConfigValue::Constant(v) => v.clone(),
@@ -320,7 +327,8 @@ pub(super) fn config(arch: &Architecture, metadata: &Metadata) -> Result<(Json, 
             break;
         }
     }
-    let class = class.ok_or_else(|| Error::unsupported(format!("no class of {} fits this file", arch.arch)))?;
+    let class =
+        class.ok_or_else(|| Error::unsupported(format!("no class of {} fits this file", arch.arch)))?;
     let mut ordered = Map::new();
     ordered.insert("architectures".into(), json!([class.name]));
     ordered.insert("model_type".into(), json!(class.model_type));
@@ -328,22 +336,26 @@ pub(super) fn config(arch: &Architecture, metadata: &Metadata) -> Result<(Json, 
     Ok((Json::Object(ordered), class))
 }
 
-/// The config key that an alias chain starts with, variables followed.
-fn first_alias(expr: &Expr, arch: &Architecture, depth: u32) -> Option<String> {
-    match expr.aliases().first()? {
+/// The config key that an expression reads first, variables followed, and whether nothing in it is
+/// computed.
+fn config_key(expr: &Expr, arch: &Architecture, plain: bool, depth: u32) -> Option<(String, bool)> {
+    let plain = plain && expr.is_alias_chain();
+    match expr.first_name()? {
         Expr::Name(name) if depth < 8 && arch.vars.contains_key(name) => {
             let inner = &arch.vars[name];
-            match inner.aliases().first() {
+            match inner.first_name() {
                 // Within its own definition a name means the config's key.
-                Some(Expr::Name(n)) if n == name => Some(n.clone()),
-                _ => first_alias(inner, arch, depth + 1),
+                Some(Expr::Name(n)) if n == name => Some((n.clone(), plain && inner.is_alias_chain())),
+                _ => config_key(inner, arch, plain, depth + 1),
             }
         }
         Expr::Name(name) if name == "file_type" => None,
-        Expr::Name(name) => Some(name.clone()),
+        Expr::Name(name) => Some((name.clone(), plain)),
         Expr::Field(object, field) => match (&**object, field.as_str()) {
-            (Expr::Name(o), "rope_theta") if o == "rope" => Some("rope_theta".into()),
-            (Expr::Name(o), "rope_theta") if o == "rope_sliding" => Some("rope_local_base_freq".into()),
+            (Expr::Name(o), "rope_theta") if o == "rope" => Some(("rope_theta".into(), plain)),
+            (Expr::Name(o), "rope_theta") if o == "rope_sliding" => {
+                Some(("rope_local_base_freq".into(), plain))
+            }
             _ => None,
         },
         _ => None,

@@ -123,12 +123,13 @@ impl Model {
                     Some(set)
                 }
             };
-            let stack = match &row.stack {
-                None => 1,
-                Some(e) => e.eval(&self.scope).map_err(context)?.as_u64().ok_or_else(|| {
-                    context(Error::malformed("the number of tensors to stack is unknown"))
-                })?,
-            };
+            let stack =
+                match &row.stack {
+                    None => 1,
+                    Some(e) => e.eval(&self.scope).map_err(context)?.as_u64().ok_or_else(|| {
+                        context(Error::malformed("the number of tensors to stack is unknown"))
+                    })?,
+                };
             rows.push(ActiveRow { row, layers, stack });
         }
         Ok(rows)
@@ -189,10 +190,10 @@ impl Model {
     fn check_layer(&self, captures: &Captures) -> Result<()> {
         let n = self.layers()?;
         match captures.integers.get(&'i') {
-            Some(&i) if n > 0 && i >= n => Err(Error::malformed(format!(
-                "belongs to layer {i}, config.json says there are {n}"
-            ))
-            .hint("config.json and the weights are not of the same model")),
+            Some(&i) if n > 0 && i >= n => {
+                Err(Error::malformed(format!("belongs to layer {i}, config.json says there are {n}"))
+                    .hint("config.json and the weights are not of the same model"))
+            }
             _ => Ok(()),
         }
     }
@@ -203,7 +204,8 @@ impl Model {
             .iter()
             .map(|r| r.row.hf.text())
             .max_by(|a, b| strsim::jaro_winkler(a, &pattern).total_cmp(&strsim::jaro_winkler(b, &pattern)));
-        let error = Error::malformed(format!("tensor {name:?} has no place in the architecture {}", self.arch.arch));
+        let error =
+            Error::malformed(format!("tensor {name:?} has no place in the architecture {}", self.arch.arch));
         match nearest {
             Some(rule) => error.hint(format!("the nearest rule is {rule:?}")),
             None => error,
@@ -241,10 +243,13 @@ impl Model {
                         None => Ok(default),
                         Some(e) => {
                             let v = e.eval(&scope)?;
-                            v.as_f64().map(|v| v as f32).ok_or_else(|| Error::malformed(format!("{v} is no number")))
+                            v.as_f64()
+                                .map(|v| v as f32)
+                                .ok_or_else(|| Error::malformed(format!("{v} is no number")))
                         }
                     };
-                    elementwise.push(Elementwise::Affine { mul: value(&a.mul, 1.0)?, add: value(&a.add, 0.0)? });
+                    elementwise
+                        .push(Elementwise::Affine { mul: value(&a.mul, 1.0)?, add: value(&a.add, 0.0)? });
                 }
             }
         }
@@ -262,7 +267,10 @@ impl Model {
         let parts = row.to.len() as u64;
         if row.sizes.is_empty() {
             if !n.is_multiple_of(parts) {
-                return Err(Error::malformed(format!("axis {} of {shape:?} does not fall into {parts} parts", row.axis)));
+                return Err(Error::malformed(format!(
+                    "axis {} of {shape:?} does not fall into {parts} parts",
+                    row.axis
+                )));
             }
             return Ok(if row.interleaved {
                 (k as u64, n, parts)
@@ -282,7 +290,10 @@ impl Model {
             start = end;
         }
         if start != n {
-            return Err(Error::malformed(format!("axis {} of {shape:?} should have {start} elements", row.axis)));
+            return Err(Error::malformed(format!(
+                "axis {} of {shape:?} should have {start} elements",
+                row.axis
+            )));
         }
         Ok((range.0, range.1, 1))
     }
@@ -347,7 +358,8 @@ impl Model {
         let name = r.row.hf.fill(&captures).unwrap_or_else(|| r.row.hf.text().to_string());
         let error = Error::malformed(format!("tensor {name:?} is missing"));
         if seen.is_empty() {
-            error.hint(format!("the architecture {} needs it; is this another kind of model?", self.arch.arch))
+            error
+                .hint(format!("the architecture {} needs it; is this another kind of model?", self.arch.arch))
         } else {
             error.hint("other layers or experts have it: a shard may be missing, or config.json counts more than there are")
         }
@@ -390,15 +402,21 @@ impl Building {
                 shape.insert(0, active.stack);
                 let e = captures.integers.get(&'e').copied().unwrap_or(0);
                 if e >= active.stack {
-                    return Err(Error::malformed(format!("is number {e}, config.json says there are {}", active.stack))
-                        .hint("config.json and the weights are not of the same model"));
+                    return Err(Error::malformed(format!(
+                        "is number {e}, config.json says there are {}",
+                        active.stack
+                    ))
+                    .hint("config.json and the weights are not of the same model"));
                 }
                 e
             }
         };
         elements(&shape)?;
         if !self.pieces.is_empty() && self.shape != shape {
-            return Err(Error::malformed(format!("gives shape {shape:?} where the others give {:?}", self.shape)));
+            return Err(Error::malformed(format!(
+                "gives shape {shape:?} where the others give {:?}",
+                self.shape
+            )));
         }
         self.shape = shape;
         self.elementwise = elementwise;
@@ -412,7 +430,9 @@ impl Building {
     fn finish(self, name: String) -> Result<Mapped> {
         let data = match self.values {
             Some(values) => Data::Values(values),
-            None => Data::Copied { pieces: self.pieces.into_values().collect(), elementwise: self.elementwise },
+            None => {
+                Data::Copied { pieces: self.pieces.into_values().collect(), elementwise: self.elementwise }
+            }
         };
         Ok(Mapped { name, shape: self.shape, data })
     }

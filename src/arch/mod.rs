@@ -61,9 +61,9 @@ pub fn recognise(config: &Json, forced: Option<&str>) -> Result<Model> {
             let class = a.class_named(&class_name).or(a.class.first()).cloned();
             (a, class)
         }),
-        None => archs
-            .into_iter()
-            .find_map(|a| a.class_named(&class_name).cloned().map(|class| (a, Some(class)))),
+        None => {
+            archs.into_iter().find_map(|a| a.class_named(&class_name).cloned().map(|class| (a, Some(class))))
+        }
     };
     let Some((arch, Some(class))) = found else {
         return Err(unknown_class(&class_name, forced));
@@ -87,9 +87,7 @@ fn unknown_class(class: &str, forced: Option<&str>) -> Error {
     let nearest = archs
         .iter()
         .flat_map(|a| a.class.iter().flat_map(move |c| c.names().map(move |n| (n, a.arch.as_str()))))
-        .max_by(|a, b| {
-            strsim::jaro_winkler(a.0, class).total_cmp(&strsim::jaro_winkler(b.0, class))
-        });
+        .max_by(|a, b| strsim::jaro_winkler(a.0, class).total_cmp(&strsim::jaro_winkler(b.0, class)));
     let error = Error::unsupported(format!("the architecture {class} is not known"));
     match nearest {
         Some((name, arch)) => error.hint(format!(

@@ -23,25 +23,26 @@ impl Llama3 {
     /// and between them a line in the frequency.
     /// Source: `ROPE_INIT_FUNCTIONS["llama3"]` of transformers; Llama 3.1's release notes.
     pub fn factors(&self, dim: u64) -> Vec<f32> {
-        let original = self.original_max_position_embeddings;
-        let low = original / self.low_freq_factor;
-        let high = original / self.high_freq_factor;
+        // The programs whose result is to be met compute in 32 bits, and divide by multiplying
+        // with the reciprocal.
+        let original = self.original_max_position_embeddings as f32;
+        let (factor, low, high) =
+            (self.factor as f32, self.low_freq_factor as f32, self.high_freq_factor as f32);
+        let low_wavelength = (self.original_max_position_embeddings / self.low_freq_factor) as f32;
+        let high_wavelength = (self.original_max_position_embeddings / self.high_freq_factor) as f32;
         (0..dim / 2)
             .map(|i| {
-                // The frequency is a 32-bit number in the programs whose result is to be met.
                 let exponent = (2 * i) as f32 / dim as f32;
-                let frequency = 1.0f32 / (self.theta as f32).powf(exponent);
-                let wavelength = 2.0 * std::f64::consts::PI / f64::from(frequency);
-                let factor = if wavelength < high {
+                let frequency = 1.0 / (self.theta.powf(f64::from(exponent)) as f32);
+                let wavelength = (1.0 / frequency) * (2.0 * std::f32::consts::PI);
+                if wavelength < high_wavelength {
                     1.0
-                } else if wavelength > low {
-                    self.factor
+                } else if wavelength > low_wavelength {
+                    factor
                 } else {
-                    let smooth = (original / wavelength - self.low_freq_factor)
-                        / (self.high_freq_factor - self.low_freq_factor);
-                    1.0 / ((1.0 - smooth) / self.factor + smooth)
-                };
-                factor as f32
+                    let smooth = ((1.0 / wavelength) * original - low) / (high - low);
+                    1.0 / ((1.0 - smooth) / factor + smooth)
+                }
             })
             .collect()
     }
@@ -81,10 +82,9 @@ pub(super) fn generate(function: GenerateFn, model: &Model) -> Result<(Vec<u64>,
             let rope = model.var("rope")?;
             let get = |key: &str, default: f64| match rope.get(key).filter(|v| !v.is_null()) {
                 None => Ok(default),
-                Some(v) => v
-                    .as_f64()
-                    .filter(|v| *v > 0.0)
-                    .ok_or_else(|| Error::malformed(format!("RoPE parameter {key} = {v} is no positive number"))),
+                Some(v) => v.as_f64().filter(|v| *v > 0.0).ok_or_else(|| {
+                    Error::malformed(format!("RoPE parameter {key} = {v} is no positive number"))
+                }),
             };
             let parameters = Llama3 {
                 theta: get("rope_theta", 10_000.0)?,

@@ -260,8 +260,10 @@ impl Architecture {
             return Err(Error::unsupported(format!("schema {} is not known, this is {SCHEMA}", arch.schema)));
         }
         if let Some(name) = &arch.extends {
-            let text = base(name).ok_or_else(|| Error::malformed(format!("extends {name:?}, which is not there")))?;
-            let base: Self = toml::from_str(&text).map_err(|e| Error::malformed(e.to_string()).context(name))?;
+            let text = base(name)
+                .ok_or_else(|| Error::malformed(format!("extends {name:?}, which is not there")))?;
+            let base: Self =
+                toml::from_str(&text).map_err(|e| Error::malformed(e.to_string()).context(name))?;
             arch.inherit(base);
         }
         let prefix = arch.arch.clone();
@@ -371,7 +373,8 @@ pub(super) fn embedded() -> Result<Vec<Architecture>> {
     let text = |name: &str| EMBEDDED.iter().find(|(n, _)| *n == name).map(|(_, t)| t.to_string());
     let mut archs = Vec::new();
     for (name, toml) in EMBEDDED {
-        let arch = Architecture::parse(toml, &text).map_err(|e| e.context(format!("formats/arch/{name}.toml")))?;
+        let arch =
+            Architecture::parse(toml, &text).map_err(|e| e.context(format!("formats/arch/{name}.toml")))?;
         if !arch.arch.is_empty() {
             archs.push(arch);
         }

@@ -51,6 +51,11 @@ impl ModelScope {
         self.roots.last().unwrap_or(&Json::Null)
     }
 
+    /// The same facts about another config.
+    pub fn with_config(&self, arch: &Architecture, config: Json) -> Self {
+        Self { facts: self.facts.clone(), kv: self.kv.clone(), ..Self::new(arch, config) }
+    }
+
     pub fn set_facts(&mut self, facts: Facts) {
         self.facts = facts;
     }
@@ -75,7 +80,13 @@ fn canonical_rope(roots: &[Json]) -> (Json, Json) {
     );
     let local = find(
         roots,
-        &["local_rope_theta", "rope_local_theta", "rope_theta_local", "swa_rope_theta", "rope_local_base_freq"],
+        &[
+            "local_rope_theta",
+            "rope_local_theta",
+            "rope_theta_local",
+            "swa_rope_theta",
+            "rope_local_base_freq",
+        ],
     );
     let mut fill = |key: &str, value: Option<Json>| {
         if let (false, Some(value)) = (rope.contains_key(key), value) {
@@ -93,9 +104,8 @@ fn canonical_rope(roots: &[Json]) -> (Json, Json) {
     }
     let sliding = match rope.get("sliding_attention").cloned() {
         Some(sliding) => sliding,
-        None => local.map_or(Json::Null, |theta| {
-            Json::Object(Map::from_iter([("rope_theta".to_string(), theta)]))
-        }),
+        None => local
+            .map_or(Json::Null, |theta| Json::Object(Map::from_iter([("rope_theta".to_string(), theta)]))),
     };
     (Json::Object(rope), sliding)
 }

@@ -12,15 +12,13 @@ use crate::error::{Error, Result};
 pub const PARAMETERS: [&str; 2] = ["weight", "bias"];
 
 /// A parsed template.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-#[derive(Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Template {
     text: String,
     parts: Vec<Part>,
 }
 
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-#[derive(Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 enum Part {
     Text(String),
     Integer(char),
@@ -29,8 +27,7 @@ enum Part {
 }
 
 /// What a template's placeholders stood for.
-#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
-#[derive(Hash)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Captures {
     /// Integers by letter.
     pub integers: BTreeMap<char, u64>,
@@ -154,13 +151,21 @@ mod tests {
         let c = t.matches("model.layers.12.experts.3.w1.bias").unwrap();
         assert_eq!((c.integers[&'i'], c.integers[&'e'], c.parameter), (12, 3, Some("bias")));
         assert_eq!(t.fill(&c).unwrap(), "model.layers.12.experts.3.w1.bias");
-        for wrong in ["model.layers.x.experts.3.w1.bias", "model.layers.1.experts.3.w1.bia", "model.layers.01.experts.3.w1.bias"] {
+        for wrong in [
+            "model.layers.x.experts.3.w1.bias",
+            "model.layers.1.experts.3.w1.bia",
+            "model.layers.01.experts.3.w1.bias",
+        ] {
             assert!(t.matches(wrong).is_none(), "{wrong}");
         }
         let rest = Template::parse("language_model.{*}").unwrap();
         let c = rest.matches("language_model.model.norm.weight").unwrap();
         assert_eq!(Template::parse("{*}").unwrap().fill(&c).unwrap(), "model.norm.weight");
-        assert!(Template::parse("a.{x").is_err() && Template::parse("{i}.{i}").is_err() && Template::parse("{ab}").is_err());
+        assert!(
+            Template::parse("a.{x").is_err()
+                && Template::parse("{i}.{i}").is_err()
+                && Template::parse("{ab}").is_err()
+        );
     }
 
     proptest! {

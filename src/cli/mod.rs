@@ -1,1 +1,119 @@
-//! cli
+//! The command line: one file per command. Data goes to stdout, everything else to stderr.
+//! Exit codes: 0 done, 1 a check failed, 2 it could not be done.
+
+mod common;
+mod completions;
+mod gguf_to_hf;
+mod hf_to_gguf;
+mod inspect;
+mod quantize;
+#[cfg(feature = "ggml")]
+mod run;
+mod ui;
+mod verify;
+
+use std::process::ExitCode;
+
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
+
+/// Convert, quantize, inspect, verify and run language-model files
+#[derive(Parser)]
+#[command(name = "qconv", max_term_width = 100, subcommand_required = true, arg_required_else_help = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    HfToGguf(hf_to_gguf::Args),
+    GgufToHf(gguf_to_hf::Args),
+    Quantize(quantize::Args),
+    Inspect(inspect::Args),
+    Verify(verify::Args),
+    #[cfg(feature = "ggml")]
+    Run(run::Args),
+    Completions(completions::Args),
+}
+
+/// How a command that could be carried out ended.
+pub enum Status {
+    /// As wished.
+    Done,
+    /// A check found something.
+    Findings,
+}
+
+/// The clap command, with the version of what is linked.
+fn command() -> clap::Command {
+    Cli::command().version(env!("CARGO_PKG_VERSION")).long_version(version())
+}
+
+fn version() -> String {
+    let own = env!("CARGO_PKG_VERSION");
+    #[cfg(feature = "ggml")]
+    {
+        match qconv::ggml::linked() {
+            Ok(linked) => {
+                let backends: Vec<_> = linked.backends.iter().map(|(name, _)| name.as_str()).collect();
+                format!(
+                    "{own}\nggml {} ({}), llama.cpp {}\nbackends: {}\n{}",
+                    linked.ggml_version,
+                    linked.ggml_commit,
+                    linked.llama_version,
+                    backends.join(", "),
+                    linked.system_info
+                )
+            }
+            Err(e) => format!("{own}\nggml: {e}"),
+        }
+    }
+    #[cfg(not(feature = "ggml"))]
+    format!("{own}\nbuilt without ggml")
+}
+
+/// Parses and runs.
+pub fn main() -> ExitCode {
+    // The version asks the linked library, which is not worth it for anything else.
+    let wants_version = std::env::args_os().skip(1).any(|a| a == "--version" || a == "-V");
+    let command = if wants_version { command() } else { Cli::command().version(env!("CARGO_PKG_VERSION")) };
+    let command = command.arg(
+        clap::Arg::new("version")
+            .short('V')
+            .long("version")
+            .action(clap::ArgAction::Version)
+            .global(false)
+            .help("Print the version, and that of the linked ggml with its backends"),
+    );
+    let command = command.disable_version_flag(true);
+    let cli = match command.try_get_matches().and_then(|m| Cli::from_arg_matches(&m)) {
+        Ok(cli) => cli,
+        Err(e) => e.exit(),
+    };
+    let result = match cli.command {
+        Command::HfToGguf(args) => hf_to_gguf::run(&args),
+        Command::GgufToHf(args) => gguf_to_hf::run(&args),
+        Command::Quantize(args) => quantize::run(&args),
+        Command::Inspect(args) => inspect::run(&args).map(|()| Status::Done),
+        Command::Verify(args) => verify::run(&args),
+        #[cfg(feature = "ggml")]
+        Command::Run(args) => run::run(&args, ui::catch_interrupt()).map(|()| Status::Done),
+        Command::Completions(args) => completions::run(&args).map(|()| Status::Done),
+    };
+    match result {
+        Ok(Status::Done) => ExitCode::SUCCESS,
+        Ok(Status::Findings) => ExitCode::from(1),
+        Err(e) if is_broken_pipe(&e) => ExitCode::SUCCESS,
+        Err(e) => {
+            ui::error(&e);
+            ExitCode::from(2)
+        }
+    }
+}
+
+/// A reader such as `head` has seen enough.
+fn is_broken_pipe(e: &anyhow::Error) -> bool {
+    e.chain()
+        .filter_map(|c| c.downcast_ref::<std::io::Error>())
+        .any(|e| e.kind() == std::io::ErrorKind::BrokenPipe)
+}

@@ -1,1 +1,289 @@
-//! inspect
+//! Inspection: what a file or directory holds, from its headers alone.
+
+use std::fs::{self, File};
+use std::io::{self, Read, Write};
+use std::path::{Path, PathBuf};
+
+use indexmap::IndexMap;
+use regex::Regex;
+use serde::Serialize;
+use serde_json::{Map, Value as Json, json};
+
+use crate::container::gguf::{Array, Gguf, MAGIC, Value};
+use crate::container::{Store, safetensors};
+use crate::error::{Error, Result};
+use crate::limits::Limits;
+use crate::tensor::DType;
+
+/// What was found.
+#[derive(Debug, Serialize)]
+pub struct Report {
+    /// What was inspected.
+    pub path: PathBuf,
+    /// `GGUF`, `safetensors` or `Hugging Face`.
+    pub format: &'static str,
+    /// Facts about the container: version, byte order, alignment, shards.
+    pub container: Map<String, Json>,
+    /// Files, with their bytes.
+    pub files: Vec<(PathBuf, u64)>,
+    /// Metadata in file order; of a Hugging Face directory, config.json.
+    pub metadata: Map<String, Json>,
+    /// Tensors in file order.
+    pub tensors: Vec<Tensor>,
+    /// Sums over all tensors.
+    pub totals: Totals,
+}
+
+/// One tensor.
+#[derive(Debug, Serialize)]
+pub struct Tensor {
+    /// Name.
+    pub name: String,
+    /// Shape in the format's own order: GGUF has the row length first, Hugging Face last.
+    pub shape: Vec<u64>,
+    /// Type.
+    #[serde(rename = "type")]
+    pub dtype: DType,
+    /// Which of the files.
+    pub file: usize,
+    /// First byte in that file.
+    pub offset: u64,
+    /// Bytes.
+    pub bytes: u64,
+    /// Share of all tensors' bytes.
+    pub share: f64,
+}
+
+/// Sums over all tensors.
+#[derive(Debug, Default, Serialize)]
+pub struct Totals {
+    /// Number of tensors.
+    pub tensors: usize,
+    /// Number of weights.
+    pub parameters: u64,
+    /// Bytes of data.
+    pub bytes: u64,
+    /// Bits for each weight.
+    pub bits_per_weight: f64,
+    /// For each type: tensors, weights, bytes.
+    pub types: IndexMap<&'static str, (usize, u64, u64)>,
+}
+
+/// What is printed of a report.
+#[derive(Debug, Default)]
+pub struct Filter {
+    /// Tensors whose name matches; none at all when only metadata are wanted.
+    pub tensor: Option<Regex>,
+    /// Only metadata.
+    pub metadata_only: bool,
+    /// Arrays whole.
+    pub whole_arrays: bool,
+}
+
+/// Looks at `path` by its content.
+///
+/// # Errors
+/// `Io` for no such path; `Unsupported` for what is none of the formats; what the readers say.
+pub fn inspect(path: &Path, limits: &Limits) -> Result<Report> {
+    let meta = fs::metadata(path).map_err(|e| Error::io("open", path, e))?;
+    if meta.is_dir() {
+        return directory(path, limits);
+    }
+    let mut head = [0; 9];
+    let mut file = File::open(path).map_err(|e| Error::io("open", path, e))?;
+    let mut n = 0;
+    while n < head.len() {
+        match file.read(&mut head[n..]).map_err(|e| Error::io("read", path, e))? {
+            0 => break,
+            k => n += k,
+        }
+    }
+    if head.starts_with(&MAGIC) {
+        return gguf(path, limits);
+    }
+    if n == head.len() && head[8] == b'{' {
+        let opened = safetensors::open(path, limits)?;
+        let metadata = opened.metadata.into_iter().flatten().map(|(k, v)| (k, json!(v))).collect();
+        return Ok(report(path, "safetensors", &opened.store, Map::new(), metadata, false));
+    }
+    if path.file_name().is_some_and(|n| n == safetensors::INDEX_FILE) {
+        return directory(path, limits);
+    }
+    Err(Error::unsupported("is no file that can be read")
+        .at(path)
+        .hint("GGUF files, safetensors files, and Hugging Face directories are read"))
+}
+
+fn gguf(path: &Path, limits: &Limits) -> Result<Report> {
+    let gguf = Gguf::open(path, limits)?;
+    let mut container = Map::new();
+    container.insert("version".into(), json!(gguf.version));
+    container
+        .insert("byte_order".into(), json!(if gguf.big_endian { "big-endian" } else { "little-endian" }));
+    container.insert("alignment".into(), json!(gguf.alignment));
+    container.insert("data_offset".into(), json!(gguf.data_offset));
+    container.insert("shards".into(), json!(gguf.shards));
+    if gguf.trailing_bytes > 0 {
+        container.insert("trailing_bytes".into(), json!(gguf.trailing_bytes));
+    }
+    let metadata = gguf.metadata.iter().map(|(k, v)| (k.to_string(), json_of(v))).collect();
+    Ok(report(path, "GGUF", &gguf.store, container, metadata, true))
+}
+
+fn directory(path: &Path, limits: &Limits) -> Result<Report> {
+    let opened = safetensors::open(path, limits)?;
+    let dir = if path.is_dir() { path } else { path.parent().unwrap_or(path) };
+    let config = dir.join("config.json");
+    let mut metadata = Map::new();
+    if config.is_file() {
+        let len = fs::metadata(&config).map_err(|e| Error::io("open", &config, e))?.len();
+        if len > limits.side_file_bytes {
+            return Err(
+                Error::limit(format!("has {len} bytes, the limit is {}", limits.side_file_bytes)).at(&config)
+            );
+        }
+        let text = fs::read(&config).map_err(|e| Error::io("read", &config, e))?;
+        metadata = serde_json::from_slice(&text)
+            .map_err(|e| Error::malformed(format!("is no JSON object: {e}")).at(&config))?;
+    }
+    let mut container = Map::new();
+    container.insert("shards".into(), json!(opened.store.files().len()));
+    Ok(report(path, "Hugging Face", &opened.store, container, metadata, false))
+}
+
+fn report(
+    path: &Path,
+    format: &'static str,
+    store: &Store,
+    container: Map<String, Json>,
+    metadata: Map<String, Json>,
+    reversed: bool,
+) -> Report {
+    let bytes: u64 = store.tensors().iter().map(|t| t.nbytes).sum();
+    let mut totals = Totals { tensors: store.tensors().len(), bytes, ..Totals::default() };
+    let mut tensors = Vec::with_capacity(totals.tensors);
+    for t in store.tensors() {
+        let n = t.elements();
+        totals.parameters += n;
+        let of_type = totals.types.entry(t.dtype.name()).or_default();
+        *of_type = (of_type.0 + 1, of_type.1 + n, of_type.2 + t.nbytes);
+        let mut shape = t.shape.clone();
+        if reversed {
+            shape.reverse();
+        }
+        tensors.push(Tensor {
+            name: t.name.clone(),
+            shape,
+            dtype: t.dtype,
+            file: t.file,
+            offset: t.offset,
+            bytes: t.nbytes,
+            share: t.nbytes as f64 / bytes.max(1) as f64,
+        });
+    }
+    totals.bits_per_weight = bytes as f64 * 8.0 / totals.parameters.max(1) as f64;
+    let files = store.files().iter().map(|f| (f.path().to_path_buf(), f.len())).collect();
+    Report { path: path.to_path_buf(), format, container, files, metadata, tensors, totals }
+}
+
+fn json_of(value: &Value) -> Json {
+    match value {
+        Value::String(s) => json!(String::from_utf8_lossy(s)),
+        Value::Bool(b) => json!(b),
+        Value::F32(v) => serde_json::from_str(&v.to_string()).unwrap_or_else(|_| json!(v.to_string())),
+        Value::F64(v) => json!(v),
+        Value::U64(v) => json!(v),
+        Value::I64(v) => json!(v),
+        Value::I8(v) => json!(v),
+        Value::I16(v) => json!(v),
+        Value::I32(v) => json!(v),
+        Value::U8(v) => json!(v),
+        Value::U16(v) => json!(v),
+        Value::U32(v) => json!(v),
+        Value::Array(Array::Array(list)) => {
+            Json::Array(list.iter().map(|a| json_of(&Value::Array(a.clone()))).collect())
+        }
+        Value::Array(a) => Json::Array((0..a.len()).filter_map(|i| a.get(i)).map(|v| json_of(&v)).collect()),
+    }
+}
+
+/// Prints a report for people.
+///
+/// # Errors
+/// As `out` fails.
+pub fn print(report: &Report, filter: &Filter, out: &mut impl Write) -> io::Result<()> {
+    if filter.tensor.is_none() {
+        writeln!(out, "{}: {}", report.path.display(), report.format)?;
+        for (key, value) in &report.container {
+            writeln!(out, "  {key}: {}", plain(value))?;
+        }
+        if !report.metadata.is_empty() {
+            writeln!(out, "\nmetadata ({})", report.metadata.len())?;
+            for (key, value) in &report.metadata {
+                writeln!(
+                    out,
+                    "  {key}: {}",
+                    if filter.whole_arrays { value.to_string() } else { short(value) }
+                )?;
+            }
+        }
+        writeln!(out)?;
+    }
+    if filter.metadata_only {
+        return Ok(());
+    }
+    let wanted = |t: &&Tensor| filter.tensor.as_ref().is_none_or(|r| r.is_match(&t.name));
+    let shown: Vec<&Tensor> = report.tensors.iter().filter(wanted).collect();
+    let name = shown.iter().map(|t| t.name.len()).max().unwrap_or(4).max(4);
+    let shape = shown.iter().map(|t| format!("{:?}", t.shape).len()).max().unwrap_or(5).max(5);
+    writeln!(
+        out,
+        "{:<name$}  {:<shape$}  {:<7}  {:>14}  {:>14}  {:>6}",
+        "name", "shape", "type", "offset", "bytes", "share"
+    )?;
+    for t in shown {
+        writeln!(
+            out,
+            "{:<name$}  {:<shape$}  {:<7}  {:>14}  {:>14}  {:>5.1}%",
+            t.name,
+            format!("{:?}", t.shape),
+            t.dtype,
+            t.offset,
+            t.bytes,
+            t.share * 100.0
+        )?;
+    }
+    if filter.tensor.is_none() {
+        let t = &report.totals;
+        writeln!(
+            out,
+            "\n{} tensors, {} weights, {} bytes, {:.3} bits per weight",
+            t.tensors, t.parameters, t.bytes, t.bits_per_weight
+        )?;
+        for (name, (tensors, weights, bytes)) in &t.types {
+            writeln!(out, "  {name:<7}  {tensors:>6} tensors  {weights:>14} weights  {bytes:>14} bytes")?;
+        }
+    }
+    Ok(())
+}
+
+fn plain(value: &Json) -> String {
+    value.as_str().map_or_else(|| value.to_string(), String::from)
+}
+
+/// A line that fits a terminal: long strings and arrays are cut, and say how long they are.
+fn short(value: &Json) -> String {
+    const CHARS: usize = 80;
+    const ITEMS: usize = 6;
+    match value {
+        Json::String(s) if s.chars().count() > CHARS => {
+            let head: String = s.chars().take(CHARS).collect();
+            format!("{:?}... ({} characters)", head, s.chars().count())
+        }
+        Json::Array(a) if a.len() > ITEMS => {
+            let head: Vec<String> = a.iter().take(ITEMS).map(short).collect();
+            format!("[{}, ... {} more]", head.join(", "), a.len() - ITEMS)
+        }
+        v => v.to_string(),
+    }
+}

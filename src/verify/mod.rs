@@ -1,1 +1,174 @@
-//! verify
+//! Verification: reads a finished file as a stranger would, and compares it with its source.
+//!
+//! Each check is small and says what it found: structure, tensors against the bound their type
+//! promises, token parity, and a forward pass. Nothing here trusts what the conversion knew.
+
+mod tensors;
+
+#[cfg(feature = "ggml")]
+mod engine;
+
+pub use tensors::TensorCheck;
+
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+
+use crate::container::gguf::Gguf;
+use crate::convert::{Budget, HfToGguf, Observer};
+use crate::error::{Error, ErrorKind, Result};
+use crate::limits::Limits;
+
+/// What to verify, and how thoroughly.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// A GGUF file, any shard of it.
+    pub file: PathBuf,
+    /// Its source: a Hugging Face directory or a GGUF file.
+    pub against: Option<PathBuf>,
+    /// Elements to look at in each tensor; `None` looks at all.
+    pub sample: Option<u64>,
+    /// Whether to run a forward pass.
+    pub forward: bool,
+    /// Architecture and pre-tokenizer that the conversion was told.
+    pub arch: Option<String>,
+    /// See `arch`.
+    pub pre: Option<String>,
+    /// Bounds on what files may demand.
+    pub limits: Limits,
+}
+
+/// How a check ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Outcome {
+    /// Nothing to object.
+    Passed,
+    /// The file is not what it should be.
+    Failed,
+    /// Could not be checked; the detail says why.
+    Skipped,
+}
+
+/// One check.
+#[derive(Clone, Debug, Serialize)]
+pub struct Check {
+    /// Its name.
+    pub name: &'static str,
+    /// How it ended.
+    pub outcome: Outcome,
+    /// What was found.
+    pub detail: String,
+}
+
+/// All checks of a file.
+#[derive(Clone, Debug, Serialize)]
+pub struct Report {
+    /// The file.
+    pub file: PathBuf,
+    /// Its source, where one was given.
+    pub against: Option<PathBuf>,
+    /// The checks, in order.
+    pub checks: Vec<Check>,
+    /// Each tensor compared.
+    pub tensors: Vec<TensorCheck>,
+}
+
+impl Report {
+    /// Whether no check failed.
+    pub fn passed(&self) -> bool {
+        self.checks.iter().all(|c| c.outcome != Outcome::Failed)
+    }
+
+    /// The tensor with the largest error relative to its own size.
+    pub fn worst(&self) -> Option<&TensorCheck> {
+        self.tensors.iter().max_by(|a, b| a.relative_rmse.total_cmp(&b.relative_rmse))
+    }
+
+    fn add(&mut self, name: &'static str, result: Result<(Outcome, String)>) {
+        let (outcome, detail) = match result {
+            Ok(found) => found,
+            Err(e) => (Outcome::Failed, e.to_string()),
+        };
+        self.checks.push(Check { name, outcome, detail });
+    }
+}
+
+/// Runs the checks.
+///
+/// # Errors
+/// Only what keeps the checks from being made: no such file, an unreadable source, an interrupt.
+/// What is wrong with the file itself is in the report.
+pub fn verify(options: &Options, budget: &Budget, observer: &dyn Observer) -> Result<Report> {
+    let mut report = Report {
+        file: options.file.clone(),
+        against: options.against.clone(),
+        checks: Vec::new(),
+        tensors: Vec::new(),
+    };
+    let gguf = match Gguf::open(&options.file, &options.limits) {
+        Ok(gguf) => gguf,
+        Err(e) if matches!(e.kind(), ErrorKind::Malformed | ErrorKind::Limit | ErrorKind::Unsupported) => {
+            report.add("structure", Err(e));
+            return Ok(report);
+        }
+        Err(e) => return Err(e),
+    };
+    let tensors = gguf.store.tensors().len();
+    report.add(
+        "structure",
+        Ok((
+            Outcome::Passed,
+            format!("GGUF v{}, {tensors} tensors, {} metadata", gguf.version, gguf.metadata.0.len()),
+        )),
+    );
+
+    let source = match &options.against {
+        Some(path) => Some(SourceModel::open(path, options)?),
+        None => None,
+    };
+    let compared = tensors::compare(&gguf, source.as_ref(), options.sample, observer);
+    if let Err(e) = &compared
+        && e.kind() == ErrorKind::Interrupted
+    {
+        return Err(Error::interrupted());
+    }
+    let compared = compared.map(|(checks, outcome, detail)| {
+        report.tensors = checks;
+        (outcome, detail)
+    });
+    report.add("tensors", compared);
+    #[cfg(feature = "ggml")]
+    engine::check(&mut report, &gguf, source.as_ref(), options, budget, observer)?;
+    #[cfg(not(feature = "ggml"))]
+    report.add(
+        "engine",
+        Ok((Outcome::Skipped, "token parity and forward pass need a build with the feature ggml".into())),
+    );
+    Ok(report)
+}
+
+/// The source to compare with.
+enum SourceModel {
+    /// A Hugging Face directory.
+    HuggingFace(Box<HfToGguf>),
+    /// Another GGUF file.
+    Gguf(Box<Gguf>, PathBuf),
+}
+
+impl SourceModel {
+    fn open(path: &Path, options: &Options) -> Result<Self> {
+        if path.is_file()
+            && let Ok(gguf) = Gguf::open(path, &options.limits)
+        {
+            return Ok(Self::Gguf(Box::new(gguf), path.to_path_buf()));
+        }
+        Ok(Self::HuggingFace(Box::new(HfToGguf {
+            source: path.to_path_buf(),
+            arch: options.arch.clone(),
+            pre: options.pre.clone(),
+            limits: options.limits.clone(),
+            ..HfToGguf::default()
+        })))
+    }
+}

@@ -1,0 +1,231 @@
+//! Options and output that several commands share.
+
+use std::io::Write;
+use std::time::Instant;
+
+use qconv::convert::{Budget, Job};
+use qconv::error::{Error, Result};
+use serde_json::json;
+
+use super::ui::{self, Progress};
+
+/// Options of every command that writes.
+#[derive(clap::Args, Debug)]
+pub struct WriteArgs {
+    /// Show what would be written, tensor by tensor, and write nothing
+    #[arg(long)]
+    pub dry_run: bool,
+
+    /// Overwrite the output if it exists
+    #[arg(long)]
+    pub force: bool,
+
+    #[command(flatten)]
+    pub work: WorkArgs,
+}
+
+/// Options of every command that works through a model.
+#[derive(clap::Args, Debug)]
+pub struct WorkArgs {
+    /// Worker threads; all processors by default
+    #[arg(short = 'j', long)]
+    pub threads: Option<usize>,
+
+    /// Most memory for buffers, such as 64M or 1G
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub max_memory: Option<u64>,
+
+    /// Say only what went wrong
+    #[arg(short, long, conflicts_with = "verbose")]
+    pub quiet: bool,
+
+    /// Say more
+    #[arg(short, long)]
+    pub verbose: bool,
+
+    /// Print a machine-readable summary to stdout
+    #[arg(long)]
+    pub json: bool,
+}
+
+impl WorkArgs {
+    pub fn budget(&self) -> Result<Budget> {
+        Budget::new(self.threads, self.max_memory)
+    }
+}
+
+/// Changes to the metadata.
+#[derive(clap::Args, Debug)]
+pub struct EditArgs {
+    /// The model's name (general.name)
+    #[arg(long)]
+    pub name: Option<String>,
+
+    /// Set a metadata entry; the type is that of the old entry, or is given: key=u32:5
+    #[arg(long, value_name = "KEY=VALUE")]
+    pub set: Vec<String>,
+
+    /// Leave a metadata entry out
+    #[arg(long, value_name = "KEY")]
+    pub remove: Vec<String>,
+}
+
+impl EditArgs {
+    pub fn edits(&self) -> qconv::convert::MetadataEdits {
+        qconv::convert::MetadataEdits {
+            name: self.name.clone(),
+            set: self.set.clone(),
+            remove: self.remove.clone(),
+        }
+    }
+}
+
+/// `64M`, `1.5G`, `1000000`: K, M, G and T count in 1024, with or without `B` or `iB`.
+pub fn parse_size(text: &str) -> std::result::Result<u64, String> {
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let shift = match text[digits.len()..].to_ascii_uppercase().trim_end_matches("IB").trim_end_matches('B') {
+        "" => 0,
+        "K" => 10,
+        "M" => 20,
+        "G" => 30,
+        "T" => 40,
+        _ => return Err("a size is a number with K, M, G or T".into()),
+    };
+    let n: f64 = digits.trim().parse().map_err(|_| "a size is a number with K, M, G or T".to_string())?;
+    let bytes = n * f64::from(1u32 << 10).powi(shift / 10);
+    if bytes.is_finite() && (0.0..9e18).contains(&bytes) {
+        Ok(bytes as u64)
+    } else {
+        Err("out of range".into())
+    }
+}
+
+/// Runs a planned job under a progress bar, or shows it; returns the seconds it took.
+pub fn carry_out(job: &Job, args: &WriteArgs) -> Result<Option<f64>> {
+    let budget = args.work.budget()?;
+    if args.dry_run {
+        show_plan(job, &budget, args.work.json).map_err(|e| Error::io("write", "stdout", e))?;
+        return Ok(None);
+    }
+    if args.work.verbose {
+        for t in &job.plan.tensors {
+            ui::say(&format!("{:<40} {:>8} {:?}", t.name, t.dtype, t.shape));
+        }
+    }
+    if !args.work.quiet {
+        job.plan.notes.iter().for_each(|n| ui::say(&format!("note: {n}")));
+    }
+    ui::catch_interrupt();
+    let begun = Instant::now();
+    let bytes = job.plan.tensors.iter().map(|t| t.nbytes).sum();
+    let progress = Progress::new("converting", bytes, args.work.quiet);
+    let done = job.run(args.force, &budget, &progress);
+    progress.finish();
+    done?;
+    Ok(Some(begun.elapsed().as_secs_f64()))
+}
+
+fn show_plan(job: &Job, budget: &Budget, json: bool) -> std::io::Result<()> {
+    let plan = &job.plan;
+    let mut out = std::io::BufWriter::new(std::io::stdout().lock());
+    if json {
+        let tensors: Vec<_> = plan
+            .tensors
+            .iter()
+            .map(|t| {
+                json!({"name": t.name, "shape": t.shape, "type": t.dtype, "wanted": t.wanted,
+                       "file": t.file, "offset": t.offset, "bytes": t.nbytes})
+            })
+            .collect();
+        let files: Vec<_> =
+            plan.files.iter().map(|f| json!({"name": f.name.to_string_lossy(), "bytes": f.len})).collect();
+        let value = json!({"output": job.output, "files": files, "bytes": plan.total_len(),
+            "parameters": plan.parameters(), "bits_per_weight": plan.bits_per_weight(),
+            "peak_buffer_bytes": budget.peak(plan), "notes": plan.notes, "tensors": tensors});
+        writeln!(out, "{value:#}")?;
+        return out.flush();
+    }
+    let width = plan.tensors.iter().map(|t| t.name.len()).max().unwrap_or(0);
+    for t in &plan.tensors {
+        writeln!(out, "{:<width$}  {:>6}  {:>12}  {:?}", t.name, t.dtype, t.nbytes, t.shape)?;
+    }
+    writeln!(out, "\noutput: {}", job.output.display())?;
+    for f in plan.files.iter().filter(|_| job.is_directory) {
+        writeln!(out, "  {:<40} {:>12}", f.name.display(), f.len)?;
+    }
+    writeln!(
+        out,
+        "{} tensors, {} weights, {} bytes ({}), {:.2} bits per weight; at most {} of buffers",
+        plan.tensors.len(),
+        ui::count(plan.parameters()),
+        plan.total_len(),
+        ui::size(plan.total_len()),
+        plan.bits_per_weight(),
+        ui::size(budget.peak(plan)),
+    )?;
+    for n in &plan.notes {
+        writeln!(out, "note: {n}")?;
+    }
+    out.flush()
+}
+
+/// Runs a planned job, and sums it up.
+pub fn finish(job: &Job, args: &WriteArgs) -> anyhow::Result<super::Status> {
+    if let Some(seconds) = carry_out(job, args)? {
+        if !args.work.quiet {
+            say_summary(job, seconds);
+        }
+        if args.work.json {
+            println!("{:#}", summary(job, seconds));
+        }
+    }
+    Ok(super::Status::Done)
+}
+
+/// The summary of a finished job as JSON.
+pub fn summary(job: &Job, seconds: f64) -> serde_json::Value {
+    let input: u64 = job.store.tensors().iter().map(|t| t.nbytes).sum();
+    json!({
+        "output": job.output,
+        "bytes": job.plan.total_len(),
+        "source_bytes": input,
+        "tensors": job.plan.tensors.len(),
+        "parameters": job.plan.parameters(),
+        "bits_per_weight": job.plan.bits_per_weight(),
+        "seconds": seconds,
+        "notes": job.plan.notes,
+    })
+}
+
+/// The summary of a finished job as a line.
+pub fn say_summary(job: &Job, seconds: f64) {
+    let input: u64 = job.store.tensors().iter().map(|t| t.nbytes).sum();
+    let output = job.plan.total_len();
+    ui::say(&format!(
+        "{}: {} from {}, {} weights in {} tensors, {:.2} bits per weight, {seconds:.1} s ({}/s)",
+        job.output.display(),
+        ui::size(output),
+        ui::size(input),
+        ui::count(job.plan.parameters()),
+        job.plan.tensors.len(),
+        job.plan.bits_per_weight(),
+        ui::size((input as f64 / seconds.max(1e-9)) as u64),
+    ));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::parse_size;
+
+    #[test]
+    fn sizes() {
+        for (text, bytes) in
+            [("64M", 64 << 20), ("1.5G", 3 << 29), ("1000", 1000), ("2KiB", 2048), ("3gb", 3 << 30)]
+        {
+            assert_eq!(parse_size(text), Ok(bytes), "{text}");
+        }
+        for text in ["", "M", "-1", "1X", "nan", "inf", "1e40T", "é"] {
+            assert!(parse_size(text).is_err(), "{text}");
+        }
+    }
+}

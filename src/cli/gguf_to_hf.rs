@@ -1,0 +1,51 @@
+//! `qconv gguf-to-hf`
+
+use std::path::PathBuf;
+
+use qconv::convert::GgufToHf;
+use qconv::limits::Limits;
+use qconv::tensor::DType;
+
+use super::Status;
+use super::common::{self, WriteArgs};
+
+/// Turn a GGUF file back into a Hugging Face directory
+#[derive(clap::Args, Debug)]
+pub struct Args {
+    /// The GGUF file; of a split one, any shard
+    pub source: PathBuf,
+
+    /// The directory to write
+    #[arg(short, long)]
+    pub output: PathBuf,
+
+    /// f32, f16 or bf16; by default what the file has, bf16 for quantized files
+    #[arg(long)]
+    pub dtype: Option<String>,
+
+    /// Largest weights file
+    #[arg(long, value_name = "SIZE", default_value = "5G", value_parser = common::parse_size)]
+    pub max_shard_size: u64,
+
+    #[command(flatten)]
+    pub write: WriteArgs,
+}
+
+pub fn run(args: &Args) -> anyhow::Result<Status> {
+    let dtype = match &args.dtype {
+        None => None,
+        Some(name) => Some(
+            DType::from_name(name)
+                .ok_or_else(|| qconv::Error::misuse(format!("{name:?} is no type; f32, f16 and bf16 are")))?,
+        ),
+    };
+    let job = GgufToHf {
+        source: args.source.clone(),
+        output: args.output.clone(),
+        dtype,
+        max_shard_size: args.max_shard_size,
+        limits: Limits::default(),
+    }
+    .plan()?;
+    common::finish(&job, &args.write)
+}

@@ -1,0 +1,51 @@
+//! `qconv inspect`
+
+use std::io::{BufWriter, Write};
+use std::path::PathBuf;
+
+use qconv::inspect::{Filter, inspect, print};
+use qconv::limits::Limits;
+
+/// Show what a model file or directory holds, from its headers alone
+#[derive(clap::Args, Debug)]
+pub struct Args {
+    /// A GGUF file (any shard), a safetensors file, or a Hugging Face directory
+    pub path: PathBuf,
+
+    /// Show only tensors whose name matches
+    #[arg(long, value_name = "REGEX")]
+    pub tensor: Option<regex::Regex>,
+
+    /// Show only metadata
+    #[arg(long, conflicts_with = "tensor")]
+    pub metadata: bool,
+
+    /// Show long arrays and texts whole
+    #[arg(long)]
+    pub full: bool,
+
+    /// Print everything as JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+pub fn run(args: &Args) -> anyhow::Result<()> {
+    let mut report = inspect(&args.path, &Limits::default())?;
+    let mut out = BufWriter::new(std::io::stdout().lock());
+    if args.json {
+        if let Some(regex) = &args.tensor {
+            report.tensors.retain(|t| regex.is_match(&t.name));
+        }
+        if args.metadata {
+            report.tensors.clear();
+        }
+        serde_json::to_writer_pretty(&mut out, &report)?;
+        writeln!(out)?;
+    } else {
+        let filter =
+            Filter { tensor: args.tensor.clone(), metadata_only: args.metadata, whole_arrays: args.full };
+        print(&report, &filter, &mut out)?;
+    }
+    out.flush()?;
+    Ok(())
+}

@@ -1,0 +1,132 @@
+//! What a person sees: progress, notes, errors, and Ctrl-C.
+
+use std::io::{IsTerminal, Write};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use qconv::convert::Observer;
+
+static INTERRUPTED: AtomicBool = AtomicBool::new(false);
+
+/// Lets the first Ctrl-C stop the work cleanly.
+pub fn catch_interrupt() -> &'static AtomicBool {
+    // A second handler cannot be set; the first one is ours.
+    let _ = ctrlc::set_handler(|| INTERRUPTED.store(true, Ordering::Relaxed));
+    &INTERRUPTED
+}
+
+/// Prints an error with its hint.
+pub fn error(e: &anyhow::Error) {
+    let mut err = std::io::stderr().lock();
+    // Where stderr is gone, nobody is left to be told.
+    let _ = match e.downcast_ref::<qconv::Error>() {
+        Some(own) => writeln!(err, "error: {own}"),
+        None => writeln!(err, "error: {e:#}"),
+    };
+    if let Some(hint) = e.downcast_ref::<qconv::Error>().and_then(qconv::Error::hint_text) {
+        let _ = writeln!(err, "  hint: {hint}");
+    }
+}
+
+/// A line for the user, on stderr.
+pub fn say(text: &str) {
+    let _ = writeln!(std::io::stderr().lock(), "{text}");
+}
+
+/// Progress of one pass over so many bytes: a bar on a terminal, a line every few seconds
+/// elsewhere, nothing when quiet.
+pub struct Progress {
+    bar: Option<ProgressBar>,
+    lines: bool,
+    what: &'static str,
+    total: u64,
+    done: AtomicU64,
+    begun: Instant,
+    last_line: Mutex<Instant>,
+}
+
+const LINE_EVERY: Duration = Duration::from_secs(5);
+
+impl Progress {
+    /// `what` is a verb: "converting".
+    pub fn new(what: &'static str, total: u64, quiet: bool) -> Self {
+        let terminal = std::io::stderr().is_terminal();
+        let bar = (!quiet && terminal).then(|| {
+            let style = ProgressStyle::with_template(
+                "{prefix} [{bar:30}] {bytes}/{total_bytes} {bytes_per_sec} {eta} {wide_msg}",
+            )
+            .unwrap_or_else(|_| ProgressStyle::default_bar())
+            .progress_chars("=> ");
+            let target = ProgressDrawTarget::stderr_with_hz(10);
+            ProgressBar::with_draw_target(Some(total), target).with_style(style).with_prefix(what)
+        });
+        let now = Instant::now();
+        Self {
+            bar,
+            lines: !quiet && !terminal,
+            what,
+            total,
+            done: AtomicU64::new(0),
+            begun: now,
+            last_line: Mutex::new(now),
+        }
+    }
+
+    /// Clears the bar.
+    pub fn finish(&self) {
+        if let Some(bar) = &self.bar {
+            bar.finish_and_clear();
+        }
+    }
+}
+
+impl Observer for Progress {
+    fn advance(&self, bytes: u64, tensor: &str) {
+        let done = self.done.fetch_add(bytes, Ordering::Relaxed) + bytes;
+        if let Some(bar) = &self.bar {
+            bar.inc(bytes);
+            bar.set_message(tensor.to_string());
+        } else if self.lines
+            && let Ok(mut last) = self.last_line.try_lock()
+            && last.elapsed() >= LINE_EVERY
+        {
+            *last = Instant::now();
+            let rate = done as f64 / self.begun.elapsed().as_secs_f64();
+            let left = self.total.saturating_sub(done) as f64 / rate.max(1.0);
+            say(&format!(
+                "{}: {} of {}, {}/s, {left:.0} s left",
+                self.what,
+                size(done),
+                size(self.total),
+                size(rate as u64)
+            ));
+        }
+    }
+
+    fn interrupted(&self) -> bool {
+        INTERRUPTED.load(Ordering::Relaxed)
+    }
+}
+
+/// Bytes for people: `98.4 MB`.
+pub fn size(bytes: u64) -> String {
+    let units = ["B", "kB", "MB", "GB", "TB"];
+    let mut value = bytes as f64;
+    let mut k = 0;
+    while value >= 1000.0 && k + 1 < units.len() {
+        value /= 1000.0;
+        k += 1;
+    }
+    if k == 0 { format!("{bytes} B") } else { format!("{value:.1} {}", units[k]) }
+}
+
+/// Numbers for people: `134.5 M`.
+pub fn count(n: u64) -> String {
+    match n {
+        0..1_000_000 => n.to_string(),
+        1_000_000..1_000_000_000 => format!("{:.1} M", n as f64 / 1e6),
+        _ => format!("{:.2} B", n as f64 / 1e9),
+    }
+}

@@ -1,0 +1,80 @@
+//! `qconv verify`
+
+use std::path::PathBuf;
+
+use qconv::limits::Limits;
+use qconv::verify::{Options, Outcome, Report, verify};
+
+use super::common::WorkArgs;
+use super::{Status, ui};
+
+/// Check a GGUF file: its structure, its tensors, its tokens, and that it runs
+#[derive(clap::Args, Debug)]
+pub struct Args {
+    /// The GGUF file; of a split one, any shard
+    pub file: PathBuf,
+
+    /// Compare with the source it was made from: a Hugging Face directory or a GGUF file
+    #[arg(long, value_name = "SRC")]
+    pub against: Option<PathBuf>,
+
+    /// Skip the forward pass
+    #[arg(long)]
+    pub no_forward: bool,
+
+    /// The architecture that the conversion was told
+    #[arg(long)]
+    pub arch: Option<String>,
+
+    /// The pre-tokenizer that the conversion was told
+    #[arg(long)]
+    pub pre: Option<String>,
+
+    #[command(flatten)]
+    pub work: WorkArgs,
+}
+
+pub fn run(args: &Args) -> anyhow::Result<Status> {
+    let options = Options {
+        file: args.file.clone(),
+        against: args.against.clone(),
+        sample: None,
+        forward: !args.no_forward,
+        arch: args.arch.clone(),
+        pre: args.pre.clone(),
+        limits: Limits::default(),
+    };
+    ui::catch_interrupt();
+    let total = std::fs::metadata(&args.file).map_or(0, |m| m.len());
+    let progress = ui::Progress::new("verifying", total, args.work.quiet);
+    let report = verify(&options, &args.work.budget()?, &progress);
+    progress.finish();
+    let report = report?;
+    if args.work.json {
+        println!("{}", serde_json::to_string_pretty(&report)?);
+    }
+    if args.work.verbose {
+        for t in &report.tensors {
+            ui::say(&format!(
+                "{:<40} {:>6}  max {:.3e}  rmse {:.3e}  relative {:.3e}  cosine {:.6}",
+                t.name, t.dtype, t.max_error, t.rmse, t.relative_rmse, t.cosine
+            ));
+        }
+    }
+    Ok(say(&report, args.work.quiet))
+}
+
+/// Prints the checks; what failed is said even when quiet.
+pub fn say(report: &Report, quiet: bool) -> Status {
+    for c in &report.checks {
+        let mark = match c.outcome {
+            Outcome::Passed => "ok",
+            Outcome::Failed => "FAILED",
+            Outcome::Skipped => "skipped",
+        };
+        if !quiet || c.outcome == Outcome::Failed {
+            ui::say(&format!("{mark:>7}  {}: {}", c.name, c.detail));
+        }
+    }
+    if report.passed() { Status::Done } else { Status::Findings }
+}

@@ -1,0 +1,191 @@
+//! The plan: every tensor with its type, place and source, before one tensor byte is read.
+
+use std::path::PathBuf;
+
+use super::gather::Source;
+use crate::block::codec;
+use crate::container::Store;
+use crate::error::{Error, Result};
+use crate::tensor::DType;
+
+/// A whole conversion, laid out.
+#[derive(Debug)]
+pub struct Plan {
+    /// Tensors in output order.
+    pub tensors: Vec<TensorPlan>,
+    /// Files to write.
+    pub files: Vec<FilePlan>,
+    /// What the user should know: fallbacks, warnings, what was recognised and how.
+    pub notes: Vec<String>,
+}
+
+/// One output file: its leading bytes, and its length.
+#[derive(Debug)]
+pub struct FilePlan {
+    /// Name, relative to the output.
+    pub name: PathBuf,
+    /// Everything before the tensor data.
+    pub header: Vec<u8>,
+    /// Length of the finished file.
+    pub len: u64,
+}
+
+/// One output tensor.
+#[derive(Debug)]
+pub struct TensorPlan {
+    /// Name in the output.
+    pub name: String,
+    /// Shape, outermost dimension first.
+    pub shape: Vec<u64>,
+    /// Type in the output.
+    pub dtype: DType,
+    /// The type that was wanted, where `dtype` is a fallback.
+    pub wanted: Option<DType>,
+    /// Where its values come from.
+    pub source: Source,
+    /// Which output file.
+    pub file: usize,
+    /// First byte in that file.
+    pub offset: u64,
+    /// Bytes.
+    pub nbytes: u64,
+}
+
+impl TensorPlan {
+    /// A tensor whose place is not known yet.
+    ///
+    /// # Errors
+    /// `Unsupported` when the values can be neither copied nor converted.
+    pub fn new(
+        name: String,
+        shape: Vec<u64>,
+        dtype: DType,
+        wanted: Option<DType>,
+        source: Source,
+    ) -> Result<Self> {
+        let context = |e: Error| e.context(format!("tensor {name:?}"));
+        let nbytes = dtype.nbytes(&shape).map_err(context)?;
+        if !source.is_plain(dtype) {
+            source.check_decodable().map_err(context)?;
+            if codec(dtype).is_none_or(|c| !c.can_encode()) {
+                return Err(context(Error::unsupported(format!("type {dtype} cannot be written yet"))));
+            }
+        }
+        Ok(Self { name, shape, dtype, wanted, source, file: 0, offset: 0, nbytes })
+    }
+
+    /// Whether bytes are copied as they are.
+    pub fn is_plain(&self) -> bool {
+        self.source.is_plain(self.dtype)
+    }
+}
+
+/// What the workers may use.
+#[derive(Clone, Copy, Debug)]
+pub struct Budget {
+    /// Worker threads.
+    pub threads: usize,
+    /// Bytes for all buffers of all workers together.
+    pub memory: u64,
+}
+
+/// Elements of a span: small enough that the buffers of a worker stay in its cache.
+const SPAN: u64 = 128 << 10;
+/// Spans that are gathered from many places are larger, so that each read is long.
+const SCATTERED_SPAN: u64 = 1 << 20;
+const MIN_SPAN: u64 = 8 << 10;
+/// Bytes of buffers for one element of a span: source, stretch (4x), value, output.
+const BYTES_PER_ELEMENT: u64 = 8 + 16 + 4 + 4;
+/// Spans end where blocks end.
+const ALIGN: u64 = 256;
+
+impl Budget {
+    /// Threads as the machine has cores, and 64 MiB of buffers for each.
+    pub fn new(threads: Option<usize>, memory: Option<u64>) -> Result<Self> {
+        let cores = || std::thread::available_parallelism().map_or(1, usize::from);
+        let threads = threads.unwrap_or_else(cores).clamp(1, 256);
+        let memory = memory.unwrap_or(64 << 20);
+        let least = MIN_SPAN * BYTES_PER_ELEMENT * threads as u64;
+        if memory < least {
+            return Err(Error::misuse(format!(
+                "--max-memory {memory} is too little for {threads} threads, which need {least} bytes"
+            ))
+            .hint("give more memory or fewer threads (-j)"));
+        }
+        Ok(Self { threads, memory })
+    }
+
+    /// Elements in each span of `tensor`; the last may be shorter.
+    pub fn span(&self, tensor: &TensorPlan) -> u64 {
+        let most = self.memory / self.threads as u64 / BYTES_PER_ELEMENT;
+        let wish = if tensor.source.is_contiguous() { SPAN } else { SCATTERED_SPAN };
+        let span = wish.min(most).max(MIN_SPAN);
+        let row = tensor.shape.last().copied().unwrap_or(1).max(1);
+        // Whole rows where they fit, whole blocks anyway.
+        if row <= span && row.is_multiple_of(tensor.dtype.block_size()) {
+            span / row * row
+        } else {
+            span / ALIGN * ALIGN
+        }
+    }
+
+    /// Most bytes that buffers can take.
+    pub fn peak(&self, plan: &Plan) -> u64 {
+        let most = plan.tensors.iter().map(|t| self.span(t).min(t.source.elements())).max().unwrap_or(0);
+        most * BYTES_PER_ELEMENT * self.threads as u64
+    }
+}
+
+impl Plan {
+    /// Bytes of all output files.
+    pub fn total_len(&self) -> u64 {
+        self.files.iter().map(|f| f.len).sum()
+    }
+
+    /// Number of weights.
+    pub fn parameters(&self) -> u64 {
+        self.tensors.iter().map(|t| t.source.elements()).sum()
+    }
+
+    /// Bits for each weight, metadata not counted.
+    pub fn bits_per_weight(&self) -> f64 {
+        let bytes: u64 = self.tensors.iter().map(|t| t.nbytes).sum();
+        bytes as f64 * 8.0 / (self.parameters().max(1)) as f64
+    }
+
+    /// A note for each pair of wanted and given type.
+    pub fn note_fallbacks(&mut self) {
+        let mut pairs: indexmap::IndexMap<(DType, DType), Vec<&str>> = indexmap::IndexMap::new();
+        for t in &self.tensors {
+            if let Some(wanted) = t.wanted {
+                pairs.entry((wanted, t.dtype)).or_default().push(&t.name);
+            }
+        }
+        for ((wanted, given), names) in pairs {
+            self.notes.push(format!(
+                "{} of {} tensors are {given}, since their rows do not fill blocks of {} ({wanted}): {}{}",
+                names.len(),
+                self.tensors.len(),
+                wanted.block_size(),
+                names[..names.len().min(3)].join(", "),
+                if names.len() > 3 { ", ..." } else { "" },
+            ));
+        }
+    }
+
+    /// Refuses an output that is one of the inputs.
+    ///
+    /// # Errors
+    /// `Misuse` naming the file.
+    pub fn check_not_input(&self, outputs: &[PathBuf], store: &Store) -> Result<()> {
+        for output in outputs {
+            let Ok(output) = output.canonicalize() else { continue };
+            for input in store.files() {
+                if input.path().canonicalize().is_ok_and(|i| i == output) {
+                    return Err(Error::misuse("the output would overwrite its own input").at(&output));
+                }
+            }
+        }
+        Ok(())
+    }
+}

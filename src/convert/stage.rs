@@ -1,0 +1,180 @@
+//! Outputs appear whole or not at all: they grow under a temporary name beside the final one, and
+//! are renamed when complete.
+
+use std::fs::{self, File, OpenOptions};
+use std::path::{Path, PathBuf};
+
+use crate::error::{Error, Result};
+use crate::sys;
+
+/// A file being written.
+#[derive(Debug)]
+pub struct OutputFile {
+    path: PathBuf,
+    file: File,
+}
+
+impl OutputFile {
+    /// Writes `bytes` at `offset`.
+    ///
+    /// # Errors
+    /// `Io`: disk full, quota.
+    pub fn write_at(&self, offset: u64, bytes: &[u8]) -> Result<()> {
+        sys::write_all_at(&self.file, bytes, offset).map_err(|e| Error::io("write", &self.path, e))
+    }
+}
+
+/// An output that is not visible under its final name yet. Dropped without [`Stage::commit`], it
+/// removes what it wrote.
+#[derive(Debug)]
+pub struct Stage {
+    target: PathBuf,
+    temporary: PathBuf,
+    is_dir: bool,
+    committed: bool,
+    files: Vec<OutputFile>,
+}
+
+impl Stage {
+    /// Begins a single file at `target`.
+    ///
+    /// # Errors
+    /// `Misuse` when it exists and `force` is off, or somebody else is writing it; `Io` when it
+    /// cannot be created or the disk has less than `bytes` free.
+    pub fn file(target: &Path, force: bool, bytes: u64) -> Result<Self> {
+        let (target, temporary) = prepare(target, force, bytes, false)?;
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(&temporary)
+            .map_err(|e| Error::io("create", &temporary, e))?;
+        if file.try_lock().is_err() {
+            return Err(Error::misuse("another qconv is writing this output").at(&target));
+        }
+        let sized = file.set_len(0).and_then(|()| file.set_len(bytes));
+        let stage = Self {
+            files: vec![OutputFile { path: temporary.clone(), file }],
+            target,
+            temporary,
+            is_dir: false,
+            committed: false,
+        };
+        sized.map_err(|e| Error::io("create", &stage.temporary, e))?;
+        Ok(stage)
+    }
+
+    /// Begins a directory at `target`; `bytes` are what all its files will take.
+    ///
+    /// # Errors
+    /// As [`Self::file`]; an empty directory may exist.
+    pub fn directory(target: &Path, force: bool, bytes: u64) -> Result<Self> {
+        let (target, temporary) = prepare(target, force, bytes, true)?;
+        if temporary.exists() {
+            fs::remove_dir_all(&temporary).map_err(|e| Error::io("remove", &temporary, e))?;
+        }
+        fs::create_dir(&temporary).map_err(|e| Error::io("create", &temporary, e))?;
+        Ok(Self { target, temporary, is_dir: true, committed: false, files: Vec::new() })
+    }
+
+    /// Adds a file of `len` bytes to a directory.
+    ///
+    /// # Errors
+    /// `Io` when it cannot be created.
+    pub fn add(&mut self, name: &Path, len: u64) -> Result<&OutputFile> {
+        let path = self.temporary.join(name);
+        let file = File::create_new(&path).map_err(|e| Error::io("create", &path, e))?;
+        file.set_len(len).map_err(|e| Error::io("create", &path, e))?;
+        self.files.push(OutputFile { path, file });
+        self.files.last().ok_or_else(|| Error::misuse("no file was added"))
+    }
+
+    /// The files, in the order they were added.
+    pub fn files(&self) -> &[OutputFile] {
+        &self.files
+    }
+
+    /// Flushes everything to the disk and gives it its final name.
+    ///
+    /// # Errors
+    /// `Io`; the temporary files are removed then.
+    pub fn commit(mut self) -> Result<()> {
+        for f in &self.files {
+            f.file.sync_all().map_err(|e| Error::io("flush", &f.path, e))?;
+        }
+        let rename = |from: &Path, to: &Path| fs::rename(from, to).map_err(|e| Error::io("rename to", to, e));
+        if self.is_dir && self.target.is_dir() {
+            for f in &self.files {
+                if let Some(name) = f.path.file_name() {
+                    rename(&f.path, &self.target.join(name))?;
+                }
+            }
+            fs::remove_dir_all(&self.temporary).map_err(|e| Error::io("remove", &self.temporary, e))?;
+        } else {
+            rename(&self.temporary, &self.target)?;
+        }
+        self.committed = true;
+        sys::sync_directory(self.target.parent().unwrap_or(Path::new(".")));
+        Ok(())
+    }
+}
+
+impl Drop for Stage {
+    fn drop(&mut self) {
+        if !self.committed {
+            // Nothing better can be done with a failure here: the error that led here is the news.
+            let _ = if self.is_dir {
+                fs::remove_dir_all(&self.temporary)
+            } else {
+                fs::remove_file(&self.temporary)
+            };
+        }
+    }
+}
+
+/// Checks the target, and names the temporary beside it.
+fn prepare(target: &Path, force: bool, bytes: u64, is_dir: bool) -> Result<(PathBuf, PathBuf)> {
+    // Through a symbolic link the file it points to is replaced, and the link stays.
+    let target = target.canonicalize().unwrap_or_else(|_| target.to_path_buf());
+    let name = target
+        .file_name()
+        .ok_or_else(|| Error::misuse("is no name for an output").at(&target))?
+        .to_string_lossy()
+        .into_owned();
+    if let Ok(meta) = fs::symlink_metadata(&target) {
+        let exists = |what: &str| Err(Error::misuse(what).at(&target).hint("--force overwrites it"));
+        match (is_dir, meta.is_dir()) {
+            (false, true) => return Err(Error::misuse("is a directory").at(&target)),
+            (true, false) => return Err(Error::misuse("exists and is no directory").at(&target)),
+            (false, false) if !force => return exists("exists already"),
+            (true, true) if !force => {
+                let mut entries = fs::read_dir(&target).map_err(|e| Error::io("read", &target, e))?;
+                if entries.next().is_some() {
+                    return exists("exists already and is not empty");
+                }
+            }
+            _ => {}
+        }
+    }
+    let parent = match target.parent() {
+        Some(p) if !p.as_os_str().is_empty() => p.to_path_buf(),
+        _ => PathBuf::from("."),
+    };
+    if !parent.is_dir() {
+        return Err(Error::misuse("the directory for the output does not exist").at(&parent));
+    }
+    if let Some(free) = sys::free_space(&parent)
+        && free < bytes
+    {
+        return Err(Error::io(
+            "write",
+            &target,
+            std::io::Error::new(
+                std::io::ErrorKind::StorageFull,
+                format!("{bytes} bytes are needed, the disk has {free} left"),
+            ),
+        ));
+    }
+    Ok((target.clone(), parent.join(format!(".{name}.qconv-partial"))))
+}

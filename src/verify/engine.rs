@@ -1,0 +1,168 @@
+//! Checks that run the file in the linked llama.cpp: token parity, forward pass.
+
+use std::path::Path;
+
+use super::{Options, Outcome, Report, SourceModel};
+use crate::container::gguf::Gguf;
+use crate::convert::{Budget, HfToGguf, Observer};
+use crate::error::{Error, Result};
+use crate::eval::{logits, parity};
+use crate::ggml::{Model, ModelOptions};
+use crate::tensor::DType;
+use crate::vocab::{self, Vocab};
+
+/// Tokens of the forward pass.
+const FORWARD_TOKENS: usize = 32;
+/// A Hugging Face source of up to this many bytes is converted for the forward comparison.
+const FORWARD_SOURCE: u64 = 8 << 30;
+
+pub(super) fn check(
+    report: &mut Report,
+    gguf: &Gguf,
+    source: Option<&SourceModel>,
+    options: &Options,
+    budget: &Budget,
+    observer: &dyn Observer,
+) -> Result<()> {
+    if gguf.metadata.str("tokenizer.ggml.model").is_none_or(|m| m == "no_vocab" || m == "none") {
+        report.add("tokens", Ok((Outcome::Skipped, "the file has no vocabulary".into())));
+    } else {
+        report.add("tokens", tokens(gguf, source, options));
+    }
+    if observer.interrupted() {
+        return Err(Error::interrupted());
+    }
+    if options.forward {
+        let found = forward(gguf, source, options, budget, observer);
+        report.add("forward", found);
+    }
+    Ok(())
+}
+
+/// The same ids from the `tokenizers` library and from llama.cpp.
+fn tokens(gguf: &Gguf, source: Option<&SourceModel>, options: &Options) -> Result<(Outcome, String)> {
+    let tokenizer = match source {
+        Some(SourceModel::HuggingFace(hf)) => vocab::reference_tokenizer(&hf.source)?,
+        _ => rebuilt(&Vocab::from_metadata(&gguf.metadata)?)?,
+    };
+    let model = Model::load(&options.file, &ModelOptions { vocab_only: true, ..ModelOptions::default() })?;
+    let found = parity::compare(&tokenizer, &model)?;
+    if let Some(d) = &found.first_difference {
+        let detail = format!(
+            "{} of {} texts differ; first at token {} of {:?}: tokenizers {:?} {:?}, llama.cpp {:?} {:?}",
+            found.differing,
+            found.probes,
+            d.at,
+            d.text,
+            d.expected,
+            d.expected_pieces,
+            d.found,
+            d.found_pieces
+        );
+        return Ok((Outcome::Failed, detail));
+    }
+    let outcome = if found.agrees() { Outcome::Passed } else { Outcome::Failed };
+    let mut detail = format!("{} texts, {} tokens, the same ids", found.probes, found.tokens);
+    if found.added_agree() == Some(false) {
+        detail.push_str(&format!(
+            "; but begin and end tokens differ: tokenizers {:?}, llama.cpp {:?}",
+            found.expected_added.as_ref().map(|a| (&a.before, &a.after)),
+            (&found.found_added.before, &found.found_added.after)
+        ));
+    }
+    Ok((outcome, detail))
+}
+
+/// The tokenizer that a Hugging Face directory made from this vocabulary would have.
+fn rebuilt(vocab: &Vocab) -> Result<tokenizers::Tokenizer> {
+    let files = vocab.write_hf()?;
+    let (_, json) = files
+        .iter()
+        .find(|(name, _)| name == "tokenizer.json")
+        .ok_or_else(|| Error::unsupported("no tokenizer.json can be made from this vocabulary"))?;
+    tokenizers::Tokenizer::from_bytes(json)
+        .map_err(|e| Error::malformed(format!("the vocabulary is faulty: {e}")))
+}
+
+/// How far logits may stray from the source's, as root mean square over their spread; beyond, the
+/// layout is wrong rather than the precision low. `None`: the type promises nothing.
+fn tolerance(dtypes: impl Iterator<Item = DType>) -> Option<f64> {
+    let bits = dtypes.map(DType::bits_per_weight).fold(f64::INFINITY, f64::min);
+    match bits {
+        b if b >= 16.0 => Some(0.02),
+        b if b >= 8.0 => Some(0.1),
+        b if b >= 4.0 => Some(0.6),
+        _ => None,
+    }
+}
+
+fn forward(
+    gguf: &Gguf,
+    source: Option<&SourceModel>,
+    options: &Options,
+    budget: &Budget,
+    observer: &dyn Observer,
+) -> Result<(Outcome, String)> {
+    let model = Model::load(&options.file, &ModelOptions::default())?;
+    if !model.is_decoder_only() {
+        return Ok((Outcome::Skipped, "only decoders are run".into()));
+    }
+    let n_tokens = model.n_tokens().max(1) as u64;
+    // Fixed ids spread over the vocabulary: no tokenizer is needed to tell right from wrong.
+    let ids: Vec<i32> =
+        (0..FORWARD_TOKENS as u64).map(|i| (i.wrapping_mul(2_654_435_761) % n_tokens) as i32).collect();
+    let threads = budget.threads as u32;
+    let found = logits::forward_with(&model, &ids, threads)?;
+    drop(model);
+    if found.values.iter().any(|v| !v.is_finite()) {
+        return Ok((Outcome::Failed, "the logits hold NaN or infinities".into()));
+    }
+    let scratch;
+    let reference: &Path = match source {
+        None => return Ok((Outcome::Passed, format!("{} tokens, finite", ids.len()))),
+        Some(SourceModel::Gguf(_, path)) => path,
+        Some(SourceModel::HuggingFace(hf)) => {
+            scratch = TempFile::beside(&options.file);
+            let job = HfToGguf { output: Some(scratch.0.clone()), ..(**hf).clone() }.plan()?;
+            if job.plan.total_len() > FORWARD_SOURCE {
+                let detail =
+                    format!("{} tokens, finite; the source is too large to run beside it", ids.len());
+                return Ok((Outcome::Passed, detail));
+            }
+            job.run(true, budget, observer)?;
+            &scratch.0
+        }
+    };
+    let wanted = logits::forward(reference, &ids, threads)?;
+    let agreement = logits::compare(&found, &wanted)?;
+    let detail = format!(
+        "{} tokens: logits differ from the source's by {:.2e} of their spread, same top token at {} of {}",
+        ids.len(),
+        agreement.rel_rms,
+        agreement.argmax_agree,
+        agreement.rows
+    );
+    let weights = gguf.store.tensors().iter().filter(|t| t.shape.len() > 1).map(|t| t.dtype);
+    let passed = match tolerance(weights) {
+        Some(most) => agreement.finite && agreement.rel_rms <= most,
+        None => agreement.finite,
+    };
+    Ok((if passed { Outcome::Passed } else { Outcome::Failed }, detail))
+}
+
+/// A file that goes away again.
+struct TempFile(std::path::PathBuf);
+
+impl TempFile {
+    fn beside(file: &Path) -> Self {
+        let name = file.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
+        Self(file.with_file_name(format!(".{name}.{}.qconv-source.gguf", std::process::id())))
+    }
+}
+
+impl Drop for TempFile {
+    fn drop(&mut self) {
+        // It may never have been written.
+        let _ = std::fs::remove_file(&self.0);
+    }
+}

@@ -1,0 +1,61 @@
+//! What several tests need: the fixtures' paths, conversion into a temporary file.
+#![allow(dead_code)] // each test uses its part
+
+use std::path::{Path, PathBuf};
+
+use qconv::container::safetensors;
+use qconv::convert::{Budget, FileType, HfToGguf, Job, Silent};
+use qconv::limits::Limits;
+
+/// A path below `fixtures/`.
+pub fn fixture(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures").join(name)
+}
+
+/// The models of the fixtures that are converted whole.
+pub const MODELS: &[&str] = &[
+    "models/llama",
+    "models/llama-rope3",
+    "models/mistral",
+    "models/mixtral",
+    "models/qwen2",
+    "models/qwen3",
+    "models/qwen3_moe",
+    "models/gpt2",
+    "models/gemma3-spm",
+    "models/fmt-spm-bpe",
+    "tiny-llama",
+];
+
+/// One thread, little memory.
+pub fn budget() -> Budget {
+    Budget::new(Some(1), None).unwrap()
+}
+
+/// Plans a conversion of `source` to `output`.
+pub fn plan(source: &Path, output: &Path, file_type: Option<&str>) -> Job {
+    HfToGguf {
+        source: source.to_path_buf(),
+        output: Some(output.to_path_buf()),
+        file_type: file_type.map(|t| FileType::parse(t).unwrap()),
+        ..HfToGguf::default()
+    }
+    .plan()
+    .unwrap_or_else(|e| panic!("{}: {e}", source.display()))
+}
+
+/// Converts `source` to `output`.
+pub fn convert(source: &Path, output: &Path, file_type: Option<&str>) {
+    plan(source, output, file_type).run(true, &budget(), &Silent).unwrap();
+}
+
+/// A tensor of a safetensors file, as f32 or as the ids it holds.
+pub fn reference(source: &Path) -> (Vec<i32>, Vec<f32>) {
+    let store =
+        safetensors::open(&source.join("reference_logits.safetensors"), &Limits::default()).unwrap().store;
+    let ids = store.read_all(store.get("input_ids").unwrap()).unwrap();
+    let ids = ids.as_chunks::<8>().0.iter().map(|b| i64::from_le_bytes(*b) as i32).collect();
+    let logits = store.read_all(store.get("logits").unwrap()).unwrap();
+    let logits = logits.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
+    (ids, logits)
+}

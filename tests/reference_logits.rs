@@ -1,0 +1,25 @@
+//! Each converted model computes what transformers computes: F32 output, run by the linked
+//! llama.cpp on the ids of `reference_logits.safetensors`.
+#![cfg(feature = "ggml")]
+
+mod common;
+
+use qconv::eval::logits::{LogitMatrix, compare, forward};
+
+#[test]
+fn logits_agree_with_transformers() {
+    let dir = tempfile::tempdir().unwrap();
+    for name in common::MODELS {
+        let source = common::fixture(name);
+        let output = dir.path().join("model.gguf");
+        common::convert(&source, &output, Some("f32"));
+        let (ids, values) = common::reference(&source);
+        let wanted = LogitMatrix { n_vocab: values.len() / ids.len(), values };
+        let found = forward(&output, &ids, 1).unwrap();
+        let agreement = compare(&found, &wanted).unwrap();
+        println!("{name}: {agreement:?}");
+        assert!(agreement.finite, "{name}");
+        assert!(agreement.rel_rms < 5e-4, "{name}: {agreement:?}");
+        assert_eq!(agreement.argmax_agree, agreement.rows, "{name}: {agreement:?}");
+    }
+}
