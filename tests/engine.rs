@@ -423,7 +423,7 @@ fn token_parity_sees_agreement_and_faults() {
     let options = ModelOptions { vocab_only: true, ..ModelOptions::default() };
     let check = |gguf: &Gguf| {
         let model = Model::load(folder.write("v.gguf", gguf), &options).unwrap();
-        parity::compare(&tokenizer, &model).unwrap()
+        parity::compare(&tokenizer, &model, &[]).unwrap()
     };
     let right = check(&bpe_vocabulary(&source, |_| {}));
     assert!(right.agrees() && right.explained.is_empty(), "{right:?}");

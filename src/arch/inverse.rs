@@ -24,6 +24,9 @@ pub(super) struct Rearrange {
 /// For [`crate::tensor::Axes::regroup`]: parts of each axis, and the parts of each new axis.
 pub(super) type Regrouping = (Vec<Vec<u64>>, Vec<Vec<usize>>);
 
+/// Names of each axis, `...` written out, and the size of each name.
+type Bound = (Vec<Vec<String>>, HashMap<String, u64>);
+
 const REST: &str = "...";
 
 impl Rearrange {
@@ -70,11 +73,7 @@ impl Rearrange {
     }
 
     /// Sizes of all names for a tensor of this shape on one side.
-    fn bind(
-        side: &[Vec<String>],
-        shape: &[u64],
-        sizes: &HashMap<String, u64>,
-    ) -> Result<(Vec<Vec<String>>, HashMap<String, u64>)> {
+    fn bind(side: &[Vec<String>], shape: &[u64], sizes: &HashMap<String, u64>) -> Result<Bound> {
         let fail = |why: &str| Error::malformed(format!("shape {shape:?}: {why}"));
         let has_rest = side.iter().flatten().any(|n| n == REST);
         let fixed = side.len() - usize::from(has_rest);

@@ -137,7 +137,7 @@ pub struct TokenizerRule {
 #[serde(untagged)]
 enum RowSpec {
     Name(Template),
-    Row(RowTable),
+    Row(Box<RowTable>),
 }
 
 #[derive(Clone, Debug, Deserialize)]
@@ -320,7 +320,7 @@ impl Architecture {
 impl Row {
     fn new(hf: Template, spec: RowSpec) -> Result<Self> {
         let table = match spec {
-            RowSpec::Row(table) => table,
+            RowSpec::Row(table) => *table,
             RowSpec::Name(to) => RowTable {
                 to: Some(to),
                 split: Vec::new(),

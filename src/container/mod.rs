@@ -15,18 +15,7 @@ use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
 use crate::sys;
-use crate::tensor::{DType, TensorInfo};
-
-/// A tensor that is to be written: what a writer needs to lay out a file.
-#[derive(Clone, Copy, Debug)]
-pub struct TensorSpec<'a> {
-    /// Name, unique among the tensors written together.
-    pub name: &'a str,
-    /// Element or block type.
-    pub dtype: DType,
-    /// Dimensions, outermost first.
-    pub shape: &'a [u64],
-}
+use crate::tensor::TensorInfo;
 
 /// An opened input file. Reads go through it, never beyond the length it had at opening.
 #[derive(Debug)]

@@ -111,6 +111,14 @@ impl HfToGguf {
         Ok(Job { plan, store: checkpoint.store, output, is_directory: false })
     }
 
+    /// The directory of the source, also where a file in it was given.
+    pub fn directory(&self) -> &Path {
+        match self.source.parent() {
+            Some(parent) if self.source.is_file() => parent,
+            _ => &self.source,
+        }
+    }
+
     /// Opens the source, and recognises architecture and vocabulary.
     ///
     /// # Errors

@@ -50,6 +50,17 @@ pub enum Explanation {
     UserDefined,
 }
 
+impl std::fmt::Display for Explanation {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Normalization => "llama.cpp applies no Unicode normalization",
+            Self::SpacePrefix => "llama.cpp puts a space after special tokens",
+            Self::Stripping => "GGUF cannot say that a token strips the white space around it",
+            Self::UserDefined => "tokenizer.json lost user-defined pieces of tokenizer.model",
+        })
+    }
+}
+
 /// A text for which the two give different ids.
 #[derive(Clone, Debug, serde::Serialize)]
 pub struct Difference {
@@ -127,12 +138,13 @@ impl Parity {
     }
 }
 
-/// Compares `tokenizer` with the vocabulary of `model`.
+/// Compares `tokenizer` with the vocabulary of `model`. `user_defined` are the pieces of a
+/// tokenizer.model beside tokenizer.json that are matched as they stand.
 ///
 /// # Errors
 /// `Unsupported` when one of the two cannot tokenize a probe at all.
-pub fn compare(tokenizer: &Tokenizer, model: &Model) -> Result<Parity> {
-    let sides = Sides::new(tokenizer, model);
+pub fn compare(tokenizer: &Tokenizer, model: &Model, user_defined: &[(u32, String)]) -> Result<Parity> {
+    let sides = Sides::new(tokenizer, model, user_defined);
     let expected_added = match tokenizer.get_post_processor() {
         Some(_) => Some(added(to_i32(&sides.expected("a", true)?), &to_i32(&sides.expected("a", false)?))?),
         None => None,
@@ -199,7 +211,7 @@ struct Sides<'m> {
 }
 
 impl<'m> Sides<'m> {
-    fn new(tokenizer: &Tokenizer, model: &'m Model) -> Self {
+    fn new(tokenizer: &Tokenizer, model: &'m Model, pieces: &[(u32, String)]) -> Self {
         let mut tokenizer = tokenizer.clone();
         // These would cut or fill the ids; no model is run on padding here.
         let _ = tokenizer.with_truncation(None);
@@ -218,7 +230,7 @@ impl<'m> Sides<'m> {
             }
             literal
         });
-        let user_defined = lacking_user_defined(&tokenizer, &added, model);
+        let user_defined = lacking_user_defined(&tokenizer, &added, model, pieces);
         let user_defined = (!user_defined.is_empty()).then(|| {
             let mut with_them = tokenizer.clone();
             let _ = with_them.add_tokens(user_defined);
@@ -310,16 +322,23 @@ fn encode(tokenizer: &Tokenizer, text: &str, add_special: bool) -> Result<Vec<u3
     Ok(encoding.get_ids().to_vec())
 }
 
-/// The user-defined tokens of a SentencePiece `model` that stand in the tokenizer under the same
-/// id, but as ordinary entries.
-fn lacking_user_defined(tokenizer: &Tokenizer, added: &[AddedToken], model: &Model) -> Vec<AddedToken> {
+/// The user-defined tokens of a SentencePiece vocabulary that stand in the tokenizer under the same
+/// id, but as ordinary entries, and that llama.cpp finds.
+fn lacking_user_defined(
+    tokenizer: &Tokenizer,
+    added: &[AddedToken],
+    model: &Model,
+    pieces: &[(u32, String)],
+) -> Vec<AddedToken> {
     if model.vocab_type() != VocabType::Spm {
         return Vec::new();
     }
-    (0..i32::try_from(model.n_tokens()).unwrap_or(i32::MAX))
+    let own = (0..i32::try_from(model.n_tokens()).unwrap_or(i32::MAX))
         .filter(|&id| model.is_user_defined(id))
-        .filter_map(|id| Some((u32::try_from(id).ok()?, model.token_text(id)?)))
-        .filter(|(id, text)| tokenizer.token_to_id(text) == Some(*id))
+        .filter_map(|id| Some((u32::try_from(id).ok()?, model.token_text(id)?)));
+    let found = |id: u32, text: &str| model.tokenize(text, false, true).is_ok_and(|ids| same(&[id], &ids));
+    own.chain(pieces.iter().cloned())
+        .filter(|(id, text)| tokenizer.token_to_id(text) == Some(*id) && found(*id, text))
         .filter(|(_, text)| added.iter().all(|t| t.content != *text))
         .map(|(_, text)| AddedToken::from(text, false))
         .collect()

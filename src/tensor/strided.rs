@@ -33,7 +33,7 @@ impl StridedCopy {
     /// A copy from its loops; loops of one step vanish and loops that run on into each other join.
     pub fn new(mut dims: Vec<Dim>, src_base: u64, dst_base: u64) -> Self {
         dims.retain(|d| d.n != 1);
-        dims.sort_by(|a, b| b.dst.cmp(&a.dst));
+        dims.sort_by_key(|d| std::cmp::Reverse(d.dst));
         let mut joined: Vec<Dim> = Vec::with_capacity(dims.len());
         for d in dims {
             match joined.last_mut() {
@@ -232,8 +232,8 @@ impl Axes {
                     let Some(f) = factors.pop() else {
                         return Err(bad(&shape, format!("does not fall into parts of {sizes:?}")));
                     };
-                    if f.n == 0 || (f.n <= want && want.is_multiple_of(f.n)) {
-                        want = if f.n == 0 { 1 } else { want / f.n };
+                    if want.is_multiple_of(f.n.max(1)) {
+                        want /= f.n.max(1);
                         part.push(f);
                     } else if f.n.is_multiple_of(want) {
                         part.push(Factor { n: want, stride: f.stride });

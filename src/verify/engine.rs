@@ -41,12 +41,15 @@ pub(super) fn check(
 
 /// The same ids from the `tokenizers` library and from llama.cpp.
 fn tokens(gguf: &Gguf, source: Option<&SourceModel>, options: &Options) -> Result<(Outcome, String)> {
-    let tokenizer = match source {
-        Some(SourceModel::HuggingFace(hf)) => vocab::reference_tokenizer(&hf.source)?,
-        _ => rebuilt(&Vocab::from_metadata(&gguf.metadata)?)?,
+    let (tokenizer, user_defined) = match source {
+        Some(SourceModel::HuggingFace(hf)) => {
+            let dir = hf.directory();
+            (vocab::reference_tokenizer(dir)?, vocab::user_defined_pieces(dir)?)
+        }
+        _ => (rebuilt(&Vocab::from_metadata(&gguf.metadata)?)?, Vec::new()),
     };
     let model = Model::load(&options.file, &ModelOptions { vocab_only: true, ..ModelOptions::default() })?;
-    let found = parity::compare(&tokenizer, &model)?;
+    let found = parity::compare(&tokenizer, &model, &user_defined)?;
     if let Some(d) = &found.first_difference {
         let detail = format!(
             "{} of {} texts differ; first at token {} of {:?}: tokenizers {:?} {:?}, llama.cpp {:?} {:?}",
@@ -63,6 +66,9 @@ fn tokens(gguf: &Gguf, source: Option<&SourceModel>, options: &Options) -> Resul
     }
     let outcome = if found.agrees() { Outcome::Passed } else { Outcome::Failed };
     let mut detail = format!("{} texts, {} tokens, the same ids", found.probes, found.tokens);
+    for (explanation, n) in &found.explained {
+        detail.push_str(&format!(", but for {n} texts: {explanation}"));
+    }
     if found.added_agree() == Some(false) {
         detail.push_str(&format!(
             "; but begin and end tokens differ: tokenizers {:?}, llama.cpp {:?}",

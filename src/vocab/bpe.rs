@@ -83,16 +83,7 @@ pub fn load(source: &Source, config: &Value, json: TokenizerJson, limits: &Limit
     if missing > 0 {
         vocab.notes.push(format!("warning: {missing} of the 256 bytes have no token"));
     }
-    let special = special::read(
-        source.dir,
-        source.config,
-        config,
-        &added,
-        &post_processor,
-        size,
-        limits,
-        &mut vocab.notes,
-    )?;
+    let special = special::read(source, config, &added, &post_processor, size, limits, &mut vocab.notes)?;
     vocab.special = special.ids;
     vocab.add = special.add;
     vocab.chat_templates = special.chat_templates;

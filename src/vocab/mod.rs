@@ -310,3 +310,23 @@ pub fn reference_tokenizer(dir: &Path) -> Result<tokenizers::Tokenizer> {
     };
     tokenizers::Tokenizer::from_bytes(bytes).map_err(|e| Error::malformed(e.to_string()).at(path))
 }
+
+/// The user-defined pieces of a directory's tokenizer.model, with their ids. A tokenizer.json made
+/// from it can have lost that such a piece is matched as it stands.
+///
+/// # Errors
+/// `Malformed` when tokenizer.model is.
+pub fn user_defined_pieces(dir: &Path) -> Result<Vec<(u32, String)>> {
+    let Some(spm::Found::Model(model)) = spm::read_model(&dir.join("tokenizer.model"), &Limits::default())?
+    else {
+        return Ok(Vec::new());
+    };
+    let text = |p: &proto::SentencePiece| String::from_utf8(p.piece.clone()?).ok();
+    Ok(model
+        .pieces
+        .iter()
+        .zip(0..)
+        .filter(|(p, _)| p.kind == Some(TokenType::UserDefined as i32))
+        .filter_map(|(p, id)| Some((id, text(p)?)))
+        .collect())
+}

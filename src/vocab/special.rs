@@ -79,8 +79,7 @@ struct Texts {
 /// # Errors
 /// `Malformed`, `Limit` or `Io` for a chat template file that cannot be read.
 pub fn read(
-    dir: &Path,
-    config: &Value,
+    source: &super::Source,
     tokenizer_config: &Value,
     added: &[AddedToken],
     post_processor: &Value,
@@ -88,6 +87,7 @@ pub fn read(
     limits: &Limits,
     notes: &mut Vec<String>,
 ) -> Result<Special> {
+    let (dir, config) = (source.dir, source.config);
     let mut special = Special::default();
     let text = |role: &str| token_text(tokenizer_config, &format!("{role}_token"));
     let mut texts = Texts {
@@ -297,8 +297,8 @@ mod tests {
     fn run(dir: &Path, config: Value, tokenizer_config: Value, post: Value) -> (Special, Vec<String>) {
         let mut notes = Vec::new();
         let tokens = added(&["<s>", "</s>", "<|end|>", "<sep>"]);
-        let s = read(dir, &config, &tokenizer_config, &tokens, &post, 10, &Limits::default(), &mut notes)
-            .unwrap();
+        let source = super::super::Source { dir, config: &config, vocab_size: None, pre: None, kinds: &[] };
+        let s = read(&source, &tokenizer_config, &tokens, &post, 10, &Limits::default(), &mut notes).unwrap();
         (s, notes)
     }
 

@@ -142,8 +142,7 @@ pub fn finish(
     limits: &Limits,
 ) -> Result<Vocab> {
     let n = vocab.tokens.len();
-    let special =
-        special::read(source.dir, source.config, config, added, post_processor, n, limits, &mut vocab.notes)?;
+    let special = special::read(source, config, added, post_processor, n, limits, &mut vocab.notes)?;
     vocab.special = special.ids;
     vocab.add = special.add;
     vocab.chat_templates = special.chat_templates;

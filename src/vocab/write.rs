@@ -26,6 +26,7 @@ pub struct TokenizerOut<'a> {
 /// `model` of tokenizer.json.
 #[derive(Serialize)]
 #[serde(untagged)]
+#[allow(clippy::large_enum_variant)] // one value, for as long as it takes to write it
 pub enum ModelOut<'a> {
     /// Merges.
     Bpe {

@@ -13,7 +13,7 @@ pub const DEFAULT_ALIGNMENT: u32 = 32;
 /// Where a file states another alignment, as UINT32.
 pub(super) const KEY_ALIGNMENT: &str = "general.alignment";
 
-/// Longest metadata key (and, when reading, tensor name), in bytes.
+/// Longest metadata key, in bytes.
 pub(super) const MAX_KEY: u64 = 65535;
 /// Longest tensor name that ggml loads: `GGML_MAX_NAME` is 64 and counts the final NUL.
 pub(super) const MAX_NAME: usize = 63;

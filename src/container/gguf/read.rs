@@ -131,6 +131,7 @@ fn open_shards(
     };
     let mut given = Some(given);
     let mut shards = Vec::new();
+    let mut found = 0;
     for no in 0..split.count {
         let (file, header) = match given.take_if(|_| no == split.no) {
             Some(shard) => shard,
@@ -152,9 +153,10 @@ fn open_shards(
             ))
             .at(file.path()));
         }
+        found += header.tensors.len() as u64;
+        limit_tensors(found, limits).map_err(|e| e.at(path))?;
         shards.push((file, header));
     }
-    let found: u64 = shards.iter().map(|(_, h)| h.tensors.len() as u64).sum();
     if found != split.tensors {
         return Err(Error::malformed(format!(
             "the shards hold {found} tensors, {KEY_SPLIT_TENSORS} promises {}",
@@ -195,14 +197,13 @@ impl Header {
             }
         }
         let (n_tensors, n_entries) = (c.u64()?, c.u64()?);
-        if n_tensors > limits.tensors {
-            return Err(Error::limit(format!("{n_tensors} tensors, at most {} are allowed", limits.tensors)));
-        }
+        c.expect(n_entries, MIN_ENTRY, "metadata entries")?;
+        c.expect(n_tensors, MIN_INFO, "tensor infos")?;
+        limit_tensors(n_tensors, limits)?;
         if n_entries > limits.metadata_entries {
             let most = limits.metadata_entries;
             return Err(Error::limit(format!("{n_entries} metadata entries, at most {most} are allowed")));
         }
-        c.expect(n_entries, MIN_ENTRY, "metadata entries")?;
         let mut metadata = Metadata::default();
         for i in 0..n_entries {
             let key = c.string(MAX_KEY).map_err(|e| e.context(format_args!("metadata entry {i}")))?;
@@ -216,7 +217,6 @@ impl Header {
             metadata.set(key, value);
         }
         let alignment = alignment(&metadata)?;
-        c.expect(n_tensors, MIN_INFO, "tensor infos")?;
         let mut tensors = Vec::with_capacity(n_tensors as usize);
         for i in 0..n_tensors {
             tensors.push(tensor_info(&mut c, alignment).map_err(|e| e.context(format_args!("tensor {i}")))?);
@@ -229,19 +229,40 @@ impl Header {
         Ok(Self { version, big_endian, alignment, metadata, tensors, data_offset, trailing_bytes })
     }
 
+    /// The file's place in a split set; `None` when it is whole.
     fn split(&self) -> Result<Option<Split>> {
-        let Some(count) = self.metadata.u64(KEY_SPLIT_COUNT).filter(|n| *n > 1) else { return Ok(None) };
-        let get = |key: &str| {
-            self.metadata
-                .u64(key)
-                .ok_or_else(|| Error::malformed(format!("is a shard, but {key} is missing")))
+        let number = |key: &str| match self.metadata.get(key) {
+            None => Ok(None),
+            Some(v) => match v.as_u64() {
+                None => Err(Error::malformed(format!("{key} is {v}, not a count"))),
+                n => Ok(n),
+            },
         };
-        let split = Split { no: get(KEY_SPLIT_NO)?, count, tensors: get(KEY_SPLIT_TENSORS)? };
-        if split.no >= count {
-            return Err(Error::malformed(format!("{KEY_SPLIT_NO} is {}, of {count} shards", split.no)));
+        let (no, count) = (number(KEY_SPLIT_NO)?, number(KEY_SPLIT_COUNT)?);
+        let tensors = number(KEY_SPLIT_TENSORS)?;
+        // Absent, 0 and 1 all say that this is the only file.
+        let count = count.unwrap_or(0).max(1);
+        if no.is_some_and(|no| no >= count) {
+            return Err(Error::malformed(format!(
+                "{KEY_SPLIT_NO} is {}, of {count} shards",
+                no.unwrap_or_default()
+            )));
         }
-        Ok(Some(split))
+        match (no, tensors) {
+            _ if count == 1 => Ok(None),
+            (Some(no), Some(tensors)) => Ok(Some(Split { no, count, tensors })),
+            _ => Err(Error::malformed(format!(
+                "is one of {count} shards, but {KEY_SPLIT_NO} or {KEY_SPLIT_TENSORS} is missing"
+            ))),
+        }
     }
+}
+
+fn limit_tensors(n: u64, limits: &Limits) -> Result<()> {
+    if n <= limits.tensors {
+        return Ok(());
+    }
+    Err(Error::limit(format!("{n} tensors, at most {} are allowed", limits.tensors)))
 }
 
 /// Name, shape, type and relative offset.
@@ -264,8 +285,13 @@ fn tensor_info(c: &mut Cursor<'_>, alignment: u32) -> Result<TensorInfo> {
     let mut shape = (0..n_dims).map(|_| c.u64()).collect::<Result<Vec<_>>>()?;
     shape.reverse();
     let id = c.u32()?;
-    let dtype = DType::from_ggml_id(id)
-        .ok_or_else(|| context(Error::unsupported(format!("tensor type {id} is not known"))))?;
+    let dtype = DType::from_ggml_id(id).ok_or_else(|| {
+        context(match id {
+            4 | 5 | 31..=33 | 36..=38 => Error::unsupported(format!("ggml has removed tensor type {id}"))
+                .hint("make the file anew from its source"),
+            _ => Error::unsupported(format!("tensor type {id} is not known")),
+        })
+    })?;
     let offset = c.u64()?;
     if !offset.is_multiple_of(u64::from(alignment)) {
         return Err(context(Error::malformed(format!("offset {offset} is no multiple of {alignment}"))));

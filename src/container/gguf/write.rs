@@ -3,6 +3,8 @@
 //! llama.cpp's loader wants tensors one behind the other in the order of their infos, each padded
 //! to the alignment; that is what comes out here. The caller writes the data.
 
+use std::collections::HashSet;
+
 use crate::error::{Error, Result};
 use crate::tensor::DType;
 
@@ -39,12 +41,17 @@ impl Layout {
             out.extend(value.value_type().id().to_le_bytes());
             put_value(&mut out, value);
         }
+        let mut names = HashSet::with_capacity(tensors.len());
         let mut relative = Vec::with_capacity(tensors.len());
         let mut at = 0u64;
         for (name, dtype, shape) in tensors {
             let context = |e: Error| e.context(format_args!("tensor {name:?}"));
-            if name.is_empty() || name.len() > MAX_NAME {
-                return Err(context(Error::unsupported(format!("GGUF names have 1 to {MAX_NAME} bytes"))));
+            if name.is_empty() || name.len() > MAX_NAME || name.contains('\0') {
+                let message = format!("GGUF names have 1 to {MAX_NAME} bytes, and no NUL");
+                return Err(context(Error::unsupported(message)));
+            }
+            if !names.insert(*name) {
+                return Err(context(Error::malformed("appears twice")));
             }
             if shape.len() > MAX_DIMS as usize {
                 return Err(context(Error::unsupported(format!(

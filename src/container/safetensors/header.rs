@@ -14,34 +14,67 @@ use crate::tensor::{DType, TensorInfo};
 /// Longest header that the format's own library reads, in bytes.
 const MAX_HEADER: u64 = 100_000_000;
 
+const METADATA: &str = "__metadata__";
+/// Types of the format that nothing here computes with.
+const UNSUPPORTED: &[&str] = &["F4", "F6_E2M3", "F6_E3M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "C64"];
+
 /// Entries of a JSON object in file order; a key that comes twice is an error, where `serde_json`
 /// would keep the last.
 pub(super) struct Unique<V>(pub IndexMap<String, V>);
 
-impl<'de, V: Deserialize<'de>> Deserialize<'de> for Unique<V> {
-    fn deserialize<D: Deserializer<'de>>(d: D) -> std::result::Result<Self, D::Error> {
-        struct Entries<V>(std::marker::PhantomData<V>);
-        impl<'de, V: Deserialize<'de>> Visitor<'de> for Entries<V> {
-            type Value = Unique<V>;
-
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("a JSON object")
+impl<V> Unique<V> {
+    /// Reads the object's entries, each by `value`.
+    fn read<'de, A: MapAccess<'de>>(
+        mut map: A,
+        value: impl Fn(&str, &mut A) -> std::result::Result<V, A::Error>,
+    ) -> std::result::Result<Self, A::Error> {
+        let mut entries = IndexMap::new();
+        while let Some(key) = map.next_key::<String>()? {
+            if entries.contains_key(&key) {
+                return Err(A::Error::custom(format_args!("{key:?} appears twice")));
             }
-
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> std::result::Result<Self::Value, A::Error> {
-                let mut entries = IndexMap::new();
-                while let Some(key) = map.next_key::<String>()? {
-                    if entries.contains_key(&key) {
-                        return Err(A::Error::custom(format!("{key:?} appears twice")));
-                    }
-                    entries.insert(key, map.next_value()?);
-                }
-                Ok(Unique(entries))
-            }
+            let v = value(&key, &mut map)?;
+            entries.insert(key, v);
         }
-        d.deserialize_map(Entries(std::marker::PhantomData))
+        Ok(Self(entries))
     }
 }
+
+/// Implements `Deserialize` for a `Unique` of one kind of entry.
+macro_rules! unique {
+    ($entry:ty, $what:literal, $value:expr) => {
+        impl<'de> Deserialize<'de> for Unique<$entry> {
+            fn deserialize<D: Deserializer<'de>>(d: D) -> std::result::Result<Self, D::Error> {
+                struct Entries;
+                impl<'de> Visitor<'de> for Entries {
+                    type Value = Unique<$entry>;
+
+                    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                        f.write_str($what)
+                    }
+
+                    fn visit_map<A: MapAccess<'de>>(
+                        self,
+                        map: A,
+                    ) -> std::result::Result<Self::Value, A::Error> {
+                        Unique::read(map, $value)
+                    }
+                }
+                d.deserialize_map(Entries)
+            }
+        }
+    };
+}
+
+unique!(String, "an object of strings", |_, map| map.next_value());
+unique!(Item, "an object of tensors", |key, map| {
+    if key == METADATA {
+        map.next_value::<Unique<String>>().map(|m| Item::Metadata(m.0))
+    } else {
+        map.next_value().map(Item::Tensor)
+    }
+    .map_err(|e| A::Error::custom(format_args!("{key:?}: {e}")))
+});
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -51,8 +84,6 @@ struct Entry {
     data_offsets: (u64, u64),
 }
 
-#[derive(Deserialize)]
-#[serde(untagged)]
 enum Item {
     Tensor(Entry),
     Metadata(IndexMap<String, String>),
@@ -107,14 +138,13 @@ impl Header {
         let mut header = Self { tensors: Vec::with_capacity(items.0.len()), metadata: IndexMap::new() };
         for (name, item) in items.0 {
             match item {
-                Item::Metadata(map) if name == "__metadata__" => header.metadata = map,
-                Item::Tensor(entry) if name != "__metadata__" => {
+                Item::Metadata(map) => header.metadata = map,
+                Item::Tensor(entry) => {
                     let info = entry
                         .info(&name, number, data)
                         .map_err(|e| e.context(format_args!("tensor {name:?}")))?;
                     header.tensors.push(info);
                 }
-                _ => return Err(Error::malformed(format!("{name:?} is neither a tensor nor metadata"))),
             }
         }
         header.check_tiling(data, file.len())?;
@@ -152,8 +182,10 @@ impl Header {
 
 impl Entry {
     fn info(self, name: &str, file: usize, data: u64) -> Result<TensorInfo> {
-        let dtype = DType::from_safetensors_name(&self.dtype)
-            .ok_or_else(|| Error::unsupported(format!("its type {:?} is not known", self.dtype)))?;
+        let dtype = DType::from_safetensors_name(&self.dtype).ok_or_else(|| {
+            let what = if UNSUPPORTED.contains(&self.dtype.as_str()) { "supported" } else { "known" };
+            Error::unsupported(format!("its type {:?} is not {what}", self.dtype))
+        })?;
         let nbytes = dtype.nbytes(&self.shape)?;
         let (begin, end) = self.data_offsets;
         if end.checked_sub(begin) != Some(nbytes) {

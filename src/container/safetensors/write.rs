@@ -68,7 +68,11 @@ impl Layout {
             let mut header = Map::new();
             header.insert("__metadata__".into(), json!({"format": "pt"}));
             let mut begin = 0u64;
-            for &i in members {
+            // Larger elements first, so that each tensor is aligned to its own; of one type the
+            // order stays.
+            let mut order = members.clone();
+            order.sort_by_key(|&i| std::cmp::Reverse(tensors[i].1.type_size()));
+            for i in order {
                 let (tensor, dtype, shape) = tensors[i];
                 let st = dtype.safetensors_name().ok_or_else(|| {
                     Error::unsupported(format!("tensor {tensor:?}: safetensors has no type {dtype}"))
