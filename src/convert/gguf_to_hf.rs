@@ -44,7 +44,9 @@ impl GgufToHf {
     /// # Errors
     /// What is no GGUF file, unknown architectures, tensors without a place.
     pub fn plan(&self) -> Result<Job> {
-        let Gguf { metadata, store, .. } = Gguf::open(&self.source, &self.limits)?;
+        let gguf = Gguf::open(&self.source, &self.limits)?;
+        gguf.check_model()?;
+        let Gguf { metadata, store, .. } = gguf;
         let at = |e: Error| e.at(&self.source);
         let mut model = Model::from_metadata(&metadata).map_err(at)?;
         let vocab = Vocab::from_metadata(&metadata).map_err(at)?;

@@ -36,6 +36,7 @@ impl Quantize {
     /// What is no GGUF file; tensors that are quantized already, unless that is allowed.
     pub fn plan(&self) -> Result<Job> {
         let gguf = Gguf::open(&self.source, &self.limits)?;
+        gguf.check_model()?;
         let store = gguf.store;
         let mut plan = Plan { tensors: Vec::new(), files: Vec::new(), notes: Vec::new() };
         for (m, info) in identity(store.tensors()).into_iter().zip(store.tensors()) {

@@ -117,10 +117,10 @@ pub fn verify(options: &Options, budget: &Budget, observer: &dyn Observer) -> Re
     let tensors = gguf.store.tensors().len();
     report.add(
         "structure",
-        Ok((
-            Outcome::Passed,
-            format!("GGUF v{}, {tensors} tensors, {} metadata", gguf.version, gguf.metadata.0.len()),
-        )),
+        gguf.check_model().map(|()| {
+            let entries = gguf.metadata.0.len();
+            (Outcome::Passed, format!("GGUF v{}, {tensors} tensors, {entries} metadata", gguf.version))
+        }),
     );
 
     let source = match &options.against {

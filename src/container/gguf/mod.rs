@@ -5,6 +5,7 @@
 
 mod cursor;
 mod layout;
+mod model;
 mod read;
 mod value;
 pub mod write;
