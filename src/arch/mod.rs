@@ -84,16 +84,26 @@ fn unknown_class(class: &str, forced: Option<&str>) -> Error {
         return Error::malformed("config.json names no architecture (\"architectures\" is missing or empty)")
             .hint("say which it is with --arch NAME");
     }
+    // What comes before the task names the family: `Qwen3` of `Qwen3ForCausalLM`.
+    let family =
+        |name: &str| name.split("For").next().unwrap_or(name).trim_end_matches("LMHeadModel").to_lowercase();
+    let alike = |name: &str| strsim::jaro_winkler(&family(name), &family(class));
     let nearest = archs
         .iter()
         .flat_map(|a| a.class.iter().flat_map(move |c| c.names().map(move |n| (n, a.arch.as_str()))))
-        .max_by(|a, b| strsim::jaro_winkler(a.0, class).total_cmp(&strsim::jaro_winkler(b.0, class)));
+        .max_by(|a, b| alike(a.0).total_cmp(&alike(b.0)));
     let error = Error::unsupported(format!("the architecture {class} is not known"));
     match nearest {
-        Some((name, arch)) => error.hint(format!(
+        Some((name, arch)) if alike(name) > 0.7 => error.hint(format!(
             "the nearest known one is {name}; if the model computes like it, try --arch {arch}"
         )),
-        None => error,
+        _ => {
+            let known: Vec<_> = archs.iter().map(|a| a.arch.as_str()).collect();
+            error.hint(format!(
+                "known are: {}; if the model computes like one of them, name it with --arch",
+                known.join(", ")
+            ))
+        }
     }
 }
 

@@ -56,10 +56,13 @@ fn version() -> String {
         match qconv::ggml::linked() {
             Ok(linked) => {
                 let backends: Vec<_> = linked.backends.iter().map(|(name, _)| name.as_str()).collect();
+                let commit = match linked.ggml_commit.as_str() {
+                    "unknown" => String::new(),
+                    commit => format!(" ({commit})"),
+                };
                 format!(
-                    "{own}\nggml {} ({}), llama.cpp {}\nbackends: {}\n{}",
+                    "{own}\nggml {}{commit}, llama.cpp {}\nbackends: {}\n{}",
                     linked.ggml_version,
-                    linked.ggml_commit,
                     linked.llama_version,
                     backends.join(", "),
                     linked.system_info

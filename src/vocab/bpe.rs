@@ -1,6 +1,6 @@
 //! Byte-level BPE from tokenizer.json: `tokenizer.ggml.model` = `gpt2`.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use serde_json::Value;
 use tokenizers::Model as _;
@@ -11,6 +11,10 @@ use super::pre::{self, Structure, byte_of_char};
 use super::{Kind, Source, TokenType, Vocab, added_form, special, vocab_size};
 use crate::error::{Error, Result};
 use crate::limits::Limits;
+
+/// Entry of tokenizer_config.json that our own writer leaves where several pre-tokenizers split
+/// alike, so that the name survives a round trip.
+pub const GGML_PRE: &str = "ggml_pre";
 
 /// Whether a tokenizer.json holds this kind.
 pub fn fits(json: &TokenizerJson) -> bool {
@@ -74,7 +78,9 @@ pub fn load(source: &Source, config: &Value, json: TokenizerJson, limits: &Limit
             name.to_owned()
         }
         None => {
-            let found = pre::recognise(&structure, || unmerged(&entries, &vocab))?;
+            let found = pre::recognise(&structure, config.get(GGML_PRE).and_then(Value::as_str), || {
+                unmerged(&entries, &vocab)
+            })?;
             vocab.notes.extend(found.notes);
             found.name.to_owned()
         }
@@ -118,7 +124,7 @@ fn all_added(
     notes: &mut Vec<String>,
 ) -> Result<Vec<AddedToken>> {
     let listed = hf::added_tokens_decoder(config)?;
-    let known: std::collections::HashSet<u32> = added.iter().map(|t| t.id).collect();
+    let known: HashSet<u32> = added.iter().map(|t| t.id).collect();
     added.extend(listed.into_iter().filter(|t| !known.contains(&t.id)));
     for token in &mut added {
         if let Some(&id) = ids.get(token.content.as_str())
@@ -176,7 +182,13 @@ pub fn decoded(text: &str) -> String {
 /// For how many tokens of the trained vocabulary merging their own text gives something else, so
 /// that `ignore_merges` matters.
 fn unmerged(entries: &[(String, u32)], vocab: &Vocab) -> Result<usize> {
-    let pair = |m: &String| merge_parts(m).map(|(l, r)| (l.to_owned(), r.to_owned()));
+    let known: HashSet<&str> = entries.iter().map(|e| e.0.as_str()).collect();
+    // The library refuses, or worse, merges of or to something that is no token; they merge nothing.
+    let pair = |m: &String| {
+        let (left, right) = merge_parts(m)?;
+        let all = [left, right, &format!("{left}{right}")].iter().all(|t| known.contains(t));
+        all.then(|| (left.to_owned(), right.to_owned()))
+    };
     let bpe = BPE::builder()
         .vocab_and_merges(
             entries.iter().cloned().collect::<tokenizers::models::bpe::Vocab>(),

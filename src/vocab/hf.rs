@@ -146,6 +146,30 @@ impl<'de> Deserialize<'de> for Merge {
     }
 }
 
+impl Model {
+    /// Refuses BPE merges that make the `tokenizers` library (0.23) write beyond a buffer it
+    /// sizes by the longest token, which ends in a panic.
+    ///
+    /// # Errors
+    /// `Malformed` for a merge longer than any token.
+    pub fn check_merges(&self) -> Result<()> {
+        let Entries::Map(entries) = &self.vocab else { return Ok(()) };
+        // A space counts twice, as its stand-in in our form of merges does.
+        let length = |s: &str| s.len() + s.bytes().filter(|b| *b == b' ').count();
+        let longest = entries.iter().map(|(text, _)| length(text)).max().unwrap_or(0);
+        let prefix = self.continuing_subword_prefix.as_deref().unwrap_or("");
+        for Merge(merge) in &self.merges {
+            let fits = merge_parts(merge).is_some_and(|(left, right)| {
+                right.starts_with(prefix) && left.len() + right.len() - prefix.len() <= longest
+            });
+            if !fits {
+                return Err(Error::malformed(format!("the merge {merge:?} makes no token")));
+            }
+        }
+        Ok(())
+    }
+}
+
 /// The two parts of a merge, as llama.cpp splits it: at the first space after the first byte.
 pub fn merge_parts(merge: &str) -> Option<(&str, &str)> {
     let first = merge.chars().next()?.len_utf8();
@@ -195,9 +219,16 @@ pub fn read_side_file(path: &Path, max_bytes: u64) -> Result<Option<Vec<u8>>> {
 /// # Errors
 /// As [`read_side_file`], and `Malformed` when it is not the JSON expected.
 pub fn read_json<T: for<'de> Deserialize<'de>>(path: &Path, max_bytes: u64) -> Result<Option<T>> {
-    let Some(bytes) = read_side_file(path, max_bytes)? else { return Ok(None) };
-    let bytes = bytes.strip_prefix(b"\xEF\xBB\xBF").unwrap_or(&bytes);
-    serde_json::from_slice(bytes).map(Some).map_err(|e| Error::malformed(e.to_string()).at(path))
+    read_side_file(path, max_bytes)?.map(|bytes| from_json(&bytes, path)).transpose()
+}
+
+/// The JSON in `bytes`, which were read from `path`.
+///
+/// # Errors
+/// `Malformed` when it is not the JSON expected.
+pub fn from_json<T: for<'de> Deserialize<'de>>(bytes: &[u8], path: &Path) -> Result<T> {
+    let bytes = bytes.strip_prefix(b"\xEF\xBB\xBF").unwrap_or(bytes);
+    serde_json::from_slice(bytes).map_err(|e| Error::malformed(e.to_string()).at(path))
 }
 
 /// tokenizer.json of `dir`.
@@ -270,6 +301,15 @@ mod tests {
         for bad in [r#"[["a"]]"#, r#"[["a","b","c"]]"#, "[1]"] {
             assert!(serde_json::from_str::<Vec<Merge>>(bad).is_err());
         }
+    }
+
+    #[test]
+    fn merges_longer_than_any_token_are_refused() {
+        let check = |json: &str| serde_json::from_str::<Model>(json).unwrap().check_merges();
+        assert!(check(r#"{"vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"]}"#).is_ok());
+        assert!(check(r#"{"vocab": {"a": 0, "b": 1}, "merges": ["a b"]}"#).is_err());
+        let prefixed = r###"{"continuing_subword_prefix": "##", "vocab": {"abc": 0}, "merges": ["a b"]}"###;
+        assert!(check(prefixed).is_err());
     }
 
     #[test]

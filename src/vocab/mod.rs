@@ -298,7 +298,11 @@ pub fn reference_tokenizer(dir: &Path) -> Result<tokenizers::Tokenizer> {
     let limits = Limits::default();
     let path = dir.join("tokenizer.json");
     let bytes = match hf::read_side_file(&path, limits.side_file_bytes)? {
-        Some(bytes) => bytes,
+        Some(bytes) => {
+            let checked: hf::TokenizerJson = hf::from_json(&bytes, &path)?;
+            checked.model.check_merges().map_err(|e| e.at(&path))?;
+            bytes
+        }
         None => {
             let config: Value =
                 hf::read_json(&dir.join("config.json"), limits.side_file_bytes)?.unwrap_or_default();

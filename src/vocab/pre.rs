@@ -208,13 +208,18 @@ pub struct Recognised {
     pub notes: Vec<String>,
 }
 
-/// Finds the names that split as `structure` does. `merges_matter` says for how many tokens of
+/// Finds the names that split as `structure` does; `wanted` is taken where it is one of them.
+/// `merges_matter` says for how many tokens of
 /// this vocabulary `ignore_merges` changes the result; it is asked only when no row has the
 /// structure's own flag.
 ///
 /// # Errors
 /// `Unsupported` for a structure that is not in the table, showing it.
-pub fn recognise(structure: &Structure, merges_matter: impl FnOnce() -> Result<usize>) -> Result<Recognised> {
+pub fn recognise(
+    structure: &Structure,
+    wanted: Option<&str>,
+    merges_matter: impl FnOnce() -> Result<usize>,
+) -> Result<Recognised> {
     let nfc_only = structure.normalizer.iter().all(|n| n == "nfc");
     let rows = || table().pre.iter().filter(|row| row.steps == structure.steps && nfc_only);
     let same_normalizer = |row: &&Row| row.normalizer == structure.normalizer;
@@ -224,7 +229,10 @@ pub fn recognise(structure: &Structure, merges_matter: impl FnOnce() -> Result<u
         .or_else(|| rows().find(same_flag))
         .or_else(|| rows().find(same_normalizer))
         .or_else(|| rows().next());
-    let Some((row, name)) = row.and_then(|row| Some((row, row.names.first()?))) else {
+    let name_in = |row: &'static Row| {
+        row.names.iter().find(|n| Some(n.as_str()) == wanted).or_else(|| row.names.first())
+    };
+    let Some((row, name)) = row.and_then(|row| Some((row, name_in(row)?))) else {
         return Err(Error::unsupported(format!(
             "pre-tokenizer {} is not known:\n{structure}",
             structure.fingerprint()
@@ -352,8 +360,11 @@ mod tests {
         for row in &table().pre {
             let (normalizer, pre, ignore) = hf_structure(&row.names[0]).unwrap();
             let s = Structure::of(&normalizer, &pre, ignore);
-            let found = recognise(&s, no_matter).unwrap();
+            let found = recognise(&s, None, no_matter).unwrap();
             assert!(found.candidates.contains(&row.names[0]), "{} {found:?}", row.names[0]);
+            for name in found.candidates {
+                assert_eq!(recognise(&s, Some(name), no_matter).unwrap().name, name);
+            }
             let text = json!({"version": "1.0", "added_tokens": [], "normalizer": normalizer, "pre_tokenizer": pre,
                 "post_processor": null, "decoder": null, "truncation": null, "padding": null,
                 "model": {"type": "BPE", "vocab": {}, "merges": []}});
@@ -371,19 +382,20 @@ mod tests {
                 {"type": "Split", "pattern": {"Regex": regex}, "behavior": behavior, "invert": invert}, bytes]})
         };
         for pre in [split(regex, "Isolated", false), split(regex, "Removed", true)] {
-            let found = recognise(&Structure::of(&Value::Null, &pre, true), no_matter).unwrap();
+            let found = recognise(&Structure::of(&Value::Null, &pre, true), None, no_matter).unwrap();
             assert_eq!(found.name, "llama-bpe");
-            let found = recognise(&Structure::of(&Value::Null, &pre, false), no_matter).unwrap();
+            let found = recognise(&Structure::of(&Value::Null, &pre, false), None, no_matter).unwrap();
             assert_eq!(found.name, "smaug-bpe");
         }
         for altered in [split(r"\p{N}{1,4}", "Isolated", false), split(regex, "Removed", false)] {
-            let e = recognise(&Structure::of(&Value::Null, &altered, true), no_matter).unwrap_err();
+            let e = recognise(&Structure::of(&Value::Null, &altered, true), None, no_matter).unwrap_err();
             assert_eq!(e.kind(), crate::ErrorKind::Unsupported);
             assert!(e.to_string().contains("split") && e.hint_text().unwrap().contains("--pre"));
         }
         let lower = json!({"type": "Lowercase"});
         assert!(
-            recognise(&Structure::of(&lower, &split(regex, "Isolated", false), true), no_matter).is_err()
+            recognise(&Structure::of(&lower, &split(regex, "Isolated", false), true), None, no_matter)
+                .is_err()
         );
     }
 

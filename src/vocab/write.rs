@@ -215,6 +215,9 @@ fn tokenizer_config(vocab: &Vocab) -> Value {
         }
     }
     config.insert("clean_up_tokenization_spaces".into(), false.into());
+    if vocab.kind == Kind::Bpe {
+        config.insert(bpe::GGML_PRE.into(), vocab.pre.as_str().into());
+    }
     config.insert("tokenizer_class".into(), "PreTrainedTokenizerFast".into());
     match vocab.chat_templates.as_slice() {
         [] => {}

@@ -41,15 +41,18 @@ pub fn open(path: &Path, limits: &Limits) -> Result<SafeTensors> {
     if meta.is_dir() {
         return open_directory(path, limits);
     }
-    match path.file_name().and_then(|n| n.to_str()) {
-        Some(name) if name.ends_with(".index.json") => open_index(path, limits),
-        // Any file of a model stands for the model.
-        Some(name) if is_shard(name) || name == "config.json" => open_directory(
-            path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new(".")),
-            limits,
-        ),
-        _ => open_files(&[path.to_path_buf()], limits),
+    let dir = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let name = path.file_name().and_then(|n| n.to_str()).unwrap_or_default();
+    // Any file of a model stands for the model.
+    if name.ends_with(".index.json") {
+        return open_index(path, limits);
     }
+    if name == "config.json" {
+        return open_directory(dir, limits);
+    }
+    let Some(set) = ShardSet::of(name) else { return open_files(&[path.to_path_buf()], limits) };
+    let index = dir.join(format!("{}.safetensors.index.json", set.prefix));
+    if index.is_file() { open_index(&index, limits) } else { open_files(&set.paths(dir, limits)?, limits) }
 }
 
 fn open_directory(dir: &Path, limits: &Limits) -> Result<SafeTensors> {
@@ -69,37 +72,64 @@ fn open_directory(dir: &Path, limits: &Limits) -> Result<SafeTensors> {
         }
     }
     names.sort();
-    let shards: Vec<&String> = names.iter().filter(|n| is_shard(n)).collect();
-    let Some(last) = shards.last() else {
-        let other = names.iter().any(|n| n.ends_with(".bin") || n.ends_with(".pth") || n.ends_with(".pt"));
-        let error = Error::unsupported("holds no safetensors weights").at(dir);
-        return Err(if other {
-            error.hint("PyTorch files cannot be read yet: save the model with safe_serialization=True")
-        } else {
-            error.hint(format!("{SINGLE_FILE} or {INDEX_FILE} was expected"))
-        });
-    };
-    // Without an index the numbers tell whether all are there.
-    let count: usize =
-        last.rsplit_once("-of-").and_then(|(_, c)| c.strip_suffix(".safetensors")?.parse().ok()).unwrap_or(0);
-    if count != shards.len() {
-        return Err(Error::malformed(format!(
-            "{} of {count} shards are there, and no {INDEX_FILE}",
-            shards.len()
-        ))
-        .at(dir)
-        .hint("a shard is missing: fetch it again"));
+    let mut sets: Vec<ShardSet> = names.iter().filter_map(|n| ShardSet::of(n)).collect();
+    sets.dedup();
+    if sets.iter().any(|s| s.prefix == "model") {
+        // The same weights may lie beside it under another name, such as `consolidated`.
+        sets.retain(|s| s.prefix == "model");
     }
-    open_files(&shards.iter().map(|n| dir.join(n)).collect::<Vec<_>>(), limits)
+    match sets.as_slice() {
+        [set] => open_files(&set.paths(dir, limits)?, limits),
+        [] => {
+            let other =
+                names.iter().any(|n| n.ends_with(".bin") || n.ends_with(".pth") || n.ends_with(".pt"));
+            let error = Error::unsupported("holds no safetensors weights").at(dir);
+            Err(if other {
+                error.hint("PyTorch files cannot be read yet: save the model with safe_serialization=True")
+            } else {
+                error.hint(format!("{SINGLE_FILE} or {INDEX_FILE} was expected"))
+            })
+        }
+        _ => Err(Error::malformed(format!("holds shards of several sets, and no {INDEX_FILE}"))
+            .at(dir)
+            .hint("give a shard of the one that is meant")),
+    }
 }
 
-/// `model-00001-of-00002.safetensors`
-fn is_shard(name: &str) -> bool {
-    let number = |s: &str| !s.is_empty() && s.bytes().all(|b| b.is_ascii_digit());
-    name.strip_suffix(".safetensors")
-        .and_then(|n| n.rsplit_once("-of-"))
-        .and_then(|(rest, count)| Some((rest.rsplit_once('-')?.1, count)))
-        .is_some_and(|(no, count)| number(no) && number(count))
+/// The files `PREFIX-00001-of-0000N.safetensors`, whose numbers tell which must be there.
+#[derive(PartialEq, Eq)]
+struct ShardSet {
+    prefix: String,
+    count: u64,
+}
+
+impl ShardSet {
+    /// The set that a file of this name belongs to.
+    fn of(name: &str) -> Option<Self> {
+        let (rest, count) = name.strip_suffix(".safetensors")?.rsplit_once("-of-")?;
+        let (prefix, no) = rest.rsplit_once('-')?;
+        let number = |s: &str| -> Option<u64> {
+            (s.len() == 5 && s.bytes().all(|b| b.is_ascii_digit())).then(|| s.parse().ok()).flatten()
+        };
+        let (no, count) = (number(no)?, number(count)?);
+        (1..=count).contains(&no).then(|| Self { prefix: prefix.into(), count })
+    }
+
+    fn paths(&self, dir: &Path, limits: &Limits) -> Result<Vec<PathBuf>> {
+        let Self { prefix, count } = self;
+        if *count > limits.shards {
+            return Err(
+                Error::limit(format!("{count} shards, at most {} are allowed", limits.shards)).at(dir)
+            );
+        }
+        let path = |no| dir.join(format!("{prefix}-{no:05}-of-{count:05}.safetensors"));
+        let paths: Vec<PathBuf> = (1..=*count).map(path).collect();
+        match paths.iter().find(|p| !p.is_file()) {
+            None => Ok(paths),
+            Some(missing) => Err(Error::io("open", missing, std::io::ErrorKind::NotFound.into())
+                .hint("a shard is missing: fetch it")),
+        }
+    }
 }
 
 fn open_index(path: &Path, limits: &Limits) -> Result<SafeTensors> {
