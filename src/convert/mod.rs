@@ -9,6 +9,7 @@ mod gather;
 mod general;
 mod gguf_to_hf;
 mod hf_to_gguf;
+mod model_id;
 mod plan;
 mod quantize;
 mod stage;
