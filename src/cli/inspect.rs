@@ -39,7 +39,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         if args.metadata {
             report.tensors.clear();
         }
-        serde_json::to_writer_pretty(&mut out, &report)?;
+        serde_json::to_writer_pretty(&mut out, &report).map_err(std::io::Error::from)?;
         writeln!(out)?;
     } else {
         let filter =

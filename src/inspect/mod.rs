@@ -101,12 +101,13 @@ pub fn inspect(path: &Path, limits: &Limits) -> Result<Report> {
     if head.starts_with(&MAGIC) {
         return gguf(path, limits);
     }
-    if n == head.len() && head[8] == b'{' {
+    if n == head.len() && head[8] == b'{' && head[7] == 0 {
         let opened = safetensors::open(path, limits)?;
         let metadata = opened.metadata.into_iter().flatten().map(|(k, v)| (k, json!(v))).collect();
         return Ok(report(path, "safetensors", &opened.store, Map::new(), metadata, false));
     }
-    if path.file_name().is_some_and(|n| n == safetensors::INDEX_FILE) {
+    // An index, or config.json: either stands for its directory.
+    if n > 0 && head[0] == b'{' {
         return directory(path, limits);
     }
     Err(Error::unsupported("is no file that can be read")

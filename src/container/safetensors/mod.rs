@@ -5,4 +5,4 @@ mod header;
 mod read;
 pub mod write;
 
-pub use read::{INDEX_FILE, SafeTensors, open};
+pub use read::{SafeTensors, open};

@@ -13,7 +13,7 @@ use crate::error::{Error, Result};
 use crate::limits::Limits;
 
 /// The index of a sharded checkpoint.
-pub const INDEX_FILE: &str = "model.safetensors.index.json";
+const INDEX_FILE: &str = "model.safetensors.index.json";
 const SINGLE_FILE: &str = "model.safetensors";
 
 /// An opened checkpoint.
@@ -44,15 +44,25 @@ pub fn open(path: &Path, limits: &Limits) -> Result<SafeTensors> {
     let dir = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let name = path.file_name().and_then(|n| n.to_str()).unwrap_or_default();
     // Any file of a model stands for the model.
-    if name.ends_with(".index.json") {
-        return open_index(path, limits);
-    }
     if name == "config.json" {
         return open_directory(dir, limits);
+    }
+    if begins_json(path)? {
+        return open_index(path, limits);
     }
     let Some(set) = ShardSet::of(name) else { return open_files(&[path.to_path_buf()], limits) };
     let index = dir.join(format!("{}.safetensors.index.json", set.prefix));
     if index.is_file() { open_index(&index, limits) } else { open_files(&set.paths(dir, limits)?, limits) }
+}
+
+/// Whether a file begins as JSON does. A safetensors file whose header has 123 bytes begins with
+/// `{` as well, but the upper bytes of that length are zeros.
+fn begins_json(path: &Path) -> Result<bool> {
+    let file = InputFile::open(path)?;
+    let mut start = [0; 8];
+    let start = start.get_mut(..file.len().min(8) as usize).unwrap_or_default();
+    file.read_at(0, start)?;
+    Ok(start.first() == Some(&b'{') && !start.contains(&0))
 }
 
 fn open_directory(dir: &Path, limits: &Limits) -> Result<SafeTensors> {

@@ -2,7 +2,6 @@
 
 use serde_json::{Map, json};
 
-use super::read::INDEX_FILE;
 use crate::error::{Error, Result};
 use crate::tensor::DType;
 
@@ -29,9 +28,6 @@ pub struct Layout {
 }
 
 impl Layout {
-    /// Name of the index file.
-    pub const INDEX: &'static str = INDEX_FILE;
-
     /// Fills files of at most `max_shard_size` bytes of data with `tensors` (name, type, shape)
     /// in this order; a tensor larger than that has a file of its own.
     ///
