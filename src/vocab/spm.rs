@@ -93,9 +93,12 @@ pub fn load(
     for token in listed {
         let id = token.id as usize;
         let is = vocab.token_types.get(id).copied();
-        if handled.contains(&token.id)
-            || matches!(is, None | Some(TokenType::Control | TokenType::Unknown | TokenType::Byte))
-        {
+        let settled = match is {
+            None | Some(TokenType::Control | TokenType::Unknown | TokenType::Byte) => true,
+            Some(TokenType::UserDefined) => !token.special,
+            _ => false,
+        };
+        if settled || handled.contains(&token.id) {
             continue;
         }
         let (text, kind) = added_form(&token.content, token.special);

@@ -73,7 +73,7 @@ pub fn tokenizer_json(vocab: &Vocab) -> Result<Vec<u8>> {
     let texts = texts(vocab)?;
     let tokenizer = match vocab.kind {
         Kind::Bpe => byte_level(vocab, &texts)?,
-        Kind::Spm => write_spm::tokenizer(vocab, &texts)?,
+        Kind::Spm => write_spm::tokenizer(vocab, &texts),
     };
     serde_json::to_vec(&tokenizer).map_err(|e| Error::malformed(e.to_string()))
 }

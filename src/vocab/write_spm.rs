@@ -9,17 +9,13 @@ use super::hf::VocabOut;
 use super::proto::{BPE, ModelProto, NormalizerSpec, SentencePiece, TrainerSpec, UNIGRAM};
 use super::write::{ModelOut, TokenizerOut, added_tokens, is_padding, post_processor};
 use super::{TokenType, Vocab};
-use crate::error::Result;
 
 /// SentencePiece's sign for a space.
 const SPACE: &str = "\u{2581}";
 
 /// tokenizer.json: BPE whose merges are all splits of all tokens, highest score first, which is
 /// how llama.cpp merges; or Unigram where the scores are log-probabilities.
-///
-/// # Errors
-/// None at present.
-pub fn tokenizer<'a>(vocab: &'a Vocab, texts: &[&'a str]) -> Result<TokenizerOut<'a>> {
+pub fn tokenizer<'a>(vocab: &'a Vocab, texts: &[&'a str]) -> TokenizerOut<'a> {
     let prefix = vocab.add_space_prefix != Some(false);
     let escape = json!({"type": "Replace", "pattern": {"String": " "}, "content": SPACE});
     let mut normalizers = Vec::new();
@@ -66,7 +62,7 @@ pub fn tokenizer<'a>(vocab: &'a Vocab, texts: &[&'a str]) -> Result<TokenizerOut
             merges: merges(vocab, texts),
         }
     };
-    Ok(TokenizerOut {
+    TokenizerOut {
         version: "1.0",
         truncation: Value::Null,
         padding: Value::Null,
@@ -76,7 +72,7 @@ pub fn tokenizer<'a>(vocab: &'a Vocab, texts: &[&'a str]) -> Result<TokenizerOut
         post_processor: post_processor(vocab, texts),
         decoder: json!({"type": "Sequence", "decoders": decoders}),
         model,
-    })
+    }
 }
 
 /// Every way to make a normal token of two, ordered by the token's score, then by ids.
