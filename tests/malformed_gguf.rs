@@ -409,7 +409,11 @@ fn files_that_are_no_models_can_be_looked_at_but_not_used() {
             Raw { entries: Raw::llama().entries[..1].to_vec(), ..Raw::valid() }
                 .u32("llama.block_count", u32::MAX),
         ),
-        ("no heads", Raw::empty().text("general.architecture", "l").u32("l.attention.head_count", 0)),
+        ("no width", Raw::empty().text("general.architecture", "l").u32("l.embedding_length", 0)),
+        (
+            "heads are text",
+            Raw::empty().text("general.architecture", "l").text("l.attention.head_count", "2"),
+        ),
         ("NaN", Raw::valid().entry("llama.rope.freq_base", kind::F32, f32::NAN.to_le_bytes())),
         ("tokens are numbers", Raw::valid().array("tokenizer.ggml.tokens", kind::U32, 1, [0; 4])),
         ("tokens are a text", Raw::valid().text("tokenizer.ggml.tokens", "a")),

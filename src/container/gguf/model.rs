@@ -42,9 +42,11 @@ impl Gguf {
                         return wrong(format!("is {v}; the file has {tensors} tensors"));
                     }
                 }
-                ("attention.head_count" | "embedding_length", v)
-                    if !matches!(v, Value::Array(_)) && v.as_u64().unwrap_or(0) == 0 =>
-                {
+                // Models without attention (Mamba) have 0 heads.
+                ("attention.head_count", v) if !matches!(v, Value::Array(_)) && v.as_u64().is_none() => {
+                    return wrong(format!("is {v}, not a count"));
+                }
+                ("embedding_length", v) if v.as_u64().unwrap_or(0) == 0 => {
                     return wrong(format!("is {v}, not a count above 0"));
                 }
                 _ => {}
