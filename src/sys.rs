@@ -91,7 +91,9 @@ pub fn free_space(dir: &std::path::Path) -> Option<u64> {
 /// Makes a rename in `dir` durable, where the system needs that to be said.
 pub fn sync_directory(dir: &std::path::Path) {
     // A directory that cannot be opened or flushed costs durability across a power cut only.
-    if cfg!(unix) && let Ok(dir) = File::open(dir) {
+    if cfg!(unix)
+        && let Ok(dir) = File::open(dir)
+    {
         let _ = dir.sync_all();
     }
 }

@@ -91,24 +91,17 @@ fn imports(code: &str, depth: usize) -> Vec<String> {
     for start in group.find_iter(code) {
         // The names directly within the braces: a::{b, c::{d}, e} has b, c and e.
         let mut nesting = 1;
-        let mut word = String::new();
-        let mut first = true;
-        for c in code[start.end()..].chars() {
-            match c {
-                '{' => nesting += 1,
-                '}' => nesting -= 1,
-                ',' if nesting == 1 => first = true,
-                c if nesting == 1 && first && (c.is_alphanumeric() || c == '_') => word.push(c),
-                _ => {}
-            }
-            if !word.is_empty() && !(c.is_alphanumeric() || c == '_') {
-                found.push(std::mem::take(&mut word));
-                first = c == ',';
-            }
-            if nesting == 0 {
-                break;
-            }
-        }
+        let inside: String = code[start.end()..]
+            .chars()
+            .scan((), |(), c| {
+                nesting += i32::from(c == '{') - i32::from(c == '}');
+                (nesting > 0).then_some(if nesting == 1 { c } else { ' ' })
+            })
+            .collect();
+        let name = |item: &str| {
+            item.trim().split(|c: char| !c.is_alphanumeric() && c != '_').next().map(String::from)
+        };
+        found.extend(inside.split(',').filter_map(name));
     }
     found
 }

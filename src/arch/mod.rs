@@ -91,7 +91,10 @@ fn unknown_class(class: &str, forced: Option<&str>) -> Error {
     let nearest = archs
         .iter()
         .flat_map(|a| a.class.iter().flat_map(move |c| c.names().map(move |n| (n, a.arch.as_str()))))
-        .max_by(|a, b| alike(a.0).total_cmp(&alike(b.0)));
+        .max_by(|a, b| {
+            let whole = |name: &str| strsim::jaro_winkler(name, class);
+            alike(a.0).total_cmp(&alike(b.0)).then(whole(a.0).total_cmp(&whole(b.0)))
+        });
     let error = Error::unsupported(format!("the architecture {class} is not known"));
     match nearest {
         Some((name, arch)) if alike(name) > 0.7 => error.hint(format!(
