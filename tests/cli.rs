@@ -177,7 +177,7 @@ fn unknown_architecture_names_the_nearest() {
     edit_json(&dir.join("config.json"), |c| c["architectures"] = json!(["LlamaForCausalLN"]));
     place.refuses(
         &["hf-to-gguf", "model", "-o", "x.gguf"],
-        &["config.json", "LlamaForCausalLN", "hint:", "LlamaForCausalLM"],
+        &["config.json", "LlamaForCausalLN", "hint:", "nearest", "--arch llama"],
     );
     place.refuses(&["hf-to-gguf", "model", "-o", "x.gguf", "--arch", "lama"], &["lama", "llama"]);
     place.succeeds(&["hf-to-gguf", "model", "-o", "x.gguf", "--arch", "llama"]);
