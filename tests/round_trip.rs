@@ -11,7 +11,10 @@ use qconv::convert::{Budget, FileType, GgufToHf, HfToGguf, Quantize, Silent};
 use qconv::limits::Limits;
 use qconv::tensor::DType;
 
-fn contents(path: &Path) -> (BTreeMap<String, (DType, Vec<u64>, Vec<u8>)>, Metadata) {
+/// Type, shape and bytes by name.
+type Tensors = BTreeMap<String, (DType, Vec<u64>, Vec<u8>)>;
+
+fn contents(path: &Path) -> (Tensors, Metadata) {
     let gguf = Gguf::open(path, &Limits::default()).unwrap();
     let read = |t: &qconv::tensor::TensorInfo| {
         (t.name.clone(), (t.dtype, t.shape.clone(), gguf.store.read_all(t).unwrap()))

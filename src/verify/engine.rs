@@ -126,7 +126,10 @@ fn forward(
     let scratch;
     let reference: &Path = match source {
         None => return Ok((Outcome::Passed, format!("{} tokens, finite", ids.len()))),
-        Some(SourceModel::Gguf(_, path)) => path,
+        Some(SourceModel::Gguf(other)) => match other.store.files().first() {
+            Some(file) => file.path(),
+            None => return Ok((Outcome::Skipped, "the source has no file".into())),
+        },
         Some(SourceModel::HuggingFace(hf)) => {
             scratch = TempFile::beside(&options.file);
             let job = HfToGguf { output: Some(scratch.0.clone()), ..(**hf).clone() }.plan()?;

@@ -99,6 +99,7 @@ impl Report {
 /// # Errors
 /// Only what keeps the checks from being made: no such file, an unreadable source, an interrupt.
 /// What is wrong with the file itself is in the report.
+#[cfg_attr(not(feature = "ggml"), allow(unused_variables))] // the budget is the engine's
 pub fn verify(options: &Options, budget: &Budget, observer: &dyn Observer) -> Result<Report> {
     let mut report = Report {
         file: options.file.clone(),
@@ -153,7 +154,7 @@ enum SourceModel {
     /// A Hugging Face directory.
     HuggingFace(Box<HfToGguf>),
     /// Another GGUF file.
-    Gguf(Box<Gguf>, PathBuf),
+    Gguf(Box<Gguf>),
 }
 
 impl SourceModel {
@@ -161,7 +162,7 @@ impl SourceModel {
         if path.is_file()
             && let Ok(gguf) = Gguf::open(path, &options.limits)
         {
-            return Ok(Self::Gguf(Box::new(gguf), path.to_path_buf()));
+            return Ok(Self::Gguf(Box::new(gguf)));
         }
         Ok(Self::HuggingFace(Box::new(HfToGguf {
             source: path.to_path_buf(),

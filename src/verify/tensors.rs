@@ -55,7 +55,7 @@ pub(super) fn compare(
             opened = source_tensors(hf)?;
             (&opened.0, opened.1.clone())
         }
-        Some(SourceModel::Gguf(other, _)) => (&other.store, identity(other.store.tensors())),
+        Some(SourceModel::Gguf(other)) => (&other.store, identity(other.store.tensors())),
         None => (&gguf.store, identity(gguf.store.tensors())),
     };
     let mut by_name: HashMap<&str, &Mapped> = mapped.iter().map(|m| (m.name.as_str(), m)).collect();
