@@ -10,10 +10,22 @@
 
 mod cast;
 mod float;
+mod iq4_nl;
+mod iq4_xs;
+mod kquant;
+mod mxfp4;
+mod nvfp4;
+mod q1_0;
+mod q2_0;
+mod q2_k;
+mod q3_k;
 mod q4_0;
 mod q4_1;
+mod q4_k;
 mod q5_0;
 mod q5_1;
+mod q5_k;
+mod q6_k;
 mod q8_0;
 #[cfg(target_arch = "x86_64")]
 #[allow(unsafe_code)]
@@ -37,8 +49,19 @@ static SCALAR: &[Codec] = &[
     q5_0::SCALAR,
     q5_1::SCALAR,
     q8_0::SCALAR,
+    q2_k::SCALAR,
+    q3_k::SCALAR,
+    q4_k::SCALAR,
+    q5_k::SCALAR,
+    q6_k::SCALAR,
+    iq4_nl::SCALAR,
+    iq4_xs::SCALAR,
     tq1_0::SCALAR,
     tq2_0::SCALAR,
+    mxfp4::SCALAR,
+    nvfp4::SCALAR,
+    q1_0::SCALAR,
+    q2_0::SCALAR,
 ];
 
 /// Weights of whole blocks, and exactly their bytes.
