@@ -121,6 +121,9 @@ pub(super) struct Affine {
 /// Scale, minimum with its sign turned, and codes of a group of weights of which each is about
 /// `scale * code - minimum`: the line of least squares over the codes of several attempts.
 /// `importance` weighs the squares.
+///
+/// An attempt starts from the best minimum so far. Those behind the one that improves it are
+/// therefore void, and run again.
 pub(super) fn affine(how: Affine, x: &[f32], importance: &[f32], codes: &mut [u8]) -> (f32, f32) {
     let (mut min, mut max) = (x[0], x[0]);
     // -0 is what a sum starts from without changing its first term.
@@ -137,61 +140,60 @@ pub(super) fn affine(how: Affine, x: &[f32], importance: &[f32], codes: &mut [u8
         return (0.0, -min);
     }
     let most = f32::from(how.codes);
-    let code = |inverse: f32, x: f32| nearest(inverse * (x - min)).clamp(0, how.codes.into()) as f32;
+    let code = |inverse: f32, x: f32| nearest(inverse * x).clamp(0, how.codes.into()) as f32;
     let measure = |diff: f32| if how.absolute { diff.abs() } else { diff * diff };
 
-    let inverse = most / (max - min);
-    let scale = 1.0 / inverse;
-    let error = x
+    // The inverse scale and the minimum that give the best codes.
+    let mut best = (most / (max - min), min);
+    let mut scale = 1.0 / best.0;
+    let mut least = x
         .iter()
         .zip(importance)
-        .fold(0.0, |error, (&x, w)| error + w * measure(scale * code(inverse, x) + min - x));
-    let mut best = (inverse, scale, min);
-    let mut least = error;
-    let mut n = 0u8;
+        .fold(0.0, |error, (&x, w)| error + w * measure(scale * code(best.0, x - min) + min - x));
+    let mut n = 0;
     while n < how.attempts {
         let inverses: [f32; LANES] =
             std::array::from_fn(|t| (how.first + 0.1 * f32::from(n + t as u8) + most) / (max - min));
         let (mut sum_l, mut sum_l2, mut sum_xl) = ([0.0; LANES], [0.0; LANES], [0.0; LANES]);
         for (&x, &w) in x.iter().zip(importance) {
-            for (((inverse, l1), l2), xl) in inverses.iter().zip(&mut sum_l).zip(&mut sum_l2).zip(&mut sum_xl)
-            {
-                let l = code(*inverse, x);
-                *l1 += w * l;
-                *l2 += w * l * l;
-                *xl += w * l * x;
+            for t in 0..LANES {
+                let l = code(inverses[t], x - min);
+                sum_l[t] += w * l;
+                sum_l2[t] += w * l * l;
+                sum_xl[t] += w * l * x;
             }
         }
-        let (mut scales, mut mins, mut usable) = ([0.0; LANES], [0.0; LANES], [false; LANES]);
-        for t in 0..LANES {
-            let determinant = sum_w * sum_l2[t] - sum_l[t] * sum_l[t];
-            usable[t] = determinant > 0.0;
-            scales[t] = (sum_w * sum_xl[t] - sum_x * sum_l[t]) / determinant;
-            mins[t] = (sum_l2[t] * sum_x - sum_l[t] * sum_xl[t]) / determinant;
-            if mins[t] > 0.0 {
-                mins[t] = 0.0;
-                scales[t] = sum_xl[t] / sum_l2[t];
+        let determinants: [f32; LANES] = std::array::from_fn(|t| sum_w * sum_l2[t] - sum_l[t] * sum_l[t]);
+        let lines: [(f32, f32); LANES] = std::array::from_fn(|t| {
+            let min = (sum_l2[t] * sum_x - sum_l[t] * sum_xl[t]) / determinants[t];
+            if min > 0.0 {
+                (sum_xl[t] / sum_l2[t], 0.0)
+            } else {
+                ((sum_w * sum_xl[t] - sum_x * sum_l[t]) / determinants[t], min)
             }
-        }
+        });
+        let (scales, mins) = (lines.map(|line| line.0), lines.map(|line| line.1));
         let mut errors = [0.0; LANES];
         for (&x, &w) in x.iter().zip(importance) {
-            for (((inverse, scale), min), error) in inverses.iter().zip(&scales).zip(&mins).zip(&mut errors) {
-                *error += w * measure(scale * code(*inverse, x) + min - x);
+            for t in 0..LANES {
+                errors[t] += w * measure(scales[t] * code(inverses[t], x - min) + mins[t] - x);
             }
         }
-        for t in 0..LANES.min(usize::from(how.attempts - n)) {
-            if usable[t] && errors[t] < least {
-                best = (inverses[t], scales[t], mins[t]);
-                least = errors[t];
+        let left = LANES.min(usize::from(how.attempts - n));
+        match (0..left).find(|&t| determinants[t] > 0.0 && errors[t] < least) {
+            Some(t) => {
+                best = (inverses[t], min);
+                (scale, min, least) = (scales[t], mins[t], errors[t]);
+                n += t as u8 + 1;
             }
+            None => n += LANES as u8,
         }
-        n += LANES as u8;
     }
-    let (inverse, scale, least) = best;
+    let (inverse, from) = best;
     for (byte, &x) in codes.iter_mut().zip(x) {
-        *byte = code(inverse, x) as u8;
+        *byte = code(inverse, x - from) as u8;
     }
-    (scale, -least)
+    (scale, -min)
 }
 
 /// The largest, above zero, of what the search found; NaN passed over.

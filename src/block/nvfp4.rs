@@ -42,7 +42,8 @@ fn decode_block(block: &Block, y: &mut [f32; 64]) {
     }
 }
 
-/// The nearest UE4M3, halves up, at most 448; for numbers that are not negative.
+/// The nearest UE4M3, halves up; 448, the largest, for all that rounds to 256 or more. For numbers
+/// that are not negative.
 fn ue4m3(x: f32) -> u8 {
     // 2^-6 is the least normal number. A step of its mantissa, and of every subnormal, is 2^-9;
     // below, the steps are counted, and rounding never reaches the first normal number.
@@ -50,9 +51,9 @@ fn ue4m3(x: f32) -> u8 {
         return ((x * 512.0 + 0.5) as u8).min(7);
     }
     // Exponent and three bits of mantissa, rounded at the fourth, in the bias of f32.
-    let rounded = (x.to_bits() >> 19).div_ceil(2);
-    let least = (127 - 7) << 3;
-    (rounded - least).min(0x7E) as u8
+    let rounded = (x.to_bits() >> 19).div_ceil(2) - ((127 - 7) << 3);
+    // ggml has no use for the highest exponent but its last number.
+    if rounded < 15 << 3 { rounded as u8 } else { 0x7E }
 }
 
 /// Half the value of a UE4M3; 0x7F, which stands for NaN, counts as 0, and the sign bit for
