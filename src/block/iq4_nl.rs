@@ -21,7 +21,7 @@ const _: () = assert!(size_of::<Block>() as u64 == DType::IQ4_NL.type_size());
 pub(super) const LEVELS: [i8; 16] =
     [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113];
 
-/// Attempts of the search: this many around 16 to make whole vectors, 15 of them used.
+/// Attempts of the search: the plain scale and 15 more, side by side.
 const LANES: usize = 16;
 
 pub(super) const SCALAR: Codec = Codec {
@@ -77,7 +77,7 @@ fn level(x: f32) -> f32 {
 }
 
 /// The scale of least squares, each weight counting with its square, over attempts that lay the
-/// extreme weight between 120 and 134 steps below zero.
+/// extreme weight from 120 to 134 steps below zero.
 pub(super) fn search(x: &[f32; 32]) -> f32 {
     let max = extreme(x);
     if max.abs() < NOTHING {

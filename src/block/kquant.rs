@@ -156,11 +156,12 @@ pub(super) fn affine(how: Affine, x: &[f32], importance: &[f32], codes: &mut [u8
             std::array::from_fn(|t| (how.first + 0.1 * f32::from(n + t as u8) + most) / (max - min));
         let (mut sum_l, mut sum_l2, mut sum_xl) = ([0.0; LANES], [0.0; LANES], [0.0; LANES]);
         for (&x, &w) in x.iter().zip(importance) {
-            for t in 0..LANES {
-                let l = code(inverses[t], x - min);
-                sum_l[t] += w * l;
-                sum_l2[t] += w * l * l;
-                sum_xl[t] += w * l * x;
+            let sums = sum_l.iter_mut().zip(&mut sum_l2).zip(&mut sum_xl);
+            for (inverse, ((l1, l2), xl)) in inverses.iter().zip(sums) {
+                let l = code(*inverse, x - min);
+                *l1 += w * l;
+                *l2 += w * l * l;
+                *xl += w * l * x;
             }
         }
         let determinants: [f32; LANES] = std::array::from_fn(|t| sum_w * sum_l2[t] - sum_l[t] * sum_l[t]);
@@ -175,8 +176,9 @@ pub(super) fn affine(how: Affine, x: &[f32], importance: &[f32], codes: &mut [u8
         let (scales, mins) = (lines.map(|line| line.0), lines.map(|line| line.1));
         let mut errors = [0.0; LANES];
         for (&x, &w) in x.iter().zip(importance) {
-            for t in 0..LANES {
-                errors[t] += w * measure(scales[t] * code(inverses[t], x - min) + mins[t] - x);
+            let lines = scales.iter().zip(&mins);
+            for ((inverse, (scale, m)), error) in inverses.iter().zip(lines).zip(&mut errors) {
+                *error += w * measure(scale * code(*inverse, x - min) + m - x);
             }
         }
         let left = LANES.min(usize::from(how.attempts - n));
@@ -206,7 +208,9 @@ pub(super) fn greatest(x: &[f32]) -> f32 {
 pub(super) fn requantize(x: &[f32], d: f32, min: f32, most: u8, codes: &mut [u8]) {
     if d != 0.0 {
         for (code, x) in codes.iter_mut().zip(x) {
-            *code = nearest((x + min) / d).clamp(0, most.into()) as u8;
+            // Of two NaN the weight's payload counts, which decides its code.
+            let sum = if x.is_nan() { *x } else { x + min };
+            *code = nearest(sum / d).clamp(0, most.into()) as u8;
         }
     }
 }
