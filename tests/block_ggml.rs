@@ -148,8 +148,13 @@ fn encoding_gives_ggmls_bytes() {
                 for codec in implementations(dtype) {
                     let mut dst = vec![0x55; expected.len()];
                     codec.encode(&src, ROW, None, &mut dst).unwrap();
-                    if let Some(byte) = (0..dst.len()).find(|&i| dst[i] != expected[i]) {
-                        let (size, bytes) = (dtype.block_size() as usize, dtype.type_size() as usize);
+                    let (size, bytes) = (dtype.block_size() as usize, dtype.type_size() as usize);
+                    // ggml's compiler picks which of two NaN a sum keeps, and with it the code.
+                    let open = |byte: usize| {
+                        [DType::Q2_K, DType::Q4_K, DType::Q5_K].contains(&dtype)
+                            && src[byte / bytes * size..][..size].iter().any(|x| x.is_nan())
+                    };
+                    if let Some(byte) = (0..dst.len()).find(|&i| dst[i] != expected[i] && !open(i)) {
                         let b = byte / bytes;
                         panic!(
                             "{dtype} {} {name}, chunk {chunk}, block {b}: {:x?}, ggml {:x?}, of {:?}",

@@ -208,9 +208,7 @@ pub(super) fn greatest(x: &[f32]) -> f32 {
 pub(super) fn requantize(x: &[f32], d: f32, min: f32, most: u8, codes: &mut [u8]) {
     if d != 0.0 {
         for (code, x) in codes.iter_mut().zip(x) {
-            // Of two NaN the weight's payload counts, which decides its code.
-            let sum = if x.is_nan() { *x } else { x + min };
-            *code = nearest(sum / d).clamp(0, most.into()) as u8;
+            *code = nearest((x + min) / d).clamp(0, most.into()) as u8;
         }
     }
 }

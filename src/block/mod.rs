@@ -3,7 +3,8 @@
 //! A block type stores `block_size` weights in `type_size` bytes; `formats/spec/blocks.md`
 //! describes each. [`codec`] gives the fastest implementation that this CPU can run. All
 //! implementations of a type write the same bytes: those of the linked ggml's
-//! `ggml_quantize_chunk`, for every input, NaN and infinities included.
+//! `ggml_quantize_chunk`, for every input, NaN and infinities included (but for blocks with NaN in
+//! Q2_K, Q4_K and Q5_K, where ggml's bytes depend on its compiler).
 //!
 //! Adding a type: one file here with a `SCALAR` codec, one row in the table `SCALAR`, one section of the
 //! specification. A SIMD path is a kernel in `simd/kernels.rs` and its row in `simd/mod.rs`.
