@@ -14,7 +14,7 @@ const WEIGHTS: usize = 64 * 1024;
 const ROW: usize = 4096;
 const ROUNDS: usize = 31;
 
-const TYPES: [DType; 9] = [
+const TYPES: [DType; 20] = [
     DType::F16,
     DType::BF16,
     DType::Q4_0,
@@ -24,6 +24,17 @@ const TYPES: [DType; 9] = [
     DType::Q8_0,
     DType::TQ1_0,
     DType::TQ2_0,
+    DType::Q1_0,
+    DType::Q2_0,
+    DType::Q2_K,
+    DType::Q3_K,
+    DType::Q4_K,
+    DType::Q5_K,
+    DType::Q6_K,
+    DType::IQ4_NL,
+    DType::IQ4_XS,
+    DType::MXFP4,
+    DType::NVFP4,
 ];
 
 fn main() {

@@ -5,7 +5,7 @@ use llama_cpp_sys_2 as ggml;
 use qconv::block::{Codec, implementations};
 use qconv::tensor::DType;
 
-const TYPES: [DType; 10] = [
+const TYPES: [DType; 21] = [
     DType::F32,
     DType::F16,
     DType::BF16,
@@ -16,11 +16,25 @@ const TYPES: [DType; 10] = [
     DType::Q8_0,
     DType::TQ1_0,
     DType::TQ2_0,
+    DType::Q1_0,
+    DType::Q2_0,
+    DType::Q2_K,
+    DType::Q3_K,
+    DType::Q4_K,
+    DType::Q5_K,
+    DType::Q6_K,
+    DType::IQ4_NL,
+    DType::IQ4_XS,
+    DType::MXFP4,
+    DType::NVFP4,
 ];
 /// Weights in a row: blocks of every type, and a part of a vector for the element types.
 const ROW: usize = 512;
 /// Rows per distribution; the whole suite takes seconds in release mode.
 const ROWS: usize = if cfg!(debug_assertions) { 500 } else { 10_000 };
+/// Types whose encoder searches: slower by far, so that a tenth of the rows must do.
+const SEARCHING: [DType; 7] =
+    [DType::Q2_K, DType::Q3_K, DType::Q4_K, DType::Q5_K, DType::Q6_K, DType::IQ4_NL, DType::IQ4_XS];
 
 /// SplitMix64: small, seeded, good enough.
 struct Random(u64);
@@ -129,13 +143,18 @@ fn encoding_gives_ggmls_bytes() {
         let mut random = Random(seed as u64);
         for chunk in 0..ROWS / 100 {
             let src: Vec<f32> = (0..100 * ROW).map(|i| weight(&mut random, i % ROW)).collect();
-            for dtype in TYPES {
+            for dtype in TYPES.into_iter().filter(|t| chunk % 10 == 0 || !SEARCHING.contains(t)) {
                 let expected = ggml_encode(dtype, &src);
                 for codec in implementations(dtype) {
                     let mut dst = vec![0x55; expected.len()];
                     codec.encode(&src, ROW, None, &mut dst).unwrap();
-                    if let Some(byte) = (0..dst.len()).find(|&i| dst[i] != expected[i]) {
-                        let (size, bytes) = (dtype.block_size() as usize, dtype.type_size() as usize);
+                    let (size, bytes) = (dtype.block_size() as usize, dtype.type_size() as usize);
+                    // ggml's compiler picks which of two NaN a sum keeps, and with it the code.
+                    let open = |byte: usize| {
+                        [DType::Q2_K, DType::Q4_K, DType::Q5_K].contains(&dtype)
+                            && src[byte / bytes * size..][..size].iter().any(|x| x.is_nan())
+                    };
+                    if let Some(byte) = (0..dst.len()).find(|&i| dst[i] != expected[i] && !open(i)) {
                         let b = byte / bytes;
                         panic!(
                             "{dtype} {} {name}, chunk {chunk}, block {b}: {:x?}, ggml {:x?}, of {:?}",
@@ -189,7 +208,7 @@ fn the_error_keeps_the_promised_bound() {
             codec.decode(&bytes, &mut back).unwrap();
             let size = codec.dtype.block_size() as usize;
             for (x, y) in src.chunks(size).zip(back.chunks(size)) {
-                let bound = codec.error_bound(x).unwrap();
+                let Some(bound) = codec.error_bound(x) else { break };
                 for (x, y) in x.iter().zip(y) {
                     let error = (f64::from(*x) - f64::from(*y)).abs();
                     // Beyond f16's range a scale is infinite and nothing is promised.
@@ -209,7 +228,8 @@ fn the_error_keeps_the_promised_bound() {
                 let size = dtype.block_size() as usize;
                 for (x, y) in src.chunks(size).zip(back.chunks(size)) {
                     let worst = x.iter().zip(y).map(|(x, y)| (x - y).abs()).fold(0.0, f32::max);
-                    *tight = tight.max(f64::from(worst) / f64::from(codec.error_bound(x).unwrap()));
+                    let bound = codec.error_bound(x).unwrap_or(worst);
+                    *tight = tight.max(f64::from(worst) / f64::from(bound));
                 }
             }
         }

@@ -3,17 +3,30 @@
 //! A block type stores `block_size` weights in `type_size` bytes; `formats/spec/blocks.md`
 //! describes each. [`codec`] gives the fastest implementation that this CPU can run. All
 //! implementations of a type write the same bytes: those of the linked ggml's
-//! `ggml_quantize_chunk`, for every input, NaN and infinities included.
+//! `ggml_quantize_chunk`, for every input, NaN and infinities included (but for blocks with NaN in
+//! Q2_K, Q4_K and Q5_K, where ggml's bytes depend on its compiler).
 //!
 //! Adding a type: one file here with a `SCALAR` codec, one row in the table `SCALAR`, one section of the
 //! specification. A SIMD path is a kernel in `simd/kernels.rs` and its row in `simd/mod.rs`.
 
 mod cast;
 mod float;
+mod iq4_nl;
+mod iq4_xs;
+mod kquant;
+mod mxfp4;
+mod nvfp4;
+mod q1_0;
+mod q2_0;
+mod q2_k;
+mod q3_k;
 mod q4_0;
 mod q4_1;
+mod q4_k;
 mod q5_0;
 mod q5_1;
+mod q5_k;
+mod q6_k;
 mod q8_0;
 #[cfg(target_arch = "x86_64")]
 #[allow(unsafe_code)]
@@ -37,8 +50,19 @@ static SCALAR: &[Codec] = &[
     q5_0::SCALAR,
     q5_1::SCALAR,
     q8_0::SCALAR,
+    q2_k::SCALAR,
+    q3_k::SCALAR,
+    q4_k::SCALAR,
+    q5_k::SCALAR,
+    q6_k::SCALAR,
+    iq4_nl::SCALAR,
+    iq4_xs::SCALAR,
     tq1_0::SCALAR,
     tq2_0::SCALAR,
+    mxfp4::SCALAR,
+    nvfp4::SCALAR,
+    q1_0::SCALAR,
+    q2_0::SCALAR,
 ];
 
 /// Weights of whole blocks, and exactly their bytes.

@@ -1,0 +1,110 @@
+//! IQ4_NL: 32 weights in 18 bytes, one scale, codes of 4 bits that number uneven levels.
+
+use super::cast::{extreme, inverse};
+use super::kquant::{NOTHING, pack_halves, unpack_halves};
+use super::{Codec, decode_pairs, encode_pairs, f16_from_f32, f32_from_f16};
+use crate::tensor::DType;
+
+#[repr(C)]
+#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+pub(super) struct Block {
+    /// Scale, f16 little endian.
+    pub d: [u8; 2],
+    /// Codes: weight `j` in the low half of byte `j`, weight `j + 16` in the high half. A weight
+    /// is `d * LEVELS[code]`.
+    pub qs: [u8; 16],
+}
+const _: () = assert!(size_of::<Block>() as u64 == DType::IQ4_NL.type_size());
+
+/// What the codes stand for: close together around zero, where weights are many. Source:
+/// `kvalues_iq4nl` (`ggml-common.h`).
+pub(super) const LEVELS: [i8; 16] =
+    [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113];
+
+/// Attempts of the search: the plain scale and 15 more, side by side.
+const LANES: usize = 16;
+
+pub(super) const SCALAR: Codec = Codec {
+    dtype: DType::IQ4_NL,
+    implementation: "scalar",
+    encode: Some(|src, dst| encode_pairs(src, dst).for_each(|(x, block)| encode_block(x, block))),
+    weighs: true,
+    decode: |src, dst| decode_pairs(src, dst).for_each(|(block, y)| decode_block(block, y)),
+    bound: None,
+};
+
+fn encode_block(x: &[f32; 32], block: &mut Block) {
+    let d = search(x);
+    block.d = f16_from_f32(d).to_le_bytes();
+    quantize(x, d, &mut block.qs);
+}
+
+fn decode_block(block: &Block, y: &mut [f32; 32]) {
+    dequantize(&block.qs, f32_from_f16(u16::from_le_bytes(block.d)), y);
+}
+
+/// Codes of the nearest levels.
+pub(super) fn quantize(x: &[f32; 32], d: f32, qs: &mut [u8]) {
+    let id = inverse(d);
+    pack_halves::<16>(&x.map(|x| index(id * x)), qs);
+}
+
+pub(super) fn dequantize(qs: &[u8], d: f32, y: &mut [f32]) {
+    let mut codes = [0; 32];
+    unpack_halves::<16>(qs, &mut codes);
+    for (y, code) in y.iter_mut().zip(codes) {
+        *y = d * f32::from(LEVELS[usize::from(code & 15)]);
+    }
+}
+
+/// Halfway between the levels `i` and `i + 1`: exact.
+const fn middle(i: usize) -> f32 {
+    (LEVELS[i] as f32 + LEVELS[i + 1] as f32) / 2.0
+}
+
+/// The code of the level nearest to `x`, the upper one of two that are equally near; 15 for NaN.
+fn index(x: f32) -> u8 {
+    (0..15).map(|i| u8::from(!matches!(x.partial_cmp(&middle(i)), Some(std::cmp::Ordering::Less)))).sum()
+}
+
+/// The level of [`index`], without a branch.
+#[inline(always)]
+fn level(x: f32) -> f32 {
+    (0..15).fold(f32::from(LEVELS[0]), |level, i| {
+        let gap = f32::from(i16::from(LEVELS[i + 1]) - i16::from(LEVELS[i]));
+        level + if x < middle(i) { 0.0 } else { gap }
+    })
+}
+
+/// The scale of least squares, each weight counting with its square, over attempts that lay the
+/// extreme weight from 120 to 134 steps below zero.
+pub(super) fn search(x: &[f32; 32]) -> f32 {
+    let max = extreme(x);
+    if max.abs() < NOTHING {
+        return 0.0;
+    }
+    let lowest = f32::from(LEVELS[0]);
+    let plain = 1.0 / (-max / lowest);
+    let inverses: [f32; LANES] =
+        std::array::from_fn(|n| if n == 0 { plain } else { (n as f32 - 8.0 + lowest) / max });
+    let (mut sum_xl, mut sum_l2) = ([0.0; LANES], [0.0; LANES]);
+    for &x in x {
+        let w = x * x;
+        for ((inverse, sum_xl), sum_l2) in inverses.iter().zip(&mut sum_xl).zip(&mut sum_l2) {
+            let l = level(inverse * x);
+            *sum_xl += w * l * x;
+            *sum_l2 += w * l * l;
+        }
+    }
+    let (mut d, mut best) = (0.0, 0.0);
+    for (n, (xl, l2)) in sum_xl.into_iter().zip(sum_l2).enumerate() {
+        if n == 0 {
+            d = if l2 > 0.0 { xl / l2 } else { 0.0 };
+            best = d * xl;
+        } else if l2 > 0.0 && xl * xl > best * l2 {
+            d = xl / l2;
+            best = d * xl;
+        }
+    }
+    d
+}

@@ -1,0 +1,69 @@
+//! Q6_K: 256 weights in 210 bytes, 16 groups with a scale of 8 bits, codes of 6 bits around 32.
+
+use super::cast::extreme;
+use super::kquant::{
+    NOTHING, nearest, pack_halves, pack_pairs, requantize_symmetric, symmetric, unpack_halves, unpack_pairs,
+};
+use super::{Codec, decode_pairs, encode_pairs, f16_from_f32, f32_from_f16};
+use crate::tensor::DType;
+use bytemuck::Zeroable;
+
+#[repr(C)]
+#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+pub(super) struct Block {
+    /// Bits 0 to 3 of the codes: of each 128 weights, weight `j` in the low half of byte `j`,
+    /// weight `j + 64` in the high half.
+    pub ql: [u8; 128],
+    /// Bits 4 and 5: of each 128 weights, weight `32 n + m` in bits `2n` and `2n + 1` of byte `m`.
+    /// A weight is `d * scale * (code - 32)`.
+    pub qh: [u8; 64],
+    /// Scales of the groups of 16.
+    pub scales: [i8; 16],
+    /// Scale of the scales, f16 little endian.
+    pub d: [u8; 2],
+}
+const _: () = assert!(size_of::<Block>() as u64 == DType::Q6_K.type_size());
+
+pub(super) const SCALAR: Codec = Codec {
+    dtype: DType::Q6_K,
+    implementation: "scalar",
+    encode: Some(|src, dst| encode_pairs(src, dst).for_each(|(x, block)| encode_block(x, block))),
+    weighs: true,
+    decode: |src, dst| decode_pairs(src, dst).for_each(|(block, y)| decode_block(block, y)),
+    bound: None,
+};
+
+fn encode_block(x: &[f32; 256], block: &mut Block) {
+    let mut codes = [0; 256];
+    let mut found = [0.0; 16];
+    for ((x, codes), scale) in x.as_chunks().0.iter().zip(codes.chunks_exact_mut(16)).zip(&mut found) {
+        *scale = symmetric(x, 32, codes);
+    }
+    let max = extreme(&found);
+    if max.abs() < NOTHING {
+        *block = Block::zeroed();
+        return;
+    }
+    let inverse = -128.0 / max;
+    block.d = f16_from_f32(1.0 / inverse).to_le_bytes();
+    block.scales = found.map(|scale| nearest(inverse * scale).min(127) as i8);
+    let d = f32_from_f16(u16::from_le_bytes(block.d));
+    for ((x, codes), &scale) in x.chunks_exact(16).zip(codes.chunks_exact_mut(16)).zip(&block.scales) {
+        requantize_symmetric(x, d * f32::from(scale), 32, codes);
+    }
+    pack_halves::<64>(&codes, &mut block.ql);
+    block.qh = pack_pairs(&codes, 4);
+}
+
+fn decode_block(block: &Block, y: &mut [f32; 256]) {
+    let d = f32_from_f16(u16::from_le_bytes(block.d));
+    let mut codes = [0; 256];
+    unpack_halves::<64>(&block.ql, &mut codes);
+    unpack_pairs(&block.qh, 4, &mut codes);
+    for ((y, codes), &scale) in y.chunks_exact_mut(16).zip(codes.chunks_exact(16)).zip(&block.scales) {
+        let scale = d * f32::from(scale);
+        for (y, &code) in y.iter_mut().zip(codes) {
+            *y = scale * f32::from(code as i8 - 32);
+        }
+    }
+}
