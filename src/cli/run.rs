@@ -33,7 +33,7 @@ pub struct Args {
     pub system: Option<String>,
 
     /// Threads; all processors by default
-    #[arg(short, long)]
+    #[arg(short = 'j', long)]
     pub threads: Option<u32>,
 
     /// Context length in tokens; by default what prompt and answer need
