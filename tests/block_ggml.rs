@@ -2,39 +2,83 @@
 #![cfg(feature = "ggml")]
 
 use llama_cpp_sys_2 as ggml;
-use qconv::block::{Codec, implementations};
+use qconv::block::{Codec, codec, implementations};
 use qconv::tensor::DType;
 
-const TYPES: [DType; 21] = [
-    DType::F32,
-    DType::F16,
-    DType::BF16,
-    DType::Q4_0,
-    DType::Q4_1,
-    DType::Q5_0,
-    DType::Q5_1,
-    DType::Q8_0,
-    DType::TQ1_0,
-    DType::TQ2_0,
-    DType::Q1_0,
-    DType::Q2_0,
-    DType::Q2_K,
-    DType::Q3_K,
-    DType::Q4_K,
-    DType::Q5_K,
-    DType::Q6_K,
-    DType::IQ4_NL,
-    DType::IQ4_XS,
-    DType::MXFP4,
-    DType::NVFP4,
-];
-/// Weights in a row: blocks of every type, and a part of a vector for the element types.
+/// Each type has a test of its own for every part of the suite, so that they run side by side and one
+/// can be run alone: `cargo test --release --test block_ggml q4_k`.
+macro_rules! suite {
+    ($($name:ident: $dtype:ident,)*) => {
+        const TYPES: &[DType] = &[$(DType::$dtype),*];
+        $(mod $name {
+            use super::*;
+            #[test]
+            fn encoding_gives_ggmls_bytes() {
+                super::encoding_gives_ggmls_bytes(DType::$dtype);
+            }
+            #[test]
+            fn importance_gives_ggmls_bytes() {
+                super::importance_gives_ggmls_bytes(DType::$dtype);
+            }
+            #[test]
+            fn any_bytes_decode_to_ggmls_weights() {
+                super::any_bytes_decode_to_ggmls_weights(DType::$dtype);
+            }
+            #[test]
+            fn the_error_keeps_the_promised_bound() {
+                super::the_error_keeps_the_promised_bound(DType::$dtype);
+            }
+        })*
+    };
+}
+
+suite! {
+    f32: F32,
+    f16: F16,
+    bf16: BF16,
+    q4_0: Q4_0,
+    q4_1: Q4_1,
+    q5_0: Q5_0,
+    q5_1: Q5_1,
+    q8_0: Q8_0,
+    tq1_0: TQ1_0,
+    tq2_0: TQ2_0,
+    q1_0: Q1_0,
+    q2_0: Q2_0,
+    q2_k: Q2_K,
+    q3_k: Q3_K,
+    q4_k: Q4_K,
+    q5_k: Q5_K,
+    q6_k: Q6_K,
+    iq4_nl: IQ4_NL,
+    iq4_xs: IQ4_XS,
+    mxfp4: MXFP4,
+    nvfp4: NVFP4,
+}
+
+/// Rows that are compared at once, and weights in a row: blocks of every type, several of the
+/// small ones, so that what is worked out over a row differs from what is worked out over a block.
+const CHUNK: usize = 100;
 const ROW: usize = 512;
-/// Rows per distribution; the whole suite takes seconds in release mode.
-const ROWS: usize = if cfg!(debug_assertions) { 500 } else { 10_000 };
-/// Types whose encoder searches: slower by far, so that a tenth of the rows must do.
-const SEARCHING: [DType; 7] =
-    [DType::Q2_K, DType::Q3_K, DType::Q4_K, DType::Q5_K, DType::Q6_K, DType::IQ4_NL, DType::IQ4_XS];
+/// Rows of each of the first distributions; the others, and pairs with an importance, get a tenth.
+/// `QCONV_QUICK=1` makes it a twentieth.
+const ROWS: usize = 10_000;
+/// The first distributions, which get all rows.
+const MAIN: usize = 9;
+
+fn chunks(distribution: usize) -> usize {
+    let quick = cfg!(debug_assertions) || std::env::var_os("QCONV_QUICK").is_some_and(|v| v != "0");
+    let rows = ROWS / if quick { 20 } else { 1 } / if distribution < MAIN { 1 } else { 10 };
+    (rows / CHUNK).max(1)
+}
+
+/// Encoders that search a grid stop the process, or loop, on what is not finite: they get all
+/// distributions but the last two.
+fn takes(dtype: DType, distribution: usize) -> bool {
+    let grid =
+        dtype.name().starts_with("IQ1") || dtype.name().starts_with("IQ2") || dtype.name().starts_with("IQ3");
+    distribution < DISTRIBUTIONS.len() - if grid { 2 } else { 0 }
+}
 
 /// SplitMix64: small, seeded, good enough.
 struct Random(u64);
@@ -77,14 +121,14 @@ const DISTRIBUTIONS: [(&str, Weight); 16] = [
     ("constant", |r, i| [1.0, -0.37, 65504.0, 1e-7][i / 32 % 4] * if i % 256 < 128 { 1.0 } else { r.sign() }),
     ("zero", |r, i| if i < 256 { 0.0 } else { 0.0 * r.sign() }),
     ("denormal", |r, i| f32::from_bits(r.next() as u32 & (0x80FF_FFFF >> (i / 32 % 16 / 4)))),
+    ("huge", |r, i| r.sign() * r.unit() * if i % 64 < 32 { f32::MAX } else { 1e38 }),
+    ("mixed scales", |r, _| r.gaussian() * 10f32.powi(r.below(20) as i32 - 10)),
+    ("one-sided", |r, i| r.unit() * [1.0, -1.0, 1e3, 1e-3][i / 32 % 4] + [0.0, 0.0, 5.0, -1.0][i / 32 % 4]),
     ("tiny scales", |r, i| r.gaussian() * 2f32.powi(-90 - (i / 32 % 16) as i32 * 4)),
     ("f16 scale edge", |r, i| r.gaussian() * 2f32.powi([-24, -20, -14, -10, 15, 18, 20, 22][i / 32 % 8])),
-    ("huge", |r, i| r.sign() * r.unit() * if i % 64 < 32 { f32::MAX } else { 1e38 }),
     ("extremes", |r, _| [f32::MAX, -f32::MAX, 1.0, 0.0, f32::MIN_POSITIVE][r.below(5)]),
     ("grid with ties", |r, _| (r.below(513) as f32 - 256.0) / 16.0),
     ("half codes", |r, i| if i % 32 == 0 { 127.0 } else { r.below(254) as f32 - 127.0 + 0.5f32 }),
-    ("mixed scales", |r, _| r.gaussian() * 10f32.powi(r.below(20) as i32 - 10)),
-    ("one-sided", |r, i| r.unit() * [1.0, -1.0, 1e3, 1e-3][i / 32 % 4] + [0.0, 0.0, 5.0, -1.0][i / 32 % 4]),
     ("any bits", |r, _| f32::from_bits(r.next() as u32)),
     ("nan and infinity", |r, _| match r.below(40) {
         0 => f32::NAN,
@@ -96,13 +140,23 @@ const DISTRIBUTIONS: [(&str, Weight); 16] = [
     }),
 ];
 
+/// What an importance matrix may hold for a row: sums of squares, so never negative.
+const IMPORTANCES: [(&str, Weight); 6] = [
+    ("random", |r, _| r.gaussian().powi(2)),
+    ("heavy-tailed importance", |r, _| 10f32.powi(r.below(12) as i32 - 8) * r.unit()),
+    ("sparse importance", |r, _| if r.below(6) == 0 { r.unit() } else { 0.0 }),
+    ("zero importance", |_, _| 0.0),
+    ("zero in places", |r, i| if i / 32 % 3 == 0 { 0.0 } else { r.unit() }),
+    ("equal importance", |_, _| 1.0),
+];
+
 fn ggml_type(dtype: DType) -> ggml::ggml_type {
     dtype.ggml_id().unwrap() as ggml::ggml_type
 }
 
-fn ggml_encode(dtype: DType, src: &[f32]) -> Vec<u8> {
+fn ggml_encode(dtype: DType, src: &[f32], importance: Option<&[f32]>) -> Vec<u8> {
     let mut dst = vec![0xAA; dtype.bytes_for(src.len() as u64).unwrap() as usize];
-    // SAFETY: src holds whole rows, dst exactly their bytes.
+    // SAFETY: src holds whole rows, dst exactly their bytes, importance one weight per column.
     let written = unsafe {
         ggml::ggml_quantize_chunk(
             ggml_type(dtype),
@@ -111,7 +165,7 @@ fn ggml_encode(dtype: DType, src: &[f32]) -> Vec<u8> {
             0,
             (src.len() / ROW) as i64,
             ROW as i64,
-            std::ptr::null(),
+            importance.map_or(std::ptr::null(), <[f32]>::as_ptr),
         )
     };
     assert_eq!(written, dst.len());
@@ -126,116 +180,128 @@ fn ggml_decode(dtype: DType, src: &[u8], dst: &mut [f32]) {
     }
 }
 
-fn each_implementation(f: impl Fn(&Codec)) {
-    for dtype in TYPES {
-        let mut count = 0;
-        for codec in implementations(dtype) {
-            f(codec);
-            count += 1;
+/// Chunk `chunk` of a distribution, and every implementation of `dtype` on it.
+fn compare(dtype: DType, src: &[f32], importance: Option<&[f32]>, what: &str) {
+    let expected = ggml_encode(dtype, src, importance);
+    let (size, bytes) = (dtype.block_size() as usize, dtype.type_size() as usize);
+    for codec in implementations(dtype) {
+        let mut dst = vec![0x55; expected.len()];
+        codec.encode(src, ROW, importance, &mut dst).unwrap();
+        // ggml's compiler picks which of two NaN a sum keeps, and with it the code.
+        let open = |byte: usize| {
+            [DType::Q2_K, DType::Q4_K, DType::Q5_K].contains(&dtype)
+                && src[byte / bytes * size..][..size].iter().any(|x| x.is_nan())
+        };
+        if let Some(byte) = (0..dst.len()).find(|&i| dst[i] != expected[i] && !open(i)) {
+            let b = byte / bytes;
+            panic!(
+                "{dtype} {} {what}, block {b}: {:x?}, ggml {:x?}, of {:?}, importance {:?}",
+                codec.implementation,
+                &dst[b * bytes..][..bytes],
+                &expected[b * bytes..][..bytes],
+                &src[b * size..][..size.min(32)],
+                importance.map(|m| &m[b * size % ROW..][..size.min(32)]),
+            );
         }
-        assert!(count > 0, "{dtype}");
     }
 }
 
-#[test]
-fn encoding_gives_ggmls_bytes() {
-    for (seed, (name, weight)) in DISTRIBUTIONS.into_iter().enumerate() {
+fn rows(random: &mut Random, weight: Weight, n: usize) -> Vec<f32> {
+    (0..n * ROW).map(|i| weight(random, i % ROW)).collect()
+}
+
+fn encoding_gives_ggmls_bytes(dtype: DType) {
+    assert!(implementations(dtype).next().is_some(), "{dtype}");
+    if codec(dtype).unwrap().needs_importance() {
+        // SAFETY: a constant answer.
+        assert!(unsafe { ggml::ggml_quantize_requires_imatrix(ggml_type(dtype)) });
+        let mut dst = vec![0; dtype.bytes_for(ROW as u64).unwrap() as usize];
+        assert!(codec(dtype).unwrap().encode(&[1.0; ROW], ROW, None, &mut dst).is_err());
+        return;
+    }
+    for (seed, (name, weight)) in DISTRIBUTIONS.into_iter().enumerate().filter(|(d, _)| takes(dtype, *d)) {
         let mut random = Random(seed as u64);
-        for chunk in 0..ROWS / 100 {
-            let src: Vec<f32> = (0..100 * ROW).map(|i| weight(&mut random, i % ROW)).collect();
-            for dtype in TYPES.into_iter().filter(|t| chunk % 10 == 0 || !SEARCHING.contains(t)) {
-                let expected = ggml_encode(dtype, &src);
-                for codec in implementations(dtype) {
-                    let mut dst = vec![0x55; expected.len()];
-                    codec.encode(&src, ROW, None, &mut dst).unwrap();
-                    let (size, bytes) = (dtype.block_size() as usize, dtype.type_size() as usize);
-                    // ggml's compiler picks which of two NaN a sum keeps, and with it the code.
-                    let open = |byte: usize| {
-                        [DType::Q2_K, DType::Q4_K, DType::Q5_K].contains(&dtype)
-                            && src[byte / bytes * size..][..size].iter().any(|x| x.is_nan())
-                    };
-                    if let Some(byte) = (0..dst.len()).find(|&i| dst[i] != expected[i] && !open(i)) {
-                        let b = byte / bytes;
-                        panic!(
-                            "{dtype} {} {name}, chunk {chunk}, block {b}: {:x?}, ggml {:x?}, of {:?}",
-                            codec.implementation,
-                            &dst[b * bytes..][..bytes],
-                            &expected[b * bytes..][..bytes],
-                            &src[b * size..][..size],
-                        );
-                    }
-                }
+        for chunk in 0..chunks(seed) {
+            compare(dtype, &rows(&mut random, weight, CHUNK), None, &format!("{name}, chunk {chunk}"));
+        }
+    }
+}
+
+/// Types that do not heed an importance must not change with it either.
+fn importance_gives_ggmls_bytes(dtype: DType) {
+    for (seed, (name, weight)) in DISTRIBUTIONS.into_iter().enumerate().filter(|(d, _)| takes(dtype, *d)) {
+        for (kind, (importance_name, importance)) in IMPORTANCES.into_iter().enumerate() {
+            let mut random = Random((seed * 100 + kind) as u64);
+            // All rows with random importance, a tenth with the others.
+            let n = chunks(seed).div_ceil(if kind == 0 { 1 } else { 10 });
+            for chunk in 0..n {
+                let importance = rows(&mut random, importance, 1);
+                let src = rows(&mut random, weight, CHUNK);
+                compare(dtype, &src, Some(&importance), &format!("{name}, {importance_name}, chunk {chunk}"));
             }
         }
     }
 }
 
-#[test]
-fn any_bytes_decode_to_ggmls_weights() {
+fn any_bytes_decode_to_ggmls_weights(dtype: DType) {
     let mut random = Random(77);
-    for _ in 0..ROWS / 100 {
-        let bytes: Vec<u8> = (0..100 * ROW / 2).flat_map(|_| random.next().to_le_bytes()).collect();
-        each_implementation(|codec| {
-            let dtype = codec.dtype;
-            let mut expected = vec![0.0; 100 * ROW];
-            let src = &bytes[..dtype.bytes_for(expected.len() as u64).unwrap() as usize];
-            if dtype == DType::F32 {
-                // ggml has no to_float for F32.
-                expected.copy_from_slice(bytemuck::cast_slice(src));
-            } else {
-                ggml_decode(dtype, src, &mut expected);
-            }
+    for _ in 0..chunks(0) {
+        let mut expected = vec![0.0; CHUNK * ROW];
+        let bytes: Vec<u8> = (0..CHUNK * ROW / 2).flat_map(|_| random.next().to_le_bytes()).collect();
+        let src = &bytes[..dtype.bytes_for(expected.len() as u64).unwrap() as usize];
+        if dtype == DType::F32 {
+            // ggml has no to_float for F32.
+            expected.copy_from_slice(bytemuck::cast_slice(src));
+        } else {
+            ggml_decode(dtype, src, &mut expected);
+        }
+        for codec in implementations(dtype) {
             let mut dst = vec![0.0; expected.len()];
             codec.decode(src, &mut dst).unwrap();
             for (i, (y, e)) in dst.iter().zip(&expected).enumerate() {
                 let same = y.to_bits() == e.to_bits() || y.is_nan() && e.is_nan();
                 assert!(same, "{dtype} {} weight {i}: {y:e}, ggml {e:e}", codec.implementation);
             }
-        });
+        }
     }
 }
 
-#[test]
-fn the_error_keeps_the_promised_bound() {
-    let mut tightness = vec![0f64; TYPES.len()];
-    for (seed, (name, weight)) in DISTRIBUTIONS[..14].iter().enumerate() {
-        let mut random = Random(seed as u64 + 1000);
-        let src: Vec<f32> = (0..100 * ROW).map(|i| weight(&mut random, i % ROW)).collect();
-        each_implementation(|codec| {
-            let mut bytes = vec![0; codec.dtype.bytes_for(src.len() as u64).unwrap() as usize];
-            let mut back = vec![0.0; src.len()];
-            codec.encode(&src, ROW, None, &mut bytes).unwrap();
-            codec.decode(&bytes, &mut back).unwrap();
-            let size = codec.dtype.block_size() as usize;
+/// Weights of `src` after a way through the type.
+fn there_and_back(codec: &Codec, src: &[f32]) -> Vec<f32> {
+    let mut bytes = vec![0; codec.dtype.bytes_for(src.len() as u64).unwrap() as usize];
+    let mut back = vec![0.0; src.len()];
+    codec.encode(src, ROW, None, &mut bytes).unwrap();
+    codec.decode(&bytes, &mut back).unwrap();
+    back
+}
+
+fn the_error_keeps_the_promised_bound(dtype: DType) {
+    let size = dtype.block_size() as usize;
+    for (seed, (name, weight)) in DISTRIBUTIONS.iter().enumerate().take(14) {
+        let src = rows(&mut Random(seed as u64 + 1000), *weight, CHUNK);
+        for codec in implementations(dtype) {
+            if codec.error_bound(&src).is_none() {
+                return;
+            }
+            let back = there_and_back(codec, &src);
+            // The largest part of the bound that an error takes: 1 at most, and on ordinary
+            // weights not much less, or the bound would be idle.
+            let mut tight = 0f64;
             for (x, y) in src.chunks(size).zip(back.chunks(size)) {
-                let Some(bound) = codec.error_bound(x) else { break };
+                let bound = codec.error_bound(x).unwrap();
                 for (x, y) in x.iter().zip(y) {
                     let error = (f64::from(*x) - f64::from(*y)).abs();
                     // Beyond f16's range a scale is infinite and nothing is promised.
                     let kept = error <= f64::from(bound) || bound == f32::INFINITY;
-                    assert!(kept, "{} {name}: {x:e} became {y:e}, bound {bound:e}", codec.dtype);
+                    assert!(kept, "{dtype} {name}: {x:e} became {y:e}, bound {bound:e}");
+                    tight = tight.max(error / f64::from(bound));
                 }
             }
-        });
-        // On ordinary weights the bound is not idle either.
-        if *name == "gaussian" {
-            for (tight, dtype) in tightness.iter_mut().zip(TYPES) {
-                let codec = qconv::block::codec(dtype).unwrap();
-                let mut bytes = vec![0; dtype.bytes_for(src.len() as u64).unwrap() as usize];
-                let mut back = vec![0.0; src.len()];
-                codec.encode(&src, ROW, None, &mut bytes).unwrap();
-                codec.decode(&bytes, &mut back).unwrap();
-                let size = dtype.block_size() as usize;
-                for (x, y) in src.chunks(size).zip(back.chunks(size)) {
-                    let worst = x.iter().zip(y).map(|(x, y)| (x - y).abs()).fold(0.0, f32::max);
-                    let bound = codec.error_bound(x).unwrap_or(worst);
-                    *tight = tight.max(f64::from(worst) / f64::from(bound));
-                }
-            }
+            assert!(
+                *name != "gaussian" || tight > 0.9 || dtype == DType::F32,
+                "{dtype}: largest error is {tight} of the bound"
+            );
         }
-    }
-    for (tight, dtype) in tightness.into_iter().zip(TYPES) {
-        assert!(tight > 0.9 || dtype == DType::F32, "{dtype}: largest error is {tight} of the bound");
     }
 }
 
@@ -269,7 +335,7 @@ fn halves_convert_as_in_ggml() {
     let src: Vec<f32> = (0..u32::MAX).step_by(509).chain(ties).map(f32::from_bits).collect();
     let src = &src[..src.len() / ROW * ROW];
     for dtype in [DType::F16, DType::BF16] {
-        let expected = ggml_encode(dtype, src);
+        let expected = ggml_encode(dtype, src, None);
         for codec in implementations(dtype) {
             let mut dst = vec![0; expected.len()];
             codec.encode(src, ROW, None, &mut dst).unwrap();

@@ -17,7 +17,7 @@ pub(super) const F32: Codec = Codec {
             *bytes = x.to_le_bytes();
         }
     }),
-    weighs: false,
+    weigh: None,
     decode: |src, dst| {
         for (y, bytes) in dst.iter_mut().zip(src.as_chunks().0) {
             *y = f32::from_le_bytes(*bytes);

@@ -67,6 +67,8 @@ static SCALAR: &[Codec] = &[
 
 /// Weights of whole blocks, and exactly their bytes.
 type EncodeFn = fn(&[f32], &mut [u8]);
+/// One row, the importance of each of its columns, and exactly the row's bytes.
+type WeighFn = fn(&[f32], &[f32], &mut [u8]);
 /// Bytes of whole blocks, and exactly their weights.
 type DecodeFn = fn(&[u8], &mut [f32]);
 
@@ -79,10 +81,12 @@ pub struct Codec {
     pub dtype: DType,
     /// Which implementation this is: `scalar`, `avx2`, `avx512`.
     pub implementation: &'static str,
-    /// Weights to blocks, each block by itself; `None` where the type is only read.
+    /// Weights to blocks, each block by itself; `None` where the type is only read, or only
+    /// written with an importance.
     encode: Option<EncodeFn>,
-    /// Whether ggml's encoder of this type weighs its errors by importance.
-    weighs: bool,
+    /// A row to blocks, its errors weighed by the importance of their columns; `None` where
+    /// importance changes nothing.
+    weigh: Option<WeighFn>,
     /// Blocks to weights.
     decode: DecodeFn,
     /// The largest error that encoding one block of finite weights can make; `None` where the
@@ -106,9 +110,20 @@ pub fn implementations(dtype: DType) -> impl Iterator<Item = &'static Codec> {
 }
 
 impl Codec {
-    /// Whether weights can be written in this type.
+    /// Whether weights can be written in this type, given an importance if need be.
     pub fn can_encode(&self) -> bool {
-        self.encode.is_some()
+        self.encode.is_some() || self.weigh.is_some()
+    }
+
+    /// Whether the type is written with an importance only: grids so coarse that without one the
+    /// result is useless, and refused by ggml too (`ggml_quantize_requires_imatrix`).
+    pub fn needs_importance(&self) -> bool {
+        self.encode.is_none() && self.weigh.is_some()
+    }
+
+    /// Whether an importance changes the bytes.
+    pub fn heeds_importance(&self) -> bool {
+        self.weigh.is_some()
     }
 
     /// Encodes rows of `row` weights each, one row after the other, into `dst`.
@@ -117,13 +132,11 @@ impl Codec {
     /// encoder in ggml ignores it (Q8_0, TQ1_0, TQ2_0, element types) ignore it here.
     ///
     /// # Errors
-    /// `Misuse` when `row` does not fill whole blocks, when `src` is not whole rows, or when the
-    /// length of `importance` or `dst` does not match. `Unsupported` when the type can only be
-    /// read, or would have to heed `importance`.
+    /// `Misuse` when `row` does not fill whole blocks, when `src` is not whole rows, when the
+    /// length of `importance` or `dst` does not match, or when the type needs an importance and
+    /// gets none. `Unsupported` when the type can only be read.
     pub fn encode(&self, src: &[f32], row: usize, importance: Option<&[f32]>, dst: &mut [u8]) -> Result<()> {
         let dtype = self.dtype;
-        let encode =
-            self.encode.ok_or_else(|| Error::unsupported(format!("{dtype} can be read, not written")))?;
         if row == 0 || !src.len().is_multiple_of(row) || !row.is_multiple_of(self.block_size()) {
             return Err(Error::misuse(format!(
                 "{} weights are not rows of {row} that fill blocks of {} ({dtype})",
@@ -139,11 +152,21 @@ impl Codec {
                     importance.len()
                 )));
             }
-            if self.weighs {
-                return Err(Error::unsupported(format!("{dtype} cannot be weighed by importance yet")));
+            if let Some(weigh) = self.weigh {
+                let bytes = dst.len() / (src.len() / row).max(1);
+                for (x, y) in src.chunks_exact(row).zip(dst.chunks_exact_mut(bytes.max(1))) {
+                    weigh(x, importance, y);
+                }
+                return Ok(());
             }
         }
-        encode(src, dst);
+        match self.encode {
+            Some(encode) => encode(src, dst),
+            None if self.weigh.is_some() => {
+                return Err(Error::misuse(format!("{dtype} can be written with an importance matrix only")));
+            }
+            None => return Err(Error::unsupported(format!("{dtype} can be read, not written"))),
+        }
         Ok(())
     }
 

@@ -18,7 +18,7 @@ pub(super) const SCALAR: Codec = Codec {
     dtype: DType::Q1_0,
     implementation: "scalar",
     encode: Some(|src, dst| encode_pairs(src, dst).for_each(|(x, block)| encode_block(x, block))),
-    weighs: false,
+    weigh: None,
     decode: |src, dst| decode_pairs(src, dst).for_each(|(block, y)| decode_block(block, y)),
     bound: Some(bound),
 };

@@ -32,7 +32,7 @@ pub(super) const SCALAR: Codec = Codec {
     dtype: DType::Q4_K,
     implementation: "scalar",
     encode: Some(|src, dst| encode_pairs(src, dst).for_each(|(x, block)| encode_block(x, block))),
-    weighs: true,
+    weigh: None,
     decode: |src, dst| decode_pairs(src, dst).for_each(|(block, y)| decode_block(block, y)),
     bound: None,
 };
