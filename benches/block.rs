@@ -1,6 +1,7 @@
 //! Speed of every implementation of every type beside the linked ggml's, on one thread.
 //!
-//! `cargo bench --bench block`. Weights and blocks stay in the second-level cache; the contenders
+//! `cargo bench --profile release --bench block -- q4_k iq4` runs the types whose names contain one of
+//! the arguments, and without arguments all. Weights and blocks stay in the second-level cache; the contenders
 //! take turns, and the median of the rounds counts. In million weights per second, with the ratio
 //! to ggml; each row is one direction of one type.
 
@@ -46,21 +47,43 @@ fn main() {
     };
     let weights: Vec<f32> = (0..WEIGHTS).map(|_| 0.02 * (0..12).map(|_| uniform()).sum::<f32>()).collect();
 
+    let importance: Vec<f32> = (0..ROW).map(|_| uniform().powi(2)).collect();
+
     let mut copy = vec![0f32; WEIGHTS];
     let rate =
         race(&mut [("copy", Box::new(|| black_box(&mut copy).copy_from_slice(black_box(&weights))))])[0];
     println!("million weights per second; f32 copy within the cache: {rate:.0}");
     println!("{:<14}{:>10}{:>22}{:>22}{:>22}", "", "ggml", "scalar", "avx2", "avx512");
-    for dtype in TYPES {
-        row(&format!("{dtype} encode"), dtype, &|c| {
-            let (src, mut dst) = (weights.clone(), buffer(dtype));
-            match c {
-                Some(c) => Box::new(move || c.encode(black_box(&src), ROW, None, &mut dst).unwrap()),
-                None => ggml_encode(dtype, src, dst),
-            }
-        });
+    let wanted: Vec<_> =
+        std::env::args().skip(1).filter(|a| !a.starts_with('-')).map(|a| a.to_uppercase()).collect();
+    for dtype in TYPES
+        .into_iter()
+        .filter(|t| wanted.is_empty() || wanted.iter().any(|w| t.name().contains(w.as_str())))
+    {
+        if codec(dtype).is_some_and(|c| c.needs_importance()) {
+            // ggml refuses these without one.
+        } else {
+            row(&format!("{dtype} encode"), dtype, &|c| {
+                let (src, mut dst) = (weights.clone(), buffer(dtype));
+                match c {
+                    Some(c) => Box::new(move || c.encode(black_box(&src), ROW, None, &mut dst).unwrap()),
+                    None => ggml_encode(dtype, src, dst, None),
+                }
+            });
+        }
+        if codec(dtype).is_some_and(|c| c.heeds_importance()) {
+            row(&format!("{dtype} weighed"), dtype, &|c| {
+                let (src, mut dst, importance) = (weights.clone(), buffer(dtype), &importance);
+                match c {
+                    Some(c) => {
+                        Box::new(move || c.encode(black_box(&src), ROW, Some(importance), &mut dst).unwrap())
+                    }
+                    None => ggml_encode(dtype, src, dst, Some(importance)),
+                }
+            });
+        }
         let mut blocks = buffer(dtype);
-        codec(dtype).unwrap().encode(&weights, ROW, None, &mut blocks).unwrap();
+        codec(dtype).unwrap().encode(&weights, ROW, Some(&importance), &mut blocks).unwrap();
         row(&format!("{dtype} decode"), dtype, &|c| {
             let (src, mut dst) = (blocks.clone(), vec![0f32; WEIGHTS]);
             match c {
@@ -89,35 +112,50 @@ fn row<'a>(title: &str, dtype: DType, make: &dyn Fn(Option<&'static Codec>) -> R
     println!();
 }
 
-/// Million weights per second of each contender: the median of alternating rounds.
+/// Million weights per second of each contender: the median of alternating rounds. Slow contenders
+/// run once in a round, and fewer rounds.
 fn race(runs: &mut [(&str, Run)]) -> Vec<f64> {
     let mut times = vec![Vec::new(); runs.len()];
-    for _ in 0..ROUNDS {
+    let begun = Instant::now();
+    for round in 0..ROUNDS {
+        if round >= 5 && begun.elapsed().as_secs() >= 4 {
+            break;
+        }
         for ((_, run), times) in runs.iter_mut().zip(&mut times) {
+            let warming = Instant::now();
             run();
+            let repeats = if warming.elapsed().as_millis() > 10 { 1 } else { 8 };
             let start = Instant::now();
-            for _ in 0..8 {
+            for _ in 0..repeats {
                 run();
             }
-            times.push(start.elapsed().as_secs_f64());
+            times.push(start.elapsed().as_secs_f64() / f64::from(repeats));
         }
     }
     let median = |times: &mut Vec<f64>| {
         times.sort_by(f64::total_cmp);
         times[times.len() / 2]
     };
-    times.iter_mut().map(|t| 8.0 * WEIGHTS as f64 / median(t) / 1e6).collect()
+    times.iter_mut().map(|t| WEIGHTS as f64 / median(t) / 1e6).collect()
 }
 
 #[cfg(feature = "ggml")]
-fn ggml_encode<'a>(dtype: DType, src: Vec<f32>, mut dst: Vec<u8>) -> Run<'a> {
+fn ggml_encode<'a>(dtype: DType, src: Vec<f32>, mut dst: Vec<u8>, importance: Option<&'a [f32]>) -> Run<'a> {
     use llama_cpp_sys_2::{ggml_quantize_chunk, ggml_type};
     let id = dtype.ggml_id().unwrap() as ggml_type;
     // SAFETY: src holds whole rows, dst exactly their bytes.
     Box::new(move || unsafe {
         let rows = (WEIGHTS / ROW) as i64;
         let src = black_box(&src).as_ptr();
-        ggml_quantize_chunk(id, src, dst.as_mut_ptr().cast(), 0, rows, ROW as i64, std::ptr::null());
+        ggml_quantize_chunk(
+            id,
+            src,
+            dst.as_mut_ptr().cast(),
+            0,
+            rows,
+            ROW as i64,
+            importance.map_or(std::ptr::null(), <[f32]>::as_ptr),
+        );
     })
 }
 
@@ -134,9 +172,9 @@ fn ggml_decode<'a>(dtype: DType, src: Vec<u8>, mut dst: Vec<f32>) -> Run<'a> {
 
 // Without ggml the portable implementation is the yardstick.
 #[cfg(not(feature = "ggml"))]
-fn ggml_encode<'a>(dtype: DType, src: Vec<f32>, mut dst: Vec<u8>) -> Run<'a> {
+fn ggml_encode<'a>(dtype: DType, src: Vec<f32>, mut dst: Vec<u8>, importance: Option<&'a [f32]>) -> Run<'a> {
     let scalar = implementations(dtype).next().unwrap();
-    Box::new(move || scalar.encode(black_box(&src), ROW, None, &mut dst).unwrap())
+    Box::new(move || scalar.encode(black_box(&src), ROW, importance, &mut dst).unwrap())
 }
 
 #[cfg(not(feature = "ggml"))]
