@@ -150,7 +150,7 @@ fn show_plan(job: &Job, budget: &Budget, json: bool) -> std::io::Result<()> {
         writeln!(out, "{:<width$}  {:>6}  {:>12}  {:?}", t.name, t.dtype, t.nbytes, t.shape)?;
     }
     writeln!(out, "\noutput: {}", job.output.display())?;
-    for f in plan.files.iter().filter(|_| job.is_directory) {
+    for f in plan.files.iter().filter(|f| !f.name.as_os_str().is_empty()) {
         writeln!(out, "  {:<40} {:>12}", f.name.display(), f.len)?;
     }
     writeln!(
@@ -187,6 +187,7 @@ pub fn summary(job: &Job, seconds: f64) -> serde_json::Value {
     let input: u64 = job.store.tensors().iter().map(|t| t.nbytes).sum();
     json!({
         "output": job.output,
+        "files": job.outputs(),
         "bytes": job.plan.total_len(),
         "source_bytes": input,
         "tensors": job.plan.tensors.len(),

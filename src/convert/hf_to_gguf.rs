@@ -7,7 +7,8 @@ use serde_json::Value as Json;
 use super::checkpoint::{Checkpoint, GGUF_METADATA_FILE, read_side_file};
 use super::gather::Source;
 use super::general::{Described, General, ParameterCounts};
-use super::plan::{FilePlan, Plan, TensorPlan};
+use super::plan::{Plan, TensorPlan};
+use super::shards::{Sharding, lay_out};
 use super::types::FileType;
 use super::{Job, output_path};
 use crate::arch::{self, Facts, Mapped, Model};
@@ -15,7 +16,7 @@ use crate::container::Store;
 use crate::container::gguf::{Metadata, Value, ValueType};
 use crate::error::{Error, Result};
 use crate::limits::Limits;
-use crate::tensor::{DType, TensorInfo};
+use crate::tensor::TensorInfo;
 use crate::vocab;
 
 /// `GGML_QUANT_VERSION` (ggml.h): the generation of block layouts.
@@ -103,12 +104,11 @@ impl HfToGguf {
             metadata.set("tokenizer.ggml.add_space_prefix", Value::Bool(prefix));
         }
         self.edits.apply(&mut metadata)?;
-        lay_out(&mut plan, &metadata)?;
-
         let beside = checkpoint.dir.parent().filter(|p| !p.as_os_str().is_empty());
         let name = general.file_name(file_type.name());
         let output = output_path(self.output.as_deref(), beside.unwrap_or(Path::new(".")), &name);
-        Ok(Job { plan, store: checkpoint.store, output, is_directory: false })
+        lay_out(&mut plan, &mut metadata, &Sharding::Whole, &output)?;
+        Ok(Job::gguf(plan, checkpoint.store, &output))
     }
 
     /// The directory of the source, also where a file in it was given.
@@ -175,19 +175,6 @@ pub fn identity(tensors: &[TensorInfo]) -> Vec<Mapped> {
             },
         })
         .collect()
-}
-
-/// Fixes header and offsets of a single GGUF file.
-pub(super) fn lay_out(plan: &mut Plan, metadata: &Metadata) -> Result<()> {
-    use crate::container::gguf::write::Layout;
-    let infos: Vec<(&str, DType, &[u64])> =
-        plan.tensors.iter().map(|t| (t.name.as_str(), t.dtype, t.shape.as_slice())).collect();
-    let layout = Layout::new(metadata, &infos)?;
-    for (tensor, offset) in plan.tensors.iter_mut().zip(&layout.offsets) {
-        tensor.offset = *offset;
-    }
-    plan.files = vec![FilePlan { name: PathBuf::new(), header: layout.header, len: layout.total_len }];
-    Ok(())
 }
 
 /// Weights by kind, as llama.cpp counts them for `general.size_label`: `*_exps` tensors count one

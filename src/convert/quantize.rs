@@ -4,8 +4,9 @@ use std::path::PathBuf;
 
 use super::Job;
 use super::gather::Source;
-use super::hf_to_gguf::{MetadataEdits, QUANTIZATION_VERSION, identity, lay_out};
+use super::hf_to_gguf::{MetadataEdits, QUANTIZATION_VERSION, identity};
 use super::plan::{Plan, TensorPlan};
+use super::shards::{Sharding, lay_out};
 use super::types::FileType;
 use crate::container::gguf::{Gguf, Value};
 use crate::error::{Error, Result};
@@ -58,16 +59,13 @@ impl Quantize {
         }
         plan.note_fallbacks();
         let mut metadata = gguf.metadata;
-        for key in ["split.no", "split.count", "split.tensors.count"] {
-            metadata.remove(key);
-        }
         metadata.set("general.quantization_version", Value::U32(QUANTIZATION_VERSION));
         metadata.set("general.file_type", Value::U32(self.file_type.id));
         if let Some(name) = &self.edits.name {
             metadata.set("general.name", name.as_str());
         }
         self.edits.apply(&mut metadata)?;
-        lay_out(&mut plan, &metadata)?;
-        Ok(Job { plan, store, output: self.output.clone(), is_directory: false })
+        lay_out(&mut plan, &mut metadata, &Sharding::Whole, &self.output)?;
+        Ok(Job::gguf(plan, store, &self.output))
     }
 }

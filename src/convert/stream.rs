@@ -5,9 +5,9 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use super::gather::Scratch;
-use super::plan::{Budget, Plan, TensorPlan};
+use super::plan::{Budget, Importance, Plan, TensorPlan};
 use super::stage::OutputFile;
-use crate::block::codec;
+use crate::block::{Codec, codec};
 use crate::container::Store;
 use crate::error::{Error, Result};
 
@@ -95,6 +95,7 @@ pub fn stream(
 struct Worker {
     scratch: Scratch,
     values: Vec<f32>,
+    importance: Vec<f32>,
     bytes: Vec<u8>,
 }
 
@@ -114,9 +115,32 @@ impl Worker {
             let codec = codec(t.dtype)
                 .ok_or_else(|| Error::unsupported(format!("type {} cannot be written", t.dtype)))?;
             self.bytes.resize(t.dtype.bytes_for(end - start)? as usize, 0);
-            codec.encode(&self.values, self.values.len(), None, &mut self.bytes)?;
+            match &t.importance {
+                None => codec.encode(&self.values, self.values.len(), None, &mut self.bytes)?,
+                Some(importance) => self.weighed(t, importance, codec, start)?,
+            }
         }
         file.write_at(t.offset + t.dtype.bytes_for(start)?, &self.bytes)?;
         Ok(self.bytes.len() as u64)
+    }
+
+    /// Encodes whole rows from element `start` on, those of each expert with its own importance.
+    fn weighed(&mut self, t: &TensorPlan, importance: &Importance, codec: &Codec, start: u64) -> Result<()> {
+        let (row, rows_of_expert) = t.rows();
+        let (first, end) = (start / row, (start + self.values.len() as u64) / row);
+        let row_bytes = t.dtype.bytes_for(row)? as usize;
+        self.importance.resize(row as usize, 0.0);
+        let mut at = first;
+        while at < end {
+            let expert = at / rows_of_expert;
+            let until = end.min((expert + 1) * rows_of_expert);
+            importance.matrix.read(&importance.entry, expert, &mut self.importance)?;
+            let rows = (at - first) as usize..(until - first) as usize;
+            let values = &self.values[rows.start * row as usize..rows.end * row as usize];
+            let bytes = &mut self.bytes[rows.start * row_bytes..rows.end * row_bytes];
+            codec.encode(values, row as usize, Some(&self.importance), bytes)?;
+            at = until;
+        }
+        Ok(())
     }
 }
