@@ -7,6 +7,7 @@ mod gguf_to_hf;
 mod hf_to_gguf;
 mod inspect;
 mod quantize;
+mod quantizer;
 #[cfg(feature = "ggml")]
 mod run;
 mod split;
