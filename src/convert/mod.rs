@@ -26,7 +26,7 @@ pub use hf_to_gguf::{HfToGguf, MetadataEdits, identity, source_tensors};
 pub use plan::{Budget, FilePlan, Plan, TensorPlan};
 pub use quantize::Quantize;
 pub use quantizer::{ImatrixChoice, Quantizer};
-pub use recipe::{ModelFacts, Overrides, Recipe, parse_tensor_type};
+pub use recipe::{Choice, ModelFacts, Overrides, Recipe, Role, parse_tensor_type};
 pub use shards::{Reshard, Sharding};
 pub use stage::{OutputFile, Stage};
 pub use stream::{Observer, Silent};

@@ -87,7 +87,8 @@ impl Quantizer {
         metadata: &mut Metadata,
         limits: &Limits,
     ) -> Result<Plan> {
-        let mut plan = Plan { tensors: Vec::with_capacity(tensors.len()), files: Vec::new(), notes: Vec::new() };
+        let mut plan =
+            Plan { tensors: Vec::with_capacity(tensors.len()), files: Vec::new(), notes: Vec::new() };
         let imatrix = match &self.imatrix {
             Some(choice) => Some(Weighing::open(choice, limits)?),
             None => None,
@@ -109,7 +110,9 @@ impl Quantizer {
         }
         let targets: Vec<(&str, DType, &[u64])> = tensors
             .iter()
-            .map(|t| (t.unquantized.mapped.name.as_str(), t.unquantized.dtype, &t.unquantized.mapped.shape[..]))
+            .map(|t| {
+                (t.unquantized.mapped.name.as_str(), t.unquantized.dtype, &t.unquantized.mapped.shape[..])
+            })
             .collect();
         let overrides = Overrides {
             imatrix: imatrix.is_some(),
@@ -161,10 +164,14 @@ impl Quantizer {
         if let Some((weighing, report)) = weighing {
             planned.importance = weighing.find(&original, &planned, report).map_err(context)?;
         }
-        if planned.importance.is_none() && (choice.needs_imatrix || codec.is_some_and(|c| c.needs_importance())) {
+        if planned.importance.is_none()
+            && (choice.needs_imatrix || codec.is_some_and(|c| c.needs_importance()))
+        {
             let error = match &self.imatrix {
                 None => format!("type {} needs an importance matrix", choice.dtype),
-                Some(_) => format!("type {} needs an importance, and the matrix has none for it", choice.dtype),
+                Some(_) => {
+                    format!("type {} needs an importance, and the matrix has none for it", choice.dtype)
+                }
             };
             return Err(context(Error::misuse(error)).hint(
                 "give one with --imatrix FILE; llama.cpp's llama-imatrix makes them, and publishers of \
@@ -176,7 +183,8 @@ impl Quantizer {
 
     /// Leaves layers out and numbers the others anew.
     fn prune(&self, tensors: Vec<Unquantized>, metadata: &mut Metadata) -> Result<Vec<Tensor>> {
-        let keep = |unquantized: Unquantized| Tensor { original: unquantized.mapped.name.clone(), unquantized };
+        let keep =
+            |unquantized: Unquantized| Tensor { original: unquantized.mapped.name.clone(), unquantized };
         if self.prune_layers.is_empty() {
             return Ok(tensors.into_iter().map(keep).collect());
         }
@@ -397,9 +405,15 @@ impl Report {
             matrix.entries.keys().filter(|name| !self.present.contains(*name)).cloned().collect();
         for (names, what) in [
             (&self.missing, "have no entry in the importance matrix and are quantized without"),
-            (&self.wrong_size, "have an entry of the wrong size in the importance matrix and are quantized without"),
+            (
+                &self.wrong_size,
+                "have an entry of the wrong size in the importance matrix and are quantized without",
+            ),
             (&self.all_zero, "have an entry of zeros only: all their weights count alike, as nothing"),
-            (&self.negative, "have negative importance, which is no mean of squares; it is used as it stands"),
+            (
+                &self.negative,
+                "have negative importance, which is no mean of squares; it is used as it stands",
+            ),
             (&self.unseen, "have experts that the calibration text never reached; their columns count alike"),
             (&unused, "of the importance matrix belong to no tensor"),
         ] {
