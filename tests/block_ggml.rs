@@ -9,7 +9,6 @@ use qconv::tensor::DType;
 /// can be run alone: `cargo test --release --test block_ggml q4_k`.
 macro_rules! suite {
     ($($name:ident: $dtype:ident,)*) => {
-        const TYPES: &[DType] = &[$(DType::$dtype),*];
         $(mod $name {
             use super::*;
             #[test]
