@@ -163,14 +163,18 @@ fn bounds_say_what_a_type_promises() {
 }
 
 #[test]
-fn importance_is_ignored_or_refused_never_dropped() {
-    let (src, importance) = (vec![1.0; 256], vec![1.0; 256]);
-    let mut dst = vec![0; 4096];
-    for (dtype, ignored) in
-        [(DType::Q8_0, true), (DType::TQ2_0, true), (DType::BF16, true), (DType::Q4_0, false)]
-    {
-        let n = dtype.bytes_for(256).unwrap() as usize;
-        let result = codec(dtype).unwrap().encode(&src, 256, Some(&importance), &mut dst[..n]);
-        assert_eq!(result.map_err(|e| e.kind()), if ignored { Ok(()) } else { Err(ErrorKind::Unsupported) });
+fn importance_is_heeded_or_ignored_as_the_codec_says() {
+    let src: Vec<f32> = (0..256).map(|i| (i as f32 * 0.7).sin()).collect();
+    let importance: Vec<f32> = (0..256).map(|i| (i % 5) as f32).collect();
+    for &dtype in DType::ALL {
+        for codec in implementations(dtype) {
+            let bytes = |importance| {
+                let mut dst = vec![0; dtype.bytes_for(256).unwrap() as usize];
+                codec.encode(&src, 256, importance, &mut dst).map(|()| dst)
+            };
+            let (plain, weighed) = (bytes(None), bytes(Some(&importance)).unwrap());
+            assert_eq!(plain.is_err(), codec.needs_importance(), "{dtype}");
+            assert!(plain.is_err() || (plain.unwrap() != weighed) == codec.heeds_importance(), "{dtype}");
+        }
     }
 }

@@ -33,6 +33,7 @@ mod q8_0;
 mod simd;
 mod tq1_0;
 mod tq2_0;
+mod weighed;
 
 pub use float::{bf16_from_f32, f16_from_f32, f32_from_bf16, f32_from_f16};
 

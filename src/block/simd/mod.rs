@@ -16,7 +16,7 @@ mod avx2;
 mod avx512;
 mod kernels;
 
-use super::{Codec, float, q4_0, q4_1, q5_0, q5_1, q8_0, tq1_0, tq2_0};
+use super::{Codec, float, q4_0, q4_1, q5_0, q5_1, q8_0, tq1_0, tq2_0, weighed};
 use core::arch::x86_64::__m256i;
 
 /// The tables of the implementations that this CPU can run, the fastest last.
@@ -77,7 +77,7 @@ trait Encode: Decode {
 macro_rules! table {
     (
         $table:ident, $name:literal, $features:literal,
-        encode $encoder:ty, decode $decoder:ty, symmetric $symmetric:literal
+        encode $encoder:ty, decode $decoder:ty, symmetric $symmetric:literal, lanes $lanes:literal
     ) => {
         static $table: &[Codec] = {
             // Wraps the kernel over a run of blocks into a function with the features enabled.
@@ -118,13 +118,28 @@ macro_rules! table {
                     }
                 };
             }
+            macro_rules! weighed {
+                ($block:ty, $row:expr) => {
+                    Codec {
+                        weigh: Some(|src, importance, dst| {
+                            #[target_feature(enable = $features)]
+                            unsafe fn run(src: &[f32], importance: &[f32], dst: &mut [u8]) {
+                                weighed::row::<$block, $lanes>(src, importance, dst);
+                            }
+                            // SAFETY: the table is handed out only after the features were detected.
+                            unsafe { run(src, importance, dst) }
+                        }),
+                        ..$row
+                    }
+                };
+            }
             &[
                 row!(float::F16, encode_f16, decode_f16),
                 row!(float::BF16, encode_bf16, decode_bf16),
-                row!(q4_0::SCALAR, encode_q4_0, decode_q4_0, $symmetric),
-                row!(q4_1::SCALAR, encode_q4_1, decode_q4_1),
-                row!(q5_0::SCALAR, encode_q5_0, decode_q5_0, $symmetric),
-                row!(q5_1::SCALAR, encode_q5_1, decode_q5_1),
+                weighed!(q4_0::Block, row!(q4_0::SCALAR, encode_q4_0, decode_q4_0, $symmetric)),
+                weighed!(q4_1::Block, row!(q4_1::SCALAR, encode_q4_1, decode_q4_1)),
+                weighed!(q5_0::Block, row!(q5_0::SCALAR, encode_q5_0, decode_q5_0, $symmetric)),
+                weighed!(q5_1::Block, row!(q5_1::SCALAR, encode_q5_1, decode_q5_1)),
                 row!(q8_0::SCALAR, encode_q8_0, decode_q8_0),
                 row!(tq1_0::SCALAR, encode_tq1_0, decode_tq1_0),
                 row!(tq2_0::SCALAR, encode_tq2_0, decode_tq2_0),
@@ -133,10 +148,10 @@ macro_rules! table {
     };
 }
 
-table!(SIMPLE_AVX2, "avx2", "avx2,f16c", encode avx2::Avx2, decode avx2::Avx2, symmetric "avx2,f16c");
+table!(SIMPLE_AVX2, "avx2", "avx2,f16c", encode avx2::Avx2, decode avx2::Avx2, symmetric "avx2,f16c", lanes 8);
 // Encoding with registers of 512 bits gained nothing: 0.9 to 1.0 of AVX2's speed, where AVX2's
 // lanes compiled with AVX-512's instructions (Q4_1, Q5_1, Q8_0) reach 1.0 to 1.2 of it.
 table!(
     SIMPLE_AVX512, "avx512", "avx512f,avx512bw,avx512vl,avx512dq,avx2,f16c",
-    encode avx2::Avx2, decode avx512::Avx512, symmetric "avx2,f16c"
+    encode avx2::Avx2, decode avx512::Avx512, symmetric "avx2,f16c", lanes 16
 );
