@@ -27,14 +27,18 @@ const LANES: usize = 16;
 pub(super) const SCALAR: Codec = Codec {
     dtype: DType::IQ4_NL,
     implementation: "scalar",
-    encode: Some(|src, dst| encode_pairs(src, dst).for_each(|(x, block)| encode_block(x, block))),
-    weigh: None,
+    encode: Some(|src, dst| encode_pairs(src, dst).for_each(|(x, block)| encode_block(x, &squares(x), block))),
+    weigh: Some(|row, importance, dst| {
+        for ((x, block), importance) in encode_pairs(row, dst).zip(importance.as_chunks().0) {
+            encode_block(x, &weigh(x, importance, deviation(x)), block);
+        }
+    }),
     decode: |src, dst| decode_pairs(src, dst).for_each(|(block, y)| decode_block(block, y)),
     bound: None,
 };
 
-fn encode_block(x: &[f32; 32], block: &mut Block) {
-    let d = search(x);
+fn encode_block(x: &[f32; 32], weights: &[f32; 32], block: &mut Block) {
+    let d = search(x, weights);
     block.d = f16_from_f32(d).to_le_bytes();
     quantize(x, d, &mut block.qs);
 }
@@ -76,9 +80,24 @@ fn level(x: f32) -> f32 {
     })
 }
 
-/// The scale of least squares, each weight counting with its square, over attempts that lay the
-/// extreme weight from 120 to 134 steps below zero.
-pub(super) fn search(x: &[f32; 32]) -> f32 {
+/// What each error counts without an importance.
+pub(super) fn squares(x: &[f32; 32]) -> [f32; 32] {
+    x.map(|x| x * x)
+}
+
+/// Twice the mean square of a block.
+pub(super) fn deviation<const N: usize>(x: &[f32; N]) -> f32 {
+    x.iter().fold(0.0, |sum, x| sum + x * x) * (2.0 / N as f32)
+}
+
+/// What each error counts: its column's importance, the more the farther the weight from zero.
+pub(super) fn weigh(x: &[f32; 32], importance: &[f32; 32], deviation: f32) -> [f32; 32] {
+    std::array::from_fn(|j| importance[j] * (deviation + x[j] * x[j]).sqrt())
+}
+
+/// The scale of least squares, the error of each of `x` counted as `weights` says, over attempts
+/// that lay the extreme weight from 120 to 134 steps below zero.
+pub(super) fn search(x: &[f32; 32], weights: &[f32; 32]) -> f32 {
     let max = extreme(x);
     if max.abs() < NOTHING {
         return 0.0;
@@ -88,8 +107,7 @@ pub(super) fn search(x: &[f32; 32]) -> f32 {
     let inverses: [f32; LANES] =
         std::array::from_fn(|n| if n == 0 { plain } else { (n as f32 - 8.0 + lowest) / max });
     let (mut sum_xl, mut sum_l2) = ([0.0; LANES], [0.0; LANES]);
-    for &x in x {
-        let w = x * x;
+    for (&x, &w) in x.iter().zip(weights) {
         for ((inverse, sum_xl), sum_l2) in inverses.iter().zip(&mut sum_xl).zip(&mut sum_l2) {
             let l = level(inverse * x);
             *sum_xl += w * l * x;

@@ -1,7 +1,7 @@
 //! IQ4_XS: 256 weights in 136 bytes, 8 groups with a scale of 6 bits, the levels of IQ4_NL.
 
 use super::cast::{extreme, inverse};
-use super::iq4_nl::{dequantize, quantize, search};
+use super::iq4_nl::{dequantize, deviation, quantize, search, squares, weigh};
 use super::kquant::nearest;
 use super::{Codec, decode_pairs, encode_pairs, f16_from_f32, f32_from_f16};
 use crate::tensor::DType;
@@ -24,17 +24,26 @@ const _: () = assert!(size_of::<Block>() as u64 == DType::IQ4_XS.type_size());
 pub(super) const SCALAR: Codec = Codec {
     dtype: DType::IQ4_XS,
     implementation: "scalar",
-    encode: Some(|src, dst| encode_pairs(src, dst).for_each(|(x, block)| encode_block(x, block))),
-    weigh: None,
+    encode: Some(|src, dst| encode_pairs(src, dst).for_each(|(x, block)| encode_block(x, None, block))),
+    weigh: Some(|row, importance, dst| {
+        for ((x, block), importance) in encode_pairs(row, dst).zip(importance.as_chunks().0) {
+            encode_block(x, Some(importance), block);
+        }
+    }),
     decode: |src, dst| decode_pairs(src, dst).for_each(|(block, y)| decode_block(block, y)),
     bound: None,
 };
 
-fn encode_block(x: &[f32; 256], block: &mut Block) {
-    let x = x.as_chunks::<32>().0;
+fn encode_block(x: &[f32; 256], importance: Option<&[f32; 256]>, block: &mut Block) {
     let mut found = [0.0; 8];
-    for (scale, x) in found.iter_mut().zip(x) {
-        *scale = search(x);
+    let deviation = deviation(x);
+    let x = x.as_chunks::<32>().0;
+    for (i, (scale, x)) in found.iter_mut().zip(x).enumerate() {
+        let weights = match importance {
+            Some(importance) => weigh(x, &importance.as_chunks().0[i], deviation),
+            None => squares(x),
+        };
+        *scale = search(x, &weights);
     }
     let d = extreme(&found) / -32.0;
     let id = inverse(d);
