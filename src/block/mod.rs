@@ -11,6 +11,8 @@
 
 mod cast;
 mod float;
+#[allow(dead_code)]
+mod grid;
 mod iq4_nl;
 mod iq4_xs;
 mod kquant;
