@@ -59,36 +59,31 @@ const fn code<const D: usize>(word: u16, i: usize) -> u8 {
     if D == 8 { (word >> (2 * i) & 3) as u8 } else { (word >> (3 * i) & 7) as u8 }
 }
 
-/// Eight candidates, lane `c` for candidate `c`. The last of a list is repeated to fill its lanes,
-/// which changes nothing where the first of equals wins.
-#[derive(Clone, Copy)]
-#[repr(C)]
-pub(super) struct Candidates {
-    /// Their codes, as in the files: small, because the search waits for them more than it
-    /// calculates.
-    pub words: [u16; LANES],
-    /// Which points these are.
-    pub points: [u16; LANES],
-}
+/// Words of eight points, the candidates of a code vector. The last of a list is repeated to fill
+/// its lanes, which changes nothing where the first of equals wins.
+pub(super) type Candidates = [u16; LANES];
 
 /// A grid as encoders need it. To be built once: it takes some milliseconds.
 pub(super) struct Grid<const D: usize> {
-    /// Twice the code plus 1, of every point.
-    pub values: Box<[[u8; D]]>,
-    /// For the code vector `c`, at index `sum(c[i] * levels^i)`: the point that it is, shifted by
-    /// [`COUNT_BITS`]; or the first of its candidates in `near`, shifted, and their number.
-    map: Box<[u32]>,
+    levels: usize,
+    /// For the code vector `c`, at index `sum(c[i] * levels^i)`.
+    map: Box<[Entry]>,
+    /// For each code vector that is a point, which one it is.
+    points: Box<[u16]>,
     near: Box<[Candidates]>,
 }
 
-const COUNT_BITS: u32 = 8;
+/// Where the candidates of a code vector begin, how many eights there are, and whether it is a
+/// point: one word, because the search waits for memory more than it calculates.
+#[derive(Clone, Copy, Default)]
+struct Entry(u32);
 
 /// What [`Grid::find`] finds.
-pub(super) enum Found<'a> {
-    /// The vector is this point.
-    Point(u16),
-    /// It is none; these are near. Never empty.
-    Near(&'a [Candidates]),
+pub(super) struct Found<'a> {
+    /// Whether the code vector is a point.
+    pub exact: bool,
+    /// The points near it, itself alone if it is one. Never empty.
+    pub near: &'a [Candidates],
 }
 
 impl<const D: usize> Grid<D> {
@@ -96,9 +91,8 @@ impl<const D: usize> Grid<D> {
     /// nearest shells.
     pub(super) fn new(words: &[u16], levels: usize, shells: usize) -> Self {
         let codes: [Vec<u8>; D] = std::array::from_fn(|i| words.iter().map(|&w| code::<D>(w, i)).collect());
-        let values: Box<[_]> =
-            words.iter().map(|&w| std::array::from_fn(|i| 2 * code::<D>(w, i) + 1)).collect();
-        let mut map = vec![0; levels.pow(D as u32)];
+        let mut map = vec![Entry::default(); levels.pow(D as u32)];
+        let mut points = vec![0; map.len()];
         let mut near = Vec::new();
         let mut distances = vec![0u8; words.len()];
         let mut list = Vec::new();
@@ -123,28 +117,52 @@ impl<const D: usize> Grid<D> {
             }
             list.clear();
             list.extend((0u16..).zip(distances.iter().copied()).filter(|(_, d)| *d <= farthest));
-            if farthest == 0 {
-                *entry = u32::from(list[0].0) << COUNT_BITS;
-                continue;
+            let exact = farthest == 0;
+            if exact {
+                points[index] = list[0].0;
             }
             list.sort_by_key(|(_, d)| *d);
             let start = near.len();
             for eight in list.chunks(LANES) {
-                let last = eight.len() - 1;
-                let points = std::array::from_fn(|c| eight[c.min(last)].0);
-                near.push(Candidates { words: points.map(|p: u16| words[usize::from(p)]), points });
+                near.push(std::array::from_fn(|c| words[usize::from(eight[c.min(eight.len() - 1)].0)]));
             }
-            *entry = (start << COUNT_BITS | (near.len() - start)) as u32;
+            *entry = Entry((start << 8 | (near.len() - start) << 1) as u32 | u32::from(exact));
         }
-        Self { values, map: map.into(), near: near.into() }
+        Self { levels, map: map.into(), points: points.into(), near: near.into() }
     }
 
-    /// The point that is the code vector of `index`, or the points near it.
+    /// What there is at the code vector of `index`.
     #[inline(always)]
     pub(super) fn find(&self, index: usize) -> Found<'_> {
-        let entry = self.map[index];
-        let (start, count) = ((entry >> COUNT_BITS) as usize, (entry & ((1 << COUNT_BITS) - 1)) as usize);
-        if count == 0 { Found::Point(start as u16) } else { Found::Near(&self.near[start..start + count]) }
+        let Entry(entry) = self.map[index];
+        let (start, count) = ((entry >> 8) as usize, (entry >> 1 & 127) as usize);
+        Found { exact: entry & 1 != 0, near: &self.near[start..start + count] }
+    }
+
+    /// The index of the point whose word this is.
+    pub(super) fn point(&self, word: u16) -> u16 {
+        let index = (0..D).rev().fold(0, |index, i| index * self.levels + usize::from(code::<D>(word, i)));
+        self.points[index]
+    }
+}
+
+/// Bit 7 is set where that makes the number of bits even: what seven signs leave to the eighth.
+pub(super) const EVEN: [u8; 128] = {
+    let mut signs = [0; 128];
+    let mut n = 0;
+    while n < 128 {
+        signs[n] = n as u8 | (n.count_ones() as u8 & 1) << 7;
+        n += 1;
+    }
+    signs
+};
+
+/// Eight weights: a point's levels by `d`, with a minus where the sign's bit is set.
+#[inline(always)]
+pub(super) fn decode_eight(d: f32, levels: &[i8; 8], signs: u8, y: &mut [f32; 8]) {
+    for i in 0..8 {
+        let minus = u32::from(signs) << (31 - i) & 1 << 31;
+        y[i] = f32::from_bits((d * f32::from(levels[i])).to_bits() ^ minus);
     }
 }
 
@@ -173,23 +191,22 @@ mod tests {
         let (mut longest, mut sum, mut chunks) = (0, 0, 0);
         for index in 0..levels.pow(D as u32) {
             let expected = near::<D>(words, levels, shells, index);
-            match grid.find(index) {
-                Found::Point(point) => assert_eq!(expected, [point]),
-                Found::Near(candidates) => {
-                    longest = longest.max(expected.len());
-                    sum += expected.len();
-                    chunks += candidates.len();
-                    let mut found: Vec<u16> = candidates.iter().flat_map(|c| c.points).collect();
-                    let padding = found.split_off(expected.len());
-                    assert_eq!(expected, found);
-                    assert!(padding.len() < LANES && padding.iter().all(|p| p == found.last().unwrap()));
-                    for c in candidates {
-                        for (lane, &p) in c.points.iter().enumerate() {
-                            assert_eq!(c.words[lane], words[usize::from(p)]);
-                        }
-                    }
+            let found = grid.find(index);
+            longest = longest.max(expected.len());
+            sum += expected.len();
+            chunks += found.near.len();
+            assert_eq!(
+                found.exact,
+                expected.len() == 1 && grid.point(words[usize::from(expected[0])]) == expected[0] && {
+                    let word = words[usize::from(expected[0])];
+                    (0..D).all(|i| usize::from(code::<D>(word, i)) == index / levels.pow(i as u32) % levels)
                 }
-            }
+            );
+            let mut list: Vec<u16> = found.near.as_flattened().to_vec();
+            let padding = list.split_off(expected.len());
+            assert_eq!(list, expected.iter().map(|&p| words[usize::from(p)]).collect::<Vec<_>>());
+            assert!(padding.len() < LANES && padding.iter().all(|p| p == list.last().unwrap()));
+            assert!(expected.iter().all(|&p| grid.point(words[usize::from(p)]) == p));
         }
         println!("{} points: {sum} near, {chunks} chunks, {longest} at most", words.len());
     }
