@@ -11,6 +11,13 @@
 
 mod cast;
 mod float;
+#[allow(dead_code)]
+mod grid;
+mod iq2_s;
+mod iq2_xs;
+mod iq2_xxs;
+mod iq3_s;
+mod iq3_xxs;
 mod iq4_nl;
 mod iq4_xs;
 mod kquant;
@@ -56,6 +63,11 @@ static SCALAR: &[Codec] = &[
     q4_k::SCALAR,
     q5_k::SCALAR,
     q6_k::SCALAR,
+    iq2_xxs::SCALAR,
+    iq2_xs::SCALAR,
+    iq2_s::SCALAR,
+    iq3_xxs::SCALAR,
+    iq3_s::SCALAR,
     iq4_nl::SCALAR,
     iq4_xs::SCALAR,
     tq1_0::SCALAR,

@@ -23,7 +23,7 @@ unsafe fn f16(d: f32) -> [u8; 2] {
 }
 
 #[inline(always)]
-unsafe fn f32(half: [u8; 2]) -> f32 {
+pub(super) unsafe fn f32(half: [u8; 2]) -> f32 {
     _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(i32::from(u16::from_le_bytes(half)))))
 }
 
@@ -66,7 +66,7 @@ unsafe fn nibbles(q: __m256i) -> [u8; 16] {
 
 /// The inverse of [`nibbles`].
 #[inline(always)]
-unsafe fn from_nibbles(qs: &[u8; 16]) -> __m256i {
+pub(super) unsafe fn from_nibbles(qs: &[u8; 16]) -> __m256i {
     let both = _mm_loadu_si128(qs.as_ptr().cast());
     _mm256_and_si256(_mm256_set_m128i(_mm_srli_epi16(both, 4), both), _mm256_set1_epi8(15))
 }
