@@ -8,7 +8,8 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use qconv::container::gguf::{Array, Gguf, Metadata, Value, write::Layout};
+use qconv::container::gguf::{Gguf, Metadata};
+use qconv::container::imatrix::{self, Sums};
 use qconv::convert::{
     Budget, HfToGguf, ImatrixChoice, Quantize, Quantizer, Recipe, Sharding, Silent, parse_tensor_type,
 };
@@ -46,8 +47,11 @@ fn assert_same_file(ours: &Path, ggmls: &Path, what: &str) {
     panic!("{what}: files of {} and {} bytes differ at {at:?}", a.len(), b.len());
 }
 
+/// Importances by the name of the matrix.
+type Entries = BTreeMap<String, Vec<f32>>;
+
 /// An importance for every matrix of a file: positive, uneven, some of it zero.
-fn importance(gguf: &Path) -> BTreeMap<String, Vec<f32>> {
+fn importance(gguf: &Path) -> Entries {
     let gguf = Gguf::open(gguf, &Limits::default()).unwrap();
     let mut state = 7u64;
     let mut random = || {
@@ -65,35 +69,20 @@ fn importance(gguf: &Path) -> BTreeMap<String, Vec<f32>> {
 }
 
 /// Writes it as llama.cpp's imatrix tool does today; the counts are those of every entry's experts.
-fn write_imatrix(path: &Path, entries: &BTreeMap<String, Vec<f32>>, experts: usize, count: f32) {
-    let mut metadata = Metadata::default();
-    metadata.set("general.type", "imatrix");
-    metadata.set("imatrix.datasets", Value::Array(Array::String(vec![b"calibration.txt".to_vec()])));
-    metadata.set("imatrix.chunk_count", Value::U32(10));
-    metadata.set("imatrix.chunk_size", Value::U32(512));
-    let mut tensors = Vec::new();
-    for (name, values) in entries {
-        let experts = if name.contains("_exps") { experts } else { 1 };
-        let shape = vec![experts as u64, (values.len() / experts) as u64];
-        tensors.push((
-            format!("{name}.in_sum2"),
-            shape,
-            values.iter().map(|v| v * count).collect::<Vec<f32>>(),
-        ));
-        tensors.push((format!("{name}.counts"), vec![experts as u64, 1], vec![count; experts]));
-    }
-    let infos: Vec<_> = tensors.iter().map(|(n, s, _)| (n.as_str(), DType::F32, s.as_slice())).collect();
-    let layout = Layout::new(&metadata, &infos).unwrap();
-    let mut file = vec![0; layout.total_len as usize];
-    file[..layout.header.len()].copy_from_slice(&layout.header);
-    for ((_, _, values), at) in tensors.iter().zip(&layout.offsets) {
-        file[*at as usize..][..values.len() * 4].copy_from_slice(bytemuck::cast_slice(values));
-    }
-    fs::write(path, file).unwrap();
+fn write_imatrix(path: &Path, entries: &Entries, experts: usize, count: f32) {
+    let sums: Vec<Sums> = entries
+        .iter()
+        .map(|(name, values)| Sums {
+            name: name.clone(),
+            squares: values.iter().map(|v| v * count).collect(),
+            counts: vec![count; if name.contains("_exps") { experts } else { 1 }],
+        })
+        .collect();
+    fs::write(path, imatrix::to_gguf(&sums, "calibration.txt", 10, 512).unwrap()).unwrap();
 }
 
 /// The older flat format: sums over calls.
-fn write_dat(path: &Path, entries: &BTreeMap<String, Vec<f32>>, calls: i32) {
+fn write_dat(path: &Path, entries: &Entries, calls: i32) {
     let mut file = (entries.len() as i32).to_le_bytes().to_vec();
     for (name, values) in entries {
         file.extend((name.len() as i32).to_le_bytes());
@@ -397,7 +386,7 @@ fn importance_matrices_are_checked() {
     common::convert(&common::fixture("tiny-llama"), &full, None);
     let sound = importance(&full);
     let name = "blk.1.ffn_down.weight";
-    let plan = |entries: &BTreeMap<String, Vec<f32>>, recipe_name: &str| {
+    let plan = |entries: &Entries, recipe_name: &str| {
         write_imatrix(&path("imatrix.gguf"), entries, 1, 64.0);
         Quantize {
             source: full.clone(),
@@ -409,7 +398,7 @@ fn importance_matrices_are_checked() {
         .plan()
         .map(|job| job.plan.notes.join("\n"))
     };
-    let changed = |change: &dyn Fn(&mut BTreeMap<String, Vec<f32>>)| {
+    let changed = |change: &dyn Fn(&mut Entries)| {
         let mut entries = sound.clone();
         change(&mut entries);
         entries

@@ -12,7 +12,8 @@ use std::path::{Path, PathBuf};
 use indexmap::IndexMap;
 
 use super::InputFile;
-use super::gguf::{Array, Gguf, Value};
+use super::gguf::write::Layout;
+use super::gguf::{Array, Gguf, Metadata, Value};
 use crate::error::{Error, ErrorKind, Result};
 use crate::limits::Limits;
 use crate::tensor::DType;
@@ -243,7 +244,7 @@ impl ImportanceMatrix {
     pub fn examine(&self, entry: &Entry) -> Result<Findings> {
         let mut findings = Findings { values: entry.values(), ..Findings::default() };
         if entry.ones_where_unseen {
-            findings.unseen_experts = entry.counts.iter().filter(|c| !(**c > 0.0)).count() as u64;
+            findings.unseen_experts = entry.counts.iter().filter(|c| c.is_nan() || **c <= 0.0).count() as u64;
         }
         let mut values = [0f32; BUFFER / 4];
         let whole = Entry { columns: entry.values(), ..entry.clone() };
@@ -262,6 +263,50 @@ impl ImportanceMatrix {
         }
         Ok(findings)
     }
+}
+
+/// What an importance matrix is made of: the sums of one matrix.
+#[derive(Clone, Debug)]
+pub struct Sums {
+    /// The matrix, such as `blk.0.ffn_down.weight`.
+    pub name: String,
+    /// Sums of the squares of each input column, expert after expert.
+    pub squares: Vec<f32>,
+    /// Tokens behind them, for each expert.
+    pub counts: Vec<f32>,
+}
+
+/// The bytes of an importance matrix in GGUF, as llama.cpp's imatrix tool writes it. `chunk_size` is in
+/// tokens.
+///
+/// # Errors
+/// `Misuse` when sums are not the same number of columns for each count; what GGUF cannot hold.
+pub fn to_gguf(sums: &[Sums], dataset: &str, chunks: u32, chunk_size: u32) -> Result<Vec<u8>> {
+    let mut metadata = Metadata::default();
+    metadata.set("general.type", "imatrix");
+    metadata.set("imatrix.datasets", Value::Array(Array::String(vec![dataset.into()])));
+    metadata.set("imatrix.chunk_count", Value::U32(chunks));
+    metadata.set("imatrix.chunk_size", Value::U32(chunk_size));
+    let mut tensors = Vec::with_capacity(2 * sums.len());
+    for s in sums {
+        let experts = s.counts.len();
+        if experts == 0 || !s.squares.len().is_multiple_of(experts) {
+            let message = format!("{} sums for {experts} experts of {:?}", s.squares.len(), s.name);
+            return Err(Error::misuse(message));
+        }
+        let columns = (s.squares.len() / experts) as u64;
+        tensors.push((format!("{}.in_sum2", s.name), [experts as u64, columns], &s.squares));
+        tensors.push((format!("{}.counts", s.name), [experts as u64, 1], &s.counts));
+    }
+    let infos: Vec<_> = tensors.iter().map(|(n, s, _)| (n.as_str(), DType::F32, &s[..])).collect();
+    let layout = Layout::new(&metadata, &infos)?;
+    let mut file = layout.header;
+    for ((_, _, values), at) in tensors.iter().zip(&layout.offsets) {
+        file.resize(*at as usize, 0);
+        values.iter().for_each(|v| file.extend(v.to_le_bytes()));
+    }
+    file.resize(layout.total_len as usize, 0);
+    Ok(file)
 }
 
 impl Entry {
