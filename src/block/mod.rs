@@ -11,6 +11,7 @@
 
 mod cast;
 mod float;
+mod groups;
 mod iq4_nl;
 mod iq4_xs;
 mod kquant;
