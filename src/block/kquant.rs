@@ -1,14 +1,10 @@
-//! What the K types share: the searches for a scale, and how 256 codes are packed.
-//!
-//! A search tries several inverses of the scale and keeps the one whose decoded weights lie
-//! closest. Attempts do not depend on each other, so that [`LANES`] of them run side by side; each
-//! keeps the order of its own sums, and ties are settled in the order of ggml's attempts.
-//! Source: `make_qx_quants`, `make_q3_quants`, `make_qkx2_quants` (`ggml-quants.c`).
+//! What the K types share: how a block is encoded around the search for its scales, and how 256
+//! codes are packed.
 
-use super::cast::extreme;
-
-/// Attempts that run side by side: two registers of SSE2, one of AVX2.
-const LANES: usize = 8;
+use super::f16_from_f32;
+use super::groups::{
+    Affine, Groups, LANES, Lines, WHOLE, affine, byte, limit, positive, side_by_side, whole,
+};
 
 /// Groups whose largest weight is below this are stored as zeros.
 pub(super) const NOTHING: f32 = 1e-15;
@@ -17,208 +13,193 @@ pub(super) const NOTHING: f32 = 1e-15;
 /// `nearest_int` does: right for magnitudes below 2^22, the same bits as there beyond.
 #[inline(always)]
 pub(super) fn nearest(x: f32) -> i32 {
-    ((x + 12_582_912.0).to_bits() & 0x007F_FFFF) as i32 - 0x0040_0000
+    ((x + WHOLE).to_bits() & 0x007F_FFFF) as i32 - 0x0040_0000
 }
 
-/// Codes `0..2 * half` around `half` for `x`, and their scale: least squares over several
-/// attempts, each weight counting with its square. All codes of a group of nothing are 0.
-pub(super) fn symmetric(x: &[f32; 16], half: i32, codes: &mut [u8]) -> f32 {
-    let max = extreme(x);
-    if max.abs() < NOTHING {
-        codes.fill(0);
-        return 0.0;
-    }
-    // The plain scale first, then nine tenths of a step to either side.
-    const STEPS: [i8; 24] = [0, -9, -8, -7, -6, -5, -4, -3, -2, -1, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 0, 0, 0, 0];
-    const ATTEMPTS: usize = 19;
-    let code = |inverse: f32, x: f32| nearest(inverse * x).clamp(-half, half - 1);
-    let mut best = (0.0, 0.0, 0.0);
-    for (part, steps) in STEPS.as_chunks::<LANES>().0.iter().enumerate() {
-        let inverses = steps.map(|step| -(half as f32 + 0.1 * f32::from(step)) / max);
-        let (mut sum_xl, mut sum_l2) = ([0.0; LANES], [0.0; LANES]);
-        for &x in x {
-            let w = x * x;
-            for ((inverse, sum_xl), sum_l2) in inverses.iter().zip(&mut sum_xl).zip(&mut sum_l2) {
-                let l = code(*inverse, x) as f32;
-                *sum_xl += w * x * l;
-                *sum_l2 += w * l * l;
-            }
-        }
-        let attempts = inverses.into_iter().zip(sum_xl.into_iter().zip(sum_l2));
-        for (n, (inverse, (xl, l2))) in attempts.enumerate().take(ATTEMPTS - part * LANES) {
-            let first = part == 0 && n == 0;
-            let (_, _, gain) = best;
-            if first || l2 > 0.0 && xl * xl > gain * l2 {
-                let scale = if l2 != 0.0 { xl / l2 } else { 0.0 };
-                best = (inverse, scale, scale * xl);
-            }
-        }
-    }
-    let (inverse, scale, _) = best;
-    for (code_, &x) in codes.iter_mut().zip(x) {
-        *code_ = (code(inverse, x) + half) as u8;
-    }
-    scale
+/// A type whose groups have a scale and a minimum: `G` groups of `N` weights in a block.
+pub(super) trait Lined<const N: usize, const G: usize>: bytemuck::Pod {
+    /// The search without importance.
+    const PLAIN: Affine;
+    /// The code of the greatest scale, and of the greatest minimum.
+    const LEVELS: u8;
+    /// What limits these codes, without importance and with one.
+    const LIMITS: [u8; 2];
+    /// How much the mean square of the block counts in the importance of a weight.
+    const SPREAD: f32;
+
+    /// What weighs squares without importance, for the weights `x`.
+    fn weigh(x: &Groups<LANES, N>) -> Groups<LANES, N>;
+    /// Stores scales and minima, and gives those of each group as they will be read.
+    fn store(&mut self, d: [u8; 2], dmin: [u8; 2], scales: &[u8; G], mins: &[u8; G]) -> [(f32, f32); G];
+    /// Stores the codes.
+    fn pack(&mut self, codes: &[u8; 256]);
 }
 
-/// As [`symmetric`] by another road: from the plain scale on, one code at a time moves to where
-/// the scale of the others would have it, as long as the fit gains, five rounds at most.
-pub(super) fn descend(x: &[f32; 16], half: i32, codes: &mut [u8]) -> f32 {
-    let max = extreme(x);
-    if max.abs() < NOTHING {
-        codes.fill(0);
-        return 0.0;
-    }
-    let inverse = -half as f32 / max;
-    let mut fit = x.map(|x| nearest(inverse * x).clamp(-half, half - 1));
-    let (mut sum_xl, mut sum_l2) = (0.0f32, 0.0f32);
-    for (x, &l) in x.iter().zip(&fit) {
-        let (w, l) = (x * x, l as f32);
-        sum_xl += w * x * l;
-        sum_l2 += w * l * l;
-    }
-    for _ in 0..5 {
-        let mut moved = false;
-        for (x, code) in x.iter().zip(&mut fit) {
-            let (w, l) = (x * x, *code as f32);
-            let mut xl = sum_xl - w * x * l;
-            if xl > 0.0 {
-                let mut l2 = sum_l2 - w * l * l;
-                let new = nearest(x * l2 / xl).clamp(-half, half - 1);
-                if new != *code {
-                    let l = new as f32;
-                    xl += w * x * l;
-                    l2 += w * l * l;
-                    if l2 > 0.0 && xl * xl * sum_l2 > sum_xl * sum_xl * l2 {
-                        (*code, sum_xl, sum_l2) = (new, xl, l2);
-                        moved = true;
-                    }
-                }
+/// Encodes whole blocks, or one row with its importance.
+#[inline(always)]
+pub(super) fn encode_lines<B: Lined<N, G>, const N: usize, const G: usize>(
+    src: &[f32],
+    importance: Option<&[f32]>,
+    dst: &mut [u8],
+) {
+    let blocks = bytemuck::cast_slice_mut::<u8, B>(dst);
+    match importance {
+        None => {
+            for (x, blocks) in src.chunks(LANES * N).zip(blocks.chunks_mut(LANES / G)) {
+                lines_plain(x, blocks);
             }
         }
-        if !moved {
-            break;
-        }
-    }
-    for (code, l) in codes.iter_mut().zip(fit) {
-        *code = (l + half) as u8;
-    }
-    if sum_l2 > 0.0 { sum_xl / sum_l2 } else { 0.0 }
-}
-
-/// How [`affine`] searches.
-#[derive(Clone, Copy)]
-pub(super) struct Affine {
-    /// The largest code.
-    pub codes: u8,
-    /// Attempts: the range is divided by `codes + first + 0.1 * n`.
-    pub attempts: u8,
-    pub first: f32,
-    /// Whether errors count by magnitude instead of by their square.
-    pub absolute: bool,
-}
-
-/// Scale, minimum with its sign turned, and codes of a group of weights of which each is about
-/// `scale * code - minimum`: the line of least squares over the codes of several attempts.
-/// `importance` weighs the squares.
-///
-/// An attempt starts from the best minimum so far. Those behind the one that improves it are
-/// therefore void, and run again.
-pub(super) fn affine(how: Affine, x: &[f32], importance: &[f32], codes: &mut [u8]) -> (f32, f32) {
-    let (mut min, mut max) = (x[0], x[0]);
-    // -0 is what a sum starts from without changing its first term.
-    let (mut sum_w, mut sum_x) = (-0.0, -0.0);
-    for (&x, &w) in x.iter().zip(importance) {
-        min = if x < min { x } else { min };
-        max = if x > max { x } else { max };
-        sum_w += w;
-        sum_x += w * x;
-    }
-    min = if min > 0.0 { 0.0 } else { min };
-    if max == min {
-        codes.fill(0);
-        return (0.0, -min);
-    }
-    let most = f32::from(how.codes);
-    let code = |inverse: f32, x: f32| nearest(inverse * x).clamp(0, how.codes.into()) as f32;
-    let measure = |diff: f32| if how.absolute { diff.abs() } else { diff * diff };
-
-    // The inverse scale and the minimum that give the best codes.
-    let mut best = (most / (max - min), min);
-    let mut scale = 1.0 / best.0;
-    let mut least = x
-        .iter()
-        .zip(importance)
-        .fold(0.0, |error, (&x, w)| error + w * measure(scale * code(best.0, x - min) + min - x));
-    let mut n = 0;
-    while n < how.attempts {
-        let inverses: [f32; LANES] =
-            std::array::from_fn(|t| (how.first + 0.1 * f32::from(n + t as u8) + most) / (max - min));
-        let (mut sum_l, mut sum_l2, mut sum_xl) = ([0.0; LANES], [0.0; LANES], [0.0; LANES]);
-        for (&x, &w) in x.iter().zip(importance) {
-            let sums = sum_l.iter_mut().zip(&mut sum_l2).zip(&mut sum_xl);
-            for (inverse, ((l1, l2), xl)) in inverses.iter().zip(sums) {
-                let l = code(*inverse, x - min);
-                *l1 += w * l;
-                *l2 += w * l * l;
-                *xl += w * l * x;
+        Some(importance) => {
+            let batches = src.chunks(BATCH * 256).zip(importance.chunks(BATCH * 256));
+            for ((x, importance), blocks) in batches.zip(blocks.chunks_mut(BATCH)) {
+                lines_weighed(x, importance, blocks);
             }
-        }
-        let determinants: [f32; LANES] = std::array::from_fn(|t| sum_w * sum_l2[t] - sum_l[t] * sum_l[t]);
-        let lines: [(f32, f32); LANES] = std::array::from_fn(|t| {
-            let min = (sum_l2[t] * sum_x - sum_l[t] * sum_xl[t]) / determinants[t];
-            if min > 0.0 {
-                (sum_xl[t] / sum_l2[t], 0.0)
-            } else {
-                ((sum_w * sum_xl[t] - sum_x * sum_l[t]) / determinants[t], min)
-            }
-        });
-        let (scales, mins) = (lines.map(|line| line.0), lines.map(|line| line.1));
-        let mut errors = [0.0; LANES];
-        for (&x, &w) in x.iter().zip(importance) {
-            let lines = scales.iter().zip(&mins);
-            for ((inverse, (scale, m)), error) in inverses.iter().zip(lines).zip(&mut errors) {
-                *error += w * measure(scale * code(*inverse, x - min) + m - x);
-            }
-        }
-        let left = LANES.min(usize::from(how.attempts - n));
-        match (0..left).find(|&t| determinants[t] > 0.0 && errors[t] < least) {
-            Some(t) => {
-                best = (inverses[t], min);
-                (scale, min, least) = (scales[t], mins[t], errors[t]);
-                n += t as u8 + 1;
-            }
-            None => n += LANES as u8,
-        }
-    }
-    let (inverse, from) = best;
-    for (byte, &x) in codes.iter_mut().zip(x) {
-        *byte = code(inverse, x - from) as u8;
-    }
-    (scale, -min)
-}
-
-/// The largest, above zero, of what the search found; NaN passed over.
-pub(super) fn greatest(x: &[f32]) -> f32 {
-    x.iter().fold(0.0, |max, &v| if v > max { v } else { max })
-}
-
-/// Codes `0..=most` anew, for a scale and a minimum as they were stored. A scale of 0 leaves
-/// what the search found.
-pub(super) fn requantize(x: &[f32], d: f32, min: f32, most: u8, codes: &mut [u8]) {
-    if d != 0.0 {
-        for (code, x) in codes.iter_mut().zip(x) {
-            *code = nearest((x + min) / d).clamp(0, most.into()) as u8;
         }
     }
 }
 
-/// As [`requantize`] for codes around `half`.
-pub(super) fn requantize_symmetric(x: &[f32], d: f32, half: i32, codes: &mut [u8]) {
-    if d != 0.0 {
-        for (code, x) in codes.iter_mut().zip(x) {
-            *code = (nearest(x / d).clamp(-half, half - 1) + half) as u8;
+#[inline(always)]
+fn lines_plain<B: Lined<N, G>, const N: usize, const G: usize>(x: &[f32], blocks: &mut [B]) {
+    let turned = side_by_side(x);
+    let lines = affine(B::PLAIN, &turned, &B::weigh(&turned));
+    let found = lines.scale.as_chunks::<G>().0.iter().zip(lines.min.as_chunks::<G>().0);
+    for (b, ((x, block), (scales, mins))) in x.as_chunks().0.iter().zip(blocks).zip(found).enumerate() {
+        let (d, scales) = levels(scales, B::LEVELS, B::LIMITS[0]);
+        let (dmin, mins) = levels(mins, B::LEVELS, B::LIMITS[0]);
+        let stored = block.store(d, dmin, &scales, &mins);
+        block.pack(&lined_codes::<N, G>(B::PLAIN, x, &stored, &lines, b * G));
+    }
+}
+
+/// Blocks whose scales and minima are settled side by side.
+const BATCH: usize = LANES / 2;
+
+#[inline(always)]
+fn lines_weighed<B: Lined<N, G>, const N: usize, const G: usize>(
+    x: &[f32],
+    importance: &[f32],
+    blocks: &mut [B],
+) {
+    let how = Affine {
+        codes: B::PLAIN.codes,
+        attempts: 37,
+        first: -0.9,
+        step: 0.05,
+        absolute: false,
+        limited: true,
+    };
+    let spreads = spreads::<BATCH>(x, B::SPREAD);
+    let mut lines = [Lines::NONE; BATCH];
+    // The scales of a block in one lane, its minima in another.
+    let (mut found, mut weights) = (Groups([[0.0; LANES]; G]), Groups([[0.0; LANES]; G]));
+    let parts = x.chunks(LANES * N).zip(importance.chunks(LANES * N));
+    for (part, (lines, (x, importance))) in lines.iter_mut().zip(parts).enumerate() {
+        let x = side_by_side(x);
+        let w = weights_of::<N, G>(&x, &side_by_side(importance), &spreads, part);
+        *lines = affine(how, &x, &w);
+        for t in 0..LANES {
+            let (b, g) = ((part * LANES + t) / G, t % G);
+            (found.0[g][b], found.0[g][b + BATCH]) = (lines.scale[t], lines.min[t]);
+            (weights.0[g][b], weights.0[g][b + BATCH]) = (lines.weight[t], lines.weight[t]);
         }
+    }
+    let mut codes = Groups([[0.0; LANES]; G]);
+    let d = positive(B::LEVELS, &found, &weights, &mut codes);
+    for (b, (x, block)) in x.as_chunks().0.iter().zip(blocks).enumerate() {
+        let (mut scales, mut mins) = ([0; G], [0; G]);
+        for g in 0..G {
+            scales[g] = byte(codes.0[g][b]).min(B::LIMITS[1]);
+            mins[g] = byte(codes.0[g][b + BATCH]).min(B::LIMITS[1]);
+        }
+        let (d, dmin) = (f16_from_f32(d[b]).to_le_bytes(), f16_from_f32(d[b + BATCH]).to_le_bytes());
+        let stored = block.store(d, dmin, &scales, &mins);
+        let first = b * G;
+        block.pack(&lined_codes::<N, G>(how, x, &stored, &lines[first / LANES], first % LANES));
+    }
+}
+
+/// The mean square of each block, `times` over.
+#[inline(always)]
+pub(super) fn spreads<const B: usize>(x: &[f32], times: f32) -> [f32; B] {
+    let mut sums = [0.0; B];
+    for i in 0..256 {
+        for (sum, x) in sums.iter_mut().zip(x.as_chunks::<256>().0) {
+            *sum += x[i] * x[i];
+        }
+    }
+    for sum in &mut sums {
+        *sum = times * *sum / 256.0;
+    }
+    sums
+}
+
+/// What weighs squares with importance, in part `part` of a batch of blocks.
+#[inline(always)]
+pub(super) fn weights_of<const N: usize, const G: usize>(
+    x: &Groups<LANES, N>,
+    importance: &Groups<LANES, N>,
+    spreads: &[f32],
+    part: usize,
+) -> Groups<LANES, N> {
+    let mut spread = [0.0; LANES];
+    for t in 0..LANES {
+        spread[t] = spreads[(part * LANES + t) / G];
+    }
+    let mut w = *importance;
+    for i in 0..N {
+        for t in 0..LANES {
+            w.0[i][t] *= (spread[t] + x.0[i][t] * x.0[i][t]).sqrt();
+        }
+    }
+    w
+}
+
+/// Values as multiples of the greatest by `levels`.
+#[inline(always)]
+fn levels<const G: usize>(found: &[f32; G], levels: u8, limit: u8) -> ([u8; 2], [u8; G]) {
+    let levels = f32::from(levels);
+    let mut greatest = 0.0;
+    for &v in found {
+        greatest = if v > greatest { v } else { greatest };
+    }
+    let inverse = if greatest > 0.0 { levels / greatest } else { 0.0 };
+    let mut codes = [0; G];
+    for g in 0..G {
+        codes[g] = (nearest(inverse * found[g]) as u8).min(limit);
+    }
+    (f16_from_f32(greatest / levels).to_le_bytes(), codes)
+}
+
+/// The codes for scales and minima as they were stored. A scale of 0 leaves what the search found
+/// in the lanes from `first` on.
+#[inline(always)]
+fn lined_codes<const N: usize, const G: usize>(
+    how: Affine,
+    x: &[f32; 256],
+    stored: &[(f32, f32); G],
+    lines: &Lines<LANES>,
+    first: usize,
+) -> [u8; 256] {
+    let mut codes = [0; 256];
+    for (g, (x, codes)) in x.as_chunks::<N>().0.iter().zip(codes.as_chunks_mut::<N>().0).enumerate() {
+        let (d, min) = stored[g];
+        if d == 0.0 {
+            lines.codes(how, first + g, x, codes);
+            continue;
+        }
+        for i in 0..N {
+            codes[i] = byte(limit(whole((x[i] + min) / d), 0.0, how.codes.into()));
+        }
+    }
+    codes
+}
+
+/// Codes around `half` for a scale as it was stored.
+#[inline(always)]
+pub(super) fn requantize(x: &[f32; 16], d: f32, half: i32, codes: &mut [u8; 16]) {
+    let half = half as f32;
+    for i in 0..16 {
+        codes[i] = byte(limit(whole(x[i] / d), -half, half - 1.0) + half);
     }
 }
 

@@ -13,6 +13,7 @@ mod cast;
 mod float;
 #[allow(dead_code)]
 mod grid;
+mod groups;
 mod iq2_s;
 mod iq2_xs;
 mod iq2_xxs;

@@ -1,7 +1,8 @@
 //! Q2_K: 256 weights in 84 bytes, 16 groups with a scale and a minimum of 4 bits, codes of 2 bits.
 
-use super::kquant::{Affine, affine, greatest, nearest, pack_pairs, requantize, unpack_pairs};
-use super::{Codec, decode_pairs, encode_pairs, f16_from_f32, f32_from_f16};
+use super::groups::{Affine, Groups, LANES};
+use super::kquant::{Lined, encode_lines, pack_pairs, unpack_pairs};
+use super::{Codec, decode_pairs, f32_from_f16};
 use crate::tensor::DType;
 
 #[repr(C)]
@@ -19,51 +20,71 @@ pub(super) struct Block {
 }
 const _: () = assert!(size_of::<Block>() as u64 == DType::Q2_K.type_size());
 
-const SEARCH: Affine = Affine { codes: 3, attempts: 16, first: -0.5, absolute: true };
-
 pub(super) const SCALAR: Codec = Codec {
     dtype: DType::Q2_K,
     implementation: "scalar",
-    encode: Some(|src, dst| encode_pairs(src, dst).for_each(|(x, block)| encode_block(x, block))),
-    weigh: None,
+    encode: Some(|src, dst| encode(src, None, dst)),
+    weigh: Some(|src, importance, dst| encode(src, Some(importance), dst)),
     decode: |src, dst| decode_pairs(src, dst).for_each(|(block, y)| decode_block(block, y)),
     bound: None,
 };
 
-fn encode_block(x: &[f32; 256], block: &mut Block) {
-    let mut codes = [0; 256];
-    let (mut scales, mut mins) = ([0.0; 16], [0.0; 16]);
-    let found = scales.iter_mut().zip(&mut mins);
-    for ((x, codes), (scale, min)) in x.as_chunks::<16>().0.iter().zip(codes.chunks_exact_mut(16)).zip(found)
-    {
-        (*scale, *min) = affine(SEARCH, x, &x.map(f32::abs), codes);
+#[inline(always)]
+pub(super) fn encode(src: &[f32], importance: Option<&[f32]>, dst: &mut [u8]) {
+    encode_lines::<Block, 16, 16>(src, importance, dst);
+}
+
+impl Lined<16, 16> for Block {
+    const PLAIN: Affine =
+        Affine { codes: 3, attempts: 16, first: -0.5, step: 0.1, absolute: true, limited: false };
+    const LEVELS: u8 = 15;
+    const LIMITS: [u8; 2] = [255, 255];
+    const SPREAD: f32 = 1.0;
+
+    #[inline(always)]
+    fn weigh(x: &Groups<LANES, 16>) -> Groups<LANES, 16> {
+        let mut w = *x;
+        for i in 0..16 {
+            for t in 0..LANES {
+                w.0[i][t] = x.0[i][t].abs();
+            }
+        }
+        w
     }
-    let quantize = |found: [f32; 16]| {
-        let most = greatest(&found);
-        let inverse = 15.0 / most;
-        let codes = if most > 0.0 { found.map(|v| nearest(inverse * v) as u8) } else { [0; 16] };
-        (f16_from_f32(most / 15.0), codes)
-    };
-    let (d, scales) = quantize(scales);
-    let (dmin, mins) = quantize(mins);
-    (block.d, block.dmin) = (d.to_le_bytes(), dmin.to_le_bytes());
-    for (byte, (scale, min)) in block.scales.iter_mut().zip(scales.iter().zip(mins)) {
-        *byte = scale | min << 4;
+
+    #[inline(always)]
+    fn store(&mut self, d: [u8; 2], dmin: [u8; 2], scales: &[u8; 16], mins: &[u8; 16]) -> [(f32, f32); 16] {
+        (self.d, self.dmin) = (d, dmin);
+        for g in 0..16 {
+            self.scales[g] = scales[g] | mins[g] << 4;
+        }
+        self.values()
     }
-    let (d, dmin) = (f32_from_f16(d), f32_from_f16(dmin));
-    for ((x, codes), &s) in x.chunks_exact(16).zip(codes.chunks_exact_mut(16)).zip(&block.scales) {
-        requantize(x, d * f32::from(s & 15), dmin * f32::from(s >> 4), SEARCH.codes, codes);
+
+    #[inline(always)]
+    fn pack(&mut self, codes: &[u8; 256]) {
+        self.qs = pack_pairs(codes, 0);
     }
-    block.qs = pack_pairs(&codes, 0);
+}
+
+impl Block {
+    /// Scale and minimum of each group.
+    #[inline(always)]
+    pub(super) fn values(&self) -> [(f32, f32); 16] {
+        let d = f32_from_f16(u16::from_le_bytes(self.d));
+        let dmin = f32_from_f16(u16::from_le_bytes(self.dmin));
+        let mut values = [(0.0, 0.0); 16];
+        for (value, s) in values.iter_mut().zip(self.scales) {
+            *value = (d * f32::from(s & 15), dmin * f32::from(s >> 4));
+        }
+        values
+    }
 }
 
 fn decode_block(block: &Block, y: &mut [f32; 256]) {
-    let d = f32_from_f16(u16::from_le_bytes(block.d));
-    let dmin = f32_from_f16(u16::from_le_bytes(block.dmin));
     let mut codes = [0; 256];
     unpack_pairs(&block.qs, 0, &mut codes);
-    for ((y, codes), &s) in y.chunks_exact_mut(16).zip(codes.chunks_exact(16)).zip(&block.scales) {
-        let (scale, min) = (d * f32::from(s & 15), dmin * f32::from(s >> 4));
+    for ((y, codes), (scale, min)) in y.chunks_exact_mut(16).zip(codes.chunks_exact(16)).zip(block.values()) {
         for (y, &code) in y.iter_mut().zip(codes) {
             *y = scale * f32::from(code) - min;
         }

@@ -1,10 +1,11 @@
 //! Q3_K: 256 weights in 110 bytes, 16 groups with a scale of 6 bits, codes of 3 bits around 4.
 
 use super::cast::extreme;
+use super::groups::{Groups, LANES, byte, descend, side_by_side, symmetric};
 use super::kquant::{
-    descend, nearest, pack_bits, pack_pairs, requantize_symmetric, unpack_bits, unpack_pairs,
+    nearest, pack_bits, pack_pairs, requantize, spreads, unpack_bits, unpack_pairs, weights_of,
 };
-use super::{Codec, decode_pairs, encode_pairs, f16_from_f32, f32_from_f16};
+use super::{Codec, decode_pairs, f16_from_f32, f32_from_f16};
 use crate::tensor::DType;
 
 #[repr(C)]
@@ -26,33 +27,109 @@ const _: () = assert!(size_of::<Block>() as u64 == DType::Q3_K.type_size());
 pub(super) const SCALAR: Codec = Codec {
     dtype: DType::Q3_K,
     implementation: "scalar",
-    encode: Some(|src, dst| encode_pairs(src, dst).for_each(|(x, block)| encode_block(x, block))),
-    weigh: None,
+    encode: Some(|src, dst| encode(src, None, dst)),
+    weigh: Some(|src, importance, dst| encode(src, Some(importance), dst)),
     decode: |src, dst| decode_pairs(src, dst).for_each(|(block, y)| decode_block(block, y)),
     bound: None,
 };
 
-fn encode_block(x: &[f32; 256], block: &mut Block) {
-    let mut codes = [0; 256];
-    let mut found = [0.0; 16];
-    for ((x, codes), scale) in x.as_chunks().0.iter().zip(codes.chunks_exact_mut(16)).zip(&mut found) {
-        *scale = descend(x, 4, codes);
+/// Blocks of which the search runs side by side: without importance, where a code waits for the one
+/// before and a division, and with one, where the scales of a block are searched like its weights.
+const BATCH: [usize; 2] = [4, LANES];
+
+#[inline(always)]
+pub(super) fn encode(src: &[f32], importance: Option<&[f32]>, dst: &mut [u8]) {
+    let blocks = bytemuck::cast_slice_mut(dst);
+    match importance {
+        None => {
+            for (x, blocks) in src.chunks(BATCH[0] * 256).zip(blocks.chunks_mut(BATCH[0])) {
+                encode_plain(x, blocks);
+            }
+        }
+        Some(importance) => {
+            let batches = src.chunks(BATCH[1] * 256).zip(importance.chunks(BATCH[1] * 256));
+            for ((x, importance), blocks) in batches.zip(blocks.chunks_mut(BATCH[1])) {
+                encode_weighed(x, importance, blocks);
+            }
+        }
     }
-    let max = extreme(&found);
-    let mut scales = [0; 16];
-    block.d = [0; 2];
-    if max != 0.0 {
-        let inverse = -32.0 / max;
-        scales = found.map(|scale| (nearest(inverse * scale) as i8).clamp(-32, 31) + 32);
-        block.d = f16_from_f32(1.0 / inverse).to_le_bytes();
+}
+
+#[inline(always)]
+fn encode_plain(x: &[f32], blocks: &mut [Block]) {
+    const GROUPS: usize = BATCH[0] * 16;
+    let turned = side_by_side::<GROUPS, 16>(x);
+    let mut found = Groups([[0.0; GROUPS]; 16]);
+    let scales = descend(4, &turned, &mut found);
+    let scales = scales.as_chunks::<16>().0;
+    for (b, ((x, block), found_scales)) in x.as_chunks().0.iter().zip(blocks).zip(scales).enumerate() {
+        let max = extreme(found_scales);
+        let mut scales = [0; 16];
+        block.d = [0; 2];
+        if max != 0.0 {
+            let inverse = -32.0 / max;
+            for g in 0..16 {
+                scales[g] = ((nearest(inverse * found_scales[g]) as i8).clamp(-32, 31) + 32) as u8;
+            }
+            block.d = f16_from_f32(1.0 / inverse).to_le_bytes();
+        }
+        let mut codes = [[0; 16]; 16];
+        for g in 0..16 {
+            for i in 0..16 {
+                codes[g][i] = byte(found.0[i][b * 16 + g]);
+            }
+        }
+        block.store(x, &scales, &mut codes);
     }
-    block.scales = pack_scales(&scales.map(|s| s as u8));
-    let d = f32_from_f16(u16::from_le_bytes(block.d));
-    for ((x, codes), scale) in x.chunks_exact(16).zip(codes.chunks_exact_mut(16)).zip(scales) {
-        requantize_symmetric(x, d * f32::from(scale - 32), 4, codes);
+}
+
+#[inline(always)]
+fn encode_weighed(x: &[f32], importance: &[f32], blocks: &mut [Block]) {
+    let spreads = spreads::<LANES>(x, 2.0);
+    let mut codes = [[[0; 16]; 16]; LANES];
+    let (mut found, mut weights) = (Groups([[0.0; LANES]; 16]), Groups([[0.0; LANES]; 16]));
+    let parts = x.as_chunks::<256>().0.iter().zip(importance.as_chunks::<256>().0);
+    for (b, (x, importance)) in parts.enumerate() {
+        let turned = side_by_side(x);
+        let w = weights_of::<16, 16>(&turned, &side_by_side(importance), &spreads, b);
+        let scales = symmetric(4, &turned, &w);
+        for t in 0..LANES {
+            found.0[t][b] = scales.scale[t];
+            for i in 0..16 {
+                weights.0[t][b] += w.0[i][t];
+            }
+            scales.codes(4, t, &x.as_chunks::<16>().0[t], &mut codes[b][t]);
+        }
     }
-    block.hmask = pack_bits(&codes, 2);
-    block.qs = pack_pairs(&codes, 0);
+    let d = symmetric(32, &found, &weights);
+    for (b, (x, block)) in x.as_chunks().0.iter().zip(blocks).enumerate() {
+        let (mut values, mut scales) = ([0.0; 16], [0; 16]);
+        for g in 0..16 {
+            values[g] = found.0[g][b];
+        }
+        d.codes(32, b, &values, &mut scales);
+        block.d = f16_from_f32(d.scale[b]).to_le_bytes();
+        block.store(x, &scales, &mut codes[b]);
+    }
+}
+
+impl Block {
+    /// Stores scales, and codes for them as they will be read. A scale of 0 leaves what the search
+    /// found.
+    #[inline(always)]
+    fn store(&mut self, x: &[f32; 256], scales: &[u8; 16], codes: &mut [[u8; 16]; 16]) {
+        self.scales = pack_scales(scales);
+        let d = f32_from_f16(u16::from_le_bytes(self.d));
+        for ((x, codes), &scale) in x.as_chunks().0.iter().zip(codes.iter_mut()).zip(scales) {
+            let d = d * f32::from(scale as i8 - 32);
+            if d != 0.0 {
+                requantize(x, d, 4, codes);
+            }
+        }
+        let codes = bytemuck::cast_ref(codes);
+        self.hmask = pack_bits(codes, 2);
+        self.qs = pack_pairs(codes, 0);
+    }
 }
 
 fn decode_block(block: &Block, y: &mut [f32; 256]) {

@@ -1,7 +1,8 @@
 //! Q4_K: 256 weights in 144 bytes, 8 groups with a scale and a minimum of 6 bits, codes of 4 bits.
 
-use super::kquant::{Affine, affine, greatest, nearest, pack_halves, requantize, unpack_halves};
-use super::{Codec, decode_pairs, encode_pairs, f16_from_f32, f32_from_f16};
+use super::groups::{Affine, Groups, LANES};
+use super::kquant::{Lined, encode_lines, pack_halves, unpack_halves};
+use super::{Codec, decode_pairs, f32_from_f16};
 use crate::tensor::DType;
 
 #[repr(C)]
@@ -31,16 +32,39 @@ pub(super) struct Scales {
 pub(super) const SCALAR: Codec = Codec {
     dtype: DType::Q4_K,
     implementation: "scalar",
-    encode: Some(|src, dst| encode_pairs(src, dst).for_each(|(x, block)| encode_block(x, block))),
-    weigh: None,
+    encode: Some(|src, dst| encode(src, None, dst)),
+    weigh: Some(|src, importance, dst| encode(src, Some(importance), dst)),
     decode: |src, dst| decode_pairs(src, dst).for_each(|(block, y)| decode_block(block, y)),
     bound: None,
 };
 
-fn encode_block(x: &[f32; 256], block: &mut Block) {
-    let codes;
-    (block.scales, codes) = search(Affine { codes: 15, attempts: 21, first: -1.0, absolute: false }, x);
-    pack_halves::<32>(&codes, &mut block.qs);
+#[inline(always)]
+pub(super) fn encode(src: &[f32], importance: Option<&[f32]>, dst: &mut [u8]) {
+    encode_lines::<Block, 32, 8>(src, importance, dst);
+}
+
+impl Lined<32, 8> for Block {
+    const PLAIN: Affine =
+        Affine { codes: 15, attempts: 21, first: -1.0, step: 0.1, absolute: false, limited: false };
+    const LEVELS: u8 = 63;
+    const LIMITS: [u8; 2] = [63, 255];
+    const SPREAD: f32 = 2.0;
+
+    #[inline(always)]
+    fn weigh(x: &Groups<LANES, 32>) -> Groups<LANES, 32> {
+        weigh(x)
+    }
+
+    #[inline(always)]
+    fn store(&mut self, d: [u8; 2], dmin: [u8; 2], scales: &[u8; 8], mins: &[u8; 8]) -> [(f32, f32); 8] {
+        self.scales = Scales { d, dmin, packed: pack(scales, mins) };
+        self.scales.values()
+    }
+
+    #[inline(always)]
+    fn pack(&mut self, codes: &[u8; 256]) {
+        pack_halves::<32>(codes, &mut self.qs);
+    }
 }
 
 fn decode_block(block: &Block, y: &mut [f32; 256]) {
@@ -49,29 +73,24 @@ fn decode_block(block: &Block, y: &mut [f32; 256]) {
     block.scales.decode(&codes, y);
 }
 
-/// Scales and codes of a block.
-pub(super) fn search(how: Affine, x: &[f32; 256]) -> (Scales, [u8; 256]) {
-    let mut codes = [0; 256];
-    let (mut scales, mut mins) = ([0.0; 8], [0.0; 8]);
-    let found = scales.iter_mut().zip(&mut mins);
-    for ((x, codes), (scale, min)) in x.as_chunks::<32>().0.iter().zip(codes.chunks_exact_mut(32)).zip(found)
-    {
-        let mean = (x.iter().fold(0.0, |sum, x| sum + x * x) / 32.0).sqrt();
-        (*scale, *min) = affine(how, x, &x.map(|x| mean + x.abs()), codes);
+/// The root of a group's mean square plus each weight's magnitude.
+#[inline(always)]
+pub(super) fn weigh(x: &Groups<LANES, 32>) -> Groups<LANES, 32> {
+    let (mut mean, mut w) = ([0.0; LANES], *x);
+    for i in 0..32 {
+        for t in 0..LANES {
+            mean[t] += x.0[i][t] * x.0[i][t];
+        }
     }
-    let quantize = |found: [f32; 8]| {
-        let most = greatest(&found);
-        let inverse = if most > 0.0 { 63.0 / most } else { 0.0 };
-        let codes = found.map(|v| (nearest(inverse * v) as u8).min(63));
-        (f16_from_f32(most / 63.0).to_le_bytes(), codes)
-    };
-    let ((d, scales), (dmin, mins)) = (quantize(scales), quantize(mins));
-    let stored = Scales { d, dmin, packed: pack(&scales, &mins) };
-    for ((x, codes), (scale, min)) in x.chunks_exact(32).zip(codes.chunks_exact_mut(32)).zip(stored.values())
-    {
-        requantize(x, scale, min, how.codes, codes);
+    for t in 0..LANES {
+        mean[t] = (mean[t] / 32.0).sqrt();
     }
-    (stored, codes)
+    for i in 0..32 {
+        for t in 0..LANES {
+            w.0[i][t] = mean[t] + x.0[i][t].abs();
+        }
+    }
+    w
 }
 
 impl Scales {
@@ -86,7 +105,7 @@ impl Scales {
     }
 
     /// Scale and minimum of each group.
-    fn values(&self) -> [(f32, f32); 8] {
+    pub(super) fn values(&self) -> [(f32, f32); 8] {
         let d = f32_from_f16(u16::from_le_bytes(self.d));
         let dmin = f32_from_f16(u16::from_le_bytes(self.dmin));
         let p = &self.packed;
@@ -101,7 +120,7 @@ impl Scales {
     }
 }
 
-fn pack(scales: &[u8; 8], mins: &[u8; 8]) -> [u8; 12] {
+pub(super) fn pack(scales: &[u8; 8], mins: &[u8; 8]) -> [u8; 12] {
     std::array::from_fn(|j| match j {
         0..4 => scales[j] | scales[j + 4] >> 4 << 6,
         4..8 => mins[j - 4] | mins[j] >> 4 << 6,

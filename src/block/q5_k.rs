@@ -1,8 +1,9 @@
 //! Q5_K: 256 weights in 176 bytes, 8 groups with a scale and a minimum of 6 bits, codes of 5 bits.
 
-use super::kquant::{Affine, pack_bits, pack_halves, unpack_bits, unpack_halves};
-use super::q4_k::{Scales, search};
-use super::{Codec, decode_pairs, encode_pairs};
+use super::groups::{Affine, Groups, LANES};
+use super::kquant::{Lined, encode_lines, pack_bits, pack_halves, unpack_bits, unpack_halves};
+use super::q4_k::{self, Scales};
+use super::{Codec, decode_pairs};
 use crate::tensor::DType;
 
 #[repr(C)]
@@ -20,17 +21,40 @@ const _: () = assert!(size_of::<Block>() as u64 == DType::Q5_K.type_size());
 pub(super) const SCALAR: Codec = Codec {
     dtype: DType::Q5_K,
     implementation: "scalar",
-    encode: Some(|src, dst| encode_pairs(src, dst).for_each(|(x, block)| encode_block(x, block))),
-    weigh: None,
+    encode: Some(|src, dst| encode(src, None, dst)),
+    weigh: Some(|src, importance, dst| encode(src, Some(importance), dst)),
     decode: |src, dst| decode_pairs(src, dst).for_each(|(block, y)| decode_block(block, y)),
     bound: None,
 };
 
-fn encode_block(x: &[f32; 256], block: &mut Block) {
-    let codes;
-    (block.scales, codes) = search(Affine { codes: 31, attempts: 16, first: -0.5, absolute: false }, x);
-    block.qh = pack_bits(&codes, 4);
-    pack_halves::<32>(&codes, &mut block.qs);
+#[inline(always)]
+pub(super) fn encode(src: &[f32], importance: Option<&[f32]>, dst: &mut [u8]) {
+    encode_lines::<Block, 32, 8>(src, importance, dst);
+}
+
+impl Lined<32, 8> for Block {
+    const PLAIN: Affine =
+        Affine { codes: 31, attempts: 16, first: -0.5, step: 0.1, absolute: false, limited: false };
+    const LEVELS: u8 = 63;
+    const LIMITS: [u8; 2] = [63, 63];
+    const SPREAD: f32 = 2.0;
+
+    #[inline(always)]
+    fn weigh(x: &Groups<LANES, 32>) -> Groups<LANES, 32> {
+        q4_k::weigh(x)
+    }
+
+    #[inline(always)]
+    fn store(&mut self, d: [u8; 2], dmin: [u8; 2], scales: &[u8; 8], mins: &[u8; 8]) -> [(f32, f32); 8] {
+        self.scales = Scales { d, dmin, packed: q4_k::pack(scales, mins) };
+        self.scales.values()
+    }
+
+    #[inline(always)]
+    fn pack(&mut self, codes: &[u8; 256]) {
+        self.qh = pack_bits(codes, 4);
+        pack_halves::<32>(codes, &mut self.qs);
+    }
 }
 
 fn decode_block(block: &Block, y: &mut [f32; 256]) {

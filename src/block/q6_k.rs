@@ -1,9 +1,8 @@
 //! Q6_K: 256 weights in 210 bytes, 16 groups with a scale of 8 bits, codes of 6 bits around 32.
 
 use super::cast::extreme;
-use super::kquant::{
-    NOTHING, nearest, pack_halves, pack_pairs, requantize_symmetric, symmetric, unpack_halves, unpack_pairs,
-};
+use super::groups::{Groups, LANES, side_by_side, squares, symmetric};
+use super::kquant::{NOTHING, nearest, pack_halves, pack_pairs, requantize, unpack_halves, unpack_pairs};
 use super::{Codec, decode_pairs, encode_pairs, f16_from_f32, f32_from_f16};
 use crate::tensor::DType;
 use bytemuck::Zeroable;
@@ -27,29 +26,46 @@ const _: () = assert!(size_of::<Block>() as u64 == DType::Q6_K.type_size());
 pub(super) const SCALAR: Codec = Codec {
     dtype: DType::Q6_K,
     implementation: "scalar",
-    encode: Some(|src, dst| encode_pairs(src, dst).for_each(|(x, block)| encode_block(x, block))),
-    weigh: None,
+    encode: Some(|src, dst| encode(src, None, dst)),
+    weigh: Some(|src, importance, dst| encode(src, Some(importance), dst)),
     decode: |src, dst| decode_pairs(src, dst).for_each(|(block, y)| decode_block(block, y)),
     bound: None,
 };
 
-fn encode_block(x: &[f32; 256], block: &mut Block) {
-    let mut codes = [0; 256];
-    let mut found = [0.0; 16];
-    for ((x, codes), scale) in x.as_chunks().0.iter().zip(codes.chunks_exact_mut(16)).zip(&mut found) {
-        *scale = symmetric(x, 32, codes);
+#[inline(always)]
+pub(super) fn encode(src: &[f32], importance: Option<&[f32]>, dst: &mut [u8]) {
+    let importance = importance.map(|importance| importance.as_chunks().0);
+    for (b, (x, block)) in encode_pairs(src, dst).enumerate() {
+        encode_block(x, importance.map(|importance| &importance[b]), block);
     }
-    let max = extreme(&found);
+}
+
+#[inline(always)]
+fn encode_block(x: &[f32; 256], importance: Option<&[f32; 256]>, block: &mut Block) {
+    let turned: Groups<LANES, 16> = side_by_side(x);
+    let found = match importance {
+        Some(importance) => symmetric(32, &turned, &side_by_side(importance)),
+        None => symmetric(32, &turned, &squares(&turned)),
+    };
+    let max = extreme(&found.scale);
     if max.abs() < NOTHING {
         *block = Block::zeroed();
         return;
     }
     let inverse = -128.0 / max;
     block.d = f16_from_f32(1.0 / inverse).to_le_bytes();
-    block.scales = found.map(|scale| nearest(inverse * scale).min(127) as i8);
+    for g in 0..16 {
+        block.scales[g] = nearest(inverse * found.scale[g]).min(127) as i8;
+    }
     let d = f32_from_f16(u16::from_le_bytes(block.d));
-    for ((x, codes), &scale) in x.chunks_exact(16).zip(codes.chunks_exact_mut(16)).zip(&block.scales) {
-        requantize_symmetric(x, d * f32::from(scale), 32, codes);
+    let mut codes = [0; 256];
+    for (g, (x, codes)) in x.as_chunks::<16>().0.iter().zip(codes.as_chunks_mut().0).enumerate() {
+        let d = d * f32::from(block.scales[g]);
+        if d != 0.0 {
+            requantize(x, d, 32, codes);
+        } else {
+            found.codes(32, g, x, codes);
+        }
     }
     pack_halves::<64>(&codes, &mut block.ql);
     block.qh = pack_pairs(&codes, 4);

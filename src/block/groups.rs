@@ -1,0 +1,492 @@
+//! The searches of the K types, many groups side by side.
+//!
+//! A search tries several inverses of the scale and keeps the one whose decoded weights lie
+//! closest. Each of its sums runs over the weights of a group in their order, so that the bytes are
+//! ggml's; what runs side by side are groups, `L` lanes of them. Plain loops over the lanes: the
+//! compiler makes vectors of whatever width the CPU has (with 16 lanes and more; it fails with 8).
+//! Source: `make_qx_quants`, `make_q3_quants`, `make_qkx2_quants`, `make_qkx3_quants`,
+//! `make_qp_quants` (`ggml-quants.c`).
+
+use super::cast::extreme;
+use super::kquant::NOTHING;
+
+/// Groups side by side in most searches.
+pub(super) const LANES: usize = 16;
+
+/// `N` weights of `L` groups: `[i][t]` is weight `i` of group `t`.
+///
+/// Aligned, so that no vector lies across two lines of the cache.
+#[derive(Clone, Copy)]
+#[repr(align(64))]
+pub(super) struct Groups<const L: usize, const N: usize>(pub [[f32; L]; N]);
+
+/// 1.5 * 2^23: numbers of its size have no fraction.
+pub(super) const WHOLE: f32 = 12_582_912.0;
+
+/// [`nearest`](super::kquant::nearest) as a float: the low 23 bits become the fraction of a number
+/// between 2^23 and 2^24.
+#[inline(always)]
+pub(super) fn whole(x: f32) -> f32 {
+    f32::from_bits((x + WHOLE).to_bits() & 0x007F_FFFF | 0x4B00_0000) - WHOLE
+}
+
+/// Limits a number that is not NaN.
+#[inline(always)]
+pub(super) fn limit(l: f32, least: f32, most: f32) -> f32 {
+    let l = if l > least { l } else { least };
+    if l < most { l } else { most }
+}
+
+/// All bits or none.
+#[inline(always)]
+fn mask(set: bool) -> u32 {
+    u32::from(set).wrapping_neg()
+}
+
+/// `a` where the mask is set, else `b`: written with bits, for what is written with `if` becomes
+/// branches lane by lane.
+#[inline(always)]
+fn choose(mask: u32, a: f32, b: f32) -> f32 {
+    f32::from_bits(a.to_bits() & mask | b.to_bits() & !mask)
+}
+
+/// Up to `L` groups that follow each other, turned so that they lie side by side; zeros for those
+/// that are missing.
+#[inline(always)]
+pub(super) fn side_by_side<const L: usize, const N: usize>(x: &[f32]) -> Groups<L, N> {
+    let mut turned = Groups([[0.0; L]; N]);
+    for (t, x) in x.as_chunks::<N>().0.iter().enumerate().take(L) {
+        for i in 0..N {
+            turned.0[i][t] = x[i];
+        }
+    }
+    turned
+}
+
+/// A whole number from 0 to 255.
+#[inline(always)]
+pub(super) fn byte(l: f32) -> u8 {
+    (l + WHOLE).to_bits() as u8
+}
+
+/// The code nearest to `v`.
+#[inline(always)]
+fn code_of(limited: bool, v: f32, most: f32) -> f32 {
+    if limited { limit(v, 0.0, most) + WHOLE - WHOLE } else { limit(whole(v), 0.0, most) }
+}
+
+/// How [`affine`] searches.
+#[derive(Clone, Copy)]
+pub(super) struct Affine {
+    /// The largest code.
+    pub codes: u8,
+    /// Attempts: the range above the minimum is divided by `codes + first + step * n`.
+    pub attempts: u8,
+    pub first: f32,
+    pub step: f32,
+    /// Whether errors count by magnitude instead of by their square.
+    pub absolute: bool,
+    /// Whether attempts limit codes before they round them, which differs far from the range only.
+    pub limited: bool,
+}
+
+/// What [`affine`] found for each group: weights are about `scale * code - min`.
+#[derive(Clone, Copy)]
+pub(super) struct Lines<const L: usize> {
+    pub scale: [f32; L],
+    pub min: [f32; L],
+    /// Sum of the importance.
+    pub weight: [f32; L],
+    /// The inverse scale and the minimum that give the codes.
+    inverse: [f32; L],
+    from: [f32; L],
+    /// Whether an attempt gave them, all bits or none.
+    attempt: [u32; L],
+}
+
+impl<const L: usize> Lines<L> {
+    /// Of groups of nothing.
+    pub(super) const NONE: Self = Self {
+        scale: [0.0; L],
+        min: [0.0; L],
+        weight: [0.0; L],
+        inverse: [0.0; L],
+        from: [0.0; L],
+        attempt: [0; L],
+    };
+
+    /// The codes of group `t`, whose weights are `x`.
+    pub(super) fn codes(&self, how: Affine, t: usize, x: &[f32], codes: &mut [u8]) {
+        for (code, x) in codes.iter_mut().zip(x) {
+            let v = self.inverse[t] * (x - self.from[t]);
+            *code = byte(code_of(how.limited && self.attempt[t] != 0, v, how.codes.into()));
+        }
+    }
+}
+
+/// The line of least squares over the codes of several attempts, each starting from the best
+/// minimum so far. `w` weighs the squares.
+#[inline(always)]
+pub(super) fn affine<const L: usize, const N: usize>(
+    how: Affine,
+    x: &Groups<L, N>,
+    w: &Groups<L, N>,
+) -> Lines<L> {
+    let (x, w, most) = (&x.0, &w.0, f32::from(how.codes));
+    // -0 is what a sum starts from without changing its first term.
+    let (mut min, mut max, mut sum_w, mut sum_x) = (x[0], x[0], [-0.0; L], [-0.0; L]);
+    for i in 0..N {
+        for t in 0..L {
+            let (x, w) = (x[i][t], w[i][t]);
+            min[t] = if x < min[t] { x } else { min[t] };
+            max[t] = if x > max[t] { x } else { max[t] };
+            sum_w[t] += w;
+            sum_x[t] += w * x;
+        }
+    }
+    let (mut inverse, mut scale, mut flat) = ([0.0; L], [0.0; L], [0; L]);
+    for t in 0..L {
+        min[t] = if min[t] > 0.0 { 0.0 } else { min[t] };
+        flat[t] = mask(max[t] == min[t]);
+        inverse[t] = most / (max[t] - min[t]);
+        scale[t] = 1.0 / inverse[t];
+    }
+    let (mut best, mut from, mut attempt, mut least) = (inverse, min, [0; L], [0.0; L]);
+    for i in 0..N {
+        for t in 0..L {
+            let l = code_of(false, inverse[t] * (x[i][t] - min[t]), most);
+            let off = scale[t] * l + min[t] - x[i][t];
+            least[t] += w[i][t] * if how.absolute { off.abs() } else { off * off };
+        }
+    }
+    let mut codes = Groups([[0.0; L]; N]);
+    for n in 0..how.attempts {
+        let steps = how.first + how.step * f32::from(n) + most;
+        for t in 0..L {
+            inverse[t] = steps / (max[t] - min[t]);
+        }
+        let (mut sum_l, mut sum_l2, mut sum_xl) = ([0.0; L], [0.0; L], [0.0; L]);
+        for i in 0..N {
+            for t in 0..L {
+                let v = inverse[t] * (x[i][t] - min[t]);
+                let l = code_of(how.limited, v, most);
+                let wl = w[i][t] * l;
+                sum_l[t] += wl;
+                sum_l2[t] += wl * l;
+                sum_xl[t] += wl * x[i][t];
+                codes.0[i][t] = l;
+            }
+        }
+        let (mut determinant, mut new_scale, mut new_min) = ([0.0; L], [0.0; L], [0.0; L]);
+        for t in 0..L {
+            let d = sum_w[t] * sum_l2[t] - sum_l[t] * sum_l[t];
+            let m = (sum_l2[t] * sum_x[t] - sum_l[t] * sum_xl[t]) / d;
+            let s = (sum_w[t] * sum_xl[t] - sum_x[t] * sum_l[t]) / d;
+            determinant[t] = d;
+            new_min[t] = if m > 0.0 { 0.0 } else { m };
+            new_scale[t] = if m > 0.0 { sum_xl[t] / sum_l2[t] } else { s };
+        }
+        let mut error = [0.0; L];
+        for i in 0..N {
+            for t in 0..L {
+                let off = new_scale[t] * codes.0[i][t] + new_min[t] - x[i][t];
+                error[t] += w[i][t] * if how.absolute { off.abs() } else { off * off };
+            }
+        }
+        for t in 0..L {
+            let better = mask(determinant[t] > 0.0) & mask(error[t] < least[t]);
+            least[t] = choose(better, error[t], least[t]);
+            best[t] = choose(better, inverse[t], best[t]);
+            from[t] = choose(better, min[t], from[t]);
+            attempt[t] |= better;
+            scale[t] = choose(better, new_scale[t], scale[t]);
+            min[t] = choose(better, new_min[t], min[t]);
+        }
+    }
+    for t in 0..L {
+        best[t] = choose(flat[t], 0.0, best[t]);
+        scale[t] = choose(flat[t], 0.0, scale[t]);
+        min[t] = -min[t];
+    }
+    Lines { scale, min, weight: sum_w, inverse: best, from, attempt }
+}
+
+/// What [`symmetric`] found for each group.
+pub(super) struct Scales<const L: usize> {
+    pub scale: [f32; L],
+    /// The inverse scale that gives the codes.
+    inverse: [f32; L],
+}
+
+impl<const L: usize> Scales<L> {
+    /// The codes of group `t`, whose weights are `x`, around `half`; 0 in a group of nothing.
+    pub(super) fn codes(&self, half: i32, t: usize, x: &[f32], codes: &mut [u8]) {
+        let nothing = extreme(x).abs() < NOTHING;
+        let half = half as f32;
+        for (code, x) in codes.iter_mut().zip(x) {
+            let l = limit(whole(self.inverse[t] * x), -half, half - 1.0) + half;
+            *code = if nothing { 0 } else { byte(l) };
+        }
+    }
+}
+
+/// The weight of largest magnitude of each group, as [`extreme`] finds it.
+#[inline(always)]
+fn extremes<const L: usize, const N: usize>(x: &Groups<L, N>) -> [f32; L] {
+    let mut max = [0.0f32; L];
+    for i in 0..N {
+        for t in 0..L {
+            let v = x.0[i][t];
+            max[t] = choose(mask(max[t].abs() < v.abs()), v, max[t]);
+        }
+    }
+    max
+}
+
+/// Each weight times itself.
+#[inline(always)]
+pub(super) fn squares<const L: usize, const N: usize>(x: &Groups<L, N>) -> Groups<L, N> {
+    let mut w = *x;
+    for i in 0..N {
+        for t in 0..L {
+            w.0[i][t] = x.0[i][t] * x.0[i][t];
+        }
+    }
+    w
+}
+
+/// The scale for codes from `-half` to `half - 1`: least squares, weighed by `w`, over several
+/// attempts.
+#[inline(always)]
+pub(super) fn symmetric<const L: usize, const N: usize>(
+    half: i32,
+    x: &Groups<L, N>,
+    w: &Groups<L, N>,
+) -> Scales<L> {
+    let half = half as f32;
+    let max = extremes(x);
+    let mut wx = Groups([[0.0; L]; N]);
+    for i in 0..N {
+        for t in 0..L {
+            wx.0[i][t] = w.0[i][t] * x.0[i][t];
+        }
+    }
+    let (mut best, mut scale, mut gain) = ([0.0; L], [0.0; L], [0.0; L]);
+    // The plain scale first, then nine tenths of a step to either side.
+    for n in 0..19u8 {
+        let step = f32::from(n) - if n < 10 { 10.0 } else { 9.0 };
+        let steps = if n == 0 { half } else { half + 0.1 * step };
+        let mut inverse = [0.0; L];
+        for t in 0..L {
+            inverse[t] = -steps / max[t];
+        }
+        let (mut sum_xl, mut sum_l2) = ([0.0; L], [0.0; L]);
+        for i in 0..N {
+            for t in 0..L {
+                let l = limit(whole(inverse[t] * x.0[i][t]), -half, half - 1.0);
+                sum_xl[t] += wx.0[i][t] * l;
+                sum_l2[t] += w.0[i][t] * l * l;
+            }
+        }
+        for t in 0..L {
+            let (xl, l2) = (sum_xl[t], sum_l2[t]);
+            let better = mask(n == 0) | mask(l2 > 0.0) & mask(xl * xl > gain[t] * l2);
+            let new = if l2 != 0.0 { xl / l2 } else { 0.0 };
+            best[t] = choose(better, inverse[t], best[t]);
+            scale[t] = choose(better, new, scale[t]);
+            gain[t] = choose(better, new * xl, gain[t]);
+        }
+    }
+    let mut nan = 0;
+    for t in 0..L {
+        scale[t] = choose(mask(max[t].abs() < NOTHING), 0.0, scale[t]);
+        nan |= mask(scale[t].is_nan());
+    }
+    if nan != 0 {
+        for t in 0..L {
+            if scale[t].is_nan() {
+                scale[t] = first_nan(half, t, best[t], x, &wx, w);
+            }
+        }
+    }
+    Scales { scale, inverse: best }
+}
+
+/// The scale of [`symmetric`] where it is NaN: of several NaN that meet in a sum the first one
+/// remains. Its payload decides the code of the scale, and compilers turn sums around.
+fn first_nan<const L: usize, const N: usize>(
+    half: f32,
+    t: usize,
+    inverse: f32,
+    x: &Groups<L, N>,
+    wx: &Groups<L, N>,
+    w: &Groups<L, N>,
+) -> f32 {
+    let add = |sum: f32, term: f32| if sum.is_nan() { sum } else { sum + term };
+    let (mut sum_xl, mut sum_l2) = (0.0, 0.0);
+    for i in 0..N {
+        let l = limit(whole(inverse * x.0[i][t]), -half, half - 1.0);
+        sum_xl = add(sum_xl, wx.0[i][t] * l);
+        sum_l2 = add(sum_l2, w.0[i][t] * l * l);
+    }
+    if sum_xl.is_nan() { sum_xl } else { sum_xl / sum_l2 }
+}
+
+/// Which codes [`settle`] may give, and what it asks of the sums.
+#[derive(Clone, Copy)]
+struct Codes {
+    least: f32,
+    most: f32,
+    /// Whether codes are stored as bytes, which those below 0 do not fit, and whether a code is
+    /// moved only where the others have a sum of squares.
+    bytes: bool,
+}
+
+impl Codes {
+    #[inline(always)]
+    fn nearest(self, v: f32) -> f32 {
+        limit(whole(v), self.least, self.most)
+    }
+
+    /// The code as it is read back.
+    #[inline(always)]
+    fn stored(self, l: f32) -> f32 {
+        // A whole number plus 1.5 * 2^23 ends in its own bits.
+        if self.bytes { ((l + WHOLE).to_bits() & 255) as f32 } else { l }
+    }
+}
+
+/// Moves one code at a time to where the scale of the others would have it, as long as the fit
+/// gains, five rounds at most. Codes start from `inverse`, and the least squares of the last ones
+/// give the scale.
+#[inline(always)]
+fn settle<const L: usize, const N: usize>(
+    how: Codes,
+    inverse: &[f32; L],
+    x: &Groups<L, N>,
+    w: &Groups<L, N>,
+    codes: &mut Groups<L, N>,
+) -> [f32; L] {
+    let (mut sum_xl, mut sum_l2) = ([0.0; L], [0.0; L]);
+    for i in 0..N {
+        for t in 0..L {
+            let (x, w) = (x.0[i][t], w.0[i][t]);
+            let l = how.nearest(inverse[t] * x);
+            sum_xl[t] += w * x * l;
+            sum_l2[t] += w * l * l;
+            codes.0[i][t] = how.stored(l);
+        }
+    }
+    for _ in 0..5 {
+        let mut moved = [0; L];
+        for i in 0..N {
+            for t in 0..L {
+                let (x, w, l) = (x.0[i][t], w.0[i][t], codes.0[i][t]);
+                let xl = sum_xl[t] - w * x * l;
+                let l2 = sum_l2[t] - w * l * l;
+                let new = how.nearest(x * l2 / xl);
+                let (new_xl, new_l2) = (xl + w * x * new, l2 + w * new * new);
+                let gains = mask(new_xl * new_xl * sum_l2[t] > sum_xl[t] * sum_xl[t] * new_l2);
+                let sums = mask(if how.bytes { l2 > 0.0 } else { new_l2 > 0.0 });
+                let better = mask(xl > 0.0) & mask(new != l) & sums & gains;
+                codes.0[i][t] = choose(better, how.stored(new), l);
+                sum_xl[t] = choose(better, new_xl, sum_xl[t]);
+                sum_l2[t] = choose(better, new_l2, sum_l2[t]);
+                moved[t] |= better;
+            }
+        }
+        let mut any = 0;
+        for t in 0..L {
+            any |= moved[t];
+        }
+        if any == 0 {
+            break;
+        }
+    }
+    let mut scale = [0.0; L];
+    for t in 0..L {
+        scale[t] = if sum_l2[t] > 0.0 { sum_xl[t] / sum_l2[t] } else { 0.0 };
+    }
+    scale
+}
+
+/// Scale and codes of each group by another road than [`symmetric`]: from the plain scale on,
+/// weights counting with their squares.
+#[inline(always)]
+pub(super) fn descend<const L: usize, const N: usize>(
+    half: i32,
+    x: &Groups<L, N>,
+    codes: &mut Groups<L, N>,
+) -> [f32; L] {
+    let half = half as f32;
+    let max = extremes(x);
+    let mut inverse = [0.0; L];
+    for t in 0..L {
+        inverse[t] = -half / max[t];
+    }
+    let how = Codes { least: -half, most: half - 1.0, bytes: false };
+    let mut scale = settle(how, &inverse, x, &squares(x), codes);
+    for t in 0..L {
+        scale[t] = choose(mask(max[t].abs() < NOTHING), 0.0, scale[t]);
+    }
+    for i in 0..N {
+        for t in 0..L {
+            let l = codes.0[i][t] + half;
+            codes.0[i][t] = choose(mask(max[t].abs() < NOTHING), 0.0, l);
+        }
+    }
+    scale
+}
+
+/// Scale and codes, `most` or less, of values that should be positive: the best of several
+/// inverses, then as [`descend`]. Codes of negative values are the low bytes.
+#[inline(always)]
+pub(super) fn positive<const L: usize, const N: usize>(
+    most: u8,
+    x: &Groups<L, N>,
+    w: &Groups<L, N>,
+    codes: &mut Groups<L, N>,
+) -> [f32; L] {
+    let how = Codes { least: f32::NEG_INFINITY, most: most.into(), bytes: true };
+    let mut max = [0.0f32; L];
+    for i in 0..N {
+        for t in 0..L {
+            let v = x.0[i][t];
+            max[t] = if max[t] > v { max[t] } else { v };
+        }
+    }
+    let (mut best, mut least) = ([0.0; L], [0.0; L]);
+    // The plain inverse first, then four tenths of a step to either side.
+    for n in 0..9u8 {
+        let step = f32::from(n) - if n < 5 { 5.0 } else { 4.0 };
+        let steps = if n == 0 { how.most } else { 0.1 * step + how.most };
+        let (mut inverse, mut scale, mut error) = ([0.0; L], [0.0; L], [0.0; L]);
+        for t in 0..L {
+            inverse[t] = steps / max[t];
+            scale[t] = 1.0 / inverse[t];
+        }
+        for i in 0..N {
+            for t in 0..L {
+                let v = inverse[t] * x.0[i][t];
+                let l = if n == 0 { how.stored(whole(v)) } else { how.nearest(v) };
+                let off = x.0[i][t] - scale[t] * l;
+                error[t] += w.0[i][t] * off * off;
+            }
+        }
+        for t in 0..L {
+            let better = mask(n == 0) | mask(error[t] < least[t]);
+            best[t] = choose(better, inverse[t], best[t]);
+            least[t] = choose(better, error[t], least[t]);
+        }
+    }
+    let mut scale = settle(how, &best, x, w, codes);
+    for t in 0..L {
+        scale[t] = choose(mask(max[t] < NOTHING), 0.0, scale[t]);
+    }
+    for i in 0..N {
+        for t in 0..L {
+            codes.0[i][t] = choose(mask(max[t] < NOTHING), 0.0, codes.0[i][t]);
+        }
+    }
+    scale
+}
