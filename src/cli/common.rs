@@ -141,7 +141,8 @@ fn show_plan(job: &Job, budget: &Budget, json: bool) -> std::io::Result<()> {
             plan.files.iter().map(|f| json!({"name": f.name.to_string_lossy(), "bytes": f.len})).collect();
         let value = json!({"output": job.output, "files": files, "bytes": plan.total_len(),
             "parameters": plan.parameters(), "bits_per_weight": plan.bits_per_weight(),
-            "peak_buffer_bytes": budget.peak(plan), "notes": plan.notes, "tensors": tensors});
+            "peak_buffer_bytes": budget.peak(plan), "notes": plan.notes,
+            "obstacle": plan.obstacle.as_ref().map(|o| &o.message), "tensors": tensors});
         writeln!(out, "{value:#}")?;
         return out.flush();
     }
@@ -165,6 +166,9 @@ fn show_plan(job: &Job, budget: &Budget, json: bool) -> std::io::Result<()> {
     )?;
     for n in &plan.notes {
         writeln!(out, "note: {n}")?;
+    }
+    if let Some(o) = &plan.obstacle {
+        writeln!(out, "cannot be carried out: {}\n  hint: {}", o.message, o.hint)?;
     }
     out.flush()
 }

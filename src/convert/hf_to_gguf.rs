@@ -186,7 +186,7 @@ pub fn identity(tensors: &[TensorInfo]) -> Vec<Mapped> {
 
 /// Every tensor in the type that llama.cpp's converter gives it.
 fn converted(file_type: FileType, mapped: Vec<Mapped>, checkpoint: &Checkpoint) -> Result<Plan> {
-    let mut plan = Plan { tensors: Vec::with_capacity(mapped.len()), files: Vec::new(), notes: Vec::new() };
+    let mut plan = Plan::new(Vec::with_capacity(mapped.len()));
     for m in mapped {
         let (dtype, wanted) = file_type.choose(&m.name, &m.shape);
         let source = Source::new(&m, &checkpoint.store).map_err(|e| e.at(&checkpoint.dir))?;

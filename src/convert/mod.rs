@@ -23,7 +23,7 @@ pub use checkpoint::{Checkpoint, GGUF_METADATA_FILE, read_side_file};
 pub use gather::{Scratch, Source};
 pub use gguf_to_hf::GgufToHf;
 pub use hf_to_gguf::{HfToGguf, MetadataEdits, identity, source_tensors};
-pub use plan::{Budget, FilePlan, Plan, TensorPlan};
+pub use plan::{Budget, FilePlan, Obstacle, Plan, TensorPlan};
 pub use quantize::Quantize;
 pub use quantizer::{ImatrixChoice, Quantizer};
 pub use recipe::{Choice, ModelFacts, Overrides, Recipe, Role, parse_tensor_type};
@@ -71,10 +71,11 @@ impl Job {
     /// Streams the plan into the output, and gives it its name when complete.
     ///
     /// # Errors
-    /// `Misuse` when the output exists (unless `force`) or is an input, or when the budget is too
-    /// small; `Io`; what the source's data give.
+    /// `Misuse` when the output exists (unless `force`) or is an input, when something that the plan
+    /// needs is missing, or when the budget is too small; `Io`; what the source's data give.
     pub fn run(&self, force: bool, budget: &Budget, observer: &dyn Observer) -> Result<()> {
         let outputs = self.outputs();
+        self.plan.check_feasible()?;
         self.plan.check_not_input(&outputs, &self.store)?;
         budget.check(&self.plan)?;
         let stage = if self.is_directory {

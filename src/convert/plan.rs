@@ -19,6 +19,17 @@ pub struct Plan {
     pub files: Vec<FilePlan>,
     /// What the user should know: fallbacks, warnings, what was recognised and how.
     pub notes: Vec<String>,
+    /// Why this cannot be carried out, although it can be shown.
+    pub obstacle: Option<Obstacle>,
+}
+
+/// What stands between a plan and its execution.
+#[derive(Clone, Debug)]
+pub struct Obstacle {
+    /// What is wrong.
+    pub message: String,
+    /// What would help.
+    pub hint: String,
 }
 
 /// The importance of a tensor's columns: an entry of a matrix, read as it is needed.
@@ -175,6 +186,22 @@ impl Budget {
 }
 
 impl Plan {
+    /// A plan for tensors in this order, whose files are not laid out yet.
+    pub fn new(tensors: Vec<TensorPlan>) -> Self {
+        Self { tensors, files: Vec::new(), notes: Vec::new(), obstacle: None }
+    }
+
+    /// Whether it can be carried out.
+    ///
+    /// # Errors
+    /// `Misuse` with the obstacle.
+    pub fn check_feasible(&self) -> Result<()> {
+        match &self.obstacle {
+            Some(o) => Err(Error::misuse(o.message.clone()).hint(o.hint.clone())),
+            None => Ok(()),
+        }
+    }
+
     /// Bytes of all output files.
     pub fn total_len(&self) -> u64 {
         self.files.iter().map(|f| f.len).sum()

@@ -7,10 +7,11 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::gather::Source;
-use super::plan::{Importance, Plan, TensorPlan};
+use super::plan::{Importance, Obstacle, Plan, TensorPlan};
 use super::recipe::{Choice, ModelFacts, Overrides, Recipe};
 use super::shards::Sharding;
 use crate::arch::Mapped;
+use crate::block::codec;
 use crate::container::Store;
 use crate::container::gguf::{Array, Metadata, Value};
 use crate::container::imatrix::{Entry, ImportanceMatrix};
@@ -87,8 +88,7 @@ impl Quantizer {
         metadata: &mut Metadata,
         limits: &Limits,
     ) -> Result<Plan> {
-        let mut plan =
-            Plan { tensors: Vec::with_capacity(tensors.len()), files: Vec::new(), notes: Vec::new() };
+        let mut plan = Plan::new(Vec::with_capacity(tensors.len()));
         let imatrix = match &self.imatrix {
             Some(choice) => Some(Weighing::open(choice, limits)?),
             None => None,
@@ -122,7 +122,17 @@ impl Quantizer {
         let choices = self.recipe.choose(&facts, &overrides, &targets)?;
         let mut weighing = imatrix.map(|w| (w, Report::default()));
         for (t, choice) in tensors.into_iter().zip(choices) {
+            let original = t.original.clone();
             let planned = self.plan_tensor(t, &choice, store, weighing.as_mut())?;
+            let lacks = self.lacks_importance(&planned, &choice);
+            if let (Some(what), None) = (lacks, &plan.obstacle) {
+                plan.obstacle = Some(Obstacle {
+                    message: format!("tensor {original:?}: {what}"),
+                    hint: "give one with --imatrix FILE; llama.cpp's imatrix tool makes them, and who publishes \
+                           quantized models often adds the matrix"
+                        .into(),
+                });
+            }
             plan.tensors.push(planned);
         }
         plan.note_fallbacks();
@@ -153,7 +163,7 @@ impl Quantizer {
         }
         let mut planned = TensorPlan::new(mapped.name, shape, choice.dtype, choice.wanted, source)?;
         planned.file = place.0;
-        let codec = crate::block::codec(choice.dtype);
+        let codec = codec(choice.dtype);
         let weighing = weighing.map(|(weighing, report)| {
             report.present.insert(original.clone());
             (weighing, report)
@@ -164,21 +174,19 @@ impl Quantizer {
         if let Some((weighing, report)) = weighing {
             planned.importance = weighing.find(&original, &planned, report).map_err(context)?;
         }
-        if planned.importance.is_none()
-            && (choice.needs_imatrix || codec.is_some_and(|c| c.needs_importance()))
-        {
-            let error = match &self.imatrix {
-                None => format!("type {} needs an importance matrix", choice.dtype),
-                Some(_) => {
-                    format!("type {} needs an importance, and the matrix has none for it", choice.dtype)
-                }
-            };
-            return Err(context(Error::misuse(error)).hint(
-                "give one with --imatrix FILE; llama.cpp's llama-imatrix makes them, and publishers of \
-                 quantized models share theirs",
-            ));
-        }
         Ok(planned)
+    }
+
+    /// Why a tensor cannot be written without an importance, if it has none.
+    fn lacks_importance(&self, planned: &TensorPlan, choice: &Choice) -> Option<String> {
+        let needed = choice.needs_imatrix || codec(planned.dtype).is_some_and(|c| c.needs_importance());
+        if planned.importance.is_some() || planned.is_plain() || !needed {
+            return None;
+        }
+        Some(match &self.imatrix {
+            None => format!("type {} needs an importance matrix", planned.dtype),
+            Some(_) => format!("type {} needs an importance, and the matrix has none for it", planned.dtype),
+        })
     }
 
     /// Leaves layers out and numbers the others anew.

@@ -68,7 +68,7 @@ impl Reshard {
     /// shards.
     pub fn plan(&self) -> Result<Job> {
         let Gguf { mut metadata, store, shards, .. } = Gguf::open(&self.source, &self.limits)?;
-        let mut plan = Plan { tensors: Vec::new(), files: Vec::new(), notes: Vec::new() };
+        let mut plan = Plan::new(Vec::new());
         for (m, info) in identity(store.tensors()).into_iter().zip(store.tensors()) {
             let source = Source::new(&m, &store)?;
             plan.tensors.push(TensorPlan::new(m.name, m.shape, info.dtype, None, source)?);

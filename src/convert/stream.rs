@@ -114,6 +114,9 @@ impl Worker {
             t.source.values(store, start, end, &mut self.values, &mut self.scratch)?;
             let codec = codec(t.dtype)
                 .ok_or_else(|| Error::unsupported(format!("type {} cannot be written", t.dtype)))?;
+            if t.dtype.is_block() {
+                check_finite(&self.values)?;
+            }
             self.bytes.resize(t.dtype.bytes_for(end - start)? as usize, 0);
             match &t.importance {
                 None => codec.encode(&self.values, self.values.len(), None, &mut self.bytes)?,
@@ -143,4 +146,16 @@ impl Worker {
         }
         Ok(())
     }
+}
+
+/// Blocks have no room for what is not finite: one such weight spoils its whole block.
+fn check_finite(values: &[f32]) -> Result<()> {
+    // Without branches: a chunk's largest exponent tells.
+    let spoilt = |chunk: &[f32]| chunk.iter().fold(false, |any, v| any | !v.is_finite());
+    if !values.chunks(4096).any(spoilt) {
+        return Ok(());
+    }
+    let n = values.iter().filter(|v| !v.is_finite()).count();
+    Err(Error::malformed(format!("{n} of {} weights looked at are NaN or infinite", values.len()))
+        .hint("the model is damaged; types f32, f16 and bf16 would keep them as they are"))
 }

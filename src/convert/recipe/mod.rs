@@ -163,7 +163,7 @@ impl Recipe {
             near.sort_by_key(|n| strsim::damerau_levenshtein(n, &wanted));
             near.truncate(3);
             Error::misuse(format!("{name:?} is no file type"))
-                .hint(format!("the nearest are {}", near.join(", ")))
+                .hint(format!("the nearest are {}; --help lists all", near.join(", ")))
         })
     }
 
