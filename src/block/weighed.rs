@@ -108,11 +108,7 @@ fn limited<const EXACT: bool>(x: f32, least: f32, most: f32) -> f32 {
 /// Scale and codes of weights that are about `scale * (code - middle)`. `EXACT` says that weights
 /// may be infinite or NaN.
 #[inline(always)]
-fn symmetric<const L: usize, const EXACT: bool>(
-    middle: f32,
-    x: &Weights<L>,
-    w: &Weights<L>,
-) -> Found<L> {
+fn symmetric<const L: usize, const EXACT: bool>(middle: f32, x: &Weights<L>, w: &Weights<L>) -> Found<L> {
     let (x, w) = (&x.0, &w.0);
     let mut max = [0.0f32; L];
     let mut wx = Weights([[0.0; L]; 32]);
