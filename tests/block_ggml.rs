@@ -360,3 +360,43 @@ fn halves_convert_as_in_ggml() {
         }
     }
 }
+
+/// Compares what is left of a row too.
+fn compare_all(dtype: DType, mut src: Vec<f32>, what: &str) {
+    src.resize(src.len().next_multiple_of(ROW), 0.0);
+    compare(dtype, &src, None, what);
+}
+
+/// The logarithm of what lies just below a power of two rounds up to it or not, in each octave.
+#[test]
+fn mxfp4_scales_change_where_ggmls_do() {
+    let mut src = Vec::new();
+    for power in (0..255u32).map(|field| field << 23) {
+        for largest in (power.saturating_sub(64)..power + 64).filter(|bits| *bits < 255 << 23) {
+            src.push(f32::from_bits(largest));
+            src.resize(src.len() + 31, 0.0);
+        }
+    }
+    assert_eq!(src.len() / 32, 255 * 128 - 64);
+    compare_all(DType::MXFP4, src, "largest weights around powers of two");
+}
+
+/// Weights half way between two values, and their neighbours, at every scale.
+#[test]
+fn four_bit_floats_change_where_ggmls_do() {
+    for (dtype, group, mantissas) in [(DType::MXFP4, 32, 1), (DType::NVFP4, 16, 8)] {
+        let mut src = Vec::new();
+        for (k, mantissa) in (-149..=125).flat_map(|k| (0..mantissas).map(move |m| (k, m))) {
+            let half_scale = (1.0 + f64::from(mantissa) / 8.0) * 2f64.powi(k);
+            let ties = [0.5, 1.5, 2.5, 3.5, 5.0, 7.0, 10.0].map(|t| (t * half_scale) as f32);
+            let weights = ties.iter().flat_map(|t| [t.next_down(), *t, t.next_up()]);
+            let weights: Vec<f32> = weights.filter(|w| w.is_finite()).collect();
+            for weights in weights.chunks(group / 2 - 1) {
+                src.push((12.0 * half_scale).min(f32::MAX.into()) as f32);
+                src.extend(weights.iter().flat_map(|w| [*w, -w]));
+                src.resize(src.len().next_multiple_of(group), f32::NAN);
+            }
+        }
+        compare_all(dtype, src, "weights half way");
+    }
+}

@@ -25,7 +25,7 @@ pub(super) const SCALAR: Codec = Codec {
 };
 
 /// The scale is the largest magnitude, so that code 3 is never written for finite weights.
-fn encode_block(x: &[f32; 64], block: &mut Block) {
+pub(super) fn encode_block(x: &[f32; 64], block: &mut Block) {
     let d = extreme(x).abs();
     let id = inverse(d);
     block.d = f16_from_f32(d).to_le_bytes();

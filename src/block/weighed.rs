@@ -9,11 +9,13 @@
 use super::f16_from_f32;
 use super::kquant::{NOTHING, nearest};
 
-/// Blocks side by side in the portable build: two registers of SSE2.
-pub(super) const LANES: usize = 8;
+/// Blocks side by side in the portable build: four registers of SSE2.
+pub(super) const LANES: usize = 16;
 
-/// Lane `k` for block `k`.
-type Lanes<const L: usize> = [f32; L];
+/// Weight `i` of block `k` is `[i][k]`. Aligned, so that no register is loaded from two lines of
+/// the cache.
+#[repr(align(64))]
+struct Weights<const L: usize>([[f32; L]; 32]);
 
 /// A type whose blocks hold 32 weights, with a scale and perhaps a minimum.
 pub(super) trait Weighed: bytemuck::Pod {
@@ -28,8 +30,8 @@ pub(super) trait Weighed: bytemuck::Pod {
 
 /// What the searches find for each block.
 struct Found<const L: usize> {
-    scale: Lanes<L>,
-    min: Lanes<L>,
+    scale: [f32; L],
+    min: [f32; L],
     codes: [[u8; L]; 32],
 }
 
@@ -44,23 +46,15 @@ pub(super) fn row<B: Weighed, const L: usize>(row: &[f32], importance: &[f32], b
     let mean = sum / row.len() as f32;
     // Which of several NaN a sum keeps would depend on the compiler, and the sign of one that
     // comes from infinities on the processor: the first of the row, and x86's.
-    let nan = match row.iter().find(|x| x.is_nan()) {
-        Some(x) if !sum.is_finite() => *x,
-        _ => f32::NAN.copysign(-1.0),
-    };
+    let first = if sum.is_finite() { None } else { row.iter().find(|x| x.is_nan()) };
+    let nan = first.copied().unwrap_or(f32::NAN.copysign(-1.0));
     let (row, importance) = (row.as_chunks::<32>().0, importance.as_chunks::<32>().0);
     let groups = row.chunks(L).zip(importance.chunks(L));
     for ((row, importance), blocks) in groups.zip(bytemuck::cast_slice_mut::<u8, B>(bytes).chunks_mut(L)) {
-        let (mut x, mut w) = ([[0.0; L]; 32], [[0.0; L]; 32]);
-        for (k, (row, importance)) in row.iter().zip(importance).enumerate() {
-            for i in 0..32 {
-                x[i][k] = row[i];
-                w[i][k] = importance[i];
-            }
-        }
+        let (x, mut w) = (side_by_side::<L>(row), side_by_side::<L>(importance));
         for i in 0..32 {
             for k in 0..L {
-                w[i][k] *= (mean + x[i][k] * x[i][k]).sqrt();
+                w.0[i][k] *= (mean + x.0[i][k] * x.0[i][k]).sqrt();
             }
         }
         let found = match B::MIDDLE {
@@ -78,6 +72,19 @@ pub(super) fn row<B: Weighed, const L: usize>(row: &[f32], importance: &[f32], b
             *block = B::pack(half(scale), half(found.min[k]), &codes);
         }
     }
+}
+
+/// Up to `L` blocks, zeros for those that are missing. On its own, because with AVX-512 the compiler
+/// would gather, slower than one by one.
+#[inline(never)]
+fn side_by_side<const L: usize>(blocks: &[[f32; 32]]) -> Weights<L> {
+    let mut turned = Weights([[0.0; L]; 32]);
+    for (k, block) in blocks.iter().enumerate().take(L) {
+        for i in 0..32 {
+            turned.0[i][k] = block[i];
+        }
+    }
+    turned
 }
 
 fn half(x: f32) -> [u8; 2] {
@@ -101,78 +108,45 @@ fn limited<const EXACT: bool>(x: f32, least: f32, most: f32) -> f32 {
 /// Scale and codes of weights that are about `scale * (code - middle)`. `EXACT` says that weights
 /// may be infinite or NaN.
 #[inline(always)]
-fn symmetric<const L: usize, const EXACT: bool>(
-    middle: f32,
-    x: &[Lanes<L>; 32],
-    w: &[Lanes<L>; 32],
-) -> Found<L> {
+fn symmetric<const L: usize, const EXACT: bool>(middle: f32, x: &Weights<L>, w: &Weights<L>) -> Found<L> {
+    let (x, w) = (&x.0, &w.0);
     let mut max = [0.0f32; L];
-    let mut wx = [[0.0; L]; 32];
+    let mut wx = Weights([[0.0; L]; 32]);
     for i in 0..32 {
         for k in 0..L {
-            max[k] = if max[k].abs() < x[i][k].abs() { x[i][k] } else { max[k] };
-            wx[i][k] = w[i][k] * x[i][k];
+            max[k] = choose(mask(max[k].abs() < x[i][k].abs()), x[i][k], max[k]);
+            wx.0[i][k] = w[i][k] * x[i][k];
         }
     }
-    let mut best = [0.0; L];
-    let mut scale = [0.0; L];
-    let mut gain = [0.0; L];
+    let (mut best, mut scale, mut gain) = ([0.0; L], [0.0; L], [0.0; L]);
     // The plain scale first, then up to nine tenths of a step to either side.
-    const STEPS: [[i8; 1]; 19] = [
-        [0],
-        [-9],
-        [-8],
-        [-7],
-        [-6],
-        [-5],
-        [-4],
-        [-3],
-        [-2],
-        [-1],
-        [1],
-        [2],
-        [3],
-        [4],
-        [5],
-        [6],
-        [7],
-        [8],
-        [9],
-    ];
-    for (n, steps) in STEPS.iter().enumerate() {
-        let mut inverse = [[0.0; L]; STEPS[0].len()];
-        let mut xl = [[0.0; L]; STEPS[0].len()];
-        let mut l2 = [[0.0; L]; STEPS[0].len()];
-        for (a, step) in steps.iter().enumerate() {
-            let numerator = -(middle + 0.1 * f32::from(*step));
-            for k in 0..L {
-                inverse[a][k] = numerator / max[k];
-            }
+    for n in 0..19i8 {
+        let step = if n == 0 { 0 } else { n - if n < 10 { 10 } else { 9 } };
+        let numerator = -(middle + 0.1 * f32::from(step));
+        let (mut inverse, mut xl, mut l2) = ([0.0; L], [0.0; L], [0.0; L]);
+        for k in 0..L {
+            inverse[k] = numerator / max[k];
         }
         for i in 0..32 {
-            for a in 0..steps.len() {
-                for k in 0..L {
-                    let l = limited::<EXACT>(inverse[a][k] * x[i][k], -middle, middle - 1.0);
-                    xl[a][k] += wx[i][k] * l;
-                    l2[a][k] += w[i][k] * l * l;
-                }
+            for k in 0..L {
+                let l = limited::<EXACT>(inverse[k] * x[i][k], -middle, middle - 1.0);
+                xl[k] += wx.0[i][k] * l;
+                l2[k] += w[i][k] * l * l;
             }
         }
-        for a in 0..steps.len() {
-            for k in 0..L {
-                let (xl, l2) = (xl[a][k], l2[a][k]);
-                let line = if l2 != 0.0 { xl / l2 } else { 0.0 };
-                if n == 0 || l2 > 0.0 && xl * xl > gain[k] * l2 {
-                    (best[k], scale[k], gain[k]) = (inverse[a][k], line, line * xl);
-                }
-            }
+        for k in 0..L {
+            let line = choose(mask(l2[k] != 0.0), xl[k] / l2[k], 0.0);
+            let better = mask(n == 0) | mask(l2[k] > 0.0) & mask(xl[k] * xl[k] > gain[k] * l2[k]);
+            best[k] = choose(better, inverse[k], best[k]);
+            scale[k] = choose(better, line, scale[k]);
+            gain[k] = choose(better, line * xl[k], gain[k]);
         }
     }
     let mut codes = [[0; L]; 32];
     for i in 0..32 {
         for k in 0..L {
             let code = limited::<EXACT>(best[k] * x[i][k], -middle, middle - 1.0) + middle;
-            codes[i][k] = if max[k].abs() < NOTHING { 0 } else { code as u8 };
+            codes[i][k] = byte(choose(mask(max[k].abs() < NOTHING), 0.0, code));
         }
     }
     for k in 0..L {
@@ -184,7 +158,8 @@ fn symmetric<const L: usize, const EXACT: bool>(
 /// Scale, minimum and codes of weights that are about `scale * code + min`: the line of least
 /// squares over the codes of several attempts.
 #[inline(always)]
-fn affine<const L: usize>(most: f32, x: &[Lanes<L>; 32], w: &[Lanes<L>; 32]) -> Found<L> {
+fn affine<const L: usize>(most: f32, x: &Weights<L>, w: &Weights<L>) -> Found<L> {
+    let (x, w) = (&x.0, &w.0);
     let (mut min, mut max) = (x[0], x[0]);
     // -0 is what a sum starts from without changing its first term.
     let (mut sum_w, mut sum_x) = ([-0.0; L], [-0.0; L]);
@@ -220,11 +195,11 @@ fn affine<const L: usize>(most: f32, x: &[Lanes<L>; 32], w: &[Lanes<L>; 32]) -> 
     }
     // Those that follow stretch it by up to nine tenths of a step, and start from the best
     // minimum so far.
-    let mut improved = [false; L];
+    let mut improved = [0; L];
     for n in 0..=36u8 {
         let numerator = -0.9 + 0.05 * f32::from(n) + most;
         let mut sums = [[0.0; L]; 3];
-        let mut l = [[0.0; L]; 32];
+        let mut l = Weights([[0.0; L]; 32]);
         for k in 0..L {
             inverse[k] = numerator / (max[k] - min[k]);
         }
@@ -235,7 +210,7 @@ fn affine<const L: usize>(most: f32, x: &[Lanes<L>; 32], w: &[Lanes<L>; 32]) -> 
                 sums[0][k] += wl;
                 sums[1][k] += wl * code;
                 sums[2][k] += wl * x[i][k];
-                l[i][k] = code;
+                l.0[i][k] = code;
             }
         }
         let (mut this_scale, mut this_min) = ([0.0; L], [0.0; L]);
@@ -246,30 +221,33 @@ fn affine<const L: usize>(most: f32, x: &[Lanes<L>; 32], w: &[Lanes<L>; 32]) -> 
             let slope = (sum_w[k] * sum_xl - sum_x[k] * sum_l) / determinant[k];
             let start = (sum_l2 * sum_x[k] - sum_l * sum_xl) / determinant[k];
             // A minimum above 0 gives way to the line through 0.
-            let above = start > 0.0;
-            this_min[k] = if above { 0.0 } else { start };
-            this_scale[k] = if above { sum_xl / sum_l2 } else { slope };
+            let above = mask(start > 0.0);
+            this_min[k] = choose(above, 0.0, start);
+            this_scale[k] = choose(above, sum_xl / sum_l2, slope);
         }
         let mut this_error = [0.0; L];
         for i in 0..32 {
             for k in 0..L {
-                let diff = this_scale[k] * l[i][k] + this_min[k] - x[i][k];
+                let diff = this_scale[k] * l.0[i][k] + this_min[k] - x[i][k];
                 this_error[k] += w[i][k] * (diff * diff);
             }
         }
         for k in 0..L {
-            if determinant[k] > 0.0 && this_error[k] < error[k] {
-                (best[k], from[k], improved[k]) = (inverse[k], min[k], true);
-                (scale[k], min[k], error[k]) = (this_scale[k], this_min[k], this_error[k]);
-            }
+            let better = mask(determinant[k] > 0.0) & mask(this_error[k] < error[k]);
+            best[k] = choose(better, inverse[k], best[k]);
+            from[k] = choose(better, min[k], from[k]);
+            scale[k] = choose(better, this_scale[k], scale[k]);
+            min[k] = choose(better, this_min[k], min[k]);
+            error[k] = choose(better, this_error[k], error[k]);
+            improved[k] |= better;
         }
     }
     let mut codes = [[0; L]; 32];
     for i in 0..32 {
         for k in 0..L {
             let code = inside(best[k] * (x[i][k] - from[k]), most);
-            let code = if improved[k] { code } else { found[i][k] };
-            codes[i][k] = if max[k] <= least[k] { 0 } else { code as u8 };
+            let code = choose(improved[k], code, found[i][k]);
+            codes[i][k] = byte(choose(mask(max[k] <= least[k]), 0.0, code));
         }
     }
     for k in 0..L {
@@ -277,6 +255,25 @@ fn affine<const L: usize>(most: f32, x: &[Lanes<L>; 32], w: &[Lanes<L>; 32]) -> 
         min[k] = if max[k] <= least[k] { least[k] } else { min[k] };
     }
     Found { scale, min, codes }
+}
+
+/// A whole number from 0 to 255.
+#[inline(always)]
+fn byte(l: f32) -> u8 {
+    (l + 12_582_912.0).to_bits() as u8
+}
+
+/// All bits or none.
+#[inline(always)]
+fn mask(set: bool) -> u32 {
+    u32::from(set).wrapping_neg()
+}
+
+/// `a` where the mask is set, else `b`: written with bits, for what is written with `if` becomes
+/// branches lane by lane.
+#[inline(always)]
+fn choose(mask: u32, a: f32, b: f32) -> f32 {
+    f32::from_bits(a.to_bits() & mask | b.to_bits() & !mask)
 }
 
 /// The nearest of `0..=most`, ties to even; 0 for NaN.

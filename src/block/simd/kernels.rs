@@ -11,13 +11,13 @@ use core::arch::x86_64::*;
 /// Whether a block whose largest magnitude (or range) is `m` can take the fast path: with no NaN,
 /// nothing infinite, and scales whose inverses are normal numbers.
 #[inline(always)]
-fn is_ordinary(m: f32) -> bool {
+pub(super) fn is_ordinary(m: f32) -> bool {
     const LEAST: f32 = f32::from_bits((127 - 100) << 23);
     m == 0.0 || (LEAST..f32::INFINITY).contains(&m)
 }
 
 #[inline(always)]
-unsafe fn f16(d: f32) -> [u8; 2] {
+pub(super) unsafe fn f16(d: f32) -> [u8; 2] {
     let half = _mm_cvtps_ph(_mm_set_ss(d), _MM_FROUND_TO_NEAREST_INT);
     (_mm_cvtsi128_si32(half) as u16).to_le_bytes()
 }
@@ -80,11 +80,16 @@ unsafe fn fifth_bits(q: __m256i) -> [u8; 4] {
 /// 16 in each byte whose bit is set.
 #[inline(always)]
 unsafe fn from_fifth_bits(qh: &[u8; 4]) -> __m256i {
+    _mm256_and_si256(from_bits(qh), _mm256_set1_epi8(16))
+}
+
+/// All bits in each byte whose bit is set.
+#[inline(always)]
+pub(super) unsafe fn from_bits(qh: &[u8; 4]) -> __m256i {
     let word = _mm256_set1_epi32(i32::from_le_bytes(*qh));
     let byte = _mm256_setr_epi64x(0, 0x0101_0101_0101_0101, 0x0202_0202_0202_0202, 0x0303_0303_0303_0303);
     let bit = _mm256_set1_epi64x(0x8040_2010_0804_0201_u64 as i64);
-    let set = _mm256_cmpeq_epi8(_mm256_and_si256(_mm256_shuffle_epi8(word, byte), bit), bit);
-    _mm256_and_si256(set, _mm256_set1_epi8(16))
+    _mm256_cmpeq_epi8(_mm256_and_si256(_mm256_shuffle_epi8(word, byte), bit), bit)
 }
 
 /// Blocks that are encoded side by side: each step of a block waits for the step before, the steps

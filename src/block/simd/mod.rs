@@ -14,12 +14,17 @@
 
 mod avx2;
 mod avx512;
+mod float4;
 mod iq4;
 mod kernels;
 mod kquant;
+mod signs;
 
-use super::{Codec, float, q4_0, q4_1, q5_0, q5_1, q8_0, tq1_0, tq2_0, weighed};
+use super::{Codec, float, mxfp4, nvfp4, q1_0, q2_0, q4_0, q4_1, q5_0, q5_1, q8_0, tq1_0, tq2_0, weighed};
 use core::arch::x86_64::__m256i;
+use float4::*;
+use kernels::*;
+use signs::*;
 
 /// The tables of the implementations that this CPU can run, the fastest last.
 pub(super) fn tables() -> impl Iterator<Item = &'static [Codec]> {
@@ -49,6 +54,8 @@ trait Decode: Copy {
     /// From signed bytes.
     unsafe fn from_i8(q: __m256i) -> Self;
     unsafe fn mul(self, s: f32) -> Self;
+    /// The first 16 weights times `low`, the others times `high`.
+    unsafe fn mul_halves(self, low: f32, high: f32) -> Self;
     unsafe fn add(self, s: f32) -> Self;
 }
 
@@ -88,7 +95,7 @@ macro_rules! table {
                     Some(|src, dst| {
                         #[target_feature(enable = $enabled)]
                         unsafe fn run(src: &[f32], dst: &mut [u8]) {
-                            kernels::$kernel::<$encoder>(src, dst);
+                            $kernel::<$encoder>(src, dst);
                         }
                         // SAFETY: the table is handed out only after the features were detected.
                         unsafe { run(src, dst) }
@@ -100,7 +107,7 @@ macro_rules! table {
                     |src, dst| {
                         #[target_feature(enable = $features)]
                         unsafe fn run(src: &[u8], dst: &mut [f32]) {
-                            kernels::$kernel::<$decoder>(src, dst);
+                            $kernel::<$decoder>(src, dst);
                         }
                         // SAFETY: the table is handed out only after the features were detected.
                         unsafe { run(src, dst) }
@@ -143,6 +150,10 @@ macro_rules! table {
                 weighed!(q5_0::Block, row!(q5_0::SCALAR, encode_q5_0, decode_q5_0, $symmetric)),
                 weighed!(q5_1::Block, row!(q5_1::SCALAR, encode_q5_1, decode_q5_1)),
                 row!(q8_0::SCALAR, encode_q8_0, decode_q8_0),
+                row!(mxfp4::SCALAR, encode_mxfp4, decode_mxfp4),
+                row!(nvfp4::SCALAR, encode_nvfp4, decode_nvfp4),
+                row!(q1_0::SCALAR, encode_q1_0, decode_q1_0),
+                row!(q2_0::SCALAR, encode_q2_0, decode_q2_0),
                 row!(tq1_0::SCALAR, encode_tq1_0, decode_tq1_0),
                 row!(tq2_0::SCALAR, encode_tq2_0, decode_tq2_0),
             ]
@@ -150,10 +161,10 @@ macro_rules! table {
     };
 }
 
-table!(SIMPLE_AVX2, "avx2", "avx2,f16c", encode avx2::Avx2, decode avx2::Avx2, symmetric "avx2,f16c", lanes 8);
+table!(SIMPLE_AVX2, "avx2", "avx2,f16c", encode avx2::Avx2, decode avx2::Avx2, symmetric "avx2,f16c", lanes 16);
 // Encoding with registers of 512 bits gained nothing: 0.9 to 1.0 of AVX2's speed, where AVX2's
 // lanes compiled with AVX-512's instructions (Q4_1, Q5_1, Q8_0) reach 1.0 to 1.2 of it.
 table!(
     SIMPLE_AVX512, "avx512", "avx512f,avx512bw,avx512vl,avx512dq,avx2,f16c",
-    encode avx2::Avx2, decode avx512::Avx512, symmetric "avx2,f16c", lanes 16
+    encode avx2::Avx2, decode avx512::Avx512, symmetric "avx2,f16c", lanes 32
 );
