@@ -13,6 +13,9 @@ mod cast;
 mod float;
 #[allow(dead_code)]
 mod grid;
+mod iq1;
+mod iq1_m;
+mod iq1_s;
 mod iq2_s;
 mod iq2_xs;
 mod iq2_xxs;
@@ -62,6 +65,8 @@ static SCALAR: &[Codec] = &[
     q4_k::SCALAR,
     q5_k::SCALAR,
     q6_k::SCALAR,
+    iq1_s::SCALAR,
+    iq1_m::SCALAR,
     iq2_xxs::SCALAR,
     iq2_xs::SCALAR,
     iq2_s::SCALAR,
