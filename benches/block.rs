@@ -15,7 +15,7 @@ const WEIGHTS: usize = 64 * 1024;
 const ROW: usize = 4096;
 const ROUNDS: usize = 31;
 
-const TYPES: [DType; 25] = [
+const TYPES: [DType; 27] = [
     DType::F16,
     DType::BF16,
     DType::Q4_0,
@@ -37,6 +37,8 @@ const TYPES: [DType; 25] = [
     DType::IQ2_S,
     DType::IQ3_XXS,
     DType::IQ3_S,
+    DType::IQ1_S,
+    DType::IQ1_M,
     DType::IQ4_NL,
     DType::IQ4_XS,
     DType::MXFP4,

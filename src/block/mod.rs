@@ -14,6 +14,9 @@ mod float;
 #[allow(dead_code)]
 mod grid;
 mod groups;
+mod iq1;
+mod iq1_m;
+mod iq1_s;
 mod iq2_s;
 mod iq2_xs;
 mod iq2_xxs;
@@ -64,6 +67,8 @@ static SCALAR: &[Codec] = &[
     q4_k::SCALAR,
     q5_k::SCALAR,
     q6_k::SCALAR,
+    iq1_s::SCALAR,
+    iq1_m::SCALAR,
     iq2_xxs::SCALAR,
     iq2_xs::SCALAR,
     iq2_s::SCALAR,
