@@ -1,6 +1,6 @@
 //! Q2_K: 256 weights in 84 bytes, 16 groups with a scale and a minimum of 4 bits, codes of 2 bits.
 
-use super::groups::{Affine, Groups, LANES};
+use super::groups::{Affine, Weight};
 use super::kquant::{Lined, encode_lines, pack_pairs, unpack_pairs};
 use super::{Codec, decode_pairs, f32_from_f16};
 use crate::tensor::DType;
@@ -35,22 +35,18 @@ pub(super) fn encode(src: &[f32], importance: Option<&[f32]>, dst: &mut [u8]) {
 }
 
 impl Lined<16, 16> for Block {
-    const PLAIN: Affine =
-        Affine { codes: 3, attempts: 16, first: -0.5, step: 0.1, absolute: true, limited: false };
+    const PLAIN: Affine = Affine {
+        weight: Weight::Magnitude,
+        codes: 3,
+        attempts: 16,
+        first: -0.5,
+        step: 0.1,
+        absolute: true,
+        limited: false,
+    };
     const LEVELS: u8 = 15;
     const LIMITS: [u8; 2] = [255, 255];
     const SPREAD: f32 = 1.0;
-
-    #[inline(always)]
-    fn weigh(x: &Groups<LANES, 16>) -> Groups<LANES, 16> {
-        let mut w = *x;
-        for i in 0..16 {
-            for t in 0..LANES {
-                w.0[i][t] = x.0[i][t].abs();
-            }
-        }
-        w
-    }
 
     #[inline(always)]
     fn store(&mut self, d: [u8; 2], dmin: [u8; 2], scales: &[u8; 16], mins: &[u8; 16]) -> [(f32, f32); 16] {

@@ -1,6 +1,6 @@
 //! Q4_K: 256 weights in 144 bytes, 8 groups with a scale and a minimum of 6 bits, codes of 4 bits.
 
-use super::groups::{Affine, Groups, LANES};
+use super::groups::{Affine, Weight};
 use super::kquant::{Lined, encode_lines, pack_halves, unpack_halves};
 use super::{Codec, decode_pairs, f32_from_f16};
 use crate::tensor::DType;
@@ -44,16 +44,18 @@ pub(super) fn encode(src: &[f32], importance: Option<&[f32]>, dst: &mut [u8]) {
 }
 
 impl Lined<32, 8> for Block {
-    const PLAIN: Affine =
-        Affine { codes: 15, attempts: 21, first: -1.0, step: 0.1, absolute: false, limited: false };
+    const PLAIN: Affine = Affine {
+        weight: Weight::Mean,
+        codes: 15,
+        attempts: 21,
+        first: -1.0,
+        step: 0.1,
+        absolute: false,
+        limited: false,
+    };
     const LEVELS: u8 = 63;
     const LIMITS: [u8; 2] = [63, 255];
     const SPREAD: f32 = 2.0;
-
-    #[inline(always)]
-    fn weigh(x: &Groups<LANES, 32>) -> Groups<LANES, 32> {
-        weigh(x)
-    }
 
     #[inline(always)]
     fn store(&mut self, d: [u8; 2], dmin: [u8; 2], scales: &[u8; 8], mins: &[u8; 8]) -> [(f32, f32); 8] {
@@ -71,26 +73,6 @@ fn decode_block(block: &Block, y: &mut [f32; 256]) {
     let mut codes = [0; 256];
     unpack_halves::<32>(&block.qs, &mut codes);
     block.scales.decode(&codes, y);
-}
-
-/// The root of a group's mean square plus each weight's magnitude.
-#[inline(always)]
-pub(super) fn weigh(x: &Groups<LANES, 32>) -> Groups<LANES, 32> {
-    let (mut mean, mut w) = ([0.0; LANES], *x);
-    for i in 0..32 {
-        for t in 0..LANES {
-            mean[t] += x.0[i][t] * x.0[i][t];
-        }
-    }
-    for t in 0..LANES {
-        mean[t] = (mean[t] / 32.0).sqrt();
-    }
-    for i in 0..32 {
-        for t in 0..LANES {
-            w.0[i][t] = mean[t] + x.0[i][t].abs();
-        }
-    }
-    w
 }
 
 impl Scales {
