@@ -25,7 +25,7 @@ pub(super) const SCALAR: Codec = Codec {
     implementation: "scalar",
     encode: Some(|src, dst| encode(src, None, dst)),
     weigh: Some(|src, importance, dst| encode(src, Some(importance), dst)),
-    decode: |src, dst| decode_pairs(src, dst).for_each(|(block, y)| decode_block(block, y)),
+    decode: |src, dst| decode(src, dst),
     bound: None,
 };
 
@@ -77,6 +77,14 @@ impl Block {
     }
 }
 
+#[inline(always)]
+fn decode(src: &[u8], dst: &mut [f32]) {
+    for (block, y) in decode_pairs(src, dst) {
+        decode_block(block, y);
+    }
+}
+
+#[inline(always)]
 fn decode_block(block: &Block, y: &mut [f32; 256]) {
     let mut codes = [0; 256];
     unpack_pairs(&block.qs, 0, &mut codes);

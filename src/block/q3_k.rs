@@ -27,7 +27,7 @@ pub(super) const SCALAR: Codec = Codec {
     implementation: "scalar",
     encode: Some(|src, dst| encode(src, None, dst)),
     weigh: Some(|src, importance, dst| encode(src, Some(importance), dst)),
-    decode: |src, dst| decode_pairs(src, dst).for_each(|(block, y)| decode_block(block, y)),
+    decode: |src, dst| decode(src, dst),
     bound: None,
 };
 
@@ -140,6 +140,14 @@ impl Block {
     }
 }
 
+#[inline(always)]
+fn decode(src: &[u8], dst: &mut [f32]) {
+    for (block, y) in decode_pairs(src, dst) {
+        decode_block(block, y);
+    }
+}
+
+#[inline(always)]
 fn decode_block(block: &Block, y: &mut [f32; 256]) {
     let d = f32_from_f16(u16::from_le_bytes(block.d));
     let mut codes = [0; 256];
@@ -163,7 +171,7 @@ fn pack_scales(scales: &[u8; 16]) -> [u8; 12] {
     packed
 }
 
-fn unpack_scales(packed: &[u8; 12]) -> [u8; 16] {
+pub(super) fn unpack_scales(packed: &[u8; 12]) -> [u8; 16] {
     std::array::from_fn(|j| {
         packed[j % 8] >> (4 * (j / 8)) & 15 | (packed[8 + j % 4] >> (2 * (j / 4)) & 3) << 4
     })

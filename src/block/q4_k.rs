@@ -34,7 +34,7 @@ pub(super) const SCALAR: Codec = Codec {
     implementation: "scalar",
     encode: Some(|src, dst| encode(src, None, dst)),
     weigh: Some(|src, importance, dst| encode(src, Some(importance), dst)),
-    decode: |src, dst| decode_pairs(src, dst).for_each(|(block, y)| decode_block(block, y)),
+    decode: |src, dst| decode(src, dst),
     bound: None,
 };
 
@@ -69,6 +69,14 @@ impl Lined<32, 8> for Block {
     }
 }
 
+#[inline(always)]
+fn decode(src: &[u8], dst: &mut [f32]) {
+    for (block, y) in decode_pairs(src, dst) {
+        decode_block(block, y);
+    }
+}
+
+#[inline(always)]
 fn decode_block(block: &Block, y: &mut [f32; 256]) {
     let mut codes = [0; 256];
     unpack_halves::<32>(&block.qs, &mut codes);
@@ -87,18 +95,16 @@ impl Scales {
     }
 
     /// Scale and minimum of each group.
+    #[inline(always)]
     pub(super) fn values(&self) -> [(f32, f32); 8] {
         let d = f32_from_f16(u16::from_le_bytes(self.d));
         let dmin = f32_from_f16(u16::from_le_bytes(self.dmin));
-        let p = &self.packed;
-        std::array::from_fn(|j| {
-            let (scale, min) = if j < 4 {
-                (p[j] & 63, p[j + 4] & 63)
-            } else {
-                (p[j + 4] & 15 | p[j - 4] >> 6 << 4, p[j + 4] >> 4 | p[j] >> 6 << 4)
-            };
-            (d * f32::from(scale), dmin * f32::from(min))
-        })
+        let (scales, mins) = unpack(&self.packed);
+        let mut values = [(0.0, 0.0); 8];
+        for j in 0..8 {
+            values[j] = (d * f32::from(scales[j]), dmin * f32::from(mins[j]));
+        }
+        values
     }
 }
 
@@ -108,4 +114,15 @@ pub(super) fn pack(scales: &[u8; 8], mins: &[u8; 8]) -> [u8; 12] {
         4..8 => mins[j - 4] | mins[j] >> 4 << 6,
         _ => scales[j - 4] & 15 | mins[j - 4] << 4,
     })
+}
+
+/// The inverse of [`pack`], four groups at once.
+#[inline(always)]
+pub(super) fn unpack(packed: &[u8; 12]) -> ([u8; 8], [u8; 8]) {
+    let word = |n: usize| u32::from_le_bytes(packed.as_chunks().0[n]);
+    let (scales, mins, low) = (word(0), word(1), word(2));
+    let top = |word: u32| word >> 2 & 0x3030_3030;
+    let eight =
+        |first: u32, last: u32| (u64::from(first & 0x3F3F_3F3F) | u64::from(last) << 32).to_le_bytes();
+    (eight(scales, low & 0x0F0F_0F0F | top(scales)), eight(mins, low >> 4 & 0x0F0F_0F0F | top(mins)))
 }

@@ -23,12 +23,12 @@ unsafe fn f16(d: f32) -> [u8; 2] {
 }
 
 #[inline(always)]
-unsafe fn f32(half: [u8; 2]) -> f32 {
+pub(super) unsafe fn f32(half: [u8; 2]) -> f32 {
     _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(i32::from(u16::from_le_bytes(half)))))
 }
 
 #[inline(always)]
-unsafe fn load(bytes: &[u8; 32]) -> __m256i {
+pub(super) unsafe fn load(bytes: &[u8; 32]) -> __m256i {
     _mm256_loadu_si256(bytes.as_ptr().cast())
 }
 

@@ -49,6 +49,10 @@ trait Decode: Copy {
     unsafe fn from_i8(q: __m256i) -> Self;
     unsafe fn mul(self, s: f32) -> Self;
     unsafe fn add(self, s: f32) -> Self;
+    /// The first 16 lanes times one number, the others times another.
+    unsafe fn mul_halves(self, s: [f32; 2]) -> Self;
+    /// As [`Self::mul_halves`].
+    unsafe fn add_halves(self, s: [f32; 2]) -> Self;
 }
 
 /// What encoding needs beyond it.
