@@ -55,12 +55,19 @@ fn choose(mask: u32, a: f32, b: f32) -> f32 {
 #[inline(always)]
 pub(super) fn side_by_side<const L: usize, const N: usize>(x: &[f32]) -> Groups<L, N> {
     let mut turned = Groups([[0.0; L]; N]);
+    turn(x, &mut turned);
+    turned
+}
+
+/// Not inlined: where the compiler sees through it, the loops that follow gather weights one by
+/// one.
+#[inline(never)]
+fn turn<const L: usize, const N: usize>(x: &[f32], turned: &mut Groups<L, N>) {
     for (t, x) in x.as_chunks::<N>().0.iter().enumerate().take(L) {
         for i in 0..N {
             turned.0[i][t] = x[i];
         }
     }
-    turned
 }
 
 /// A whole number from 0 to 255.
@@ -75,9 +82,21 @@ fn code_of(limited: bool, v: f32, most: f32) -> f32 {
     if limited { limit(v, 0.0, most) + WHOLE - WHOLE } else { limit(whole(v), 0.0, most) }
 }
 
+/// What weighs the squared error of a weight `x`.
+#[derive(Clone, Copy)]
+pub(super) enum Weight {
+    /// `|x|`.
+    Magnitude,
+    /// `|x|` and the root of the mean square of its group.
+    Mean,
+    /// The importance times the root of `x * x` and what is given for its block.
+    Importance,
+}
+
 /// How [`affine`] searches.
 #[derive(Clone, Copy)]
 pub(super) struct Affine {
+    pub weight: Weight,
     /// The largest code.
     pub codes: u8,
     /// Attempts: the range above the minimum is divided by `codes + first + step * n`.
@@ -125,23 +144,42 @@ impl<const L: usize> Lines<L> {
 }
 
 /// The line of least squares over the codes of several attempts, each starting from the best
-/// minimum so far. `w` weighs the squares.
+/// minimum so far. `importance` and `spread` are for [`Weight::Importance`].
 #[inline(always)]
 pub(super) fn affine<const L: usize, const N: usize>(
     how: Affine,
     x: &Groups<L, N>,
-    w: &Groups<L, N>,
+    importance: &Groups<L, N>,
+    mut spread: [f32; L],
 ) -> Lines<L> {
-    let (x, w, most) = (&x.0, &w.0, f32::from(how.codes));
+    let (x, importance, most) = (&x.0, &importance.0, f32::from(how.codes));
+    if let Weight::Mean = how.weight {
+        for i in 0..N {
+            for t in 0..L {
+                spread[t] += x[i][t] * x[i][t];
+            }
+        }
+        for t in 0..L {
+            spread[t] = (spread[t] / N as f32).sqrt();
+        }
+    }
+    let mut weights = Groups([[0.0; L]; N]);
+    let w = &mut weights.0;
     // -0 is what a sum starts from without changing its first term.
     let (mut min, mut max, mut sum_w, mut sum_x) = (x[0], x[0], [-0.0; L], [-0.0; L]);
     for i in 0..N {
         for t in 0..L {
-            let (x, w) = (x[i][t], w[i][t]);
+            let x = x[i][t];
+            let weight = match how.weight {
+                Weight::Magnitude => x.abs(),
+                Weight::Mean => spread[t] + x.abs(),
+                Weight::Importance => importance[i][t] * (spread[t] + x * x).sqrt(),
+            };
+            w[i][t] = weight;
             min[t] = if x < min[t] { x } else { min[t] };
             max[t] = if x > max[t] { x } else { max[t] };
-            sum_w[t] += w;
-            sum_x[t] += w * x;
+            sum_w[t] += weight;
+            sum_x[t] += weight * x;
         }
     }
     let (mut inverse, mut scale, mut flat) = ([0.0; L], [0.0; L], [0; L]);
@@ -212,6 +250,7 @@ pub(super) fn affine<const L: usize, const N: usize>(
 }
 
 /// What [`symmetric`] found for each group.
+#[derive(Clone, Copy)]
 pub(super) struct Scales<const L: usize> {
     pub scale: [f32; L],
     /// The inverse scale that gives the codes.
@@ -219,6 +258,9 @@ pub(super) struct Scales<const L: usize> {
 }
 
 impl<const L: usize> Scales<L> {
+    /// Of groups of nothing.
+    pub(super) const NONE: Self = Self { scale: [0.0; L], inverse: [0.0; L] };
+
     /// The codes of group `t`, whose weights are `x`, around `half`; 0 in a group of nothing.
     pub(super) fn codes(&self, half: i32, t: usize, x: &[f32], codes: &mut [u8]) {
         let nothing = extreme(x).abs() < NOTHING;
@@ -228,6 +270,18 @@ impl<const L: usize> Scales<L> {
             *code = if nothing { 0 } else { byte(l) };
         }
     }
+}
+
+/// All weights in one: loops over a weight of each group alone are taken for gathers.
+#[inline(always)]
+fn flat<const L: usize, const N: usize>(x: &Groups<L, N>) -> &[f32] {
+    x.0.as_flattened()
+}
+
+/// As [`flat`].
+#[inline(always)]
+fn flat_mut<const L: usize, const N: usize>(x: &mut Groups<L, N>) -> &mut [f32] {
+    x.0.as_flattened_mut()
 }
 
 /// The weight of largest magnitude of each group, as [`extreme`] finds it.
@@ -246,11 +300,9 @@ fn extremes<const L: usize, const N: usize>(x: &Groups<L, N>) -> [f32; L] {
 /// Each weight times itself.
 #[inline(always)]
 pub(super) fn squares<const L: usize, const N: usize>(x: &Groups<L, N>) -> Groups<L, N> {
-    let mut w = *x;
-    for i in 0..N {
-        for t in 0..L {
-            w.0[i][t] = x.0[i][t] * x.0[i][t];
-        }
+    let mut w = Groups([[0.0; L]; N]);
+    for (w, x) in flat_mut(&mut w).iter_mut().zip(flat(x)) {
+        *w = x * x;
     }
     w
 }
@@ -266,10 +318,8 @@ pub(super) fn symmetric<const L: usize, const N: usize>(
     let half = half as f32;
     let max = extremes(x);
     let mut wx = Groups([[0.0; L]; N]);
-    for i in 0..N {
-        for t in 0..L {
-            wx.0[i][t] = w.0[i][t] * x.0[i][t];
-        }
+    for (wx, (w, x)) in flat_mut(&mut wx).iter_mut().zip(flat(w).iter().zip(flat(x))) {
+        *wx = w * x;
     }
     let (mut best, mut scale, mut gain) = ([0.0; L], [0.0; L], [0.0; L]);
     // The plain scale first, then nine tenths of a step to either side.

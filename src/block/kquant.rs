@@ -3,7 +3,7 @@
 
 use super::f16_from_f32;
 use super::groups::{
-    Affine, Groups, LANES, Lines, WHOLE, affine, byte, limit, positive, side_by_side, whole,
+    Affine, Groups, LANES, Lines, WHOLE, Weight, affine, byte, limit, positive, side_by_side, whole,
 };
 
 /// Groups whose largest weight is below this are stored as zeros.
@@ -27,8 +27,6 @@ pub(super) trait Lined<const N: usize, const G: usize>: bytemuck::Pod {
     /// How much the mean square of the block counts in the importance of a weight.
     const SPREAD: f32;
 
-    /// What weighs squares without importance, for the weights `x`.
-    fn weigh(x: &Groups<LANES, N>) -> Groups<LANES, N>;
     /// Stores scales and minima, and gives those of each group as they will be read.
     fn store(&mut self, d: [u8; 2], dmin: [u8; 2], scales: &[u8; G], mins: &[u8; G]) -> [(f32, f32); G];
     /// Stores the codes.
@@ -60,8 +58,8 @@ pub(super) fn encode_lines<B: Lined<N, G>, const N: usize, const G: usize>(
 
 #[inline(always)]
 fn lines_plain<B: Lined<N, G>, const N: usize, const G: usize>(x: &[f32], blocks: &mut [B]) {
-    let turned = side_by_side(x);
-    let lines = affine(B::PLAIN, &turned, &B::weigh(&turned));
+    let turned = side_by_side::<LANES, N>(x);
+    let lines = affine(B::PLAIN, &turned, &turned, [0.0; LANES]);
     let found = lines.scale.as_chunks::<G>().0.iter().zip(lines.min.as_chunks::<G>().0);
     for (b, ((x, block), (scales, mins))) in x.as_chunks().0.iter().zip(blocks).zip(found).enumerate() {
         let (d, scales) = levels(scales, B::LEVELS, B::LIMITS[0]);
@@ -81,6 +79,7 @@ fn lines_weighed<B: Lined<N, G>, const N: usize, const G: usize>(
     blocks: &mut [B],
 ) {
     let how = Affine {
+        weight: Weight::Importance,
         codes: B::PLAIN.codes,
         attempts: 37,
         first: -0.9,
@@ -94,9 +93,11 @@ fn lines_weighed<B: Lined<N, G>, const N: usize, const G: usize>(
     let (mut found, mut weights) = (Groups([[0.0; LANES]; G]), Groups([[0.0; LANES]; G]));
     let parts = x.chunks(LANES * N).zip(importance.chunks(LANES * N));
     for (part, (lines, (x, importance))) in lines.iter_mut().zip(parts).enumerate() {
-        let x = side_by_side(x);
-        let w = weights_of::<N, G>(&x, &side_by_side(importance), &spreads, part);
-        *lines = affine(how, &x, &w);
+        let mut spread = [0.0; LANES];
+        for t in 0..LANES {
+            spread[t] = spreads[(part * LANES + t) / G];
+        }
+        *lines = affine(how, &side_by_side::<LANES, N>(x), &side_by_side(importance), spread);
         for t in 0..LANES {
             let (b, g) = ((part * LANES + t) / G, t % G);
             (found.0[g][b], found.0[g][b + BATCH]) = (lines.scale[t], lines.min[t]);
@@ -131,27 +132,6 @@ pub(super) fn spreads<const B: usize>(x: &[f32], times: f32) -> [f32; B] {
         *sum = times * *sum / 256.0;
     }
     sums
-}
-
-/// What weighs squares with importance, in part `part` of a batch of blocks.
-#[inline(always)]
-pub(super) fn weights_of<const N: usize, const G: usize>(
-    x: &Groups<LANES, N>,
-    importance: &Groups<LANES, N>,
-    spreads: &[f32],
-    part: usize,
-) -> Groups<LANES, N> {
-    let mut spread = [0.0; LANES];
-    for t in 0..LANES {
-        spread[t] = spreads[(part * LANES + t) / G];
-    }
-    let mut w = *importance;
-    for i in 0..N {
-        for t in 0..LANES {
-            w.0[i][t] *= (spread[t] + x.0[i][t] * x.0[i][t]).sqrt();
-        }
-    }
-    w
 }
 
 /// Values as multiples of the greatest by `levels`.

@@ -1,6 +1,6 @@
 //! Q2_K: 256 weights in 84 bytes, 16 groups with a scale and a minimum of 4 bits, codes of 2 bits.
 
-use super::groups::{Affine, Groups, LANES};
+use super::groups::{Affine, Weight};
 use super::kquant::{Lined, encode_lines, pack_pairs, unpack_pairs};
 use super::{Codec, decode_pairs, f32_from_f16};
 use crate::tensor::DType;
@@ -25,7 +25,7 @@ pub(super) const SCALAR: Codec = Codec {
     implementation: "scalar",
     encode: Some(|src, dst| encode(src, None, dst)),
     weigh: Some(|src, importance, dst| encode(src, Some(importance), dst)),
-    decode: |src, dst| decode_pairs(src, dst).for_each(|(block, y)| decode_block(block, y)),
+    decode: |src, dst| decode(src, dst),
     bound: None,
 };
 
@@ -35,22 +35,18 @@ pub(super) fn encode(src: &[f32], importance: Option<&[f32]>, dst: &mut [u8]) {
 }
 
 impl Lined<16, 16> for Block {
-    const PLAIN: Affine =
-        Affine { codes: 3, attempts: 16, first: -0.5, step: 0.1, absolute: true, limited: false };
+    const PLAIN: Affine = Affine {
+        weight: Weight::Magnitude,
+        codes: 3,
+        attempts: 16,
+        first: -0.5,
+        step: 0.1,
+        absolute: true,
+        limited: false,
+    };
     const LEVELS: u8 = 15;
     const LIMITS: [u8; 2] = [255, 255];
     const SPREAD: f32 = 1.0;
-
-    #[inline(always)]
-    fn weigh(x: &Groups<LANES, 16>) -> Groups<LANES, 16> {
-        let mut w = *x;
-        for i in 0..16 {
-            for t in 0..LANES {
-                w.0[i][t] = x.0[i][t].abs();
-            }
-        }
-        w
-    }
 
     #[inline(always)]
     fn store(&mut self, d: [u8; 2], dmin: [u8; 2], scales: &[u8; 16], mins: &[u8; 16]) -> [(f32, f32); 16] {
@@ -81,6 +77,14 @@ impl Block {
     }
 }
 
+#[inline(always)]
+fn decode(src: &[u8], dst: &mut [f32]) {
+    for (block, y) in decode_pairs(src, dst) {
+        decode_block(block, y);
+    }
+}
+
+#[inline(always)]
 fn decode_block(block: &Block, y: &mut [f32; 256]) {
     let mut codes = [0; 256];
     unpack_pairs(&block.qs, 0, &mut codes);

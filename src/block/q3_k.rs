@@ -1,10 +1,8 @@
 //! Q3_K: 256 weights in 110 bytes, 16 groups with a scale of 6 bits, codes of 3 bits around 4.
 
 use super::cast::extreme;
-use super::groups::{Groups, LANES, byte, descend, side_by_side, symmetric};
-use super::kquant::{
-    nearest, pack_bits, pack_pairs, requantize, spreads, unpack_bits, unpack_pairs, weights_of,
-};
+use super::groups::{Groups, LANES, Scales, byte, descend, side_by_side, symmetric};
+use super::kquant::{nearest, pack_bits, pack_pairs, requantize, spreads, unpack_bits, unpack_pairs};
 use super::{Codec, decode_pairs, f16_from_f32, f32_from_f16};
 use crate::tensor::DType;
 
@@ -29,7 +27,7 @@ pub(super) const SCALAR: Codec = Codec {
     implementation: "scalar",
     encode: Some(|src, dst| encode(src, None, dst)),
     weigh: Some(|src, importance, dst| encode(src, Some(importance), dst)),
-    decode: |src, dst| decode_pairs(src, dst).for_each(|(block, y)| decode_block(block, y)),
+    decode: |src, dst| decode(src, dst),
     bound: None,
 };
 
@@ -58,80 +56,98 @@ pub(super) fn encode(src: &[f32], importance: Option<&[f32]>, dst: &mut [u8]) {
 #[inline(always)]
 fn encode_plain(x: &[f32], blocks: &mut [Block]) {
     const GROUPS: usize = BATCH[0] * 16;
-    let turned = side_by_side::<GROUPS, 16>(x);
-    let mut found = Groups([[0.0; GROUPS]; 16]);
-    let scales = descend(4, &turned, &mut found);
-    let scales = scales.as_chunks::<16>().0;
-    for (b, ((x, block), found_scales)) in x.as_chunks().0.iter().zip(blocks).zip(scales).enumerate() {
-        let max = extreme(found_scales);
+    let mut codes = Groups([[0.0; GROUPS]; 16]);
+    let found = descend(4, &side_by_side::<GROUPS, 16>(x), &mut codes);
+    let found = found.as_chunks::<16>().0;
+    for (b, ((x, block), found)) in x.as_chunks().0.iter().zip(blocks).zip(found).enumerate() {
+        let max = extreme(found);
         let mut scales = [0; 16];
         block.d = [0; 2];
         if max != 0.0 {
             let inverse = -32.0 / max;
             for g in 0..16 {
-                scales[g] = ((nearest(inverse * found_scales[g]) as i8).clamp(-32, 31) + 32) as u8;
+                scales[g] = ((nearest(inverse * found[g]) as i8).clamp(-32, 31) + 32) as u8;
             }
             block.d = f16_from_f32(1.0 / inverse).to_le_bytes();
         }
-        let mut codes = [[0; 16]; 16];
-        for g in 0..16 {
+        block.store(x, &scales, |g, out| {
             for i in 0..16 {
-                codes[g][i] = byte(found.0[i][b * 16 + g]);
+                out[i] = byte(codes.0[i][b * 16 + g]);
             }
-        }
-        block.store(x, &scales, &mut codes);
+        });
     }
 }
 
 #[inline(always)]
 fn encode_weighed(x: &[f32], importance: &[f32], blocks: &mut [Block]) {
     let spreads = spreads::<LANES>(x, 2.0);
-    let mut codes = [[[0; 16]; 16]; LANES];
+    let mut lines = [Scales::NONE; LANES];
     let (mut found, mut weights) = (Groups([[0.0; LANES]; 16]), Groups([[0.0; LANES]; 16]));
     let parts = x.as_chunks::<256>().0.iter().zip(importance.as_chunks::<256>().0);
-    for (b, (x, importance)) in parts.enumerate() {
-        let turned = side_by_side(x);
-        let w = weights_of::<16, 16>(&turned, &side_by_side(importance), &spreads, b);
-        let scales = symmetric(4, &turned, &w);
+    for (b, (lines, (x, importance))) in lines.iter_mut().zip(parts).enumerate() {
+        let x = side_by_side::<LANES, 16>(x);
+        let (w, sums) = weigh(&x, &side_by_side(importance), spreads[b]);
+        *lines = symmetric(4, &x, &w);
         for t in 0..LANES {
-            found.0[t][b] = scales.scale[t];
-            for i in 0..16 {
-                weights.0[t][b] += w.0[i][t];
-            }
-            scales.codes(4, t, &x.as_chunks::<16>().0[t], &mut codes[b][t]);
+            (found.0[t][b], weights.0[t][b]) = (lines.scale[t], sums[t]);
         }
     }
     let d = symmetric(32, &found, &weights);
-    for (b, (x, block)) in x.as_chunks().0.iter().zip(blocks).enumerate() {
-        let (mut values, mut scales) = ([0.0; 16], [0; 16]);
-        for g in 0..16 {
-            values[g] = found.0[g][b];
-        }
-        d.codes(32, b, &values, &mut scales);
+    for (b, ((x, block), lines)) in x.as_chunks().0.iter().zip(blocks).zip(&lines).enumerate() {
+        let mut scales = [0; 16];
+        d.codes(32, b, &lines.scale, &mut scales);
         block.d = f16_from_f32(d.scale[b]).to_le_bytes();
-        block.store(x, &scales, &mut codes[b]);
+        block.store(x, &scales, |g, out| lines.codes(4, g, &x.as_chunks::<16>().0[g], out));
     }
+}
+
+/// The weights of squares with importance, and their sums.
+#[inline(always)]
+fn weigh(
+    x: &Groups<LANES, 16>,
+    importance: &Groups<LANES, 16>,
+    spread: f32,
+) -> (Groups<LANES, 16>, [f32; LANES]) {
+    let (mut w, mut sums) = (Groups([[0.0; LANES]; 16]), [0.0; LANES]);
+    for i in 0..16 {
+        for t in 0..LANES {
+            let weight = importance.0[i][t] * (spread + x.0[i][t] * x.0[i][t]).sqrt();
+            w.0[i][t] = weight;
+            sums[t] += weight;
+        }
+    }
+    (w, sums)
 }
 
 impl Block {
-    /// Stores scales, and codes for them as they will be read. A scale of 0 leaves what the search
-    /// found.
+    /// Stores scales, and codes for them as they will be read. A scale of 0 leaves the codes that
+    /// the search `found`.
     #[inline(always)]
-    fn store(&mut self, x: &[f32; 256], scales: &[u8; 16], codes: &mut [[u8; 16]; 16]) {
+    fn store(&mut self, x: &[f32; 256], scales: &[u8; 16], found: impl Fn(usize, &mut [u8; 16])) {
         self.scales = pack_scales(scales);
         let d = f32_from_f16(u16::from_le_bytes(self.d));
-        for ((x, codes), &scale) in x.as_chunks().0.iter().zip(codes.iter_mut()).zip(scales) {
-            let d = d * f32::from(scale as i8 - 32);
+        let mut codes = [0; 256];
+        for (g, (x, codes)) in x.as_chunks().0.iter().zip(codes.as_chunks_mut().0).enumerate() {
+            let d = d * f32::from(scales[g] as i8 - 32);
             if d != 0.0 {
                 requantize(x, d, 4, codes);
+            } else {
+                found(g, codes);
             }
         }
-        let codes = bytemuck::cast_ref(codes);
-        self.hmask = pack_bits(codes, 2);
-        self.qs = pack_pairs(codes, 0);
+        self.hmask = pack_bits(&codes, 2);
+        self.qs = pack_pairs(&codes, 0);
     }
 }
 
+#[inline(always)]
+fn decode(src: &[u8], dst: &mut [f32]) {
+    for (block, y) in decode_pairs(src, dst) {
+        decode_block(block, y);
+    }
+}
+
+#[inline(always)]
 fn decode_block(block: &Block, y: &mut [f32; 256]) {
     let d = f32_from_f16(u16::from_le_bytes(block.d));
     let mut codes = [0; 256];
@@ -155,7 +171,7 @@ fn pack_scales(scales: &[u8; 16]) -> [u8; 12] {
     packed
 }
 
-fn unpack_scales(packed: &[u8; 12]) -> [u8; 16] {
+pub(super) fn unpack_scales(packed: &[u8; 12]) -> [u8; 16] {
     std::array::from_fn(|j| {
         packed[j % 8] >> (4 * (j / 8)) & 15 | (packed[8 + j % 4] >> (2 * (j / 4)) & 3) << 4
     })

@@ -1,6 +1,6 @@
 //! Q4_K: 256 weights in 144 bytes, 8 groups with a scale and a minimum of 6 bits, codes of 4 bits.
 
-use super::groups::{Affine, Groups, LANES};
+use super::groups::{Affine, Weight};
 use super::kquant::{Lined, encode_lines, pack_halves, unpack_halves};
 use super::{Codec, decode_pairs, f32_from_f16};
 use crate::tensor::DType;
@@ -34,7 +34,7 @@ pub(super) const SCALAR: Codec = Codec {
     implementation: "scalar",
     encode: Some(|src, dst| encode(src, None, dst)),
     weigh: Some(|src, importance, dst| encode(src, Some(importance), dst)),
-    decode: |src, dst| decode_pairs(src, dst).for_each(|(block, y)| decode_block(block, y)),
+    decode: |src, dst| decode(src, dst),
     bound: None,
 };
 
@@ -44,16 +44,18 @@ pub(super) fn encode(src: &[f32], importance: Option<&[f32]>, dst: &mut [u8]) {
 }
 
 impl Lined<32, 8> for Block {
-    const PLAIN: Affine =
-        Affine { codes: 15, attempts: 21, first: -1.0, step: 0.1, absolute: false, limited: false };
+    const PLAIN: Affine = Affine {
+        weight: Weight::Mean,
+        codes: 15,
+        attempts: 21,
+        first: -1.0,
+        step: 0.1,
+        absolute: false,
+        limited: false,
+    };
     const LEVELS: u8 = 63;
     const LIMITS: [u8; 2] = [63, 255];
     const SPREAD: f32 = 2.0;
-
-    #[inline(always)]
-    fn weigh(x: &Groups<LANES, 32>) -> Groups<LANES, 32> {
-        weigh(x)
-    }
 
     #[inline(always)]
     fn store(&mut self, d: [u8; 2], dmin: [u8; 2], scales: &[u8; 8], mins: &[u8; 8]) -> [(f32, f32); 8] {
@@ -67,30 +69,18 @@ impl Lined<32, 8> for Block {
     }
 }
 
+#[inline(always)]
+fn decode(src: &[u8], dst: &mut [f32]) {
+    for (block, y) in decode_pairs(src, dst) {
+        decode_block(block, y);
+    }
+}
+
+#[inline(always)]
 fn decode_block(block: &Block, y: &mut [f32; 256]) {
     let mut codes = [0; 256];
     unpack_halves::<32>(&block.qs, &mut codes);
     block.scales.decode(&codes, y);
-}
-
-/// The root of a group's mean square plus each weight's magnitude.
-#[inline(always)]
-pub(super) fn weigh(x: &Groups<LANES, 32>) -> Groups<LANES, 32> {
-    let (mut mean, mut w) = ([0.0; LANES], *x);
-    for i in 0..32 {
-        for t in 0..LANES {
-            mean[t] += x.0[i][t] * x.0[i][t];
-        }
-    }
-    for t in 0..LANES {
-        mean[t] = (mean[t] / 32.0).sqrt();
-    }
-    for i in 0..32 {
-        for t in 0..LANES {
-            w.0[i][t] = mean[t] + x.0[i][t].abs();
-        }
-    }
-    w
 }
 
 impl Scales {
@@ -105,18 +95,16 @@ impl Scales {
     }
 
     /// Scale and minimum of each group.
+    #[inline(always)]
     pub(super) fn values(&self) -> [(f32, f32); 8] {
         let d = f32_from_f16(u16::from_le_bytes(self.d));
         let dmin = f32_from_f16(u16::from_le_bytes(self.dmin));
-        let p = &self.packed;
-        std::array::from_fn(|j| {
-            let (scale, min) = if j < 4 {
-                (p[j] & 63, p[j + 4] & 63)
-            } else {
-                (p[j + 4] & 15 | p[j - 4] >> 6 << 4, p[j + 4] >> 4 | p[j] >> 6 << 4)
-            };
-            (d * f32::from(scale), dmin * f32::from(min))
-        })
+        let (scales, mins) = unpack(&self.packed);
+        let mut values = [(0.0, 0.0); 8];
+        for j in 0..8 {
+            values[j] = (d * f32::from(scales[j]), dmin * f32::from(mins[j]));
+        }
+        values
     }
 }
 
@@ -126,4 +114,15 @@ pub(super) fn pack(scales: &[u8; 8], mins: &[u8; 8]) -> [u8; 12] {
         4..8 => mins[j - 4] | mins[j] >> 4 << 6,
         _ => scales[j - 4] & 15 | mins[j - 4] << 4,
     })
+}
+
+/// The inverse of [`pack`], four groups at once.
+#[inline(always)]
+pub(super) fn unpack(packed: &[u8; 12]) -> ([u8; 8], [u8; 8]) {
+    let word = |n: usize| u32::from_le_bytes(packed.as_chunks().0[n]);
+    let (scales, mins, low) = (word(0), word(1), word(2));
+    let top = |word: u32| word >> 2 & 0x3030_3030;
+    let eight =
+        |first: u32, last: u32| (u64::from(first & 0x3F3F_3F3F) | u64::from(last) << 32).to_le_bytes();
+    (eight(scales, low & 0x0F0F_0F0F | top(scales)), eight(mins, low >> 4 & 0x0F0F_0F0F | top(mins)))
 }

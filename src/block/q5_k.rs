@@ -1,6 +1,6 @@
 //! Q5_K: 256 weights in 176 bytes, 8 groups with a scale and a minimum of 6 bits, codes of 5 bits.
 
-use super::groups::{Affine, Groups, LANES};
+use super::groups::{Affine, Weight};
 use super::kquant::{Lined, encode_lines, pack_bits, pack_halves, unpack_bits, unpack_halves};
 use super::q4_k::{self, Scales};
 use super::{Codec, decode_pairs};
@@ -23,7 +23,7 @@ pub(super) const SCALAR: Codec = Codec {
     implementation: "scalar",
     encode: Some(|src, dst| encode(src, None, dst)),
     weigh: Some(|src, importance, dst| encode(src, Some(importance), dst)),
-    decode: |src, dst| decode_pairs(src, dst).for_each(|(block, y)| decode_block(block, y)),
+    decode: |src, dst| decode(src, dst),
     bound: None,
 };
 
@@ -33,16 +33,18 @@ pub(super) fn encode(src: &[f32], importance: Option<&[f32]>, dst: &mut [u8]) {
 }
 
 impl Lined<32, 8> for Block {
-    const PLAIN: Affine =
-        Affine { codes: 31, attempts: 16, first: -0.5, step: 0.1, absolute: false, limited: false };
+    const PLAIN: Affine = Affine {
+        weight: Weight::Mean,
+        codes: 31,
+        attempts: 16,
+        first: -0.5,
+        step: 0.1,
+        absolute: false,
+        limited: false,
+    };
     const LEVELS: u8 = 63;
     const LIMITS: [u8; 2] = [63, 63];
     const SPREAD: f32 = 2.0;
-
-    #[inline(always)]
-    fn weigh(x: &Groups<LANES, 32>) -> Groups<LANES, 32> {
-        q4_k::weigh(x)
-    }
 
     #[inline(always)]
     fn store(&mut self, d: [u8; 2], dmin: [u8; 2], scales: &[u8; 8], mins: &[u8; 8]) -> [(f32, f32); 8] {
@@ -57,6 +59,14 @@ impl Lined<32, 8> for Block {
     }
 }
 
+#[inline(always)]
+fn decode(src: &[u8], dst: &mut [f32]) {
+    for (block, y) in decode_pairs(src, dst) {
+        decode_block(block, y);
+    }
+}
+
+#[inline(always)]
 fn decode_block(block: &Block, y: &mut [f32; 256]) {
     let mut codes = [0; 256];
     unpack_halves::<32>(&block.qs, &mut codes);

@@ -87,6 +87,18 @@ impl Decode for Avx2 {
     unsafe fn add(self, s: f32) -> Self {
         each!(self, v => _mm256_add_ps(v, _mm256_set1_ps(s)))
     }
+
+    #[inline(always)]
+    unsafe fn mul_halves(self, s: [f32; 2]) -> Self {
+        let ([a, b, c, d], s) = (self.0, [_mm256_set1_ps(s[0]), _mm256_set1_ps(s[1])]);
+        Self([_mm256_mul_ps(a, s[0]), _mm256_mul_ps(b, s[0]), _mm256_mul_ps(c, s[1]), _mm256_mul_ps(d, s[1])])
+    }
+
+    #[inline(always)]
+    unsafe fn add_halves(self, s: [f32; 2]) -> Self {
+        let ([a, b, c, d], s) = (self.0, [_mm256_set1_ps(s[0]), _mm256_set1_ps(s[1])]);
+        Self([_mm256_add_ps(a, s[0]), _mm256_add_ps(b, s[0]), _mm256_add_ps(c, s[1]), _mm256_add_ps(d, s[1])])
+    }
 }
 
 impl Encode for Avx2 {

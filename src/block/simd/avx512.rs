@@ -46,4 +46,14 @@ impl Decode for Avx512 {
         let s = _mm512_set1_ps(s);
         Self([_mm512_add_ps(self.0[0], s), _mm512_add_ps(self.0[1], s)])
     }
+
+    #[inline(always)]
+    unsafe fn mul_halves(self, s: [f32; 2]) -> Self {
+        Self([_mm512_mul_ps(self.0[0], _mm512_set1_ps(s[0])), _mm512_mul_ps(self.0[1], _mm512_set1_ps(s[1]))])
+    }
+
+    #[inline(always)]
+    unsafe fn add_halves(self, s: [f32; 2]) -> Self {
+        Self([_mm512_add_ps(self.0[0], _mm512_set1_ps(s[0])), _mm512_add_ps(self.0[1], _mm512_set1_ps(s[1]))])
+    }
 }

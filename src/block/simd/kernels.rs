@@ -28,7 +28,7 @@ pub(super) unsafe fn f32(half: [u8; 2]) -> f32 {
 }
 
 #[inline(always)]
-unsafe fn load(bytes: &[u8; 32]) -> __m256i {
+pub(super) unsafe fn load(bytes: &[u8; 32]) -> __m256i {
     _mm256_loadu_si256(bytes.as_ptr().cast())
 }
 

@@ -57,6 +57,10 @@ trait Decode: Copy {
     /// The first 16 weights times `low`, the others times `high`.
     unsafe fn mul_halves(self, low: f32, high: f32) -> Self;
     unsafe fn add(self, s: f32) -> Self;
+    /// The first 16 lanes times one number, the others times another.
+    unsafe fn mul_halves(self, s: [f32; 2]) -> Self;
+    /// As [`Self::mul_halves`].
+    unsafe fn add_halves(self, s: [f32; 2]) -> Self;
 }
 
 /// What encoding needs beyond it.
