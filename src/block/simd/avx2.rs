@@ -78,12 +78,6 @@ impl Decode for Avx2 {
     }
 
     #[inline(always)]
-    unsafe fn mul_halves(self, low: f32, high: f32) -> Self {
-        let ([a, b, c, d], low, high) = (self.0, _mm256_set1_ps(low), _mm256_set1_ps(high));
-        Self([_mm256_mul_ps(a, low), _mm256_mul_ps(b, low), _mm256_mul_ps(c, high), _mm256_mul_ps(d, high)])
-    }
-
-    #[inline(always)]
     unsafe fn add(self, s: f32) -> Self {
         each!(self, v => _mm256_add_ps(v, _mm256_set1_ps(s)))
     }

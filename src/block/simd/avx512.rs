@@ -36,12 +36,6 @@ impl Decode for Avx512 {
     }
 
     #[inline(always)]
-    unsafe fn mul_halves(self, low: f32, high: f32) -> Self {
-        let [a, b] = self.0;
-        Self([_mm512_mul_ps(a, _mm512_set1_ps(low)), _mm512_mul_ps(b, _mm512_set1_ps(high))])
-    }
-
-    #[inline(always)]
     unsafe fn add(self, s: f32) -> Self {
         let s = _mm512_set1_ps(s);
         Self([_mm512_add_ps(self.0[0], s), _mm512_add_ps(self.0[1], s)])

@@ -42,7 +42,7 @@ pub(super) unsafe fn decode_nvfp4<V: Decode>(src: &[u8], dst: &mut [f32]) {
             // Two groups: a group's eight low halves, then its eight high halves.
             let both = _mm256_permute4x64_epi64(from_nibbles(qs), 0b11_01_10_00);
             let (low, high) = (nvfp4::half_scale(d[0]), nvfp4::half_scale(d[1]));
-            V::from_i8(values(both)).mul_halves(low, high).store(y);
+            V::from_i8(values(both)).mul_halves([low, high]).store(y);
         }
     }
 }

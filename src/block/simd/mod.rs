@@ -54,8 +54,6 @@ trait Decode: Copy {
     /// From signed bytes.
     unsafe fn from_i8(q: __m256i) -> Self;
     unsafe fn mul(self, s: f32) -> Self;
-    /// The first 16 weights times `low`, the others times `high`.
-    unsafe fn mul_halves(self, low: f32, high: f32) -> Self;
     unsafe fn add(self, s: f32) -> Self;
     /// The first 16 lanes times one number, the others times another.
     unsafe fn mul_halves(self, s: [f32; 2]) -> Self;
