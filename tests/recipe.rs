@@ -173,7 +173,9 @@ impl Bench {
             return;
         }
         theirs.unwrap_or_else(|e| panic!("{what}: {e}"));
-        let gguf = Gguf::open(&self.output, &Limits::default()).unwrap();
+        let shard = self.dir.path().join("out.gguf-00001-of-00001.gguf");
+        let output = if options.keep_split { &shard } else { &self.output };
+        let gguf = Gguf::open(output, &Limits::default()).unwrap();
         assert_eq!(gguf.metadata.u64("general.file_type"), Some(u64::from(recipe.id)), "{what}");
         let theirs: BTreeMap<_, _> =
             gguf.store.tensors().iter().map(|t| (t.name.as_str(), t.dtype)).collect();
@@ -465,6 +467,23 @@ fn wishes() {
             }
         }
     }
+}
+
+#[test]
+fn shards_that_are_kept() {
+    let mut bench = Bench::new();
+    let model = Hollow::new("llama", 24, 4, 1, 0).ends(256, false).layers(DENSE, 256);
+    model.write(&bench.input);
+    let facts = ModelFacts::from_metadata(&model.metadata).unwrap();
+    let mut types = Vec::new();
+    for file_order in [true, false] {
+        let recipe = Recipe::parse("Q4_K_M").unwrap();
+        let overrides = Overrides { file_order, ..Overrides::default() };
+        let options = QuantizeOptions { keep_split: file_order, ..QuantizeOptions::new(recipe.id) };
+        bench.compare("shards kept", recipe, &facts, &overrides, &options, &model.list());
+        types.push(recipe.choose(&facts, &overrides, &model.list()).unwrap());
+    }
+    assert_ne!(types[0], types[1]);
 }
 
 #[test]
