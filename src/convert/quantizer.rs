@@ -412,10 +412,10 @@ impl Report {
         let unused: Vec<String> =
             matrix.entries.keys().filter(|name| !self.present.contains(*name)).cloned().collect();
         for (names, what) in [
-            (&self.missing, "have no entry in the importance matrix and are quantized without"),
+            (&self.missing, "have no entry in the importance matrix, and are quantized without"),
             (
                 &self.wrong_size,
-                "have an entry of the wrong size in the importance matrix and are quantized without",
+                "have an entry of the wrong size in the importance matrix, and are quantized without",
             ),
             (&self.all_zero, "have an entry of zeros only: all their weights count alike, as nothing"),
             (
@@ -423,13 +423,13 @@ impl Report {
                 "have negative importance, which is no mean of squares; it is used as it stands",
             ),
             (&self.unseen, "have experts that the calibration text never reached; their columns count alike"),
-            (&unused, "of the importance matrix belong to no tensor"),
+            (&unused, "belong to no tensor of the model"),
         ] {
             if !names.is_empty() {
+                let thing = if names == &unused { "entries" } else { "tensors" };
                 notes.push(format!(
-                    "{} {} {what}: {}{}",
+                    "{thing} that {what}: {} ({}{})",
                     names.len(),
-                    if names == &unused { "entries" } else { "tensors" },
                     names[..names.len().min(3)].join(", "),
                     if names.len() > 3 { ", ..." } else { "" },
                 ));
