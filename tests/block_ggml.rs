@@ -77,12 +77,16 @@ fn chunks(distribution: usize) -> usize {
     (rows / CHUNK).max(1)
 }
 
-/// Encoders that search a grid stop the process, or loop, on what is not finite: they get all
-/// distributions but the last two.
+/// Encoders that search a grid stop the process, or loop, on what is not finite. So do those of IQ2
+/// and IQ3 where a sum of squares is not: when it is infinite, no point is nearest.
 fn takes(dtype: DType, distribution: usize) -> bool {
-    let grid =
-        dtype.name().starts_with("IQ1") || dtype.name().starts_with("IQ2") || dtype.name().starts_with("IQ3");
-    distribution < DISTRIBUTIONS.len() - if grid { 2 } else { 0 }
+    let family = |names: &[&str]| names.iter().any(|n| dtype.name().starts_with(n));
+    match DISTRIBUTIONS[distribution].0 {
+        "any bits" | "nan and infinity" => !family(&["IQ1", "IQ2", "IQ3"]),
+        "huge" => !family(&["IQ2", "IQ3"]),
+        "extremes" => dtype == DType::IQ2_XXS || !family(&["IQ2", "IQ3"]),
+        _ => true,
+    }
 }
 
 /// SplitMix64: small, seeded, good enough.

@@ -11,8 +11,8 @@
 
 mod cast;
 mod float;
-#[allow(dead_code)]
 mod grid;
+mod grid_search;
 mod iq2_s;
 mod iq2_xs;
 mod iq2_xxs;
