@@ -14,6 +14,7 @@
 
 mod avx2;
 mod avx512;
+mod grid;
 mod kernels;
 
 use super::{Codec, float, q4_0, q4_1, q5_0, q5_1, q8_0, tq1_0, tq2_0};
@@ -33,9 +34,9 @@ pub(super) fn tables() -> impl Iterator<Item = &'static [Codec]> {
 }
 
 /// The tables that AVX2 and F16C are enough for, one for each family of types.
-static AVX2: &[&[Codec]] = &[SIMPLE_AVX2];
+static AVX2: &[&[Codec]] = &[SIMPLE_AVX2, grid::AVX2];
 /// The tables that need AVX-512 F, BW, VL and DQ as well.
-static AVX512: &[&[Codec]] = &[SIMPLE_AVX512];
+static AVX512: &[&[Codec]] = &[SIMPLE_AVX512, grid::AVX512];
 
 /// 32 weights in registers, lane `i` for weight `i`: what decoding needs.
 ///
