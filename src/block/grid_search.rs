@@ -12,33 +12,74 @@ use super::kquant::nearest;
 
 /// Compares candidates: what implementations do differently.
 pub(super) trait Closest {
-    /// The word of the candidate `c` for which `sum((root * (scale * q - x))^2)` is least, where `q`
-    /// is twice a code of `c` plus 1: the first among equals, the very first where no sum is finite.
-    fn closest<const D: usize>(near: &[Candidates], x: &[f32; D], root: &[f32; D], scale: f32) -> u16;
+    /// For each of two scales, the word of the candidate `c` for which
+    /// `sum(root * (scale * q - x)^2)` is least, where `q` is twice a code of `c` plus 1: the first
+    /// among equals, the very first where no sum is finite. And whether both are one candidate that
+    /// wins for every scale between as well.
+    ///
+    /// A candidate's sum less another's is `scale * (a * scale - b)`, and so changes its sign once
+    /// at most: who wins at both ends wins between, but for roundings. Those are within
+    /// [`margin`] of the sums of the ends.
+    fn closest<const D: usize>(
+        near: &[Candidates],
+        x: &[f32; D],
+        root: &[f32; D],
+        scales: [f32; 2],
+        slack: f32,
+    ) -> ([u16; 2], bool);
 }
+
+/// By how much the winner's sum `least` must undercut others at the ends. With `u` = 2^-24, a sum of
+/// at most eight terms is off by less than `12 u` of itself and `u` of what it would be without `x`;
+/// that bounds how much it may change on the way from one end to the other too. This is more than
+/// three times as much as the roundings of two sums at both ends and between them come to, as long
+/// as the greater scale is below twice the lesser.
+#[inline(always)]
+pub(super) fn margin(scale: f32, slack: f32, least: f32) -> f32 {
+    scale * scale * slack + least * SLACK + 1e-30
+}
+
+const SLACK: f32 = 1.0 / 16384.0;
 
 /// [`Closest`] as the compiler vectorizes it.
 pub(super) struct Portable;
 
 impl Closest for Portable {
     #[inline(always)]
-    fn closest<const D: usize>(near: &[Candidates], x: &[f32; D], root: &[f32; D], scale: f32) -> u16 {
-        let mut best = (f32::MAX, near[0][0]);
+    fn closest<const D: usize>(
+        near: &[Candidates],
+        x: &[f32; D],
+        root: &[f32; D],
+        scales: [f32; 2],
+        slack: f32,
+    ) -> ([u16; 2], bool) {
+        // The least sum with its word, and the least of all others.
+        let mut best = [(f32::MAX, near[0][0]); 2];
+        let mut second = [f32::INFINITY; 2];
         for words in near {
-            let mut distances = [0.0; LANES];
+            let mut sums = [[0.0; LANES]; 2];
             for i in 0..D {
                 for c in 0..LANES {
-                    let diff = scale * value::<D>(words[c].into(), i) - x[i];
-                    distances[c] += root[i] * diff * diff;
+                    let value = value::<D>(words[c].into(), i);
+                    for e in 0..2 {
+                        let diff = scales[e] * value - x[i];
+                        sums[e][c] += root[i] * diff * diff;
+                    }
                 }
             }
-            for c in 0..LANES {
-                if distances[c] < best.0 {
-                    best = (distances[c], words[c]);
+            for e in 0..2 {
+                for c in 0..LANES {
+                    if sums[e][c] < best[e].0 {
+                        second[e] = best[e].0;
+                        best[e] = (sums[e][c], words[c]);
+                    } else if words[c] != best[e].1 && !(sums[e][c] >= second[e]) {
+                        second[e] = sums[e][c];
+                    }
                 }
             }
         }
-        best.1
+        let sure = |e: usize| second[e] > best[e].0 + margin(scales[e], slack, best[e].0);
+        (best.map(|b| b.1), best[0].1 == best[1].1 && sure(0) && sure(1))
     }
 }
 
@@ -136,6 +177,18 @@ impl<const D: usize, const K: usize> Group<D, K> {
         Self { x, weight, root, signs, max }
     }
 
+    /// What group `k` gives to [`margin`]: infinite where sums might not be finite.
+    #[inline(always)]
+    fn slack(&self, k: usize, levels: usize) -> f32 {
+        let (mut sum, mut farthest) = (0.0, 0.0);
+        for i in 0..D {
+            sum += self.root[k][i];
+            farthest += self.x[k][i].abs();
+        }
+        let most = (2 * levels - 1) as f32;
+        if sum < 1e15 && farthest < 1e15 { SLACK * most * most * sum } else { f32::INFINITY }
+    }
+
     /// The signs to store after the search.
     pub(super) fn signs(&self, flip: bool, even: bool) -> [u8; 4] {
         self.signs.map(|s| if flip { !s & if even { 127 } else { 255 } } else { s })
@@ -157,8 +210,9 @@ impl<const D: usize, const K: usize> Group<D, K> {
             let n = (a as i32 - attempts as i32) as f32;
             inverses[a] = ((2 * levels - 1) as f32 + n * step) / max;
         }
-        // Words of the points, and a bit for each attempt whose code vector was one.
-        let mut words = [[0u32; A]; K];
+        // Words of the points, and a bit for each attempt whose code vector was one. Runs of words
+        // are written by eights, beyond their end into what follows.
+        let mut words = [[0u32; A]; 9];
         let mut exact = [0u32; K];
         for k in 0..K {
             let mut index = [0i32; A];
@@ -167,15 +221,35 @@ impl<const D: usize, const K: usize> Group<D, K> {
                     index[a] = index[a] * levels as i32 + code(inverses[a], self.x[k][i], levels);
                 }
             }
-            for a in 0..=2 * attempts {
-                let found = grid.find(index[a] as usize);
-                exact[k] |= u32::from(found.exact) << a;
-                words[k][a] = if found.exact {
-                    found.near[0][0]
+            let mut changes = 1 << (2 * attempts + 1);
+            for a in 1..A {
+                changes |= u32::from(index[a] != index[a - 1]) << a;
+            }
+            let words = &mut words.as_flattened_mut()[k * A..];
+            let (x, root, slack) = (&self.x[k], &self.root[k], self.slack(k, levels));
+            let mut start = 0;
+            while start <= 2 * attempts {
+                let end = changes.trailing_zeros() as usize;
+                changes &= changes - 1;
+                let found = grid.find(index[start] as usize);
+                if found.exact {
+                    exact[k] |= (1 << end) - (1 << start);
+                    fill(words, start, end, found.near[0][0]);
                 } else {
-                    V::closest(found.near, &self.x[k], &self.root[k], 1.0 / inverses[a])
+                    let near = found.near;
+                    let scales = [1.0 / inverses[start], 1.0 / inverses[end - 1]];
+                    let (ends, sure) = V::closest(near, x, root, scales, slack);
+                    fill(words, start, end, ends[0]);
+                    if !sure {
+                        for a in (start + 1..end - 1).step_by(2) {
+                            let scales = [1.0 / inverses[a], 1.0 / inverses[a + 1]];
+                            let (two, _) = V::closest(near, x, root, scales, slack);
+                            (words[a], words[a + 1]) = (two[0].into(), two[1].into());
+                        }
+                        words[end - 1] = ends[1].into();
+                    }
                 }
-                .into();
+                start = end;
             }
         }
         let (mut xq, mut q2) = ([0.0; A], [0.0; A]);
@@ -220,7 +294,7 @@ impl<const D: usize, const K: usize> Group<D, K> {
                         index = index * levels + code(inverse, self.x[k][i], levels) as usize;
                     }
                     let near = grid.find(index).near;
-                    chosen[k] = V::closest(near, &self.x[k], &self.root[k], scale);
+                    chosen[k] = V::closest(near, &self.x[k], &self.root[k], [scale; 2], 0.0).0[0];
                 }
             }
             let (mut xq, mut q2) = (0.0, 0.0);
@@ -236,6 +310,15 @@ impl<const D: usize, const K: usize> Group<D, K> {
             }
         }
         Fit { scale: scale.abs(), words: chosen, flip: scale < 0.0 }
+    }
+}
+
+/// Writes `word` to `words[start..end]` and up to seven places beyond.
+#[inline(always)]
+fn fill(words: &mut [u32], mut start: usize, end: usize, word: u16) {
+    while start < end {
+        words[start..start + LANES].fill(word.into());
+        start += LANES;
     }
 }
 
