@@ -11,8 +11,8 @@
 
 mod cast;
 mod float;
-#[allow(dead_code)]
 mod grid;
+mod grid_search;
 mod groups;
 mod iq1;
 mod iq1_m;
