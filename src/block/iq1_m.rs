@@ -171,13 +171,23 @@ fn store(found: &Found<2>, x: &[[f32; 16]; GROUPS], weights: &[[f32; 16]; GROUPS
 }
 
 fn decode_block(block: &Block, y: &mut [f32; 256]) {
-    let words = block.scales.map(u16::from_le_bytes);
-    let d = f32_from_f16(words[0] >> 12 | words[1] >> 12 << 4 | words[2] >> 12 << 8 | words[3] >> 12 << 12);
+    let (d, words) = block.scales();
+    let d = f32_from_f16(d);
     for (n, y) in y.as_chunks_mut::<8>().0.iter_mut().enumerate() {
         let scale = words[n / 8] >> (3 * (n / 2 % 4)) & 7;
         let high = u16::from(block.qh[n / 2]) >> (4 * (n % 2));
         let d = d * f32::from(2 * scale + 1);
         let levels = (if high & 8 == 0 { UP } else { DOWN }).map(|level| d * level);
         decode_eight(WORDS[usize::from(u16::from(block.qs[n]) | (high & 7) << 8)], &levels, y);
+    }
+}
+
+impl Block {
+    /// The f16 `d`, and the words with the scales.
+    #[inline(always)]
+    pub(super) fn scales(&self) -> (u16, [u16; 4]) {
+        let words = self.scales.map(u16::from_le_bytes);
+        let d = words[0] >> 12 | words[1] >> 12 << 4 | words[2] >> 12 << 8 | words[3] >> 12 << 12;
+        (d, words)
     }
 }
