@@ -3,21 +3,103 @@
 
 use super::kernels;
 use crate::block::grid::Candidates;
-use crate::block::iq1::{DOWN, Nearest, UP, WORDS};
+use crate::block::iq1::{DOWN, Each, Means, UP, WORDS, Wide};
 use crate::block::{Codec, decode_pairs, iq1_m, iq1_s};
 use core::arch::x86_64::*;
 
-/// Candidates side by side, terms looked up by their codes.
-struct Permute;
+/// The means of AVX2 and of AVX-512.
+struct Avx2;
+struct Avx512;
 
-impl Nearest for Permute {
-    #[inline(always)]
-    fn nearest(near: &[Candidates], terms: &[[f32; 4]; 8]) -> u16 {
-        // SAFETY: used by the tables below only, with AVX2.
-        unsafe { nearest(near, terms) }
+macro_rules! means {
+    ($means:ident, $wide:ty) => {
+        impl Means for $means {
+            type Wide = $wide;
+
+            #[inline(always)]
+            fn nearest(near: &[Candidates], terms: &[[f32; 4]; 8]) -> u16 {
+                // SAFETY: used by the tables below only, with AVX2.
+                unsafe { nearest(near, terms) }
+            }
+        }
+    };
+}
+means!(Avx2, Pair);
+means!(Avx512, __m512);
+
+#[derive(Clone, Copy)]
+struct Pair(__m256, __m256);
+
+/// Methods of [`Wide`], each an expression of registers.
+macro_rules! wide {
+    ($mask:ty, $($name:ident($($arg:tt)*) -> $result:ty { $body:expr })*) => {
+        type Mask = $mask;
+
+        $(#[inline(always)]
+        fn $name($($arg)*) -> $result {
+            // SAFETY: used by the tables below only, with the features; a load or store is of an
+            // array of 16 numbers.
+            unsafe { $body }
+        })*
+    };
+}
+
+impl Wide for __m512 {
+    wide! {
+        __mmask16,
+        load(x: &Each) -> Self { _mm512_loadu_ps(x.as_ptr()) }
+        splat(x: f32) -> Self { _mm512_set1_ps(x) }
+        add(self, b: Self) -> Self { _mm512_add_ps(self, b) }
+        sub(self, b: Self) -> Self { _mm512_sub_ps(self, b) }
+        mul(self, b: Self) -> Self { _mm512_mul_ps(self, b) }
+        div(self, b: Self) -> Self { _mm512_div_ps(self, b) }
+        no_more(self, b: Self) -> __mmask16 { _mm512_cmp_ps_mask::<_CMP_LE_OQ>(self, b) }
+        gains(l2: Self, a: Self, b: Self) -> __mmask16 {
+            _mm512_mask_cmp_ps_mask::<_CMP_GT_OQ>(_mm512_cmp_ps_mask::<_CMP_GT_OQ>(l2, _mm512_setzero_ps()), a, b)
+        }
+        select(mask: __mmask16, yes: Self, no: Self) -> Self { _mm512_mask_mov_ps(no, mask, yes) }
+        store(self) -> Each {{
+            let mut x = [0.0; 16];
+            _mm512_storeu_ps(x.as_mut_ptr(), self);
+            x
+        }}
     }
 }
 
+impl Wide for Pair {
+    wide! {
+        Pair,
+        load(x: &Each) -> Self { Pair(_mm256_loadu_ps(x.as_ptr()), _mm256_loadu_ps(x.as_ptr().add(8))) }
+        splat(x: f32) -> Self { Pair(_mm256_set1_ps(x), _mm256_set1_ps(x)) }
+        add(self, b: Self) -> Self { Pair(_mm256_add_ps(self.0, b.0), _mm256_add_ps(self.1, b.1)) }
+        sub(self, b: Self) -> Self { Pair(_mm256_sub_ps(self.0, b.0), _mm256_sub_ps(self.1, b.1)) }
+        mul(self, b: Self) -> Self { Pair(_mm256_mul_ps(self.0, b.0), _mm256_mul_ps(self.1, b.1)) }
+        div(self, b: Self) -> Self { Pair(_mm256_div_ps(self.0, b.0), _mm256_div_ps(self.1, b.1)) }
+        no_more(self, b: Self) -> Self {
+            Pair(_mm256_cmp_ps::<_CMP_LE_OQ>(self.0, b.0), _mm256_cmp_ps::<_CMP_LE_OQ>(self.1, b.1))
+        }
+        gains(l2: Self, a: Self, b: Self) -> Self {
+            Pair(gains(l2.0, a.0, b.0), gains(l2.1, a.1, b.1))
+        }
+        select(mask: Self, yes: Self, no: Self) -> Self {
+            Pair(_mm256_blendv_ps(no.0, yes.0, mask.0), _mm256_blendv_ps(no.1, yes.1, mask.1))
+        }
+        store(self) -> Each {{
+            let mut x = [0.0; 16];
+            _mm256_storeu_ps(x.as_mut_ptr(), self.0);
+            _mm256_storeu_ps(x.as_mut_ptr().add(8), self.1);
+            x
+        }}
+    }
+}
+
+#[inline(always)]
+unsafe fn gains(l2: __m256, a: __m256, b: __m256) -> __m256 {
+    let positive = _mm256_cmp_ps::<_CMP_GT_OQ>(l2, _mm256_setzero_ps());
+    _mm256_and_ps(positive, _mm256_cmp_ps::<_CMP_GT_OQ>(a, b))
+}
+
+/// Candidates side by side, terms looked up by their codes.
 #[inline(always)]
 unsafe fn nearest(near: &[Candidates], terms: &[[f32; 4]; 8]) -> u16 {
     let mut least = _mm256_set1_ps(f32::MAX);
@@ -106,15 +188,15 @@ unsafe fn decode_m(src: &[u8], dst: &mut [f32]) {
 }
 
 macro_rules! table {
-    ($table:ident, $name:literal, $features:literal) => {
+    ($table:ident, $name:literal, $features:literal, $means:ty) => {
         pub(super) static $table: &[Codec] = {
             #[target_feature(enable = $features)]
             unsafe fn encode_s(row: &[f32], importance: &[f32], dst: &mut [u8]) {
-                iq1_s::encode::<Permute>(row, importance, dst);
+                iq1_s::encode::<$means>(row, importance, dst);
             }
             #[target_feature(enable = $features)]
             unsafe fn encode_m(src: &[f32], importance: Option<&[f32]>, dst: &mut [u8]) {
-                iq1_m::encode::<Permute>(src, importance, dst);
+                iq1_m::encode::<$means>(src, importance, dst);
             }
             #[target_feature(enable = $features)]
             unsafe fn run_s(src: &[u8], dst: &mut [f32]) {
@@ -149,5 +231,5 @@ macro_rules! table {
     };
 }
 
-table!(IQ1_AVX2, "avx2", "avx2,f16c");
-table!(IQ1_AVX512, "avx512", "avx512f,avx512bw,avx512vl,avx512dq,avx2,f16c");
+table!(IQ1_AVX2, "avx2", "avx2,f16c", Avx2);
+table!(IQ1_AVX512, "avx512", "avx512f,avx512bw,avx512vl,avx512dq,avx2,f16c", Avx512);
