@@ -79,14 +79,17 @@ fn chunks(distribution: usize) -> usize {
     (rows / CHUNK).max(1)
 }
 
-/// Encoders that search a grid stop the process, or loop, on what is not finite: they get all
-/// distributions but the last two. IQ1_M's also stops where the weighted sum over a group overflows:
-/// it does not get the distributions of which one block in some thousands does that.
+/// Encoders that search a grid stop the process, or loop, on what is not finite. So do those of IQ2
+/// and IQ3 where a sum of squares is not: when it is infinite, no point is nearest;
+/// and that of IQ1_M, where a weighted sum over a group is.
 fn takes(dtype: DType, distribution: usize) -> bool {
-    let grid =
-        dtype.name().starts_with("IQ1") || dtype.name().starts_with("IQ2") || dtype.name().starts_with("IQ3");
-    distribution < DISTRIBUTIONS.len() - if grid { 2 } else { 0 }
-        && (dtype != DType::IQ1_M || !["huge", "extremes"].contains(&DISTRIBUTIONS[distribution].0))
+    let family = |names: &[&str]| names.iter().any(|n| dtype.name().starts_with(n));
+    match DISTRIBUTIONS[distribution].0 {
+        "any bits" | "nan and infinity" => !family(&["IQ1", "IQ2", "IQ3"]),
+        "huge" => !family(&["IQ1_M", "IQ2", "IQ3"]),
+        "extremes" => dtype == DType::IQ2_XXS || !family(&["IQ1_M", "IQ2", "IQ3"]),
+        _ => true,
+    }
 }
 
 /// SplitMix64: small, seeded, good enough.

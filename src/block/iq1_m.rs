@@ -2,7 +2,8 @@
 //! of 2048 points, with a shift of their own.
 
 use super::iq1::{
-    Best, DOWN, Each, Found, GROUPS, Groups, Means, Portable, UP, WORDS, Wide, attempt, deviation, greatest, point, settle, weigh,
+    Best, DOWN, Each, Found, GROUPS, Groups, Means, Portable, UP, WORDS, Wide, attempt, deviation, greatest,
+    point, settle, weigh,
 };
 use super::iq1_s::decode_eight;
 use super::kquant::nearest;

@@ -2,7 +2,8 @@
 //! time are one of 2048 points.
 
 use super::iq1::{
-    Best, DOWN, Each, Found, GROUPS, Groups, Means, Portable, SHIFT, UP, WORDS, Wide, attempt, deviation, greatest, point, settle, weigh,
+    Best, DOWN, Each, Found, GROUPS, Groups, Means, Portable, SHIFT, UP, WORDS, Wide, attempt, deviation,
+    greatest, point, settle, weigh,
 };
 use super::kquant::nearest;
 use super::{Codec, decode_pairs, f16_from_f32, f32_from_f16};

@@ -11,8 +11,8 @@
 
 mod cast;
 mod float;
-#[allow(dead_code)]
 mod grid;
+mod grid_search;
 mod iq1;
 mod iq1_m;
 mod iq1_s;
