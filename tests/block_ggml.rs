@@ -78,8 +78,9 @@ fn chunks(distribution: usize) -> usize {
     (rows / CHUNK).max(1)
 }
 
-/// Encoders that search a grid stop the process, or loop, on what is not finite. So do they where a
-/// sum of squares is not: those of IQ2 and IQ3 because no point is nearest then.
+/// Encoders that search a grid stop the process, or loop, on what is not finite. So do those of IQ2
+/// and IQ3 where a sum of squares is not: when it is infinite, no point is nearest;
+/// and that of IQ1_M, where a weighted sum over a group is.
 fn takes(dtype: DType, distribution: usize) -> bool {
     let family = |names: &[&str]| names.iter().any(|n| dtype.name().starts_with(n));
     match DISTRIBUTIONS[distribution].0 {

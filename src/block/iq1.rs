@@ -32,16 +32,19 @@ fn grid() -> &'static Grid<8> {
     GRID.get_or_init(|| Grid::new(&WORDS, 3, 3))
 }
 
-/// Which candidate is nearest to eight weights.
-pub(super) trait Nearest {
+/// What is done by means of the processor.
+pub(super) trait Means {
+    type Wide: Wide;
     /// The word with the least sum of `terms[j][code j]`, the first of several.
     fn nearest(near: &[Candidates], terms: &[[f32; 4]; 8]) -> u16;
 }
 
-/// By selection, which every processor has.
+/// What every processor has.
 pub(super) struct Portable;
 
-impl Nearest for Portable {
+impl Means for Portable {
+    type Wide = Each;
+
     #[inline(always)]
     fn nearest(near: &[Candidates], terms: &[[f32; 4]; 8]) -> u16 {
         let (mut word, mut least) = (near[0][0], f32::MAX);
@@ -97,68 +100,178 @@ pub(super) fn weigh<const N: usize>(x: &[f32; N], importance: &[f32], deviation:
 
 /// How many weights of its group precede each, in ascending order; equals keep their order.
 #[inline(always)]
-pub(super) fn ranks<const N: usize>(x: &[Each; N]) -> [[i32; GROUPS]; N] {
-    let mut ranks = [[0; GROUPS]; N];
+fn ranks<W: Wide, const N: usize>(x: &[Each; N]) -> [[u32; GROUPS]; N] {
+    // Counted as f32, from where the low bits are an integer.
+    const ZERO: f32 = 8_388_608.0;
+    let mut ranks = [W::splat(ZERO); N];
+    let one = W::splat(1.0);
     for i in 0..N {
-        let mut own = [0; GROUPS];
+        let own = W::load(&x[i]);
+        let mut rank = W::splat(ZERO + (N - 1 - i) as f32);
         for j in 0..i {
-            for g in 0..GROUPS {
-                let precedes = i32::from(x[j][g] <= x[i][g]);
-                own[g] += precedes;
-                ranks[j][g] += 1 - precedes;
-            }
+            let precedes = W::select(W::load(&x[j]).no_more(own), one, W::splat(0.0));
+            rank = rank.add(precedes);
+            ranks[j] = ranks[j].sub(precedes);
         }
-        ranks[i] = own;
+        ranks[i] = rank;
     }
-    ranks
+    let mut integers = [[0; GROUPS]; N];
+    for (integers, rank) in integers.iter_mut().zip(ranks) {
+        for (integer, rank) in integers.iter_mut().zip(rank.store()) {
+            *integer = rank.to_bits() & 63;
+        }
+    }
+    integers
+}
+
+/// One number of each group, in registers where there are any.
+pub(super) trait Wide: Copy {
+    type Mask: Copy;
+    fn load(x: &Each) -> Self;
+    fn store(self) -> Each;
+    fn splat(x: f32) -> Self;
+    fn add(self, other: Self) -> Self;
+    fn sub(self, other: Self) -> Self;
+    fn mul(self, other: Self) -> Self;
+    fn div(self, other: Self) -> Self;
+    /// Where it is not the greater one.
+    fn no_more(self, other: Self) -> Self::Mask;
+    /// Where `l2 > 0` and `a > b`.
+    fn gains(l2: Self, a: Self, b: Self) -> Self::Mask;
+    fn select(mask: Self::Mask, yes: Self, no: Self) -> Self;
+}
+
+impl Wide for Each {
+    type Mask = [bool; GROUPS];
+
+    #[inline(always)]
+    fn load(x: &Each) -> Self {
+        *x
+    }
+
+    #[inline(always)]
+    fn store(self) -> Each {
+        self
+    }
+
+    #[inline(always)]
+    fn splat(x: f32) -> Self {
+        [x; GROUPS]
+    }
+
+    #[inline(always)]
+    fn add(mut self, other: Self) -> Self {
+        for g in 0..GROUPS {
+            self[g] += other[g];
+        }
+        self
+    }
+
+    #[inline(always)]
+    fn sub(mut self, other: Self) -> Self {
+        for g in 0..GROUPS {
+            self[g] -= other[g];
+        }
+        self
+    }
+
+    #[inline(always)]
+    fn mul(mut self, other: Self) -> Self {
+        for g in 0..GROUPS {
+            self[g] *= other[g];
+        }
+        self
+    }
+
+    #[inline(always)]
+    fn div(mut self, other: Self) -> Self {
+        for g in 0..GROUPS {
+            self[g] /= other[g];
+        }
+        self
+    }
+
+    #[inline(always)]
+    fn no_more(self, other: Self) -> Self::Mask {
+        let mut mask = [false; GROUPS];
+        for g in 0..GROUPS {
+            mask[g] = self[g] <= other[g];
+        }
+        mask
+    }
+
+    #[inline(always)]
+    fn gains(l2: Self, a: Self, b: Self) -> Self::Mask {
+        let mut mask = [false; GROUPS];
+        for g in 0..GROUPS {
+            mask[g] = (l2[g] > 0.0) & (a[g] > b[g]);
+        }
+        mask
+    }
+
+    #[inline(always)]
+    fn select(mask: Self::Mask, mut yes: Self, no: Self) -> Self {
+        for g in 0..GROUPS {
+            yes[g] = if mask[g] { yes[g] } else { no[g] };
+        }
+        yes
+    }
 }
 
 /// The best attempt of each group so far.
 #[derive(Clone, Copy)]
-pub(super) struct Best {
-    gain: Each,
-    scale: Each,
-    /// See [`Best::attempt`]; -1 before the first.
-    attempt: [i32; GROUPS],
+pub(super) struct Best<W> {
+    gain: W,
+    scale: W,
+    /// See [`attempt`]; -1 before the first.
+    attempt: W,
 }
 
-impl Best {
-    pub(super) const NONE: Self =
-        Self { gain: [-f32::MAX; GROUPS], scale: [0.0; GROUPS], attempt: [-1; GROUPS] };
+/// The number of an attempt: how many weights are low, how many low or in the middle, and which
+/// combination of shifts. Exact as f32.
+#[inline(always)]
+pub(super) fn attempt(low: usize, middle: usize, kind: usize) -> f32 {
+    (low | middle << 6 | kind << 12) as f32
+}
 
-    /// The number of an attempt: how many weights are low, how many low or in the middle, and which
-    /// combination of shifts.
+impl<W: Wide> Best<W> {
     #[inline(always)]
-    pub(super) fn attempt(low: usize, middle: usize, kind: usize) -> i32 {
-        (low | middle << 8 | kind << 16) as i32
+    pub(super) fn none() -> Self {
+        Self { gain: W::splat(-f32::MAX), scale: W::splat(0.0), attempt: W::splat(-1.0) }
     }
 
     /// Takes an attempt, where it gains: its sums of `w * x * level` and `w * level * level`.
     #[inline(always)]
-    pub(super) fn offer(&mut self, sum_xl: &Each, sum_l2: &Each, attempt: i32) {
-        for g in 0..GROUPS {
-            let (xl, l2) = (sum_xl[g], sum_l2[g]);
-            let scale = xl / l2;
-            let takes = (l2 > 0.0) & (xl * xl > self.gain[g] * l2);
-            self.gain[g] = if takes { scale * xl } else { self.gain[g] };
-            self.scale[g] = if takes { scale } else { self.scale[g] };
-            self.attempt[g] = if takes { attempt } else { self.attempt[g] };
-        }
+    pub(super) fn offer(&mut self, xl: W, l2: W, attempt: f32) {
+        let scale = xl.div(l2);
+        let takes = W::gains(l2, xl.mul(xl), self.gain.mul(l2));
+        self.gain = W::select(takes, scale.mul(xl), self.gain);
+        self.scale = W::select(takes, scale, self.scale);
+        self.attempt = W::select(takes, W::splat(attempt), self.attempt);
     }
 
-    /// Forgets what it found for groups whose largest weight is below `nothing`.
+    /// What it found, but for groups whose largest weight is below `nothing`.
     #[inline(always)]
-    pub(super) fn pass_over_nothing<const N: usize>(&mut self, x: &[Each; N], nothing: f32) {
+    pub(super) fn taken<const N: usize>(self, x: &[Each; N], nothing: f32) -> Taken {
         let mut largest = [0.0; GROUPS];
         for x in x {
             for (largest, x) in largest.iter_mut().zip(x) {
                 *largest = if *largest > x.abs() { *largest } else { x.abs() };
             }
         }
-        for (attempt, largest) in self.attempt.iter_mut().zip(largest) {
-            *attempt = if largest < nothing { -1 } else { *attempt };
+        let mut taken = Taken { scale: self.scale.store(), attempt: [-1; GROUPS] };
+        let attempt = self.attempt.store();
+        for g in 0..GROUPS {
+            taken.attempt[g] = if largest[g] < nothing { -1 } else { attempt[g] as i32 };
         }
+        taken
     }
+}
+
+/// The best attempts: scales, and [`attempt`] numbers, -1 where there is none.
+pub(super) struct Taken {
+    scale: Each,
+    attempt: [i32; GROUPS],
 }
 
 /// A group with weights, importance and ranks, each column by column, and rows of the first two.
@@ -167,14 +280,14 @@ pub(super) struct Groups<'a, const N: usize> {
     pub weights: &'a [[f32; N]; GROUPS],
     pub columns: [Each; N],
     pub weight_columns: [Each; N],
-    pub ranks: [[i32; GROUPS]; N],
+    pub ranks: [[u32; GROUPS]; N],
 }
 
 impl<'a, const N: usize> Groups<'a, N> {
     #[inline(always)]
-    pub(super) fn new(x: &'a [[f32; N]; GROUPS], weights: &'a [[f32; N]; GROUPS]) -> Self {
+    pub(super) fn new<W: Wide>(x: &'a [[f32; N]; GROUPS], weights: &'a [[f32; N]; GROUPS]) -> Self {
         let columns = transpose(x);
-        Self { x, weights, columns, weight_columns: transpose(weights), ranks: ranks(&columns) }
+        Self { x, weights, columns, weight_columns: transpose(weights), ranks: ranks::<W, N>(&columns) }
     }
 }
 
@@ -192,9 +305,9 @@ pub(super) struct Found<const V: usize> {
 ///
 /// `down` says of each combination of shifts which eights it shifts down, the first in bit 0.
 #[inline(always)]
-pub(super) fn settle<S: Nearest, const N: usize, const V: usize>(
+pub(super) fn settle<M: Means, const N: usize, const V: usize>(
     groups: &Groups<N>,
-    best: &Best,
+    best: &Taken,
     down: &[u8],
 ) -> Found<V> {
     let mut found = Found { scale: [0.0; GROUPS], kind: [0; GROUPS], words: [[WORDS[0]; V]; GROUPS] };
@@ -206,7 +319,7 @@ pub(super) fn settle<S: Nearest, const N: usize, const V: usize>(
         if best.attempt[g] < 0 {
             continue;
         }
-        let kind = (best.attempt[g] >> 16) as usize;
+        let kind = (best.attempt[g] >> 12) as usize;
         // A negative scale turns all signs, those of the shifts too.
         let kind = if best.scale[g] < 0.0 { down.len() - 1 - kind } else { kind };
         found.kind[g] = kind as u8;
@@ -220,7 +333,7 @@ pub(super) fn settle<S: Nearest, const N: usize, const V: usize>(
             } else {
                 moved[g] = true;
                 let (x, weights) = (&groups.x[g].as_chunks().0[v], &groups.weights[g].as_chunks().0[v]);
-                S::nearest(near.near, &terms(x, weights, found.scale[g], levels))
+                M::nearest(near.near, &terms(x, weights, found.scale[g], levels))
             };
         }
     }
@@ -241,13 +354,13 @@ pub(super) fn settle<S: Nearest, const N: usize, const V: usize>(
 #[inline(always)]
 fn code_vectors<const N: usize, const V: usize>(
     groups: &Groups<N>,
-    best: &Best,
+    best: &Taken,
     vectors: &mut [[i32; GROUPS]; V],
 ) {
     for (vector, ranks) in vectors.iter_mut().zip(groups.ranks.as_chunks::<8>().0) {
         for rank in ranks.iter().rev() {
             for g in 0..GROUPS {
-                let (low, middle) = (best.attempt[g] & 255, best.attempt[g] >> 8 & 255);
+                let (low, middle) = ((best.attempt[g] & 63) as u32, (best.attempt[g] >> 6 & 63) as u32);
                 let code = i32::from(rank[g] >= low) + i32::from(rank[g] >= middle);
                 let code = if best.scale[g] < 0.0 { 2 - code } else { code };
                 vector[g] = 3 * vector[g] + code;

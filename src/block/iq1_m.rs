@@ -2,8 +2,8 @@
 //! of 2048 points, with a shift of their own.
 
 use super::iq1::{
-    Best, DOWN, Each, Found, GROUPS, Groups, Nearest, Portable, UP, WORDS, deviation, greatest, point,
-    settle, weigh,
+    Best, DOWN, Each, Found, GROUPS, Groups, Means, Portable, UP, WORDS, Wide, attempt, deviation, greatest,
+    point, settle, weigh,
 };
 use super::iq1_s::decode_eight;
 use super::kquant::nearest;
@@ -41,7 +41,7 @@ const NOTHING: f32 = 1e-7;
 const KINDS: [u8; 4] = [0, 2, 1, 3];
 
 #[inline(always)]
-pub(super) fn encode<S: Nearest>(src: &[f32], importance: Option<&[f32]>, dst: &mut [u8]) {
+pub(super) fn encode<M: Means>(src: &[f32], importance: Option<&[f32]>, dst: &mut [u8]) {
     for (i, (x, block)) in encode_pairs::<Block, 256>(src, dst).enumerate() {
         let mut weights = [[0.0; 16]; GROUPS];
         let deviation = if importance.is_some() { deviation(x) } else { 0.0 };
@@ -56,7 +56,7 @@ pub(super) fn encode<S: Nearest>(src: &[f32], importance: Option<&[f32]>, dst: &
                 }
             }
         }
-        store(&search::<S>(x, &weights), x, &weights, block);
+        store(&search::<M>(x, &weights), x, &weights, block);
     }
 }
 
@@ -68,8 +68,8 @@ struct Half {
 }
 
 #[inline(always)]
-fn search<S: Nearest>(x: &[[f32; 16]; GROUPS], weights: &[[f32; 16]; GROUPS]) -> Found<2> {
-    let groups = Groups::new(x, weights);
+fn search<M: Means>(x: &[[f32; 16]; GROUPS], weights: &[[f32; 16]; GROUPS]) -> Found<2> {
+    let groups = Groups::new::<M::Wide>(x, weights);
     let mut halves = [
         Half { x: [[0.0; GROUPS]; 17], w: [[0.0; GROUPS]; 17] },
         Half { x: [[0.0; GROUPS]; 17], w: [[0.0; GROUPS]; 17] },
@@ -90,48 +90,52 @@ fn search<S: Nearest>(x: &[[f32; 16]; GROUPS], weights: &[[f32; 16]; GROUPS]) ->
             }
         }
     }
-    // With a step of 1 between the levels, a sum is that of all weights at the upper level, less
-    // the weights of each step down. Likewise for the squares, whose steps are these:
-    const STEPS: [[f32; 2]; 2] = [
-        [UP[0] * UP[0] - UP[1] * UP[1], UP[1] * UP[1] - UP[2] * UP[2]],
-        [DOWN[0] * DOWN[0] - DOWN[1] * DOWN[1], DOWN[1] * DOWN[1] - DOWN[2] * DOWN[2]],
-    ];
-    let mut best = Best::NONE;
+    let best = cut::<M::Wide>(&halves).taken(&groups.columns, NOTHING);
+    settle::<M, 16, 2>(&groups, &best, &KINDS)
+}
+
+/// By how much a weight's square of the level changes with each step down from the upper level.
+const STEPS: [[f32; 2]; 2] = [
+    [UP[0] * UP[0] - UP[1] * UP[1], UP[1] * UP[1] - UP[2] * UP[2]],
+    [DOWN[0] * DOWN[0] - DOWN[1] * DOWN[1], DOWN[1] * DOWN[1] - DOWN[2] * DOWN[2]],
+];
+
+/// Tries all cuts of the sorted groups.
+///
+/// A sum is that of all weights at the upper level and what each step down changes: 1 for the
+/// levels, [`STEPS`] for their squares.
+#[inline(always)]
+fn cut<W: Wide>(halves: &[Half; 2]) -> Best<W> {
+    let mut best = Best::none();
     for low in 0..17 {
-        let mut all_x = [[[0.0; GROUPS]; 2]; 2];
-        let mut all_w = [[[0.0; GROUPS]; 2]; 2];
+        let mut all_x = [[W::splat(0.0); 2]; 2];
+        let mut all_w = [[W::splat(0.0); 2]; 2];
         for (h, half) in halves.iter().enumerate() {
-            for (s, upper) in [UP[2], DOWN[2]].into_iter().enumerate() {
-                for g in 0..GROUPS {
-                    all_x[h][s][g] = half.x[16][g] * upper;
-                    all_w[h][s][g] = half.w[16][g] * upper * upper + half.w[low][g] * STEPS[s][0];
-                }
+            for (s, upper) in [W::splat(UP[2]), W::splat(DOWN[2])].into_iter().enumerate() {
+                let step = W::load(&half.w[low]).mul(W::splat(STEPS[s][0]));
+                all_x[h][s] = W::load(&half.x[16]).mul(upper);
+                all_w[h][s] = W::load(&half.w[16]).mul(upper).mul(upper).add(step);
             }
         }
         for middle in low..17 {
-            let mut xl = [[[0.0; GROUPS]; 2]; 2];
-            let mut l2 = [[[0.0; GROUPS]; 2]; 2];
+            let mut xl = [[W::splat(0.0); 2]; 2];
+            let mut l2 = [[W::splat(0.0); 2]; 2];
             for (h, half) in halves.iter().enumerate() {
+                let x = W::load(&half.x[low]).add(W::load(&half.x[middle]));
+                let w = W::load(&half.w[middle]);
                 for s in 0..2 {
-                    for g in 0..GROUPS {
-                        xl[h][s][g] = all_x[h][s][g] - (half.x[low][g] + half.x[middle][g]);
-                        l2[h][s][g] = all_w[h][s][g] + half.w[middle][g] * STEPS[s][1];
-                    }
+                    xl[h][s] = all_x[h][s].sub(x);
+                    l2[h][s] = all_w[h][s].add(w.mul(W::splat(STEPS[s][1])));
                 }
             }
             for kind in 0..4 {
                 let (first, second) = (kind / 2, kind % 2);
-                let (mut sum_xl, mut sum_l2) = ([0.0; GROUPS], [0.0; GROUPS]);
-                for g in 0..GROUPS {
-                    sum_xl[g] = xl[0][first][g] + xl[1][second][g];
-                    sum_l2[g] = l2[0][first][g] + l2[1][second][g];
-                }
-                best.offer(&sum_xl, &sum_l2, Best::attempt(low, middle, kind));
+                let (xl, l2) = (xl[0][first].add(xl[1][second]), l2[0][first].add(l2[1][second]));
+                best.offer(xl, l2, attempt(low, middle, kind));
             }
         }
     }
-    best.pass_over_nothing(&groups.columns, NOTHING);
-    settle::<S, 16, 2>(&groups, &best, &KINDS)
+    best
 }
 
 /// Stores what was found, with a `d` of least squares over the whole block.
@@ -171,13 +175,23 @@ fn store(found: &Found<2>, x: &[[f32; 16]; GROUPS], weights: &[[f32; 16]; GROUPS
 }
 
 fn decode_block(block: &Block, y: &mut [f32; 256]) {
-    let words = block.scales.map(u16::from_le_bytes);
-    let d = f32_from_f16(words[0] >> 12 | words[1] >> 12 << 4 | words[2] >> 12 << 8 | words[3] >> 12 << 12);
+    let (d, words) = block.scales();
+    let d = f32_from_f16(d);
     for (n, y) in y.as_chunks_mut::<8>().0.iter_mut().enumerate() {
         let scale = words[n / 8] >> (3 * (n / 2 % 4)) & 7;
         let high = u16::from(block.qh[n / 2]) >> (4 * (n % 2));
         let d = d * f32::from(2 * scale + 1);
         let levels = (if high & 8 == 0 { UP } else { DOWN }).map(|level| d * level);
         decode_eight(WORDS[usize::from(u16::from(block.qs[n]) | (high & 7) << 8)], &levels, y);
+    }
+}
+
+impl Block {
+    /// The f16 `d`, and the words with the scales.
+    #[inline(always)]
+    pub(super) fn scales(&self) -> (u16, [u16; 4]) {
+        let words = self.scales.map(u16::from_le_bytes);
+        let d = words[0] >> 12 | words[1] >> 12 << 4 | words[2] >> 12 << 8 | words[3] >> 12 << 12;
+        (d, words)
     }
 }

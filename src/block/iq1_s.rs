@@ -2,8 +2,8 @@
 //! time are one of 2048 points.
 
 use super::iq1::{
-    Best, DOWN, Found, GROUPS, Groups, Nearest, Portable, SHIFT, UP, WORDS, deviation, greatest, point,
-    settle, weigh,
+    Best, DOWN, Each, Found, GROUPS, Groups, Means, Portable, SHIFT, UP, WORDS, Wide, attempt, deviation,
+    greatest, point, settle, weigh,
 };
 use super::kquant::nearest;
 use super::{Codec, decode_pairs, f16_from_f32, f32_from_f16};
@@ -36,7 +36,7 @@ pub(super) const SCALAR: Codec = Codec {
 const NOTHING: f32 = 1e-12;
 
 #[inline(always)]
-pub(super) fn encode<S: Nearest>(row: &[f32], importance: &[f32], dst: &mut [u8]) {
+pub(super) fn encode<M: Means>(row: &[f32], importance: &[f32], dst: &mut [u8]) {
     let blocks: &mut [Block] = bytemuck::cast_slice_mut(dst);
     let x = row.as_chunks::<256>().0.chunks(2).zip(importance.as_chunks::<256>().0.chunks(2));
     for ((x, importance), blocks) in x.zip(blocks.chunks_mut(2)) {
@@ -50,7 +50,7 @@ pub(super) fn encode<S: Nearest>(row: &[f32], importance: &[f32], dst: &mut [u8]
                 weights[8 * i + g] = weigh(group, &importance[32 * g..], deviation);
             }
         }
-        let found = search::<S>(&all, &weights);
+        let found = search::<M>(&all, &weights);
         for (i, block) in blocks.iter_mut().enumerate() {
             store(&found, 8 * i, block);
         }
@@ -58,8 +58,8 @@ pub(super) fn encode<S: Nearest>(row: &[f32], importance: &[f32], dst: &mut [u8]
 }
 
 #[inline(always)]
-fn search<S: Nearest>(x: &[[f32; 32]; GROUPS], weights: &[[f32; 32]; GROUPS]) -> Found<4> {
-    let groups = Groups::new(x, weights);
+fn search<M: Means>(x: &[[f32; 32]; GROUPS], weights: &[[f32; 32]; GROUPS]) -> Found<4> {
+    let groups = Groups::new::<M::Wide>(x, weights);
     // Sums over the first so many weights of the sorted group.
     let (mut sum_x, mut sum_w) = ([[0.0; GROUPS]; 33], [[0.0; GROUPS]; 33]);
     for j in 0..32 {
@@ -75,42 +75,45 @@ fn search<S: Nearest>(x: &[[f32; 32]; GROUPS], weights: &[[f32; 32]; GROUPS]) ->
             sum_w[j + 1][g] += sum_w[j][g];
         }
     }
+    let best = cut::<M::Wide>(&sum_x, &sum_w).taken(&groups.columns, NOTHING);
+    settle::<M, 32, 4>(&groups, &best, &[0, 15])
+}
+
+/// Tries all cuts of the sorted groups, given the sums over their first so many weights.
+#[inline(always)]
+fn cut<W: Wide>(sum_x: &[Each; 33], sum_w: &[Each; 33]) -> Best<W> {
+    let shift = W::splat(SHIFT);
+    let (all_x, all_w) = (W::load(&sum_x[32]), W::load(&sum_w[32]));
     // What the upper weights add, by where they begin, for both shifts.
-    let (mut upper_x, mut upper_w) = ([[[0.0; GROUPS]; 2]; 33], [[[0.0; GROUPS]; 2]; 33]);
+    let (mut upper_x, mut upper_w) = ([[W::splat(0.0); 2]; 33], [[W::splat(0.0); 2]; 33]);
     for i in 0..33 {
-        for (kind, level) in [UP[2], DOWN[2]].into_iter().enumerate() {
-            for g in 0..GROUPS {
-                upper_x[i][kind][g] = (sum_x[32][g] - sum_x[i][g]) * level;
-                upper_w[i][kind][g] = (sum_w[32][g] - sum_w[i][g]) * level * level;
-            }
+        let x = all_x.sub(W::load(&sum_x[i]));
+        let w = all_w.sub(W::load(&sum_w[i]));
+        for (kind, level) in [W::splat(UP[2]), W::splat(DOWN[2])].into_iter().enumerate() {
+            upper_x[i][kind] = x.mul(level);
+            upper_w[i][kind] = w.mul(level).mul(level);
         }
     }
-    let mut best = Best::NONE;
+    let mut best = Best::none();
     for low in 0..33 {
-        let (mut lower_x, mut lower_w) = ([[0.0; GROUPS]; 2], [[0.0; GROUPS]; 2]);
-        for (kind, level) in [UP[0], DOWN[0]].into_iter().enumerate() {
-            for g in 0..GROUPS {
-                lower_x[kind][g] = sum_x[low][g] * level;
-                lower_w[kind][g] = sum_w[low][g] * level * level;
-            }
-        }
+        let (x, w) = (W::load(&sum_x[low]), W::load(&sum_w[low]));
+        let (up, down) = (W::splat(UP[0]), W::splat(DOWN[0]));
+        let lower_x = [x.mul(up), x.mul(down)];
+        let lower_w = [w.mul(up).mul(up), w.mul(down).mul(down)];
         for middle in low..33 {
-            let (mut xl, mut l2) = ([[0.0; GROUPS]; 2], [[0.0; GROUPS]; 2]);
-            for g in 0..GROUPS {
-                // The levels of the middle are the shifts themselves, and their squares the same.
-                let x = (sum_x[middle][g] - sum_x[low][g]) * SHIFT;
-                let w = (sum_w[middle][g] - sum_w[low][g]) * SHIFT * SHIFT;
-                xl[0][g] = lower_x[0][g] + x + upper_x[middle][0][g];
-                xl[1][g] = lower_x[1][g] - x + upper_x[middle][1][g];
-                l2[0][g] = lower_w[0][g] + w + upper_w[middle][0][g];
-                l2[1][g] = lower_w[1][g] + w + upper_w[middle][1][g];
-            }
-            best.offer(&xl[0], &l2[0], Best::attempt(low, middle, 0));
-            best.offer(&xl[1], &l2[1], Best::attempt(low, middle, 1));
+            // The levels of the middle are the shifts themselves, and their squares the same.
+            let middle_x = W::load(&sum_x[middle]).sub(x).mul(shift);
+            let middle_w = W::load(&sum_w[middle]).sub(w).mul(shift).mul(shift);
+            let (upper_x, upper_w) = (&upper_x[middle], &upper_w[middle]);
+            let xl = lower_x[0].add(middle_x).add(upper_x[0]);
+            let l2 = lower_w[0].add(middle_w).add(upper_w[0]);
+            best.offer(xl, l2, attempt(low, middle, 0));
+            let xl = lower_x[1].sub(middle_x).add(upper_x[1]);
+            let l2 = lower_w[1].add(middle_w).add(upper_w[1]);
+            best.offer(xl, l2, attempt(low, middle, 1));
         }
     }
-    best.pass_over_nothing(&groups.columns, NOTHING);
-    settle::<S, 32, 4>(&groups, &best, &[0, 15])
+    best
 }
 
 /// Stores what was found for the groups from `first` on.
