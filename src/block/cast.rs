@@ -13,7 +13,15 @@ pub(super) fn truncate(x: f32) -> i32 {
 /// Rounds half away from zero to 64 bits, then keeps the low 32, as C's `(int) lroundf(x)` does
 /// on x86-64: what does not fit 64 bits, NaN included, becomes 0.
 pub(super) fn round(x: f32) -> i32 {
-    if x.abs() < 9_223_372_036_854_775_808.0 { x.round() as i64 as i32 } else { 0 }
+    if x.abs() < 9_223_372_036_854_775_808.0 { away(x) as i64 as i32 } else { 0 }
+}
+
+/// What truncates to `x` rounded half away from zero: just below 1/2 farther from zero, a sum that
+/// reaches the next integer exactly when the fraction is 1/2 or more. `f32::round` is a function
+/// call on processors without SSE4.1.
+#[inline(always)]
+pub(super) fn away(x: f32) -> f32 {
+    x + 0.5f32.next_down().copysign(x)
 }
 
 /// `1 / d`, or 0 for a zero of either sign.

@@ -55,7 +55,8 @@ const ROUNDED_UP: [u8; 255] = {
 /// The exponent is that of the largest weight less 2, so that it lies from 4 to 8 scales; what
 /// does not fit E8M0 keeps its low byte. It is the exponent in a logarithm rounded to f32: of
 /// numbers just below a power of two that of the power.
-fn exponent(amax: f32) -> u8 {
+#[inline(always)]
+pub(super) fn exponent(amax: f32) -> u8 {
     let field = amax.to_bits() >> 23;
     match field {
         0 | 255 if amax > 0.0 => {
@@ -67,7 +68,6 @@ fn exponent(amax: f32) -> u8 {
     }
 }
 
-#[inline(always)]
 pub(super) fn encode_block(x: &[f32; 32], block: &mut Block) {
     let amax = largest(x);
     block.e = exponent(amax);
