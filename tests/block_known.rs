@@ -5,7 +5,8 @@ use qconv::tensor::DType;
 use qconv::{Error, ErrorKind};
 
 /// Type, weights, the bytes of the row, the weights read back. What `...` leaves out repeats the
-/// weight before it up to the end of a block. Bytes as the linked ggml writes them.
+/// weight before it up to the end of a block. An importance may follow the type. Bytes as the linked
+/// ggml writes them.
 const KNOWN: &str = "
 F32   | 1 -2.5 | 0000803f 000020c0 | 1 -2.5
 F64   | 1 -2.5 | 000000000000f03f 00000000000004c0 | 1 -2.5
@@ -26,6 +27,17 @@ TQ1_0 | 2 -2 1 -0.99 0 ... | d5 2b d5 80*45 7f*4 0040 | 2 -2 2 0 0 ...
 Q2_0  | 2 -2 1 -0.99 0 ... | 0040 62 55*15 | 2 -2 2 0 0 ...
 Q1_0  | 1 -1 ... | 003c 01 00*15 | 1 -1 ...
 MXFP4 | 4 -6 0.5 0 ... | 7f 06 0f 01 00*13 | 4 -6 0.5 0 ...
+MXFP4 | 7.9999995 0 ... | 80 06 00*15 | 8 0 ...
+MXFP4 | 7.999999 0 ... | 7f 07 00*15 | 6 0 ...
+NVFP4 | 6 -4 0.5 0 0 0 0 0 0 0 0 0 0 0 0 0 12 0 ... | 38 40 00 00 07 0e 01 00*5 07 00*7 00*16 | 6 -4 0.5 0 0 0 0 0 0 0 0 0 0 0 0 0 12 0 ...
+Q4_0 1 ... | -8 7 6 3 0 ... | 003c 80 8f 8e 8b 88*12 | -8 7 6 3 0 ...
+Q4_0 0 ... | -8 7 6 3 0 ... | 0000 80 8f 8e 8b 88*12 | 0 ...
+Q4_0 1 ... | 0 ... | 0000 00*16 | 0 ...
+Q4_1 1 ... | -1 14 0 6 2 ... | 003c 00bc 30 3f 31 37 33*12 | -1 14 0 6 2 ...
+Q4_1 1 ... | 5 ... | 5535 0000 ff*16 | 4.998779296875 ...
+Q4_1 1 ... | -5 ... | 0000 00c5 00*16 | -5 ...
+Q5_0 1 ... | -16 15 3 0 ... | 003c feffffff 00 0f 03 00*13 | -16 15 3 0 ...
+Q5_1 1 ... | -1 30 0 15 2 ... | 003c 00bc 0a000000 30 3f 31 30 33*12 | -1 30 0 15 2 ...
 ";
 
 fn weights(text: &str, block: usize) -> Vec<f32> {
@@ -59,12 +71,14 @@ fn known_answers() {
         let [name, src, bytes, back] = line.split('|').map(str::trim).collect::<Vec<_>>()[..] else {
             panic!("{line}");
         };
+        let (name, importance) = name.split_once(' ').unwrap_or((name, ""));
         let dtype = DType::from_name(name).unwrap();
         let block = dtype.block_size() as usize;
         let (src, back) = (weights(src, block), weights(back, block));
+        let importance = (!importance.is_empty()).then(|| weights(importance, block));
         for codec in implementations(dtype) {
             let mut dst = vec![0; dtype.bytes_for(src.len() as u64).unwrap() as usize];
-            codec.encode(&src, src.len(), None, &mut dst).unwrap();
+            codec.encode(&src, src.len(), importance.as_deref(), &mut dst).unwrap();
             assert_eq!(hex(&dst), unfold(bytes), "{} {line}", codec.implementation);
             let mut read = vec![0.0; src.len()];
             codec.decode(&dst, &mut read).unwrap();
@@ -74,7 +88,7 @@ fn known_answers() {
         }
         lines += 1;
     }
-    assert_eq!(lines, 19);
+    assert_eq!(lines, 30);
 }
 
 #[test]

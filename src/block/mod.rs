@@ -4,7 +4,8 @@
 //! describes each. [`codec`] gives the fastest implementation that this CPU can run. All
 //! implementations of a type write the same bytes: those of the linked ggml's
 //! `ggml_quantize_chunk`, for every input, NaN and infinities included (but for blocks with NaN in
-//! Q2_K, Q4_K and Q5_K, where ggml's bytes depend on its compiler).
+//! Q2_K, Q4_K and Q5_K, and the sign of a NaN in Q4_0 and Q5_0 with an importance, where ggml's
+//! bytes depend on its compiler).
 //!
 //! Adding a type: one file here with a `SCALAR` codec, one row in the table `SCALAR`, one section of the
 //! specification. A SIMD path is a kernel in `simd/kernels.rs` and its row in `simd/mod.rs`.
@@ -148,7 +149,8 @@ impl Codec {
     /// Encodes rows of `row` weights each, one row after the other, into `dst`.
     ///
     /// `importance` holds one weight per column, as an importance matrix does. Types whose
-    /// encoder in ggml ignores it (Q8_0, TQ1_0, TQ2_0, element types) ignore it here.
+    /// encoder in ggml ignores it (Q8_0, Q1_0, Q2_0, TQ1_0, TQ2_0, MXFP4, NVFP4, element types)
+    /// ignore it here.
     ///
     /// # Errors
     /// `Misuse` when `row` does not fill whole blocks, when `src` is not whole rows, when the

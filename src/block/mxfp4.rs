@@ -1,6 +1,6 @@
 //! MXFP4: 32 weights in 17 bytes, a power of two as scale, codes that are floats of 4 bits.
 
-use super::cast::truncate;
+use super::cast::{magnitude, truncate};
 use super::{Codec, decode_pairs, encode_pairs};
 use crate::tensor::DType;
 
@@ -55,7 +55,8 @@ const ROUNDED_UP: [u8; 255] = {
 /// The exponent is that of the largest weight less 2, so that it lies from 4 to 8 scales; what
 /// does not fit E8M0 keeps its low byte. It is the exponent in a logarithm rounded to f32: of
 /// numbers just below a power of two that of the power.
-fn exponent(amax: f32) -> u8 {
+#[inline(always)]
+pub(super) fn exponent(amax: f32) -> u8 {
     let field = amax.to_bits() >> 23;
     match field {
         0 | 255 if amax > 0.0 => {
@@ -67,9 +68,8 @@ fn exponent(amax: f32) -> u8 {
     }
 }
 
-#[inline(always)]
 pub(super) fn encode_block(x: &[f32; 32], block: &mut Block) {
-    let amax = largest(x);
+    let amax = magnitude(x);
     block.e = exponent(amax);
     quantize(x, amax, half_scale(block.e), &mut block.qs);
 }
@@ -82,19 +82,6 @@ fn decode_block(block: &Block, y: &mut [f32; 32]) {
 #[inline(always)]
 pub(super) fn half_scale(e: u8) -> f32 {
     f32::from_bits(if e < 2 { 0x0020_0000 << e } else { (u32::from(e) - 1) << 23 })
-}
-
-/// The largest magnitude, NaN passed over.
-#[inline(always)]
-pub(super) fn largest<const N: usize>(x: &[f32; N]) -> f32 {
-    // Magnitudes are in the order of their bits.
-    let mut most = 0;
-    for x in x {
-        let bits = (x.to_bits() & 0x7FFF_FFFF) as i32;
-        let bits = if bits > 0x7F80_0000 { 0 } else { bits };
-        most = if bits > most { bits } else { most };
-    }
-    f32::from_bits(most as u32)
 }
 
 /// Codes of the values nearest to `x`, the first in [`DOUBLED`] of equally near ones, by

@@ -1,7 +1,8 @@
 //! NVFP4: 64 weights in 36 bytes, 4 groups with a scale that is a float of 8 bits, the codes of
 //! MXFP4.
 
-use super::mxfp4::{dequantize, largest, quantize};
+use super::cast::magnitude;
+use super::mxfp4::{dequantize, quantize};
 use super::{Codec, decode_pairs, encode_pairs};
 use crate::tensor::DType;
 
@@ -26,10 +27,9 @@ pub(super) const SCALAR: Codec = Codec {
 };
 
 /// The scale lays the largest weight of a group at 6, the largest value of a code.
-#[inline(always)]
 pub(super) fn encode_block(x: &[f32; 64], block: &mut Block) {
     for (i, x) in x.as_chunks::<16>().0.iter().enumerate() {
-        let amax = largest(x);
+        let amax = magnitude(x);
         block.d[i] = ue4m3(amax / 6.0);
         quantize(x, amax, half_scale(block.d[i]), &mut block.qs[8 * i..][..8]);
     }
@@ -45,7 +45,7 @@ fn decode_block(block: &Block, y: &mut [f32; 64]) {
 /// The nearest UE4M3, halves up; 448, the largest, for all that rounds to 256 or more. For numbers
 /// that are not negative.
 #[inline(always)]
-fn ue4m3(x: f32) -> u8 {
+pub(super) fn ue4m3(x: f32) -> u8 {
     // 2^-6 is the least normal number. A step of its mantissa, and of every subnormal, is 2^-9;
     // below, the steps are counted, and rounding never reaches the first normal number.
     if x < 2f32.powi(-6) {

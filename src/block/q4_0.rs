@@ -39,8 +39,11 @@ pub(super) fn encode_block(x: &[f32; 32], block: &mut Block) {
     let d = extreme(x) / -8.0;
     let id = inverse(d);
     block.d = f16_from_f32(d).to_le_bytes();
-    let code = |x: f32| (truncate(x * id + 8.5) as i8).min(15) as u8;
-    block.qs = pack(&x.map(code));
+    let mut codes = [0; 32];
+    for (code, x) in codes.iter_mut().zip(x) {
+        *code = (truncate(x * id + 8.5) as i8).min(15) as u8;
+    }
+    block.qs = pack(&codes);
 }
 
 /// Two codes of 4 bits to a byte; Q4_1 shares it.

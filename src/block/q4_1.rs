@@ -43,8 +43,11 @@ pub(super) fn encode_block(x: &[f32; 32], block: &mut Block) {
     let id = inverse(d);
     block.d = f16_from_f32(d).to_le_bytes();
     block.m = f16_from_f32(min).to_le_bytes();
-    let code = |x: f32| (truncate((x - min) * id + 0.5) as i8).min(15) as u8;
-    block.qs = pack(&x.map(code));
+    let mut codes = [0; 32];
+    for (code, x) in codes.iter_mut().zip(x) {
+        *code = (truncate((x - min) * id + 0.5) as i8).min(15) as u8;
+    }
+    block.qs = pack(&codes);
 }
 
 fn decode_block(block: &Block, y: &mut [f32; 32]) {

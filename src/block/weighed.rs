@@ -51,12 +51,14 @@ pub(super) fn row<B: Weighed, const L: usize>(row: &[f32], importance: &[f32], b
     let (row, importance) = (row.as_chunks::<32>().0, importance.as_chunks::<32>().0);
     let groups = row.chunks(L).zip(importance.chunks(L));
     for ((row, importance), blocks) in groups.zip(bytemuck::cast_slice_mut::<u8, B>(bytes).chunks_mut(L)) {
-        let (x, mut w) = (side_by_side::<L>(row), side_by_side::<L>(importance));
-        for i in 0..32 {
-            for k in 0..L {
-                w.0[i][k] *= (mean + x.0[i][k] * x.0[i][k]).sqrt();
-            }
+        let mut weights = [[0.0; 32]; L];
+        // One loop over all blocks: two would be turned around and gather.
+        let each = row.as_flattened().iter().zip(importance.as_flattened());
+        for (w, (x, importance)) in weights.as_flattened_mut().iter_mut().zip(each) {
+            *w = importance * (mean + x * x).sqrt();
         }
+        let x = side_by_side(row);
+        let w = side_by_side(&weights);
         let found = match B::MIDDLE {
             // Only sums of squares of finite weights are finite.
             Some(middle) if sum.is_finite() => symmetric::<L, false>(middle.into(), &x, &w),
@@ -65,8 +67,8 @@ pub(super) fn row<B: Weighed, const L: usize>(row: &[f32], importance: &[f32], b
         };
         for (k, block) in blocks.iter_mut().enumerate() {
             let mut codes = [0; 32];
-            for i in 0..32 {
-                codes[i] = found.codes[i][k];
+            for (code, lanes) in codes.iter_mut().zip(&found.codes) {
+                *code = lanes[k];
             }
             let scale = if B::MIDDLE.is_some() && found.scale[k].is_nan() { nan } else { found.scale[k] };
             *block = B::pack(half(scale), half(found.min[k]), &codes);
@@ -80,8 +82,8 @@ pub(super) fn row<B: Weighed, const L: usize>(row: &[f32], importance: &[f32], b
 fn side_by_side<const L: usize>(blocks: &[[f32; 32]]) -> Weights<L> {
     let mut turned = Weights([[0.0; L]; 32]);
     for (k, block) in blocks.iter().enumerate().take(L) {
-        for i in 0..32 {
-            turned.0[i][k] = block[i];
+        for (lanes, x) in turned.0.iter_mut().zip(block) {
+            lanes[k] = *x;
         }
     }
     turned
@@ -112,10 +114,13 @@ fn symmetric<const L: usize, const EXACT: bool>(middle: f32, x: &Weights<L>, w: 
     let (x, w) = (&x.0, &w.0);
     let mut max = [0.0f32; L];
     let mut wx = Weights([[0.0; L]; 32]);
-    for i in 0..32 {
+    let products = w.as_flattened().iter().zip(x.as_flattened());
+    for (wx, (w, x)) in wx.0.as_flattened_mut().iter_mut().zip(products) {
+        *wx = w * x;
+    }
+    for x in x {
         for k in 0..L {
-            max[k] = choose(mask(max[k].abs() < x[i][k].abs()), x[i][k], max[k]);
-            wx.0[i][k] = w[i][k] * x[i][k];
+            max[k] = choose(mask(max[k].abs() < x[k].abs()), x[k], max[k]);
         }
     }
     let (mut best, mut scale, mut gain) = ([0.0; L], [0.0; L], [0.0; L]);
@@ -196,10 +201,10 @@ fn affine<const L: usize>(most: f32, x: &Weights<L>, w: &Weights<L>) -> Found<L>
     // Those that follow stretch it by up to nine tenths of a step, and start from the best
     // minimum so far.
     let mut improved = [0; L];
+    let mut l = Weights([[0.0; L]; 32]);
     for n in 0..=36u8 {
         let numerator = -0.9 + 0.05 * f32::from(n) + most;
         let mut sums = [[0.0; L]; 3];
-        let mut l = Weights([[0.0; L]; 32]);
         for k in 0..L {
             inverse[k] = numerator / (max[k] - min[k]);
         }

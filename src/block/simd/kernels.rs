@@ -55,7 +55,7 @@ unsafe fn min_range<V: Encode>(x: &[f32; 32], v: V) -> (f32, f32) {
 
 /// Codes of 4 bits in 32 bytes, two to a byte: `j` low, `j + 16` high.
 #[inline(always)]
-unsafe fn nibbles(q: __m256i) -> [u8; 16] {
+pub(super) unsafe fn nibbles(q: __m256i) -> [u8; 16] {
     let (low, high) = (_mm256_castsi256_si128(q), _mm256_extracti128_si256(q, 1));
     let mask = _mm_set1_epi8(15);
     let both = _mm_or_si128(_mm_and_si128(low, mask), _mm_slli_epi16(_mm_and_si128(high, mask), 4));

@@ -73,6 +73,12 @@ trait Encode: Decode {
     unsafe fn max(self, other: Self) -> Self;
     /// The largest lane, in the order of [`Self::max`].
     unsafe fn reduce_max(self) -> f32;
+    /// The largest of the first 16 lanes and of the others, in the same order.
+    unsafe fn max_halves(self) -> (f32, f32);
+    /// Codes of E2M1 as bytes: how many of the places half way between two magnitudes a lane passes,
+    /// and its sign in bit 3 if any. Magnitudes are those of `mxfp4::DOUBLED` times `low` in the first 16 lanes,
+    /// times `high` in the others; NaN gets 0.
+    unsafe fn between(self, low: f32, high: f32) -> __m256i;
     /// Least and greatest lane, from `f32::MAX` down and `-f32::MAX` up, NaN passed over; the
     /// sign of a zero is unspecified.
     unsafe fn min_max(self) -> (f32, f32);

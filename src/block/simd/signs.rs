@@ -14,9 +14,9 @@ unsafe fn sums(x: &[[f32; 128]; 8]) -> [f32; 8] {
     for i in (0..128).step_by(4) {
         // Four weights of each block, then turned: block 0 and 4, 1 and 5, ... in the halves.
         let mut pairs = [_mm256_setzero_ps(); 4];
-        for k in 0..4 {
+        for (k, pair) in pairs.iter_mut().enumerate() {
             let (low, high) = (_mm_loadu_ps(p.add(128 * k + i)), _mm_loadu_ps(p.add(128 * (k + 4) + i)));
-            pairs[k] = _mm256_andnot_ps(_mm256_set1_ps(-0.0), _mm256_set_m128(high, low));
+            *pair = _mm256_andnot_ps(_mm256_set1_ps(-0.0), _mm256_set_m128(high, low));
         }
         let [a, b, c, d] = pairs;
         let (ab_low, ab_high) = (_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
