@@ -488,6 +488,55 @@ pub(super) fn descend<const L: usize, const N: usize>(
     scale
 }
 
+/// The scale that [`descend`] finds for groups in which no code moves, and a mask for the groups
+/// in which one may. Moves are rare (one group of five has any), and without them weights do not
+/// wait for each other.
+#[inline(always)]
+pub(super) fn at_rest<const L: usize, const N: usize>(half: i32, x: &Groups<L, N>) -> ([f32; L], [u32; L]) {
+    let (x, half) = (&x.0, half as f32);
+    let max = extremes(&Groups(*x));
+    let mut inverse = [0.0; L];
+    for t in 0..L {
+        inverse[t] = -half / max[t];
+    }
+    let mut codes = Groups([[0.0; L]; N]);
+    let (mut sum_xl, mut sum_l2) = ([0.0; L], [0.0; L]);
+    for i in 0..N {
+        for t in 0..L {
+            let w = x[i][t] * x[i][t];
+            let l = limit(whole(inverse[t] * x[i][t]), -half, half - 1.0);
+            sum_xl[t] += w * x[i][t] * l;
+            sum_l2[t] += w * l * l;
+            codes.0[i][t] = l;
+        }
+    }
+    let mut moves = [0; L];
+    for i in 0..N {
+        for t in 0..L {
+            let (x, l) = (x[i][t], codes.0[i][t]);
+            let w = x * x;
+            let xl = sum_xl[t] - w * x * l;
+            let l2 = sum_l2[t] - w * l * l;
+            // A code stays where `x * l2 / xl` lies within half a step of it, or beyond the last
+            // one, but not as far as `nearest` goes wrong. The margins cover the roundings, those
+            // of tiny numbers too.
+            let off = x * l2 - l * xl;
+            let above = choose(mask(l < half - 1.0), 0.499, 1e6);
+            let below = choose(mask(l > -half), 0.499, 1e6);
+            let up = mask(!(off <= above * xl - 1e-36));
+            let down = mask(!(-off <= below * xl - 1e-36));
+            moves[t] |= mask(xl > 0.0) & (up | down);
+        }
+    }
+    let mut scale = [0.0; L];
+    for t in 0..L {
+        let nothing = mask(max[t].abs() < NOTHING);
+        scale[t] = choose(mask(sum_l2[t] > 0.0) & !nothing, sum_xl[t] / sum_l2[t], 0.0);
+        moves[t] &= !nothing;
+    }
+    (scale, moves)
+}
+
 /// Scale and codes, `most` or less, of values that should be positive: the best of several
 /// inverses, then as [`descend`]. Codes of negative values are the low bytes.
 #[inline(always)]

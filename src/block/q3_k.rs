@@ -1,7 +1,7 @@
 //! Q3_K: 256 weights in 110 bytes, 16 groups with a scale of 6 bits, codes of 3 bits around 4.
 
 use super::cast::extreme;
-use super::groups::{Groups, LANES, Scales, byte, descend, side_by_side, symmetric};
+use super::groups::{Groups, LANES, Scales, at_rest, byte, descend, side_by_side, symmetric};
 use super::kquant::{nearest, pack_bits, pack_pairs, requantize, spreads, unpack_bits, unpack_pairs};
 use super::{Codec, decode_pairs, f16_from_f32, f32_from_f16};
 use crate::tensor::DType;
@@ -31,9 +31,12 @@ pub(super) const SCALAR: Codec = Codec {
     bound: None,
 };
 
-/// Blocks of which the search runs side by side: without importance, where a code waits for the one
-/// before and a division, and with one, where the scales of a block are searched like its weights.
-const BATCH: [usize; 2] = [4, LANES];
+/// Blocks that are searched together: without importance to fill the lanes with those groups in
+/// which codes move, with one because the scales of a block are searched like its weights.
+const BATCH: [usize; 2] = [16, LANES];
+/// Groups in which codes move, side by side: several registers, for a code waits for the one
+/// before and a division.
+const MOVING: usize = 32;
 
 #[inline(always)]
 pub(super) fn encode(src: &[f32], importance: Option<&[f32]>, dst: &mut [u8]) {
@@ -55,11 +58,29 @@ pub(super) fn encode(src: &[f32], importance: Option<&[f32]>, dst: &mut [u8]) {
 
 #[inline(always)]
 fn encode_plain(x: &[f32], blocks: &mut [Block]) {
-    const GROUPS: usize = BATCH[0] * 16;
-    let mut codes = Groups([[0.0; GROUPS]; 16]);
-    let found = descend(4, &side_by_side::<GROUPS, 16>(x), &mut codes);
-    let found = found.as_chunks::<16>().0;
-    for (b, ((x, block), found)) in x.as_chunks().0.iter().zip(blocks).zip(found).enumerate() {
+    let mut found = [[0.0; 16]; BATCH[0]];
+    let (mut moving, mut count) = ([0; 16 * BATCH[0]], 0);
+    for (b, (x, found)) in x.as_chunks::<256>().0.iter().zip(&mut found).enumerate() {
+        let moves;
+        (*found, moves) = at_rest(4, &side_by_side::<16, 16>(x));
+        for g in 0..16 {
+            moving[count] = 16 * b + g;
+            count += usize::from(moves[g] != 0);
+        }
+    }
+    let groups = x.as_chunks::<16>().0;
+    for moving in moving[..count].chunks(MOVING) {
+        let mut gathered = [[0.0; 16]; MOVING];
+        for (x, &g) in gathered.iter_mut().zip(moving) {
+            *x = groups[g];
+        }
+        let turned = side_by_side::<MOVING, 16>(gathered.as_flattened());
+        let scales = descend(4, &turned, &mut Groups([[0.0; MOVING]; 16]));
+        for (&g, scale) in moving.iter().zip(scales) {
+            found[g / 16][g % 16] = scale;
+        }
+    }
+    for (x, (block, found)) in x.as_chunks().0.iter().zip(blocks.iter_mut().zip(&found)) {
         let max = extreme(found);
         let mut scales = [0; 16];
         block.d = [0; 2];
@@ -70,9 +91,11 @@ fn encode_plain(x: &[f32], blocks: &mut [Block]) {
             }
             block.d = f16_from_f32(1.0 / inverse).to_le_bytes();
         }
-        block.store(x, &scales, |g, out| {
+        block.store(x, &scales, |_, x, codes| {
+            let mut found = Groups([[0.0; 1]; 16]);
+            descend(4, &side_by_side::<1, 16>(x), &mut found);
             for i in 0..16 {
-                out[i] = byte(codes.0[i][b * 16 + g]);
+                codes[i] = byte(found.0[i][0]);
             }
         });
     }
@@ -97,7 +120,7 @@ fn encode_weighed(x: &[f32], importance: &[f32], blocks: &mut [Block]) {
         let mut scales = [0; 16];
         d.codes(32, b, &lines.scale, &mut scales);
         block.d = f16_from_f32(d.scale[b]).to_le_bytes();
-        block.store(x, &scales, |g, out| lines.codes(4, g, &x.as_chunks::<16>().0[g], out));
+        block.store(x, &scales, |g, x, codes| lines.codes(4, g, x, codes));
     }
 }
 
@@ -123,7 +146,7 @@ impl Block {
     /// Stores scales, and codes for them as they will be read. A scale of 0 leaves the codes that
     /// the search `found`.
     #[inline(always)]
-    fn store(&mut self, x: &[f32; 256], scales: &[u8; 16], found: impl Fn(usize, &mut [u8; 16])) {
+    fn store(&mut self, x: &[f32; 256], scales: &[u8; 16], found: impl Fn(usize, &[f32; 16], &mut [u8; 16])) {
         self.scales = pack_scales(scales);
         let d = f32_from_f16(u16::from_le_bytes(self.d));
         let mut codes = [0; 256];
@@ -132,7 +155,7 @@ impl Block {
             if d != 0.0 {
                 requantize(x, d, 4, codes);
             } else {
-                found(g, codes);
+                found(g, x, codes);
             }
         }
         self.hmask = pack_bits(&codes, 2);
