@@ -321,23 +321,27 @@ pub(super) fn symmetric<const L: usize, const N: usize>(
     for (wx, (w, x)) in flat_mut(&mut wx).iter_mut().zip(flat(w).iter().zip(flat(x))) {
         *wx = w * x;
     }
+    let mut odd = 0;
+    for x in flat(x) {
+        odd |= mask(!x.is_finite());
+    }
+    let finite = odd == 0;
     let (mut best, mut scale, mut gain) = ([0.0; L], [0.0; L], [0.0; L]);
     // The plain scale first, then nine tenths of a step to either side.
     for n in 0..19u8 {
-        let step = f32::from(n) - if n < 10 { 10.0 } else { 9.0 };
-        let steps = if n == 0 { half } else { half + 0.1 * step };
+        let step = f32::from(n) - if n == 0 { 0.0 } else if n < 10 { 10.0 } else { 9.0 };
+        let steps = half + 0.1 * step;
         let mut inverse = [0.0; L];
         for t in 0..L {
             inverse[t] = -steps / max[t];
         }
-        let (mut sum_xl, mut sum_l2) = ([0.0; L], [0.0; L]);
-        for i in 0..N {
-            for t in 0..L {
-                let l = limit(whole(inverse[t] * x.0[i][t]), -half, half - 1.0);
-                sum_xl[t] += wx.0[i][t] * l;
-                sum_l2[t] += w.0[i][t] * l * l;
-            }
-        }
+        // Half a step less to the upper limit, half a step more to the lower one.
+        let (sum_xl, sum_l2) = match (finite, step) {
+            (true, ..-5.5) => sums::<L, N, 0>(half, &inverse, x, &wx, w),
+            (true, -5.5..4.5) => sums::<L, N, 1>(half, &inverse, x, &wx, w),
+            (true, _) => sums::<L, N, 2>(half, &inverse, x, &wx, w),
+            (false, _) => sums::<L, N, 3>(half, &inverse, x, &wx, w),
+        };
         for t in 0..L {
             let (xl, l2) = (sum_xl[t], sum_l2[t]);
             let better = mask(n == 0) | mask(l2 > 0.0) & mask(xl * xl > gain[t] * l2);
@@ -360,6 +364,35 @@ pub(super) fn symmetric<const L: usize, const N: usize>(
         }
     }
     Scales { scale, inverse: best }
+}
+
+/// The sums of one attempt of [`symmetric`]: what the codes have in common with the weights, and
+/// their squares. Weights that are finite need a limit only where the range is stretched to it:
+/// `LIMITS` is 0 for none, 1 for the upper one, 2 for both, 3 for weights of any kind.
+#[inline(always)]
+fn sums<const L: usize, const N: usize, const LIMITS: u8>(
+    half: f32,
+    inverse: &[f32; L],
+    x: &Groups<L, N>,
+    wx: &Groups<L, N>,
+    w: &Groups<L, N>,
+) -> ([f32; L], [f32; L]) {
+    let (mut sum_xl, mut sum_l2) = ([0.0; L], [0.0; L]);
+    for i in 0..N {
+        for t in 0..L {
+            let v = inverse[t] * x.0[i][t];
+            let mut l = if LIMITS == 3 { whole(v) } else { v + WHOLE - WHOLE };
+            if LIMITS >= 2 {
+                l = if l > -half { l } else { -half };
+            }
+            if LIMITS >= 1 {
+                l = if l < half - 1.0 { l } else { half - 1.0 };
+            }
+            sum_xl[t] += wx.0[i][t] * l;
+            sum_l2[t] += w.0[i][t] * l * l;
+        }
+    }
+    (sum_xl, sum_l2)
 }
 
 /// The scale of [`symmetric`] where it is NaN: of several NaN that meet in a sum the first one
