@@ -186,6 +186,8 @@ pub(super) fn affine<const L: usize, const N: usize>(
     for t in 0..L {
         min[t] = if min[t] > 0.0 { 0.0 } else { min[t] };
         flat[t] = mask(max[t] == min[t]);
+        // So that there is a range.
+        max[t] = choose(flat[t], min[t] + 1.0, max[t]);
         inverse[t] = most / (max[t] - min[t]);
         scale[t] = 1.0 / inverse[t];
     }
@@ -197,24 +199,30 @@ pub(super) fn affine<const L: usize, const N: usize>(
             least[t] += w[i][t] * if how.absolute { off.abs() } else { off * off };
         }
     }
-    let mut codes = Groups([[0.0; L]; N]);
+    let mut odd = 0;
+    for x in x.as_flattened() {
+        odd |= mask(!x.is_finite());
+    }
+    let (low, mut codes) = (min, Groups([[0.0; L]; N]));
     for n in 0..how.attempts {
         let steps = how.first + how.step * f32::from(n) + most;
         for t in 0..L {
             inverse[t] = steps / (max[t] - min[t]);
         }
-        let (mut sum_l, mut sum_l2, mut sum_xl) = ([0.0; L], [0.0; L], [0.0; L]);
-        for i in 0..N {
-            for t in 0..L {
-                let v = inverse[t] * (x[i][t] - min[t]);
-                let l = code_of(how.limited, v, most);
-                let wl = w[i][t] * l;
-                sum_l[t] += wl;
-                sum_l2[t] += wl * l;
-                sum_xl[t] += wl * x[i][t];
-                codes.0[i][t] = l;
-            }
+        // The codes of the least weights; those of the greatest are `steps`.
+        let (mut below, mut far) = (0, 0);
+        for t in 0..L {
+            let v = inverse[t] * (low[t] - min[t]);
+            below |= mask(v <= -0.5);
+            far |= mask(!(v > -1e6));
         }
+        let above = steps > most + 0.499;
+        let [sum_l, sum_l2, sum_xl] = match (odd | far == 0, below == 0) {
+            (true, true) if !above => line_sums::<L, N, 0>(how, &inverse, &min, x, w, &mut codes.0),
+            (true, true) => line_sums::<L, N, 1>(how, &inverse, &min, x, w, &mut codes.0),
+            (true, false) => line_sums::<L, N, 2>(how, &inverse, &min, x, w, &mut codes.0),
+            (false, _) => line_sums::<L, N, 3>(how, &inverse, &min, x, w, &mut codes.0),
+        };
         let (mut determinant, mut new_scale, mut new_min) = ([0.0; L], [0.0; L], [0.0; L]);
         for t in 0..L {
             let d = sum_w[t] * sum_l2[t] - sum_l[t] * sum_l[t];
@@ -247,6 +255,39 @@ pub(super) fn affine<const L: usize, const N: usize>(
         min[t] = -min[t];
     }
     Lines { scale, min, weight: sum_w, inverse: best, from, attempt }
+}
+
+/// The sums of one attempt of [`affine`], over codes, their squares, and codes times weights.
+/// Weights that are finite need a limit only where codes reach it: `LIMITS` is 0 for none, 1 for the
+/// upper one, 2 for both, 3 for weights of any kind.
+#[inline(always)]
+fn line_sums<const L: usize, const N: usize, const LIMITS: u8>(
+    how: Affine,
+    inverse: &[f32; L],
+    min: &[f32; L],
+    x: &[[f32; L]; N],
+    w: &[[f32; L]; N],
+    codes: &mut [[f32; L]; N],
+) -> [[f32; L]; 3] {
+    let most = f32::from(how.codes);
+    let (mut sum_l, mut sum_l2, mut sum_xl) = ([0.0; L], [0.0; L], [0.0; L]);
+    for i in 0..N {
+        for t in 0..L {
+            let v = inverse[t] * (x[i][t] - min[t]);
+            let l = match LIMITS {
+                0 => v + WHOLE - WHOLE,
+                1 => (if v < most { v } else { most }) + WHOLE - WHOLE,
+                2 => limit(v, 0.0, most) + WHOLE - WHOLE,
+                _ => code_of(how.limited, v, most),
+            };
+            let wl = w[i][t] * l;
+            sum_l[t] += wl;
+            sum_l2[t] += wl * l;
+            sum_xl[t] += wl * x[i][t];
+            codes[i][t] = l;
+        }
+    }
+    [sum_l, sum_l2, sum_xl]
 }
 
 /// What [`symmetric`] found for each group.
@@ -329,7 +370,14 @@ pub(super) fn symmetric<const L: usize, const N: usize>(
     let (mut best, mut scale, mut gain) = ([0.0; L], [0.0; L], [0.0; L]);
     // The plain scale first, then nine tenths of a step to either side.
     for n in 0..19u8 {
-        let step = f32::from(n) - if n == 0 { 0.0 } else if n < 10 { 10.0 } else { 9.0 };
+        let step = f32::from(n)
+            - if n == 0 {
+                0.0
+            } else if n < 10 {
+                10.0
+            } else {
+                9.0
+            };
         let steps = half + 0.1 * step;
         let mut inverse = [0.0; L];
         for t in 0..L {
