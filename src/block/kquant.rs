@@ -119,13 +119,22 @@ fn lines_weighed<B: Lined<N, G>, const N: usize, const G: usize>(
     }
 }
 
-/// The mean square of each block, `times` over.
-#[inline(always)]
+/// The mean square of each block, `times` over. Not inlined, for the reason of
+/// [`side_by_side`]: wider registers gather.
+#[inline(never)]
 pub(super) fn spreads<const B: usize>(x: &[f32], times: f32) -> [f32; B] {
     let mut sums = [0.0; B];
-    for i in 0..256 {
-        for (sum, x) in sums.iter_mut().zip(x.as_chunks::<256>().0) {
-            *sum += x[i] * x[i];
+    let (fours, rest) = x.as_chunks::<256>().0.as_chunks::<4>();
+    for (sums, four) in sums.as_chunks_mut::<4>().0.iter_mut().zip(fours) {
+        for i in 0..256 {
+            for b in 0..4 {
+                sums[b] += four[b][i] * four[b][i];
+            }
+        }
+    }
+    for (sum, x) in sums.iter_mut().skip(4 * fours.len()).zip(rest) {
+        for x in x {
+            *sum += x * x;
         }
     }
     for sum in &mut sums {
