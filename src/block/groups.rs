@@ -186,6 +186,8 @@ pub(super) fn affine<const L: usize, const N: usize>(
     for t in 0..L {
         min[t] = if min[t] > 0.0 { 0.0 } else { min[t] };
         flat[t] = mask(max[t] == min[t]);
+        // So that there is a range.
+        max[t] = choose(flat[t], min[t] + 1.0, max[t]);
         inverse[t] = most / (max[t] - min[t]);
         scale[t] = 1.0 / inverse[t];
     }
@@ -197,24 +199,30 @@ pub(super) fn affine<const L: usize, const N: usize>(
             least[t] += w[i][t] * if how.absolute { off.abs() } else { off * off };
         }
     }
-    let mut codes = Groups([[0.0; L]; N]);
+    let mut odd = 0;
+    for x in x.as_flattened() {
+        odd |= mask(!x.is_finite());
+    }
+    let (low, mut codes) = (min, Groups([[0.0; L]; N]));
     for n in 0..how.attempts {
         let steps = how.first + how.step * f32::from(n) + most;
         for t in 0..L {
             inverse[t] = steps / (max[t] - min[t]);
         }
-        let (mut sum_l, mut sum_l2, mut sum_xl) = ([0.0; L], [0.0; L], [0.0; L]);
-        for i in 0..N {
-            for t in 0..L {
-                let v = inverse[t] * (x[i][t] - min[t]);
-                let l = code_of(how.limited, v, most);
-                let wl = w[i][t] * l;
-                sum_l[t] += wl;
-                sum_l2[t] += wl * l;
-                sum_xl[t] += wl * x[i][t];
-                codes.0[i][t] = l;
-            }
+        // The codes of the least weights; those of the greatest are `steps`.
+        let (mut below, mut far) = (0, 0);
+        for t in 0..L {
+            let v = inverse[t] * (low[t] - min[t]);
+            below |= mask(v <= -0.5);
+            far |= mask(!(v > -1e6));
         }
+        let above = steps > most + 0.499;
+        let [sum_l, sum_l2, sum_xl] = match (odd | far == 0, below == 0) {
+            (true, true) if !above => line_sums::<L, N, 0>(how, &inverse, &min, x, w, &mut codes.0),
+            (true, true) => line_sums::<L, N, 1>(how, &inverse, &min, x, w, &mut codes.0),
+            (true, false) => line_sums::<L, N, 2>(how, &inverse, &min, x, w, &mut codes.0),
+            (false, _) => line_sums::<L, N, 3>(how, &inverse, &min, x, w, &mut codes.0),
+        };
         let (mut determinant, mut new_scale, mut new_min) = ([0.0; L], [0.0; L], [0.0; L]);
         for t in 0..L {
             let d = sum_w[t] * sum_l2[t] - sum_l[t] * sum_l[t];
@@ -247,6 +255,39 @@ pub(super) fn affine<const L: usize, const N: usize>(
         min[t] = -min[t];
     }
     Lines { scale, min, weight: sum_w, inverse: best, from, attempt }
+}
+
+/// The sums of one attempt of [`affine`], over codes, their squares, and codes times weights.
+/// Weights that are finite need a limit only where codes reach it: `LIMITS` is 0 for none, 1 for the
+/// upper one, 2 for both, 3 for weights of any kind.
+#[inline(always)]
+fn line_sums<const L: usize, const N: usize, const LIMITS: u8>(
+    how: Affine,
+    inverse: &[f32; L],
+    min: &[f32; L],
+    x: &[[f32; L]; N],
+    w: &[[f32; L]; N],
+    codes: &mut [[f32; L]; N],
+) -> [[f32; L]; 3] {
+    let most = f32::from(how.codes);
+    let (mut sum_l, mut sum_l2, mut sum_xl) = ([0.0; L], [0.0; L], [0.0; L]);
+    for i in 0..N {
+        for t in 0..L {
+            let v = inverse[t] * (x[i][t] - min[t]);
+            let l = match LIMITS {
+                0 => v + WHOLE - WHOLE,
+                1 => (if v < most { v } else { most }) + WHOLE - WHOLE,
+                2 => limit(v, 0.0, most) + WHOLE - WHOLE,
+                _ => code_of(how.limited, v, most),
+            };
+            let wl = w[i][t] * l;
+            sum_l[t] += wl;
+            sum_l2[t] += wl * l;
+            sum_xl[t] += wl * x[i][t];
+            codes[i][t] = l;
+        }
+    }
+    [sum_l, sum_l2, sum_xl]
 }
 
 /// What [`symmetric`] found for each group.
@@ -321,23 +362,34 @@ pub(super) fn symmetric<const L: usize, const N: usize>(
     for (wx, (w, x)) in flat_mut(&mut wx).iter_mut().zip(flat(w).iter().zip(flat(x))) {
         *wx = w * x;
     }
+    let mut odd = 0;
+    for x in flat(x) {
+        odd |= mask(!x.is_finite());
+    }
+    let finite = odd == 0;
     let (mut best, mut scale, mut gain) = ([0.0; L], [0.0; L], [0.0; L]);
     // The plain scale first, then nine tenths of a step to either side.
     for n in 0..19u8 {
-        let step = f32::from(n) - if n < 10 { 10.0 } else { 9.0 };
-        let steps = if n == 0 { half } else { half + 0.1 * step };
+        let step = f32::from(n)
+            - if n == 0 {
+                0.0
+            } else if n < 10 {
+                10.0
+            } else {
+                9.0
+            };
+        let steps = half + 0.1 * step;
         let mut inverse = [0.0; L];
         for t in 0..L {
             inverse[t] = -steps / max[t];
         }
-        let (mut sum_xl, mut sum_l2) = ([0.0; L], [0.0; L]);
-        for i in 0..N {
-            for t in 0..L {
-                let l = limit(whole(inverse[t] * x.0[i][t]), -half, half - 1.0);
-                sum_xl[t] += wx.0[i][t] * l;
-                sum_l2[t] += w.0[i][t] * l * l;
-            }
-        }
+        // Half a step less to the upper limit, half a step more to the lower one.
+        let (sum_xl, sum_l2) = match (finite, step) {
+            (true, ..-5.5) => sums::<L, N, 0>(half, &inverse, x, &wx, w),
+            (true, -5.5..4.5) => sums::<L, N, 1>(half, &inverse, x, &wx, w),
+            (true, _) => sums::<L, N, 2>(half, &inverse, x, &wx, w),
+            (false, _) => sums::<L, N, 3>(half, &inverse, x, &wx, w),
+        };
         for t in 0..L {
             let (xl, l2) = (sum_xl[t], sum_l2[t]);
             let better = mask(n == 0) | mask(l2 > 0.0) & mask(xl * xl > gain[t] * l2);
@@ -360,6 +412,35 @@ pub(super) fn symmetric<const L: usize, const N: usize>(
         }
     }
     Scales { scale, inverse: best }
+}
+
+/// The sums of one attempt of [`symmetric`]: what the codes have in common with the weights, and
+/// their squares. Weights that are finite need a limit only where the range is stretched to it:
+/// `LIMITS` is 0 for none, 1 for the upper one, 2 for both, 3 for weights of any kind.
+#[inline(always)]
+fn sums<const L: usize, const N: usize, const LIMITS: u8>(
+    half: f32,
+    inverse: &[f32; L],
+    x: &Groups<L, N>,
+    wx: &Groups<L, N>,
+    w: &Groups<L, N>,
+) -> ([f32; L], [f32; L]) {
+    let (mut sum_xl, mut sum_l2) = ([0.0; L], [0.0; L]);
+    for i in 0..N {
+        for t in 0..L {
+            let v = inverse[t] * x.0[i][t];
+            let mut l = if LIMITS == 3 { whole(v) } else { v + WHOLE - WHOLE };
+            if LIMITS >= 2 {
+                l = if l > -half { l } else { -half };
+            }
+            if LIMITS >= 1 {
+                l = if l < half - 1.0 { l } else { half - 1.0 };
+            }
+            sum_xl[t] += wx.0[i][t] * l;
+            sum_l2[t] += w.0[i][t] * l * l;
+        }
+    }
+    (sum_xl, sum_l2)
 }
 
 /// The scale of [`symmetric`] where it is NaN: of several NaN that meet in a sum the first one
@@ -486,6 +567,55 @@ pub(super) fn descend<const L: usize, const N: usize>(
         }
     }
     scale
+}
+
+/// The scale that [`descend`] finds for groups in which no code moves, and a mask for the groups
+/// in which one may. Moves are rare (one group of five has any), and without them weights do not
+/// wait for each other.
+#[inline(always)]
+pub(super) fn at_rest<const L: usize, const N: usize>(half: i32, x: &Groups<L, N>) -> ([f32; L], [u32; L]) {
+    let (x, half) = (&x.0, half as f32);
+    let max = extremes(&Groups(*x));
+    let mut inverse = [0.0; L];
+    for t in 0..L {
+        inverse[t] = -half / max[t];
+    }
+    let mut codes = Groups([[0.0; L]; N]);
+    let (mut sum_xl, mut sum_l2) = ([0.0; L], [0.0; L]);
+    for i in 0..N {
+        for t in 0..L {
+            let w = x[i][t] * x[i][t];
+            let l = limit(whole(inverse[t] * x[i][t]), -half, half - 1.0);
+            sum_xl[t] += w * x[i][t] * l;
+            sum_l2[t] += w * l * l;
+            codes.0[i][t] = l;
+        }
+    }
+    let mut moves = [0; L];
+    for i in 0..N {
+        for t in 0..L {
+            let (x, l) = (x[i][t], codes.0[i][t]);
+            let w = x * x;
+            let xl = sum_xl[t] - w * x * l;
+            let l2 = sum_l2[t] - w * l * l;
+            // A code stays where `x * l2 / xl` lies within half a step of it, or beyond the last
+            // one, but not as far as `nearest` goes wrong. The margins cover the roundings, those
+            // of tiny numbers too.
+            let off = x * l2 - l * xl;
+            let above = choose(mask(l < half - 1.0), 0.499, 1e6);
+            let below = choose(mask(l > -half), 0.499, 1e6);
+            let up = mask(!(off <= above * xl - 1e-36));
+            let down = mask(!(-off <= below * xl - 1e-36));
+            moves[t] |= mask(xl > 0.0) & (up | down);
+        }
+    }
+    let mut scale = [0.0; L];
+    for t in 0..L {
+        let nothing = mask(max[t].abs() < NOTHING);
+        scale[t] = choose(mask(sum_l2[t] > 0.0) & !nothing, sum_xl[t] / sum_l2[t], 0.0);
+        moves[t] &= !nothing;
+    }
+    (scale, moves)
 }
 
 /// Scale and codes, `most` or less, of values that should be positive: the best of several

@@ -35,7 +35,7 @@ pub(super) trait Lined<const N: usize, const G: usize>: bytemuck::Pod {
 
 /// Encodes whole blocks, or one row with its importance.
 #[inline(always)]
-pub(super) fn encode_lines<B: Lined<N, G>, const N: usize, const G: usize>(
+pub(super) fn encode_lines<B: Lined<N, G>, const L: usize, const N: usize, const G: usize>(
     src: &[f32],
     importance: Option<&[f32]>,
     dst: &mut [u8],
@@ -43,29 +43,29 @@ pub(super) fn encode_lines<B: Lined<N, G>, const N: usize, const G: usize>(
     let blocks = bytemuck::cast_slice_mut::<u8, B>(dst);
     match importance {
         None => {
-            for (x, blocks) in src.chunks(LANES * N).zip(blocks.chunks_mut(LANES / G)) {
-                lines_plain(x, blocks);
+            for (x, blocks) in src.chunks(L * N).zip(blocks.chunks_mut(L / G)) {
+                lines_plain::<B, L, N, G>(x, blocks);
             }
         }
         Some(importance) => {
             let batches = src.chunks(BATCH * 256).zip(importance.chunks(BATCH * 256));
             for ((x, importance), blocks) in batches.zip(blocks.chunks_mut(BATCH)) {
-                lines_weighed(x, importance, blocks);
+                lines_weighed::<B, L, N, G>(x, importance, blocks);
             }
         }
     }
 }
 
 #[inline(always)]
-fn lines_plain<B: Lined<N, G>, const N: usize, const G: usize>(x: &[f32], blocks: &mut [B]) {
-    let turned = side_by_side::<LANES, N>(x);
-    let lines = affine(B::PLAIN, &turned, &turned, [0.0; LANES]);
+fn lines_plain<B: Lined<N, G>, const L: usize, const N: usize, const G: usize>(x: &[f32], blocks: &mut [B]) {
+    let turned = side_by_side::<L, N>(x);
+    let lines = affine(B::PLAIN, &turned, &turned, [0.0; L]);
     let found = lines.scale.as_chunks::<G>().0.iter().zip(lines.min.as_chunks::<G>().0);
     for (b, ((x, block), (scales, mins))) in x.as_chunks().0.iter().zip(blocks).zip(found).enumerate() {
         let (d, scales) = levels(scales, B::LEVELS, B::LIMITS[0]);
         let (dmin, mins) = levels(mins, B::LEVELS, B::LIMITS[0]);
         let stored = block.store(d, dmin, &scales, &mins);
-        block.pack(&lined_codes::<N, G>(B::PLAIN, x, &stored, &lines, b * G));
+        block.pack(&lined_codes(B::PLAIN, x, &stored, &lines, b * G));
     }
 }
 
@@ -73,7 +73,7 @@ fn lines_plain<B: Lined<N, G>, const N: usize, const G: usize>(x: &[f32], blocks
 const BATCH: usize = LANES / 2;
 
 #[inline(always)]
-fn lines_weighed<B: Lined<N, G>, const N: usize, const G: usize>(
+fn lines_weighed<B: Lined<N, G>, const L: usize, const N: usize, const G: usize>(
     x: &[f32],
     importance: &[f32],
     blocks: &mut [B],
@@ -91,15 +91,15 @@ fn lines_weighed<B: Lined<N, G>, const N: usize, const G: usize>(
     let mut lines = [Lines::NONE; BATCH];
     // The scales of a block in one lane, its minima in another.
     let (mut found, mut weights) = (Groups([[0.0; LANES]; G]), Groups([[0.0; LANES]; G]));
-    let parts = x.chunks(LANES * N).zip(importance.chunks(LANES * N));
+    let parts = x.chunks(L * N).zip(importance.chunks(L * N));
     for (part, (lines, (x, importance))) in lines.iter_mut().zip(parts).enumerate() {
-        let mut spread = [0.0; LANES];
-        for t in 0..LANES {
-            spread[t] = spreads[(part * LANES + t) / G];
+        let mut spread = [0.0; L];
+        for t in 0..L {
+            spread[t] = spreads[(part * L + t) / G];
         }
-        *lines = affine(how, &side_by_side::<LANES, N>(x), &side_by_side(importance), spread);
-        for t in 0..LANES {
-            let (b, g) = ((part * LANES + t) / G, t % G);
+        *lines = affine(how, &side_by_side::<L, N>(x), &side_by_side(importance), spread);
+        for t in 0..L {
+            let (b, g) = ((part * L + t) / G, t % G);
             (found.0[g][b], found.0[g][b + BATCH]) = (lines.scale[t], lines.min[t]);
             (weights.0[g][b], weights.0[g][b + BATCH]) = (lines.weight[t], lines.weight[t]);
         }
@@ -115,17 +115,26 @@ fn lines_weighed<B: Lined<N, G>, const N: usize, const G: usize>(
         let (d, dmin) = (f16_from_f32(d[b]).to_le_bytes(), f16_from_f32(d[b + BATCH]).to_le_bytes());
         let stored = block.store(d, dmin, &scales, &mins);
         let first = b * G;
-        block.pack(&lined_codes::<N, G>(how, x, &stored, &lines[first / LANES], first % LANES));
+        block.pack(&lined_codes(how, x, &stored, &lines[first / L], first % L));
     }
 }
 
-/// The mean square of each block, `times` over.
-#[inline(always)]
+/// The mean square of each block, `times` over. Not inlined, for the reason of
+/// [`side_by_side`]: wider registers gather.
+#[inline(never)]
 pub(super) fn spreads<const B: usize>(x: &[f32], times: f32) -> [f32; B] {
     let mut sums = [0.0; B];
-    for i in 0..256 {
-        for (sum, x) in sums.iter_mut().zip(x.as_chunks::<256>().0) {
-            *sum += x[i] * x[i];
+    let (fours, rest) = x.as_chunks::<256>().0.as_chunks::<4>();
+    for (sums, four) in sums.as_chunks_mut::<4>().0.iter_mut().zip(fours) {
+        for i in 0..256 {
+            for b in 0..4 {
+                sums[b] += four[b][i] * four[b][i];
+            }
+        }
+    }
+    for (sum, x) in sums.iter_mut().skip(4 * fours.len()).zip(rest) {
+        for x in x {
+            *sum += x * x;
         }
     }
     for sum in &mut sums {
@@ -153,22 +162,22 @@ fn levels<const G: usize>(found: &[f32; G], levels: u8, limit: u8) -> ([u8; 2], 
 /// The codes for scales and minima as they were stored. A scale of 0 leaves what the search found
 /// in the lanes from `first` on.
 #[inline(always)]
-fn lined_codes<const N: usize, const G: usize>(
+fn lined_codes<const L: usize, const G: usize>(
     how: Affine,
     x: &[f32; 256],
     stored: &[(f32, f32); G],
-    lines: &Lines<LANES>,
+    lines: &Lines<L>,
     first: usize,
 ) -> [u8; 256] {
     let mut codes = [0; 256];
-    for (g, (x, codes)) in x.as_chunks::<N>().0.iter().zip(codes.as_chunks_mut::<N>().0).enumerate() {
+    for (g, (x, codes)) in x.chunks_exact(256 / G).zip(codes.chunks_exact_mut(256 / G)).enumerate() {
         let (d, min) = stored[g];
         if d == 0.0 {
             lines.codes(how, first + g, x, codes);
             continue;
         }
-        for i in 0..N {
-            codes[i] = byte(limit(whole((x[i] + min) / d), 0.0, how.codes.into()));
+        for (code, x) in codes.iter_mut().zip(x) {
+            *code = byte(limit(whole((x + min) / d), 0.0, how.codes.into()));
         }
     }
     codes

@@ -1,6 +1,6 @@
 //! Q2_K: 256 weights in 84 bytes, 16 groups with a scale and a minimum of 4 bits, codes of 2 bits.
 
-use super::groups::{Affine, Weight};
+use super::groups::{Affine, LANES, Weight};
 use super::kquant::{Lined, encode_lines, pack_pairs, unpack_pairs};
 use super::{Codec, decode_pairs, f32_from_f16};
 use crate::tensor::DType;
@@ -23,15 +23,15 @@ const _: () = assert!(size_of::<Block>() as u64 == DType::Q2_K.type_size());
 pub(super) const SCALAR: Codec = Codec {
     dtype: DType::Q2_K,
     implementation: "scalar",
-    encode: Some(|src, dst| encode(src, None, dst)),
-    weigh: Some(|src, importance, dst| encode(src, Some(importance), dst)),
+    encode: Some(|src, dst| encode::<LANES>(src, None, dst)),
+    weigh: Some(|src, importance, dst| encode::<LANES>(src, Some(importance), dst)),
     decode: |src, dst| decode(src, dst),
     bound: None,
 };
 
 #[inline(always)]
-pub(super) fn encode(src: &[f32], importance: Option<&[f32]>, dst: &mut [u8]) {
-    encode_lines::<Block, 16, 16>(src, importance, dst);
+pub(super) fn encode<const L: usize>(src: &[f32], importance: Option<&[f32]>, dst: &mut [u8]) {
+    encode_lines::<Block, L, 16, 16>(src, importance, dst);
 }
 
 impl Lined<16, 16> for Block {

@@ -1,7 +1,7 @@
 //! Q3_K: 256 weights in 110 bytes, 16 groups with a scale of 6 bits, codes of 3 bits around 4.
 
 use super::cast::extreme;
-use super::groups::{Groups, LANES, Scales, byte, descend, side_by_side, symmetric};
+use super::groups::{Groups, LANES, Scales, at_rest, byte, descend, side_by_side, symmetric};
 use super::kquant::{nearest, pack_bits, pack_pairs, requantize, spreads, unpack_bits, unpack_pairs};
 use super::{Codec, decode_pairs, f16_from_f32, f32_from_f16};
 use crate::tensor::DType;
@@ -25,41 +25,62 @@ const _: () = assert!(size_of::<Block>() as u64 == DType::Q3_K.type_size());
 pub(super) const SCALAR: Codec = Codec {
     dtype: DType::Q3_K,
     implementation: "scalar",
-    encode: Some(|src, dst| encode(src, None, dst)),
-    weigh: Some(|src, importance, dst| encode(src, Some(importance), dst)),
+    encode: Some(|src, dst| encode::<LANES>(src, None, dst)),
+    weigh: Some(|src, importance, dst| encode::<LANES>(src, Some(importance), dst)),
     decode: |src, dst| decode(src, dst),
     bound: None,
 };
 
-/// Blocks of which the search runs side by side: without importance, where a code waits for the one
-/// before and a division, and with one, where the scales of a block are searched like its weights.
-const BATCH: [usize; 2] = [4, LANES];
+/// Blocks that are searched together: without importance to fill the lanes with those groups in
+/// which codes move, with one because the scales of a block are searched like its weights.
+const BATCH: [usize; 2] = [16, LANES];
+/// Groups in which codes move, side by side: several registers, for a code waits for the one
+/// before and a division.
+const MOVING: usize = 32;
 
 #[inline(always)]
-pub(super) fn encode(src: &[f32], importance: Option<&[f32]>, dst: &mut [u8]) {
+pub(super) fn encode<const L: usize>(src: &[f32], importance: Option<&[f32]>, dst: &mut [u8]) {
     let blocks = bytemuck::cast_slice_mut(dst);
     match importance {
         None => {
             for (x, blocks) in src.chunks(BATCH[0] * 256).zip(blocks.chunks_mut(BATCH[0])) {
-                encode_plain(x, blocks);
+                encode_plain::<L>(x, blocks);
             }
         }
         Some(importance) => {
             let batches = src.chunks(BATCH[1] * 256).zip(importance.chunks(BATCH[1] * 256));
             for ((x, importance), blocks) in batches.zip(blocks.chunks_mut(BATCH[1])) {
-                encode_weighed(x, importance, blocks);
+                encode_weighed::<L>(x, importance, blocks);
             }
         }
     }
 }
 
 #[inline(always)]
-fn encode_plain(x: &[f32], blocks: &mut [Block]) {
-    const GROUPS: usize = BATCH[0] * 16;
-    let mut codes = Groups([[0.0; GROUPS]; 16]);
-    let found = descend(4, &side_by_side::<GROUPS, 16>(x), &mut codes);
-    let found = found.as_chunks::<16>().0;
-    for (b, ((x, block), found)) in x.as_chunks().0.iter().zip(blocks).zip(found).enumerate() {
+fn encode_plain<const L: usize>(x: &[f32], blocks: &mut [Block]) {
+    let mut found = [[0.0; 16]; BATCH[0]];
+    let (mut moving, mut count) = ([0; 16 * BATCH[0]], 0);
+    for (part, (x, found)) in x.chunks(L * 16).zip(found.chunks_mut(L / 16)).enumerate() {
+        let (scales, moves) = at_rest(4, &side_by_side::<L, 16>(x));
+        found.as_flattened_mut().copy_from_slice(&scales);
+        for t in 0..L {
+            moving[count] = part * L + t;
+            count += usize::from(moves[t] != 0);
+        }
+    }
+    let groups = x.as_chunks::<16>().0;
+    for moving in moving[..count].chunks(MOVING) {
+        let mut gathered = [[0.0; 16]; MOVING];
+        for (x, &g) in gathered.iter_mut().zip(moving) {
+            *x = groups[g];
+        }
+        let turned = side_by_side::<MOVING, 16>(gathered.as_flattened());
+        let scales = descend(4, &turned, &mut Groups([[0.0; MOVING]; 16]));
+        for (&g, scale) in moving.iter().zip(scales) {
+            found[g / 16][g % 16] = scale;
+        }
+    }
+    for (x, (block, found)) in x.as_chunks().0.iter().zip(blocks.iter_mut().zip(&found)) {
         let max = extreme(found);
         let mut scales = [0; 16];
         block.d = [0; 2];
@@ -70,48 +91,56 @@ fn encode_plain(x: &[f32], blocks: &mut [Block]) {
             }
             block.d = f16_from_f32(1.0 / inverse).to_le_bytes();
         }
-        block.store(x, &scales, |g, out| {
+        block.store(x, &scales, |_, x, codes| {
+            let mut found = Groups([[0.0; 1]; 16]);
+            descend(4, &side_by_side::<1, 16>(x), &mut found);
             for i in 0..16 {
-                out[i] = byte(codes.0[i][b * 16 + g]);
+                codes[i] = byte(found.0[i][0]);
             }
         });
     }
 }
 
 #[inline(always)]
-fn encode_weighed(x: &[f32], importance: &[f32], blocks: &mut [Block]) {
+fn encode_weighed<const L: usize>(x: &[f32], importance: &[f32], blocks: &mut [Block]) {
     let spreads = spreads::<LANES>(x, 2.0);
     let mut lines = [Scales::NONE; LANES];
     let (mut found, mut weights) = (Groups([[0.0; LANES]; 16]), Groups([[0.0; LANES]; 16]));
-    let parts = x.as_chunks::<256>().0.iter().zip(importance.as_chunks::<256>().0);
-    for (b, (lines, (x, importance))) in lines.iter_mut().zip(parts).enumerate() {
-        let x = side_by_side::<LANES, 16>(x);
-        let (w, sums) = weigh(&x, &side_by_side(importance), spreads[b]);
+    let parts = x.chunks(L * 16).zip(importance.chunks(L * 16));
+    for (part, (lines, (x, importance))) in lines.iter_mut().zip(parts).enumerate() {
+        let mut spread = [0.0; L];
+        for t in 0..L {
+            spread[t] = spreads[(part * L + t) / 16];
+        }
+        let x = side_by_side::<L, 16>(x);
+        let (w, sums) = weigh(&x, &side_by_side(importance), &spread);
         *lines = symmetric(4, &x, &w);
-        for t in 0..LANES {
-            (found.0[t][b], weights.0[t][b]) = (lines.scale[t], sums[t]);
+        for t in 0..L {
+            let (b, g) = ((part * L + t) / 16, t % 16);
+            (found.0[g][b], weights.0[g][b]) = (lines.scale[t], sums[t]);
         }
     }
     let d = symmetric(32, &found, &weights);
-    for (b, ((x, block), lines)) in x.as_chunks().0.iter().zip(blocks).zip(&lines).enumerate() {
+    for (b, (x, block)) in x.as_chunks().0.iter().zip(blocks).enumerate() {
+        let (lines, first) = (&lines[16 * b / L], 16 * b % L);
         let mut scales = [0; 16];
-        d.codes(32, b, &lines.scale, &mut scales);
+        d.codes(32, b, &lines.scale[first..first + 16], &mut scales);
         block.d = f16_from_f32(d.scale[b]).to_le_bytes();
-        block.store(x, &scales, |g, out| lines.codes(4, g, &x.as_chunks::<16>().0[g], out));
+        block.store(x, &scales, |g, x, codes| lines.codes(4, first + g, x, codes));
     }
 }
 
 /// The weights of squares with importance, and their sums.
 #[inline(always)]
-fn weigh(
-    x: &Groups<LANES, 16>,
-    importance: &Groups<LANES, 16>,
-    spread: f32,
-) -> (Groups<LANES, 16>, [f32; LANES]) {
-    let (mut w, mut sums) = (Groups([[0.0; LANES]; 16]), [0.0; LANES]);
+fn weigh<const L: usize>(
+    x: &Groups<L, 16>,
+    importance: &Groups<L, 16>,
+    spread: &[f32; L],
+) -> (Groups<L, 16>, [f32; L]) {
+    let (mut w, mut sums) = (Groups([[0.0; L]; 16]), [0.0; L]);
     for i in 0..16 {
-        for t in 0..LANES {
-            let weight = importance.0[i][t] * (spread + x.0[i][t] * x.0[i][t]).sqrt();
+        for t in 0..L {
+            let weight = importance.0[i][t] * (spread[t] + x.0[i][t] * x.0[i][t]).sqrt();
             w.0[i][t] = weight;
             sums[t] += weight;
         }
@@ -123,7 +152,7 @@ impl Block {
     /// Stores scales, and codes for them as they will be read. A scale of 0 leaves the codes that
     /// the search `found`.
     #[inline(always)]
-    fn store(&mut self, x: &[f32; 256], scales: &[u8; 16], found: impl Fn(usize, &mut [u8; 16])) {
+    fn store(&mut self, x: &[f32; 256], scales: &[u8; 16], found: impl Fn(usize, &[f32; 16], &mut [u8; 16])) {
         self.scales = pack_scales(scales);
         let d = f32_from_f16(u16::from_le_bytes(self.d));
         let mut codes = [0; 256];
@@ -132,7 +161,7 @@ impl Block {
             if d != 0.0 {
                 requantize(x, d, 4, codes);
             } else {
-                found(g, codes);
+                found(g, x, codes);
             }
         }
         self.hmask = pack_bits(&codes, 2);

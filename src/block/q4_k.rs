@@ -1,6 +1,6 @@
 //! Q4_K: 256 weights in 144 bytes, 8 groups with a scale and a minimum of 6 bits, codes of 4 bits.
 
-use super::groups::{Affine, Weight};
+use super::groups::{Affine, LANES, Weight};
 use super::kquant::{Lined, encode_lines, pack_halves, unpack_halves};
 use super::{Codec, decode_pairs, f32_from_f16};
 use crate::tensor::DType;
@@ -32,15 +32,15 @@ pub(super) struct Scales {
 pub(super) const SCALAR: Codec = Codec {
     dtype: DType::Q4_K,
     implementation: "scalar",
-    encode: Some(|src, dst| encode(src, None, dst)),
-    weigh: Some(|src, importance, dst| encode(src, Some(importance), dst)),
+    encode: Some(|src, dst| encode::<LANES>(src, None, dst)),
+    weigh: Some(|src, importance, dst| encode::<LANES>(src, Some(importance), dst)),
     decode: |src, dst| decode(src, dst),
     bound: None,
 };
 
 #[inline(always)]
-pub(super) fn encode(src: &[f32], importance: Option<&[f32]>, dst: &mut [u8]) {
-    encode_lines::<Block, 32, 8>(src, importance, dst);
+pub(super) fn encode<const L: usize>(src: &[f32], importance: Option<&[f32]>, dst: &mut [u8]) {
+    encode_lines::<Block, L, 32, 8>(src, importance, dst);
 }
 
 impl Lined<32, 8> for Block {

@@ -1,6 +1,6 @@
 //! Q5_K: 256 weights in 176 bytes, 8 groups with a scale and a minimum of 6 bits, codes of 5 bits.
 
-use super::groups::{Affine, Weight};
+use super::groups::{Affine, LANES, Weight};
 use super::kquant::{Lined, encode_lines, pack_bits, pack_halves, unpack_bits, unpack_halves};
 use super::q4_k::{self, Scales};
 use super::{Codec, decode_pairs};
@@ -21,15 +21,15 @@ const _: () = assert!(size_of::<Block>() as u64 == DType::Q5_K.type_size());
 pub(super) const SCALAR: Codec = Codec {
     dtype: DType::Q5_K,
     implementation: "scalar",
-    encode: Some(|src, dst| encode(src, None, dst)),
-    weigh: Some(|src, importance, dst| encode(src, Some(importance), dst)),
+    encode: Some(|src, dst| encode::<LANES>(src, None, dst)),
+    weigh: Some(|src, importance, dst| encode::<LANES>(src, Some(importance), dst)),
     decode: |src, dst| decode(src, dst),
     bound: None,
 };
 
 #[inline(always)]
-pub(super) fn encode(src: &[f32], importance: Option<&[f32]>, dst: &mut [u8]) {
-    encode_lines::<Block, 32, 8>(src, importance, dst);
+pub(super) fn encode<const L: usize>(src: &[f32], importance: Option<&[f32]>, dst: &mut [u8]) {
+    encode_lines::<Block, L, 32, 8>(src, importance, dst);
 }
 
 impl Lined<32, 8> for Block {

@@ -1,9 +1,9 @@
 //! Q6_K: 256 weights in 210 bytes, 16 groups with a scale of 8 bits, codes of 6 bits around 32.
 
 use super::cast::extreme;
-use super::groups::{Groups, LANES, side_by_side, squares, symmetric};
+use super::groups::{LANES, Scales, side_by_side, squares, symmetric};
 use super::kquant::{NOTHING, nearest, pack_halves, pack_pairs, requantize, unpack_halves, unpack_pairs};
-use super::{Codec, decode_pairs, encode_pairs, f16_from_f32, f32_from_f16};
+use super::{Codec, decode_pairs, f16_from_f32, f32_from_f16};
 use crate::tensor::DType;
 use bytemuck::Zeroable;
 
@@ -26,28 +26,32 @@ const _: () = assert!(size_of::<Block>() as u64 == DType::Q6_K.type_size());
 pub(super) const SCALAR: Codec = Codec {
     dtype: DType::Q6_K,
     implementation: "scalar",
-    encode: Some(|src, dst| encode(src, None, dst)),
-    weigh: Some(|src, importance, dst| encode(src, Some(importance), dst)),
+    encode: Some(|src, dst| encode::<LANES>(src, None, dst)),
+    weigh: Some(|src, importance, dst| encode::<LANES>(src, Some(importance), dst)),
     decode: |src, dst| decode(src, dst),
     bound: None,
 };
 
 #[inline(always)]
-pub(super) fn encode(src: &[f32], importance: Option<&[f32]>, dst: &mut [u8]) {
-    let importance = importance.map(|importance| importance.as_chunks().0);
-    for (b, (x, block)) in encode_pairs(src, dst).enumerate() {
-        encode_block(x, importance.map(|importance| &importance[b]), block);
+pub(super) fn encode<const L: usize>(src: &[f32], importance: Option<&[f32]>, dst: &mut [u8]) {
+    let blocks = bytemuck::cast_slice_mut::<u8, Block>(dst);
+    for (n, (x, blocks)) in src.chunks(L * 16).zip(blocks.chunks_mut(L / 16)).enumerate() {
+        let turned = side_by_side::<L, 16>(x);
+        let found = match importance {
+            Some(importance) => symmetric(32, &turned, &side_by_side(&importance[n * L * 16..])),
+            None => symmetric(32, &turned, &squares(&turned)),
+        };
+        for (b, (x, block)) in x.as_chunks().0.iter().zip(blocks).enumerate() {
+            encode_block(x, &found, 16 * b, block);
+        }
     }
 }
 
+/// Encodes a block, of whose groups the scales were `found` from the lane `first` on.
 #[inline(always)]
-fn encode_block(x: &[f32; 256], importance: Option<&[f32; 256]>, block: &mut Block) {
-    let turned: Groups<LANES, 16> = side_by_side(x);
-    let found = match importance {
-        Some(importance) => symmetric(32, &turned, &side_by_side(importance)),
-        None => symmetric(32, &turned, &squares(&turned)),
-    };
-    let max = extreme(&found.scale);
+fn encode_block<const L: usize>(x: &[f32; 256], found: &Scales<L>, first: usize, block: &mut Block) {
+    let scales = &found.scale[first..first + 16];
+    let max = extreme(scales);
     if max.abs() < NOTHING {
         *block = Block::zeroed();
         return;
@@ -55,7 +59,7 @@ fn encode_block(x: &[f32; 256], importance: Option<&[f32; 256]>, block: &mut Blo
     let inverse = -128.0 / max;
     block.d = f16_from_f32(1.0 / inverse).to_le_bytes();
     for g in 0..16 {
-        block.scales[g] = nearest(inverse * found.scale[g]).min(127) as i8;
+        block.scales[g] = nearest(inverse * scales[g]).min(127) as i8;
     }
     let d = f32_from_f16(u16::from_le_bytes(block.d));
     let mut codes = [0; 256];
@@ -64,7 +68,7 @@ fn encode_block(x: &[f32; 256], importance: Option<&[f32; 256]>, block: &mut Blo
         if d != 0.0 {
             requantize(x, d, 32, codes);
         } else {
-            found.codes(32, g, x, codes);
+            found.codes(32, first + g, x, codes);
         }
     }
     pack_halves::<64>(&codes, &mut block.ql);

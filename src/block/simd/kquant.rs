@@ -132,7 +132,7 @@ unsafe fn decode_q6_k<V: Decode>(src: &[u8], dst: &mut [f32]) {
 
 /// A table of codecs: the portable functions compiled with the given features.
 macro_rules! table {
-    ($table:ident, $name:literal, $features:literal, $lanes:ty) => {
+    ($table:ident, $name:literal, $features:literal, decode $lanes:ty, groups $groups:literal) => {
         pub(super) static $table: &[Codec] = {
             macro_rules! row {
                 ($module:ident, $decode:ident) => {
@@ -141,7 +141,7 @@ macro_rules! table {
                         encode: Some(|src, dst| {
                             #[target_feature(enable = $features)]
                             unsafe fn run(src: &[f32], dst: &mut [u8]) {
-                                $module::encode(src, None, dst);
+                                $module::encode::<$groups>(src, None, dst);
                             }
                             // SAFETY: the table is handed out only after the features were detected.
                             unsafe { run(src, dst) }
@@ -149,7 +149,7 @@ macro_rules! table {
                         weigh: Some(|src, importance, dst| {
                             #[target_feature(enable = $features)]
                             unsafe fn run(src: &[f32], importance: &[f32], dst: &mut [u8]) {
-                                $module::encode(src, Some(importance), dst);
+                                $module::encode::<$groups>(src, Some(importance), dst);
                             }
                             // SAFETY: the table is handed out only after the features were detected.
                             unsafe { run(src, importance, dst) }
@@ -177,5 +177,5 @@ macro_rules! table {
     };
 }
 
-table!(AVX2, "avx2", "avx2,f16c", avx2::Avx2);
-table!(AVX512, "avx512", "avx512f,avx512bw,avx512vl,avx512dq,avx2,f16c", avx512::Avx512);
+table!(AVX2, "avx2", "avx2,f16c", decode avx2::Avx2, groups 16);
+table!(AVX512, "avx512", "avx512f,avx512bw,avx512vl,avx512dq,avx2,f16c", decode avx512::Avx512, groups 32);
