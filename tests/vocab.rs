@@ -13,6 +13,8 @@ use sha2::{Digest, Sha256};
 const BPE: [&str; 9] =
     ["llama", "llama-rope3", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "gpt2", "fmt-chat-list"];
 const SPM: [&str; 2] = ["gemma3-spm", "fmt-spm-bpe"];
+const UNIGRAM: [&str; 1] = ["fmt-spm-unigram"];
+const ENCODERS: [&str; 2] = ["bert", "t5"];
 
 const TEXT: &str = "The quick brown fox's 1234 jumps, \"over\"  13 lazy dogs!\n\n\tIt'll be\r\n   3.14159 — naïve Ünï 漢字 🦀\u{200d} e\u{301} <|im_start|>user <unk> </s> word     end  ";
 
@@ -85,6 +87,7 @@ fn recorded(value: &Value) -> Json {
                 Array::String(v) => v.iter().map(|s| python_string(s)).collect(),
                 Array::F32(v) => v.iter().map(|&f| format!("{:?}", f64::from(f))).collect(),
                 Array::I32(v) => v.iter().map(i32::to_string).collect(),
+                Array::U8(v) => v.iter().map(u8::to_string).collect(),
                 other => panic!("{other:?}"),
             };
             let list = format!("[{}]", items.join(", "));
@@ -126,10 +129,11 @@ fn compare(name: &str, expect: &str, metadata: &Metadata, differs: &[&str]) {
 
 #[test]
 fn metadata_is_what_llama_cpp_writes() {
-    for name in BPE.iter().chain(&SPM) {
+    for name in BPE.iter().chain(&SPM).chain(&UNIGRAM).chain(&ENCODERS) {
         let expect = if model_dir(name).join("config.json").exists()
             && !name.contains("-spm")
             && !name.starts_with("fmt")
+            && !ENCODERS.contains(name)
         {
             format!("micro-{name}")
         } else {
@@ -150,9 +154,87 @@ fn pre_tokenizers_are_chosen_by_structure() {
     assert_eq!(load(&fixtures().join("tiny-llama")).pre, "gpt-2");
 }
 
+/// What is added around a text can be said or left to the default: T5's own files leave it, a
+/// tokenizer.json that was written says it.
+fn without_flags(mut m: Metadata) -> Metadata {
+    for role in ["bos", "eos", "sep"] {
+        m.remove(&format!("tokenizer.ggml.add_{role}_token"));
+    }
+    m
+}
+
+#[test]
+fn encoders_there_and_back() {
+    for name in ENCODERS {
+        let source = model_dir(name);
+        let first = load(&source);
+        let again = Vocab::from_metadata(&metadata(&first)).unwrap();
+        assert_eq!(metadata(&again), metadata(&first));
+        let dir = tempfile::tempdir().unwrap();
+        write(&again, dir.path());
+        assert_eq!(without_flags(metadata(&load(dir.path()))), without_flags(metadata(&first)), "{name}");
+        // From the other of the two files.
+        for file in ["spiece.model", "vocab.txt"] {
+            let _ = std::fs::remove_file(dir.path().join(file));
+        }
+        let mut alone = metadata(&load(dir.path()));
+        let mut wanted = metadata(&first);
+        if name == "t5" {
+            // tokenizer.json names the unknown token; its number is llama.cpp's default.
+            alone.remove("tokenizer.ggml.unknown_token_id");
+            wanted.remove("tokenizer.ggml.unknown_token_id");
+        }
+        assert_eq!(without_flags(alone), without_flags(wanted), "{name}");
+        for special in [false, true] {
+            let ids = |dir: &Path| {
+                let t = vocab::reference_tokenizer(dir).unwrap();
+                t.encode((TEXT, TEXT), special).unwrap().get_ids().to_vec()
+            };
+            assert_eq!(ids(&source), ids(dir.path()), "{name}");
+        }
+    }
+}
+
+#[test]
+fn bert_from_vocab_txt() {
+    let dir = tempfile::tempdir().unwrap();
+    for name in ["vocab.txt", "tokenizer_config.json", "config.json"] {
+        std::fs::copy(model_dir("bert").join(name), dir.path().join(name)).unwrap();
+    }
+    assert_eq!(metadata(&load(dir.path())), metadata(&load(&model_dir("bert"))));
+    let ids =
+        |dir: &Path| vocab::reference_tokenizer(dir).unwrap().encode(TEXT, true).unwrap().get_ids().to_vec();
+    assert_eq!(ids(dir.path()), ids(&model_dir("bert")));
+}
+
+const SENTENCEPIECE: [(&str, &[u32]); 6] = [
+    (
+        "It was a truth universally acknowledged,",
+        &[29, 8, 32, 16, 180, 18, 74, 123, 149, 12, 5, 71, 41, 16, 25, 67, 23, 17, 44, 33, 19, 58, 19, 4],
+    ),
+    (
+        "  two  spaces\n\tand a \u{fb01}ne \u{bd} \u{ff21}\u{ff42}\u{ff43}  ",
+        &[277, 3, 5, 39, 9, 76, 5, 14, 16, 64, 72, 7, 3, 2, 174, 51, 25],
+    ),
+    ("naïve café 漢字漢 x", &[3, 23, 9, 2, 129, 143, 9, 37, 2, 3, 2, 3, 201]),
+    ("", &[]),
+    (" ", &[]),
+    ("the\u{a0}the\u{3000}the", &[11, 11, 11]),
+];
+
+/// What SentencePiece's own library (0.2.3) says of T5's toy; made by its `EncodeAsIds`.
+#[test]
+fn unigram_ids_are_sentencepieces() {
+    let t = vocab::reference_tokenizer(&model_dir("t5")).unwrap();
+    for (text, ids) in SENTENCEPIECE {
+        assert_eq!(t.encode(text, false).unwrap().get_ids(), ids, "{text:?}");
+    }
+}
+
 #[test]
 fn there_and_back() {
-    let all = BPE.iter().chain(&SPM).map(|n| model_dir(n)).chain([fixtures().join("tiny-llama")]);
+    let all =
+        BPE.iter().chain(&SPM).chain(&UNIGRAM).map(|n| model_dir(n)).chain([fixtures().join("tiny-llama")]);
     for source in all {
         let first = load(&source);
         let again = Vocab::from_metadata(&metadata(&first)).unwrap();

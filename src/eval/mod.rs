@@ -8,3 +8,5 @@ pub mod logits;
 pub mod parity;
 #[cfg(feature = "ggml")]
 mod probe;
+#[cfg(feature = "ggml")]
+pub mod trial;

@@ -4,7 +4,7 @@
 //! Text is compared without added tokens, the names of special tokens being read as those tokens
 //! by both. Which tokens each side adds at the ends is compared once, not in every probe.
 //!
-//! Four differences have known causes outside the file. A probe that differs is held against them
+//! Five differences have known causes outside the file. A probe that differs is held against them
 //! and, where one accounts for *every* id, counted as explained, never dropped:
 //!
 //! * llama.cpp applies no Unicode normalization (NFC and its kin) for byte-level vocabularies.
@@ -18,10 +18,12 @@
 //! * A tokenizer.json that transformers made from a SentencePiece model may have lost that some
 //!   pieces are user-defined (found before all others). The GGUF file follows the SentencePiece
 //!   model. Explained when the tokenizer with these tokens added has the same ids.
+//! * WordPiece gives up on words of more than a hundred characters, llama.cpp does not. Explained
+//!   when the same tokenizer without that limit has the same ids.
 
 use std::collections::BTreeMap;
 
-use tokenizers::{AddedToken, NormalizedString, Normalizer, Tokenizer};
+use tokenizers::{AddedToken, ModelWrapper, NormalizedString, Normalizer, Tokenizer};
 
 use super::probe;
 use crate::error::{Error, Result};
@@ -48,6 +50,8 @@ pub enum Explanation {
     Stripping,
     /// tokenizer.json does not know that a SentencePiece piece is user-defined.
     UserDefined,
+    /// llama.cpp's WordPiece has no longest word.
+    LongWord,
 }
 
 impl std::fmt::Display for Explanation {
@@ -57,6 +61,7 @@ impl std::fmt::Display for Explanation {
             Self::SpacePrefix => "llama.cpp puts a space after special tokens",
             Self::Stripping => "GGUF cannot say that a token strips the white space around it",
             Self::UserDefined => "tokenizer.json lost user-defined pieces of tokenizer.model",
+            Self::LongWord => "llama.cpp's WordPiece has no longest word",
         })
     }
 }
@@ -204,6 +209,8 @@ struct Sides<'m> {
     literal: Option<Tokenizer>,
     // The tokenizer with a SentencePiece model's user-defined pieces, if it lacked some.
     user_defined: Option<Tokenizer>,
+    // The tokenizer without WordPiece's longest word.
+    unlimited: Option<Tokenizer>,
     // Texts of tokens that end a stretch of text.
     specials: Vec<String>,
     normalizes: bool,
@@ -236,8 +243,19 @@ impl<'m> Sides<'m> {
             let _ = with_them.add_tokens(user_defined);
             with_them
         });
+        let unlimited = match tokenizer.get_model() {
+            ModelWrapper::WordPiece(words) => {
+                let mut words = words.clone();
+                words.max_input_chars_per_word = usize::MAX;
+                let mut unlimited = tokenizer.clone();
+                unlimited.with_model(words);
+                Some(unlimited)
+            }
+            _ => None,
+        };
         Self {
             user_defined,
+            unlimited,
             normalizes: normalizes_unicode(&tokenizer),
             space_prefix: model.vocab_type() == VocabType::Spm
                 && model.metadata("tokenizer.ggml.add_space_prefix").is_none_or(|v| v == "true"),
@@ -273,9 +291,11 @@ impl<'m> Sides<'m> {
                 return Ok(Some(Explanation::SpacePrefix));
             }
         }
-        for (other, explanation) in
-            [(&self.literal, Explanation::Stripping), (&self.user_defined, Explanation::UserDefined)]
-        {
+        for (other, explanation) in [
+            (&self.literal, Explanation::Stripping),
+            (&self.user_defined, Explanation::UserDefined),
+            (&self.unlimited, Explanation::LongWord),
+        ] {
             if let Some(other) = other
                 && same(&encode(other, text, false)?, found)
             {

@@ -67,6 +67,8 @@ pub struct Model {
     pub continuing_subword_prefix: Option<String>,
     #[serde(default)]
     pub end_of_word_suffix: Option<String>,
+    #[serde(default)]
+    pub unk_id: Option<u64>,
 }
 
 impl Model {
@@ -74,17 +76,19 @@ impl Model {
     pub fn kind(&self) -> &str {
         match (&self.kind, &self.vocab) {
             (Some(kind), _) => kind,
-            (None, Entries::Unigram) => "Unigram",
+            (None, Entries::List(_)) => "Unigram",
             (None, Entries::Map(_)) if self.merges.is_empty() => "WordPiece",
             (None, Entries::Map(_)) => "BPE",
         }
     }
 }
 
-/// `model.vocab`: token and id in file order. The list form (Unigram) is not kept.
+/// `model.vocab`.
 pub enum Entries {
+    /// Token and id, in file order.
     Map(Vec<(String, u32)>),
-    Unigram,
+    /// Unigram's: token and log-probability by id.
+    List(Vec<(String, f64)>),
 }
 
 impl Default for Entries {
@@ -109,8 +113,11 @@ impl<'de> Deserialize<'de> for Entries {
                 Ok(Entries::Map(entries))
             }
             fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Entries, A::Error> {
-                while seq.next_element::<IgnoredAny>()?.is_some() {}
-                Ok(Entries::Unigram)
+                let mut entries = Vec::new();
+                while let Some(entry) = seq.next_element()? {
+                    entries.push(entry);
+                }
+                Ok(Entries::List(entries))
             }
         }
         d.deserialize_any(V)

@@ -1,6 +1,6 @@
 //! `tokenizer.*` metadata: keys and value types as llama.cpp's converter writes them.
 
-use super::{AddTokens, Kind, SpecialIds, TokenType, Vocab};
+use super::{AddTokens, Kind, SpecialIds, TokenType, Vocab, charsmap};
 use crate::container::gguf::{Array, Metadata, Value};
 use crate::error::{Error, Result};
 
@@ -11,8 +11,29 @@ const SCORES: &str = "tokenizer.ggml.scores";
 const TYPES: &str = "tokenizer.ggml.token_type";
 const MERGES: &str = "tokenizer.ggml.merges";
 const SPACE_PREFIX: &str = "tokenizer.ggml.add_space_prefix";
+const MERGE_SPACES: &str = "tokenizer.ggml.remove_extra_whitespaces";
+const CHARSMAP: &str = "tokenizer.ggml.precompiled_charsmap";
+const LOWERCASE: &str = "tokenizer.ggml.normalizer.lowercase";
+const STRIP_ACCENTS: &str = "tokenizer.ggml.normalizer.strip_accents";
+const SEGMENTS: &str = "tokenizer.ggml.token_type_count";
 const TEMPLATE: &str = "tokenizer.chat_template";
 const TEMPLATES: &str = "tokenizer.chat_templates";
+
+/// Keys that have a field of their own, apart from ids, `add` flags and templates.
+const OWN: [&str; 12] = [
+    MODEL,
+    PRE,
+    TOKENS,
+    SCORES,
+    TYPES,
+    MERGES,
+    SPACE_PREFIX,
+    MERGE_SPACES,
+    LOWERCASE,
+    STRIP_ACCENTS,
+    SEGMENTS,
+    TEMPLATES,
+];
 
 /// Keys of the `add` flags.
 fn add_flags(add: &mut AddTokens) -> [(&'static str, &mut Option<bool>); 3] {
@@ -48,8 +69,22 @@ impl Vocab {
                 metadata.set(key, Value::Bool(flag));
             }
         }
-        if let Some(flag) = self.add_space_prefix {
-            metadata.set(SPACE_PREFIX, Value::Bool(flag));
+        let flags = [
+            (SPACE_PREFIX, self.add_space_prefix),
+            (MERGE_SPACES, self.remove_extra_whitespaces),
+            (LOWERCASE, self.lowercase),
+            (STRIP_ACCENTS, self.strip_accents),
+        ];
+        for (key, flag) in flags {
+            if let Some(flag) = flag {
+                metadata.set(key, Value::Bool(flag));
+            }
+        }
+        if let Some(count) = self.token_type_count {
+            metadata.set(SEGMENTS, Value::U32(count));
+        }
+        if self.kind == Kind::Ugm && !self.charsmap.is_empty() {
+            metadata.set(CHARSMAP, Value::Array(Array::U8(self.charsmap.clone())));
         }
         let mut names: Vec<&str> = Vec::new();
         for (name, text) in self.chat_templates.iter().filter(|(name, _)| name != "default") {
@@ -72,13 +107,15 @@ impl Vocab {
     /// Reads the `tokenizer.*` entries of a GGUF file.
     ///
     /// # Errors
-    /// `Unsupported` for a tokenizer model other than `gpt2` and `llama`; `Malformed` when
+    /// `Unsupported` for a tokenizer model other than `gpt2`, `llama`, `bert` and `t5`; `Malformed` when
     /// entries are missing, of another type, or of different lengths.
     pub fn from_metadata(metadata: &Metadata) -> Result<Self> {
         let missing = |key: &str| Error::malformed(format!("metadata has no {key} of the right type"));
         let kind = match metadata.str(MODEL).ok_or_else(|| missing(MODEL))? {
             "gpt2" => Kind::Bpe,
             "llama" => Kind::Spm,
+            "bert" => Kind::Wpm,
+            "t5" => Kind::Ugm,
             other => {
                 return Err(Error::unsupported(format!("tokenizer model {other:?} is not supported")));
             }
@@ -99,7 +136,7 @@ impl Vocab {
             Some(Array::F32(scores)) => Some(scores.clone()),
             Some(Array::I32(scores)) => Some(scores.iter().map(|&s| s as f32).collect()),
             Some(_) => return Err(missing(SCORES)),
-            None if kind == Kind::Spm => return Err(missing(SCORES)),
+            None if matches!(kind, Kind::Spm | Kind::Ugm) => return Err(missing(SCORES)),
             None => None,
         };
         if let Some(scores) = &vocab.scores {
@@ -140,7 +177,21 @@ impl Vocab {
         for (key, flag) in add_flags(&mut vocab.add) {
             *flag = metadata.get(key).and_then(Value::as_bool);
         }
-        vocab.add_space_prefix = metadata.get(SPACE_PREFIX).and_then(Value::as_bool);
+        let flag = |key: &str| metadata.get(key).and_then(Value::as_bool);
+        vocab.add_space_prefix = flag(SPACE_PREFIX);
+        vocab.remove_extra_whitespaces = flag(MERGE_SPACES);
+        vocab.lowercase = flag(LOWERCASE);
+        vocab.strip_accents = flag(STRIP_ACCENTS);
+        let count = metadata.get(SEGMENTS).map(|v| v.as_u64().and_then(|n| u32::try_from(n).ok()));
+        vocab.token_type_count = count.map(|n| n.ok_or_else(|| missing(SEGMENTS))).transpose()?;
+        if kind == Kind::Ugm && metadata.get(CHARSMAP).is_some() {
+            vocab.charsmap = match array(CHARSMAP)? {
+                Some(Array::U8(bytes)) => bytes.clone(),
+                Some(Array::I8(bytes)) => bytes.iter().map(|&b| b as u8).collect(),
+                _ => return Err(missing(CHARSMAP)),
+            };
+            charsmap::check(&vocab.charsmap)?;
+        }
         let text = |key: &str, value: &Value| {
             value.as_str().map(str::to_owned).ok_or_else(|| Error::malformed(format!("{key} is not text")))
         };
@@ -150,7 +201,8 @@ impl Vocab {
                 vocab.chat_templates.insert(0, ("default".to_owned(), text(key, value)?));
             } else if let Some(name) = key.strip_prefix("tokenizer.chat_template.") {
                 vocab.chat_templates.push((name.to_owned(), text(key, value)?));
-            } else if ![MODEL, PRE, TOKENS, SCORES, TYPES, MERGES, SPACE_PREFIX, TEMPLATES].contains(&key)
+            } else if !OWN.contains(&key)
+                && !(kind == Kind::Ugm && key == CHARSMAP)
                 && !is_id(key)
                 && add_flags(&mut AddTokens::default()).iter().all(|(k, _)| *k != key)
             {
@@ -159,7 +211,8 @@ impl Vocab {
         }
         if let Some(scores) = &vocab.scores {
             let trained = scores.iter().zip(&vocab.token_types).filter(|(_, t)| **t == TokenType::Normal);
-            vocab.unigram = kind == Kind::Spm && trained.clone().any(|(s, _)| s.fract() != 0.0);
+            vocab.unigram =
+                kind == Kind::Ugm || kind == Kind::Spm && trained.clone().any(|(s, _)| s.fract() != 0.0);
         }
         Ok(vocab)
     }
@@ -206,6 +259,6 @@ mod tests {
         assert_eq!(error(SCORES, Value::Array(Array::F32(vec![1.0]))), ErrorKind::Malformed);
         assert_eq!(error(TOKENS, Value::U32(1)), ErrorKind::Malformed);
         assert_eq!(error("tokenizer.ggml.unknown_token_id", Value::U32(2)), ErrorKind::Malformed);
-        assert_eq!(error(MODEL, "bert".into()), ErrorKind::Unsupported);
+        assert_eq!(error(MODEL, "rwkv".into()), ErrorKind::Unsupported);
     }
 }

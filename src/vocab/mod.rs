@@ -3,10 +3,13 @@
 //!
 //! [`load`] and [`Vocab::from_metadata`] read, [`Vocab::to_metadata`] and [`Vocab::write_hf`] write. One
 //! file per kind of vocabulary: `bpe` (byte-level BPE), `spm` (SentencePiece from
-//! tokenizer.model), `spm_json` (the same, recovered from tokenizer.json). Chat templates are
-//! carried as data; nothing here renders them.
+//! tokenizer.model), `spm_json` (the same, recovered from tokenizer.json), `wpm` (WordPiece),
+//! `ugm` (Unigram). Chat templates are carried as data; nothing here renders them.
 
+mod added;
+mod base64;
 mod bpe;
+mod charsmap;
 mod hf;
 mod metadata;
 pub mod pre;
@@ -14,8 +17,11 @@ mod proto;
 mod special;
 mod spm;
 mod spm_json;
+mod ugm;
+mod wpm;
 mod write;
 mod write_spm;
+mod write_wpm;
 
 use std::path::Path;
 
@@ -38,15 +44,27 @@ enum Origin {
     SpmFromHfJson,
     /// Byte-level BPE, from tokenizer.json.
     Bpe,
+    /// WordPiece, from tokenizer.json or vocab.txt.
+    Wpm,
+    /// Unigram, from a SentencePiece file.
+    Ugm,
+    /// Unigram, from tokenizer.json.
+    UgmFromHfJson,
 }
 
 impl Origin {
+    const ALL: [Self; 6] =
+        [Self::Spm, Self::SpmFromHfJson, Self::Bpe, Self::Wpm, Self::UgmFromHfJson, Self::Ugm];
+
     /// What an architecture file calls `name`.
     fn from_name(name: &str) -> Result<Self> {
         Ok(match name {
             "spm" => Self::Spm,
             "spm_from_hf_json" => Self::SpmFromHfJson,
             "bpe" => Self::Bpe,
+            "wpm" => Self::Wpm,
+            "ugm" => Self::Ugm,
+            "ugm_from_hf_json" => Self::UgmFromHfJson,
             _ => return Err(Error::unsupported(format!("vocabularies of kind {name:?} cannot be read yet"))),
         })
     }
@@ -63,8 +81,11 @@ pub struct Source<'a> {
     pub vocab_size: Option<u64>,
     /// `--pre`: a name given by the user instead of recognising one.
     pub pre: Option<&'a str>,
-    /// What to try, first choice first: `spm` (tokenizer.model), `spm_from_hf_json` (the same,
-    /// recovered from tokenizer.json), `bpe` (byte-level BPE). Empty for all, in this order.
+    /// What to try, first choice first: `spm` (tokenizer.model, tokenized by llama.cpp's `llama`
+    /// model even where it is Unigram), `spm_from_hf_json` (the same, recovered from
+    /// tokenizer.json), `bpe` (byte-level BPE), `wpm` (WordPiece), `ugm_from_hf_json` (Unigram in
+    /// tokenizer.json), `ugm` (Unigram in tokenizer.model, spiece.model or, in the order of
+    /// XLM-RoBERTa, sentencepiece.bpe.model). Empty for all, in this order.
     pub kinds: &'a [String],
 }
 
@@ -75,6 +96,10 @@ pub enum Kind {
     Bpe,
     /// SentencePiece, merging by score.
     Spm,
+    /// WordPiece.
+    Wpm,
+    /// Unigram.
+    Ugm,
 }
 
 impl Kind {
@@ -83,6 +108,8 @@ impl Kind {
         match self {
             Self::Bpe => "gpt2",
             Self::Spm => "llama",
+            Self::Wpm => "bert",
+            Self::Ugm => "t5",
         }
     }
 }
@@ -127,9 +154,10 @@ pub struct Vocab {
     pub kind: Kind,
     /// `tokenizer.ggml.pre`: name of the pre-tokenizer.
     pub pre: String,
-    /// Token texts by id. Byte characters for byte-level BPE, U+2581 for spaces in SentencePiece.
+    /// Token texts by id. Byte characters for byte-level BPE, U+2581 for spaces in SentencePiece,
+    /// U+2581 before what begins a word in WordPiece.
     pub tokens: Vec<Vec<u8>>,
-    /// Scores by id; SentencePiece only.
+    /// Scores by id; SentencePiece and Unigram only.
     pub scores: Option<Vec<f32>>,
     /// Types by id.
     pub token_types: Vec<TokenType>,
@@ -148,6 +176,14 @@ pub struct Vocab {
     pub unigram: bool,
     /// SentencePiece's compiled normalization, which GGUF's `llama` model does not carry.
     pub charsmap: Vec<u8>,
+    /// Whether runs of spaces count as one; Unigram only.
+    pub remove_extra_whitespaces: Option<bool>,
+    /// Whether text is brought to lower case; WordPiece only.
+    pub lowercase: Option<bool>,
+    /// Whether accents are removed; as `lowercase` where it is not stated. WordPiece only.
+    pub strip_accents: Option<bool>,
+    /// How many kinds of segments the model tells apart (`type_vocab_size`); encoders only.
+    pub token_type_count: Option<u32>,
     /// Other `tokenizer.*` entries of the GGUF file this came from.
     pub extra: Vec<(String, crate::container::gguf::Value)>,
     /// What was recognised and how, and warnings. Not part of any file.
@@ -169,14 +205,20 @@ impl Vocab {
             chat_templates: Vec::new(),
             unigram: false,
             charsmap: Vec::new(),
+            remove_extra_whitespaces: None,
+            lowercase: None,
+            strip_accents: None,
+            token_type_count: None,
             extra: Vec::new(),
             notes: Vec::new(),
         }
     }
 
-    /// The `ROLE_token_id` entries that config.json should have for this vocabulary.
+    /// The entries that config.json should have for this vocabulary: `ROLE_token_id`, and
+    /// `type_vocab_size` of encoders.
     pub fn config_ids(&self) -> impl Iterator<Item = (String, u32)> {
-        self.special.iter().filter_map(|(role, _, id)| Some((format!("{role}_token_id"), id?)))
+        let types = self.token_type_count.map(|n| ("type_vocab_size".to_owned(), n));
+        self.special.iter().filter_map(|(role, _, id)| Some((format!("{role}_token_id"), id?))).chain(types)
     }
 
     /// Appends a token with its type, and its score where there are scores.
@@ -224,15 +266,6 @@ fn vocab_size(source: &Source, max_id: Option<u64>) -> Result<usize> {
     Ok(size as usize)
 }
 
-/// How a token that was added to a trained vocabulary appears in GGUF. llama.cpp matches
-/// user-defined ones in raw text, so SentencePiece's space sign becomes a space.
-fn added_form(text: &str, special: bool) -> (String, TokenType) {
-    match special || hf::looks_special(text) {
-        true => (text.to_owned(), TokenType::Control),
-        false => (text.replace('\u{2581}', " "), TokenType::UserDefined),
-    }
-}
-
 /// Reads the vocabulary of a Hugging Face directory.
 ///
 /// # Errors
@@ -249,8 +282,12 @@ pub fn load(source: &Source, limits: &Limits) -> Result<Vocab> {
     let mut json = hf::tokenizer_json(source.dir, limits)?;
     let mut seen = Vec::new();
     let named: Vec<Origin> = source.kinds.iter().map(|k| Origin::from_name(k)).collect::<Result<_>>()?;
-    let all = [Origin::Spm, Origin::SpmFromHfJson, Origin::Bpe];
-    let order = if named.is_empty() { &all[..] } else { &named };
+    let order = if named.is_empty() { &Origin::ALL[..] } else { &named };
+    // Encoders say how many kinds of segments they know; decoders do not have them.
+    let segments = source.config.get("type_vocab_size").and_then(Value::as_u64);
+    let segments = segments.and_then(|n| u32::try_from(n).ok());
+    let with_segments =
+        |vocab: Vocab| Vocab { token_type_count: segments.or(vocab.token_type_count), ..vocab };
     for origin in order {
         match origin {
             Origin::Spm => match spm::read_model(&source.dir.join("tokenizer.model"), limits)? {
@@ -269,7 +306,31 @@ pub fn load(source: &Source, limits: &Limits) -> Result<Vocab> {
             }
             Origin::Bpe => {
                 if let Some(json) = json.take_if(|json| bpe::fits(json)) {
-                    return bpe::load(source, &config, json, limits).map_err(|e| e.at(&json_path));
+                    let vocab = bpe::load(source, &config, json, limits).map_err(|e| e.at(&json_path))?;
+                    return Ok(with_segments(vocab));
+                }
+            }
+            Origin::Wpm => {
+                let (path, words) = match json.take_if(|json| wpm::fits(json)) {
+                    Some(json) => (json_path.clone(), Some(json)),
+                    None if json.is_some() => (json_path.clone(), None),
+                    None => (source.dir.join("vocab.txt"), wpm::vocab_txt(source, &config, limits)?),
+                };
+                if let Some(words) = words {
+                    let vocab = wpm::load(source, &config, words, limits).map_err(|e| e.at(&path))?;
+                    return Ok(with_segments(vocab));
+                }
+            }
+            Origin::Ugm => {
+                if let Some(file) = ugm::read_file(source, limits)? {
+                    let vocab = ugm::load_file(source, &config, file, json.as_ref(), limits);
+                    return Ok(with_segments(vocab.map_err(|e| e.at(source.dir))?));
+                }
+            }
+            Origin::UgmFromHfJson => {
+                if let Some(json) = json.take_if(|json| ugm::fits(json)) {
+                    let vocab = ugm::load_json(source, &config, json, limits);
+                    return Ok(with_segments(vocab.map_err(|e| e.at(&json_path))?));
                 }
             }
         }
@@ -278,7 +339,7 @@ pub fn load(source: &Source, limits: &Limits) -> Result<Vocab> {
         seen.push(format!("a tokenizer.json with model {}", json.model.kind()));
     }
     if seen.is_empty() {
-        return Err(Error::unsupported("has no tokenizer.model and no tokenizer.json")
+        return Err(Error::unsupported("has no tokenizer.model, tokenizer.json or vocab.txt")
             .at(source.dir)
             .hint("fetch the tokenizer files too; vocab.json and merges.txt alone are not read"));
     }

@@ -105,8 +105,10 @@ pub fn read(
                 special.add.bos.get_or_insert(false);
                 special.add.eos.get_or_insert(false);
             }
-            Some("RobertaProcessing") => {
-                special.add = AddTokens { bos: Some(true), eos: Some(true), sep: Some(true) };
+            Some(name @ ("RobertaProcessing" | "BertProcessing")) => {
+                // RoBERTa puts a second separator between two texts.
+                let sep = name == "RobertaProcessing";
+                special.add = AddTokens { bos: Some(true), eos: Some(true), sep: Some(sep) };
                 let of = |key: &str| Some(processor.get(key)?.get(0)?.as_str()?.to_owned());
                 texts.cls = texts.cls.take().or_else(|| of("cls"));
                 texts.sep = texts.sep.take().or_else(|| of("sep"));

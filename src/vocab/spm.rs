@@ -6,9 +6,10 @@ use std::path::Path;
 use prost::Message;
 use serde_json::Value;
 
+use super::added::added_form;
 use super::hf::{self, AddedToken, TokenizerJson};
 use super::proto::{self, ModelProto};
-use super::{Kind, Source, TokenType, Vocab, added_form, special, vocab_size};
+use super::{Kind, Source, TokenType, Vocab, special, vocab_size};
 use crate::error::{Error, Result};
 use crate::limits::Limits;
 
@@ -42,6 +43,12 @@ pub fn read_model(path: &Path, limits: &Limits) -> Result<Option<Found>> {
     let model = ModelProto::decode(bytes.as_slice())
         .map_err(|e| Error::malformed(format!("is not a SentencePiece model: {e}")).at(path))?;
     Ok(Some(Found::Model(Box::new(model))))
+}
+
+/// Whether a token is `<0xNN>`.
+pub fn is_byte(text: &str) -> bool {
+    let digits = text.strip_prefix("<0x").and_then(|t| t.strip_suffix('>'));
+    digits.is_some_and(|d| d.len() == 2 && d.bytes().all(|b| b.is_ascii_hexdigit()))
 }
 
 /// Builds the vocabulary.

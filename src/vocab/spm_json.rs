@@ -10,9 +10,10 @@ use std::collections::HashMap;
 
 use serde_json::Value;
 
+use super::added::added_form;
 use super::hf::{Entries, TokenizerJson, merge_parts};
-use super::spm::{ADDED_SCORE, PAD_SCORE, finish};
-use super::{Kind, Source, TokenType, Vocab, added_form, vocab_size};
+use super::spm::{ADDED_SCORE, PAD_SCORE, finish, is_byte};
+use super::{Kind, Source, TokenType, Vocab, vocab_size};
 use crate::error::{Error, Result};
 use crate::limits::Limits;
 
@@ -73,12 +74,6 @@ pub fn load(source: &Source, config: &Value, json: TokenizerJson, limits: &Limit
     let stated = config.get("add_prefix_space").and_then(Value::as_bool);
     vocab.add_space_prefix = stated.or((!prefix).then_some(false));
     finish(source, config, &json.added_tokens, &json.post_processor, vocab, limits)
-}
-
-/// `<0xNN>`.
-fn is_byte(text: &str) -> bool {
-    let digits = text.strip_prefix("<0x").and_then(|t| t.strip_suffix('>'));
-    digits.is_some_and(|d| d.len() == 2 && d.bytes().all(|b| b.is_ascii_hexdigit()))
 }
 
 /// Whether a space is put before a text. Accepts what llama.cpp can do too: escape spaces, put

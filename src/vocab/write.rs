@@ -6,7 +6,7 @@ use serde::Serialize;
 use serde_json::{Map, Value, json};
 
 use super::hf::{AddedToken, VocabOut, merge_parts};
-use super::{AddTokens, Kind, TokenType, Vocab, bpe, pad, pre, write_spm};
+use super::{AddTokens, Kind, TokenType, Vocab, bpe, pad, pre, write_spm, write_wpm};
 use crate::error::{Error, Result};
 
 /// tokenizer.json, in the order in which the `tokenizers` library writes it.
@@ -41,6 +41,14 @@ pub enum ModelOut<'a> {
         vocab: VocabOut<'a>,
         merges: Vec<(&'a str, &'a str)>,
     },
+    /// The longest known beginning of what is left of a word.
+    WordPiece {
+        r#type: &'static str,
+        unk_token: &'a str,
+        continuing_subword_prefix: &'static str,
+        max_input_chars_per_word: u32,
+        vocab: VocabOut<'a>,
+    },
     /// Log-probabilities.
     Unigram { r#type: &'static str, unk_id: Option<u32>, vocab: Vec<(&'a str, f32)>, byte_fallback: bool },
 }
@@ -54,8 +62,11 @@ impl Vocab {
     /// UTF-8, and for two tokens with one text, which tokenizer.json cannot hold.
     pub fn write_hf(&self) -> Result<Vec<(String, Vec<u8>)>> {
         let mut files = vec![("tokenizer.json".to_owned(), tokenizer_json(self)?)];
-        if self.kind == Kind::Spm {
-            files.push(("tokenizer.model".to_owned(), write_spm::model_proto(self)));
+        // The names under which llama.cpp's converter looks for them.
+        match self.kind {
+            Kind::Spm => files.push(("tokenizer.model".to_owned(), write_spm::model_proto(self))),
+            Kind::Ugm => files.push(("spiece.model".to_owned(), write_spm::model_proto(self))),
+            Kind::Bpe | Kind::Wpm => {}
         }
         let mut config = serde_json::to_vec_pretty(&tokenizer_config(self))
             .map_err(|e| Error::malformed(e.to_string()))?;
@@ -71,27 +82,38 @@ impl Vocab {
 /// As [`Vocab::write_hf`].
 pub fn tokenizer_json(vocab: &Vocab) -> Result<Vec<u8>> {
     let texts = texts(vocab)?;
+    let written;
+    let plain: Vec<&str>;
     let tokenizer = match vocab.kind {
         Kind::Bpe => byte_level(vocab, &texts)?,
-        Kind::Spm => write_spm::tokenizer(vocab, &texts),
+        Kind::Spm | Kind::Ugm => write_spm::tokenizer(vocab, &texts),
+        Kind::Wpm => {
+            written = write_wpm::texts(vocab, &texts);
+            plain = distinct(written.iter().map(|text| &**text))?;
+            write_wpm::tokenizer(vocab, &plain)
+        }
     };
     serde_json::to_vec(&tokenizer).map_err(|e| Error::malformed(e.to_string()))
 }
 
 /// All tokens as text, checked to be distinct.
 fn texts(vocab: &Vocab) -> Result<Vec<&str>> {
-    let mut seen = HashSet::with_capacity(vocab.tokens.len());
     let mut texts = Vec::with_capacity(vocab.tokens.len());
     for (id, bytes) in vocab.tokens.iter().enumerate() {
-        let text = std::str::from_utf8(bytes).map_err(|_| {
+        texts.push(std::str::from_utf8(bytes).map_err(|_| {
             Error::unsupported(format!("token {id} {:?} is not UTF-8", String::from_utf8_lossy(bytes)))
-        })?;
-        if !seen.insert(text) {
-            return Err(Error::unsupported(format!("token {id} {text:?} appears twice")));
-        }
-        texts.push(text);
+        })?);
     }
-    Ok(texts)
+    distinct(texts.into_iter())
+}
+
+fn distinct<'a>(texts: impl Iterator<Item = &'a str>) -> Result<Vec<&'a str>> {
+    let mut seen = HashSet::new();
+    let one = |(id, text): (usize, &'a str)| match seen.insert(text) {
+        true => Ok(text),
+        false => Err(Error::unsupported(format!("token {id} {text:?} appears twice"))),
+    };
+    texts.enumerate().map(one).collect()
 }
 
 /// Whether token `id` is only padding, which no tokenizer file needs to hold.
@@ -124,18 +146,28 @@ pub fn added_tokens(
 
 /// What llama.cpp adds around a text: the flags, or its default for this vocabulary.
 fn adds(vocab: &Vocab) -> (bool, bool) {
-    let default = vocab.kind == Kind::Spm || pre::adds_bos(&vocab.pre);
-    (vocab.add.bos.unwrap_or(default), vocab.add.eos.unwrap_or(false))
+    let default = match vocab.kind {
+        Kind::Bpe => (pre::adds_bos(&vocab.pre), false),
+        Kind::Spm => (true, false),
+        // Always, whatever the flags say.
+        Kind::Wpm => return (true, true),
+        Kind::Ugm => (false, true),
+    };
+    (vocab.add.bos.unwrap_or(default.0), vocab.add.eos.unwrap_or(default.1))
 }
 
-/// A template that puts BOS and EOS around a text, and nothing between two texts.
+/// A template that puts BOS and EOS around a text. Between two texts there is nothing, but for
+/// encoders the end of the first, twice where a separator is added.
 pub fn post_processor(vocab: &Vocab, texts: &[&str]) -> Value {
     let (bos, eos) = adds(vocab);
     let token = |wanted: bool, id: Option<u32>| {
         let id = id.filter(|_| wanted)?;
         Some((*texts.get(id as usize)?, id))
     };
-    let (bos, eos) = (token(bos, vocab.special.bos), token(eos, vocab.special.eos));
+    let end = if vocab.kind == Kind::Wpm { vocab.special.sep } else { vocab.special.eos };
+    let (bos, eos) = (token(bos, vocab.special.bos), token(eos, end));
+    let parted = usize::from(matches!(vocab.kind, Kind::Wpm | Kind::Ugm));
+    let parted = parted * if vocab.add.sep == Some(true) { 2 } else { 1 };
     if bos.is_none() && eos.is_none() {
         return Value::Null;
     }
@@ -144,8 +176,9 @@ pub fn post_processor(vocab: &Vocab, texts: &[&str]) -> Value {
     };
     let text = |id: &str, type_id: u32| Some(json!({"Sequence": {"id": id, "type_id": type_id}}));
     let single: Vec<Value> = [special(bos, 0), text("A", 0), special(eos, 0)].into_iter().flatten().collect();
-    let pair: Vec<Value> =
-        [special(bos, 0), text("A", 0), text("B", 1), special(eos, 1)].into_iter().flatten().collect();
+    let between = std::iter::repeat_with(|| special(eos, 0)).take(parted);
+    let pair = [special(bos, 0), text("A", 0)].into_iter().chain(between);
+    let pair: Vec<Value> = pair.chain([text("B", 1), special(eos, 1)]).flatten().collect();
     let mut tokens = Map::new();
     for (text, id) in [bos, eos].into_iter().flatten() {
         tokens.insert(text.to_owned(), json!({"id": text, "ids": [id], "tokens": [text]}));
@@ -215,7 +248,7 @@ fn tokenizer_config(vocab: &Vocab) -> Value {
         }
     }
     config.insert("clean_up_tokenization_spaces".into(), false.into());
-    if vocab.kind == Kind::Bpe {
+    if matches!(vocab.kind, Kind::Bpe | Kind::Wpm) {
         config.insert(bpe::GGML_PRE.into(), vocab.pre.as_str().into());
     }
     config.insert("tokenizer_class".into(), "PreTrainedTokenizerFast".into());

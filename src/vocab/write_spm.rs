@@ -5,10 +5,11 @@ use std::collections::HashMap;
 use prost::Message;
 use serde_json::{Value, json};
 
+use super::base64;
 use super::hf::VocabOut;
 use super::proto::{BPE, ModelProto, NormalizerSpec, SentencePiece, TrainerSpec, UNIGRAM};
 use super::write::{ModelOut, TokenizerOut, added_tokens, is_padding, post_processor};
-use super::{TokenType, Vocab};
+use super::{Kind, TokenType, Vocab};
 
 /// SentencePiece's sign for a space.
 const SPACE: &str = "\u{2581}";
@@ -16,11 +17,19 @@ const SPACE: &str = "\u{2581}";
 /// tokenizer.json: BPE whose merges are all splits of all tokens, highest score first, which is
 /// how llama.cpp merges; or Unigram where the scores are log-probabilities.
 pub fn tokenizer<'a>(vocab: &'a Vocab, texts: &[&'a str]) -> TokenizerOut<'a> {
-    let prefix = vocab.add_space_prefix != Some(false);
+    let merges_spaces = match vocab.kind {
+        Kind::Ugm => vocab.remove_extra_whitespaces == Some(true),
+        _ => !vocab.charsmap.is_empty(),
+    };
+    // llama.cpp puts the one space that a run becomes before every word, the first too.
+    let prefix = vocab.add_space_prefix != Some(false) || vocab.kind == Kind::Ugm && merges_spaces;
     let escape = json!({"type": "Replace", "pattern": {"String": " "}, "content": SPACE});
     let mut normalizers = Vec::new();
     if !vocab.charsmap.is_empty() {
-        normalizers.push(json!({"type": "Precompiled", "precompiled_charsmap": base64(&vocab.charsmap)}));
+        normalizers
+            .push(json!({"type": "Precompiled", "precompiled_charsmap": base64::encode(&vocab.charsmap)}));
+    }
+    if merges_spaces {
         normalizers.push(json!({"type": "Strip", "strip_left": true, "strip_right": true}));
         normalizers.push(json!({"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "}));
     }
@@ -40,11 +49,16 @@ pub fn tokenizer<'a>(vocab: &'a Vocab, texts: &[&'a str]) -> TokenizerOut<'a> {
     let byte_fallback = vocab.token_types.contains(&TokenType::Byte);
     let model = if vocab.unigram {
         let scores = vocab.scores.as_deref().unwrap_or_default();
-        // A list by id has no holes: padding stays, with a score that nothing chooses.
+        let trained = scores.iter().zip(&vocab.token_types).filter(|(_, t)| **t == TokenType::Normal);
+        let lowest = trained.map(|(s, _)| *s).fold(0.0, f32::min);
+        // A list by id has no holes: padding stays, but at the end. The lowest score of all counts
+        // where a character has no token, so tokens that are not trained must not set it.
+        let rows = texts.iter().enumerate().rposition(|(id, text)| !is_padding(vocab, id, text));
+        let rows = rows.map_or(0, |last| last + 1);
         ModelOut::Unigram {
             r#type: "Unigram",
             unk_id: unk.map(|id| id as u32),
-            vocab: texts.iter().copied().zip(scores.iter().copied()).collect(),
+            vocab: texts.iter().copied().zip(scores.iter().map(|s| s.max(lowest))).take(rows).collect(),
             byte_fallback,
         }
     } else {
@@ -129,39 +143,13 @@ pub fn model_proto(vocab: &Vocab) -> Vec<u8> {
         pad_piece: text(special.pad),
     });
     let plain = vocab.charsmap.is_empty();
+    let merges_spaces = if vocab.kind == Kind::Ugm { vocab.remove_extra_whitespaces } else { Some(!plain) };
     let normalizer_spec = Some(NormalizerSpec {
         name: Some(if plain { "identity" } else { "user_defined" }.into()),
         precompiled_charsmap: Some(vocab.charsmap.clone()),
         add_dummy_prefix: Some(vocab.add_space_prefix != Some(false)),
-        remove_extra_whitespaces: Some(!plain),
+        remove_extra_whitespaces: Some(merges_spaces == Some(true)),
         escape_whitespaces: Some(true),
     });
     ModelProto { pieces: pieces.collect(), trainer_spec, normalizer_spec }.encode_to_vec()
-}
-
-/// RFC 4648 base64 with padding.
-fn base64(bytes: &[u8]) -> String {
-    const DIGITS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
-    let mut out = String::with_capacity(bytes.len().div_ceil(3) * 4);
-    for chunk in bytes.chunks(3) {
-        let word = (0..3).fold(0u32, |w, i| w << 8 | u32::from(chunk.get(i).copied().unwrap_or(0)));
-        for i in 0..4 {
-            match i <= chunk.len() {
-                true => out.push(char::from(DIGITS[(word >> (18 - 6 * i) & 63) as usize])),
-                false => out.push('='),
-            }
-        }
-    }
-    out
-}
-
-#[cfg(test)]
-mod tests {
-    #[test]
-    fn base64_of_the_rfc() {
-        for (text, code) in [("", ""), ("f", "Zg=="), ("fo", "Zm8="), ("foo", "Zm9v"), ("foobar", "Zm9vYmFy")]
-        {
-            assert_eq!(super::base64(text.as_bytes()), code);
-        }
-    }
 }

