@@ -139,7 +139,14 @@ fn metadata_is_what_llama_cpp_writes() {
         } else {
             (*name).to_owned()
         };
-        compare(name, &expect, &metadata(&load(&model_dir(name))), &[]);
+        let mut vocab = load(&model_dir(name));
+        if UNIGRAM.contains(name) {
+            // SentencePiece finds its user-defined pieces as they stand, and so must llama.cpp; its
+            // converter makes ordinary ones of them.
+            let user_defined = vocab.token_types.iter_mut().filter(|t| **t == TokenType::UserDefined);
+            assert_eq!(user_defined.map(|t| *t = TokenType::Normal).count(), 2);
+        }
+        compare(name, &expect, &metadata(&vocab), &[]);
     }
 }
 
@@ -242,6 +249,9 @@ fn there_and_back() {
         let dir = tempfile::tempdir().unwrap();
         write(&again, dir.path());
         assert_eq!(metadata(&load(dir.path())), metadata(&first), "{}", source.display());
+        if !first.charsmap.is_empty() {
+            continue; // GGUF's `llama` model has no place for it.
+        }
         let ids = |dir: &Path, special| {
             let t = vocab::reference_tokenizer(dir).unwrap();
             t.encode(TEXT, special).unwrap().get_ids().to_vec()

@@ -4,7 +4,7 @@
 //! Text is compared without added tokens, the names of special tokens being read as those tokens
 //! by both. Which tokens each side adds at the ends is compared once, not in every probe.
 //!
-//! Five differences have known causes outside the file. A probe that differs is held against them
+//! Six differences have known causes outside the file. A probe that differs is held against them
 //! and, where one accounts for *every* id, counted as explained, never dropped:
 //!
 //! * llama.cpp applies no Unicode normalization (NFC and its kin) for byte-level vocabularies.
@@ -20,9 +20,13 @@
 //!   model. Explained when the tokenizer with these tokens added has the same ids.
 //! * WordPiece gives up on words of more than a hundred characters, llama.cpp does not. Explained
 //!   when the same tokenizer without that limit has the same ids.
+//! * Where accents are stripped, llama.cpp's WordPiece drops every combining mark, vowel signs of
+//!   Indic scripts among them, and of a Hangul syllable all but its first letter; BERT's own
+//!   drops marks that take no space. Explained when the text without these has the same ids.
 
 use std::collections::BTreeMap;
 
+use regex::Regex;
 use tokenizers::{AddedToken, ModelWrapper, NormalizedString, Normalizer, Tokenizer};
 
 use super::probe;
@@ -52,6 +56,8 @@ pub enum Explanation {
     UserDefined,
     /// llama.cpp's WordPiece has no longest word.
     LongWord,
+    /// llama.cpp's WordPiece strips more than accents.
+    Marks,
 }
 
 impl std::fmt::Display for Explanation {
@@ -62,6 +68,9 @@ impl std::fmt::Display for Explanation {
             Self::Stripping => "GGUF cannot say that a token strips the white space around it",
             Self::UserDefined => "tokenizer.json lost user-defined pieces of tokenizer.model",
             Self::LongWord => "llama.cpp's WordPiece has no longest word",
+            Self::Marks => {
+                "llama.cpp's WordPiece strips vowel signs and the ends of Hangul syllables as accents"
+            }
         })
     }
 }
@@ -270,6 +279,20 @@ impl<'m> Sides<'m> {
         encode(&self.tokenizer, text, add_special)
     }
 
+    /// The text as llama.cpp's WordPiece strips it; `None` for other vocabularies.
+    fn stripped(&self, text: &str) -> Option<String> {
+        self.unlimited.as_ref()?;
+        let first_letter = |c: char| match u32::from(c) {
+            // Syllables are numbered by first letter, vowel (21) and last letter (28).
+            code @ 0xAC00..=0xD7A3 => char::from_u32(0x1100 + (code - 0xAC00) / (21 * 28)).unwrap_or(c),
+            _ => c,
+        };
+        let mut plain = NormalizedString::from(text.chars().map(first_letter).collect::<String>());
+        plain.nfd();
+        let mark = Regex::new(r"\p{M}").ok()?;
+        Some(mark.replace_all(plain.get(), "").into_owned())
+    }
+
     fn explain(&self, text: &str, found: &[i32]) -> Result<Option<Explanation>> {
         if self.normalizes
             && let Some(normalizer) = self.tokenizer.get_normalizer()
@@ -301,6 +324,11 @@ impl<'m> Sides<'m> {
             {
                 return Ok(Some(explanation));
             }
+        }
+        if let (Some(stripped), Some(unlimited)) = (self.stripped(text), &self.unlimited)
+            && same(&encode(unlimited, &stripped, false)?, found)
+        {
+            return Ok(Some(Explanation::Marks));
         }
         Ok(None)
     }

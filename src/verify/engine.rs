@@ -41,12 +41,14 @@ pub(super) fn check(
 
 /// The same ids from the `tokenizers` library and from llama.cpp.
 fn tokens(gguf: &Gguf, source: Option<&SourceModel>, options: &Options) -> Result<(Outcome, String)> {
+    // Refuses what llama.cpp would stop the process over.
+    let vocab = Vocab::from_metadata(&gguf.metadata)?;
     let (tokenizer, user_defined) = match source {
         Some(SourceModel::HuggingFace(hf)) => {
             let dir = hf.directory();
             (vocab::reference_tokenizer(dir)?, vocab::user_defined_pieces(dir)?)
         }
-        _ => (rebuilt(&Vocab::from_metadata(&gguf.metadata)?)?, Vec::new()),
+        _ => (rebuilt(&vocab)?, Vec::new()),
     };
     let model = Model::load(&options.file, &ModelOptions { vocab_only: true, ..ModelOptions::default() })?;
     let found = parity::compare(&tokenizer, &model, &user_defined)?;

@@ -154,6 +154,10 @@ pub fn read(
             }
         }
     }
+    if special.ids.cls == special.ids.bos {
+        // llama.cpp begins a text with `bos`, whatever the model calls it.
+        special.ids.cls = None;
+    }
     special.chat_templates = chat_templates(dir, tokenizer_config, limits, notes)?;
     Ok(special)
 }

@@ -235,7 +235,11 @@ fn tokenizer_config(vocab: &Vocab) -> Value {
             config.insert(key.into(), flag.into());
         }
     }
-    for (role, _, id) in vocab.special.iter() {
+    let mut special = vocab.special.clone();
+    if vocab.kind == Kind::Wpm {
+        special.cls = special.cls.or(special.bos);
+    }
+    for (role, _, id) in special.iter() {
         // A role token that is an ordinary one is named in config.json by its id; here it would
         // become a special token.
         let Some(id) = id.map(|id| id as usize) else { continue };
