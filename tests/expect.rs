@@ -39,7 +39,7 @@ fn python_json(values: &[Json]) -> String {
     format!("[{}]", values.iter().map(one).collect::<Vec<_>>().join(", "))
 }
 
-/// Python's repr of a float.
+/// Python's repr of a float: of two shortest forms equally near it takes the even one.
 fn python_float(v: f64) -> String {
     let plain = format!("{v:?}");
     match plain.split_once('e') {
@@ -48,7 +48,11 @@ fn python_float(v: f64) -> String {
             let n: i32 = exponent.parse().unwrap();
             format!("{digits}e{}{:02}", if n < 0 { '-' } else { '+' }, n.abs())
         }
-        None => plain,
+        None => {
+            let decimals = plain.split_once('.').map_or(0, |(_, digits)| digits.len());
+            let even = format!("{v:.decimals$}");
+            if even.parse() == Ok(v) { even } else { plain }
+        }
     }
 }
 

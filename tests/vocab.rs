@@ -75,6 +75,14 @@ fn python_string(bytes: &[u8]) -> String {
     out + "\""
 }
 
+/// Python's repr of a float: of two shortest forms equally near it takes the even one.
+fn python_float(v: f64) -> String {
+    let shortest = format!("{v:?}");
+    let decimals = shortest.split_once('.').map_or(0, |(_, digits)| digits.len());
+    let even = format!("{v:.decimals$}");
+    if !shortest.contains('e') && even.parse() == Ok(v) { even } else { shortest }
+}
+
 fn sha(text: &[u8]) -> String {
     Sha256::digest(text).iter().map(|b| format!("{b:02x}")).collect()
 }
@@ -85,7 +93,7 @@ fn recorded(value: &Value) -> Json {
         Value::Array(array) => {
             let items: Vec<String> = match array {
                 Array::String(v) => v.iter().map(|s| python_string(s)).collect(),
-                Array::F32(v) => v.iter().map(|&f| format!("{:?}", f64::from(f))).collect(),
+                Array::F32(v) => v.iter().map(|&f| python_float(f.into())).collect(),
                 Array::I32(v) => v.iter().map(i32::to_string).collect(),
                 Array::U8(v) => v.iter().map(u8::to_string).collect(),
                 other => panic!("{other:?}"),
@@ -386,6 +394,7 @@ fn written_tokenizers_give_the_original_ids() {
         "falcon",
         "llama-spm",
         "phi-3",
+        "bert-bge",
     ] {
         let path = folder.join(format!("ggml-vocab-{name}.gguf"));
         let gguf = qconv::container::gguf::Gguf::open(&path, &Limits::default()).unwrap();

@@ -124,3 +124,25 @@ fn minilm() {
     assert_eq!(found.added_agree(), Some(true));
     assert_eq!((found.found_added.before, found.found_added.after), (vec![101], vec![102]));
 }
+
+/// The encoders among llama.cpp's vocabulary files, XLM-RoBERTa's 250,000 tokens among them;
+/// `QCONV_LLAMA_CPP_MODELS` names the folder `models` of its source.
+#[test]
+#[ignore = "needs llama.cpp's source tree"]
+fn vocabulary_files() {
+    let folder = std::env::var_os("QCONV_LLAMA_CPP_MODELS").expect("QCONV_LLAMA_CPP_MODELS names the folder");
+    for name in ["bert-bge", "nomic-bert-moe"] {
+        let path = Path::new(&folder).join(format!("ggml-vocab-{name}.gguf"));
+        let gguf = qconv::container::gguf::Gguf::open(&path, &Limits::default()).unwrap();
+        let vocab = Vocab::from_metadata(&gguf.metadata).unwrap();
+        let files = vocab.write_hf().unwrap();
+        let (_, json) = files.iter().find(|(name, _)| name == "tokenizer.json").unwrap();
+        let tokenizer = tokenizers::Tokenizer::from_bytes(json).unwrap();
+        let found = trial::parity(&vocab, &tokenizer, &[]).unwrap();
+        eprintln!("{name}: {} texts, {} tokens, explained {:?}", found.probes, found.tokens, found.explained);
+        if let Some(difference) = &found.first_difference {
+            panic!("{name}: {} texts, first {difference}", found.differing);
+        }
+        assert_eq!(found.added_agree(), Some(true));
+    }
+}

@@ -174,6 +174,17 @@ impl Vocab {
                 _ => return Err(Error::malformed(format!("{key} is {value}, there are {n} tokens"))),
             }
         }
+        // Left out, these have numbers of their own in llama.cpp, and are put around every text.
+        let given = |id: u32| Some(id).filter(|&id| (id as usize) < n);
+        match kind {
+            Kind::Wpm => {
+                vocab.special.bos = vocab.special.bos.or(given(101));
+                vocab.special.sep = vocab.special.sep.or(given(102));
+                vocab.special.unk = vocab.special.unk.or(given(100));
+            }
+            Kind::Ugm => vocab.special.eos = vocab.special.eos.or(given(1)),
+            Kind::Bpe | Kind::Spm => {}
+        }
         for (key, flag) in add_flags(&mut vocab.add) {
             *flag = metadata.get(key).and_then(Value::as_bool);
         }
