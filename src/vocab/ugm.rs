@@ -377,3 +377,68 @@ fn settle(vocab: &mut Vocab) {
 
 /// The unknown token of a `t5` vocabulary that names none.
 const UNKNOWN_ID: u32 = 2;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ErrorKind;
+
+    fn run(json: &Value, pre: Option<&str>) -> Result<Vocab> {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("tokenizer.json"), json.to_string()).unwrap();
+        let config = json!({"pad_token_id": 0, "eos_token_id": 1});
+        let source = Source { dir: dir.path(), config: &config, vocab_size: Some(6), pre, kinds: &[] };
+        crate::vocab::load(&source, &Limits::default())
+    }
+
+    fn t5(normalizer: Value, pre_tokenizer: Value) -> Value {
+        json!({"added_tokens": [{"id": 4, "content": "<extra_id_0>", "special": true}],
+            "normalizer": normalizer, "pre_tokenizer": pre_tokenizer,
+            "post_processor": {"type": "TemplateProcessing", "single": [
+                {"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "</s>", "type_id": 0}}]},
+            "model": {"type": "Unigram", "unk_id": 2, "vocab":
+                [["<pad>", 0.0], ["</s>", 0.0], ["<unk>", 0.0], ["▁a", -1.5], ["<extra_id_0>", 0.0]]}})
+    }
+
+    fn metaspace(scheme: &str) -> Value {
+        json!({"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": true})
+    }
+
+    #[test]
+    fn forms_of_one_normalization() {
+        let words = json!({"type": "Sequence", "pretokenizers": [{"type": "WhitespaceSplit"},
+            {"type": "Metaspace", "replacement": "▁", "add_prefix_space": true}]});
+        let precompiled = json!({"type": "Precompiled", "precompiled_charsmap": ""});
+        let replace = json!({"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": "▁"});
+        let strip = json!({"type": "Strip", "strip_left": false, "strip_right": true});
+        let long = json!({"type": "Sequence", "normalizers": [precompiled, strip, replace]});
+        for json in [t5(precompiled.clone(), words), t5(long, metaspace("always"))] {
+            let v = run(&json, None).unwrap();
+            assert_eq!((v.add_space_prefix, v.remove_extra_whitespaces), (Some(true), Some(true)));
+            assert_eq!((v.special.eos, v.special.pad, v.add.eos), (Some(1), Some(0), Some(true)));
+            use TokenType::*;
+            assert_eq!(v.token_types, [Normal, Normal, Unknown, Normal, Control, Unused]);
+            assert_eq!(v.scores.unwrap()[3..], [-1.5, 0.0, PAD_SCORE]);
+        }
+        let v = run(&t5(Value::Null, metaspace("never")), None).unwrap();
+        assert_eq!((v.add_space_prefix, v.remove_extra_whitespaces), (Some(false), Some(false)));
+    }
+
+    #[test]
+    fn what_llama_cpp_cannot_do_is_refused() {
+        let lower = t5(json!({"type": "Lowercase"}), metaspace("always"));
+        for bad in [&lower, &t5(Value::Null, Value::Null)] {
+            assert_eq!(run(bad, None).unwrap_err().kind(), ErrorKind::Unsupported);
+            let v = run(bad, Some("default")).unwrap();
+            assert!(v.notes.iter().any(|n| n.starts_with("warning")));
+        }
+        let damaged = json!({"type": "Precompiled", "precompiled_charsmap": "/////w=="});
+        assert_eq!(run(&t5(damaged, metaspace("always")), None).unwrap_err().kind(), ErrorKind::Malformed);
+        let mut twice = t5(Value::Null, metaspace("always"));
+        twice["model"]["vocab"][3][0] = json!("<pad>");
+        assert_eq!(run(&twice, None).unwrap_err().kind(), ErrorKind::Malformed);
+        let mut short = t5(Value::Null, metaspace("always"));
+        short["added_tokens"][0] = json!({"id": 6, "content": "<x>"});
+        assert_eq!(run(&short, None).unwrap_err().kind(), ErrorKind::Malformed);
+    }
+}

@@ -49,8 +49,8 @@ pub enum ModelOut<'a> {
         max_input_chars_per_word: u32,
         vocab: VocabOut<'a>,
     },
-    /// Log-probabilities.
-    Unigram { r#type: &'static str, unk_id: Option<u32>, vocab: Vec<(&'a str, f32)>, byte_fallback: bool },
+    /// Log-probabilities: wide, so that sums which are equal in llama.cpp stay equal.
+    Unigram { r#type: &'static str, unk_id: Option<u32>, vocab: Vec<(&'a str, f64)>, byte_fallback: bool },
 }
 
 impl Vocab {

@@ -58,7 +58,12 @@ pub fn tokenizer<'a>(vocab: &'a Vocab, texts: &[&'a str]) -> TokenizerOut<'a> {
         ModelOut::Unigram {
             r#type: "Unigram",
             unk_id: unk.map(|id| id as u32),
-            vocab: texts.iter().copied().zip(scores.iter().map(|s| s.max(lowest))).take(rows).collect(),
+            vocab: texts
+                .iter()
+                .copied()
+                .zip(scores.iter().map(|s| f64::from(s.max(lowest))))
+                .take(rows)
+                .collect(),
             byte_fallback,
         }
     } else {
