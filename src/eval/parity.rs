@@ -4,7 +4,7 @@
 //! Text is compared without added tokens, the names of special tokens being read as those tokens
 //! by both. Which tokens each side adds at the ends is compared once, not in every probe.
 //!
-//! Six differences have known causes outside the file. A probe that differs is held against them
+//! Seven differences have known causes outside the file. A probe that differs is held against them
 //! and, where one accounts for *every* id, counted as explained, never dropped:
 //!
 //! * llama.cpp applies no Unicode normalization (NFC and its kin) for byte-level vocabularies.
@@ -23,6 +23,9 @@
 //! * Where accents are stripped, llama.cpp's WordPiece drops every combining mark, vowel signs of
 //!   Indic scripts among them, and of a Hangul syllable all but its first letter; BERT's own
 //!   drops marks that take no space. Explained when the text without these has the same ids.
+//! * The tokenizers library applies a compiled normalization to what the eye takes for one
+//!   character, llama.cpp to the longest match, as SentencePiece does. Explained when the composed
+//!   text has the same ids.
 
 use std::collections::BTreeMap;
 
@@ -58,6 +61,8 @@ pub enum Explanation {
     LongWord,
     /// llama.cpp's WordPiece strips more than accents.
     Marks,
+    /// The tokenizers library normalizes by grapheme.
+    Graphemes,
 }
 
 impl std::fmt::Display for Explanation {
@@ -68,6 +73,9 @@ impl std::fmt::Display for Explanation {
             Self::Stripping => "GGUF cannot say that a token strips the white space around it",
             Self::UserDefined => "tokenizer.json lost user-defined pieces of tokenizer.model",
             Self::LongWord => "llama.cpp's WordPiece has no longest word",
+            Self::Graphemes => {
+                "tokenizers normalizes by grapheme, llama.cpp like SentencePiece by longest match"
+            }
             Self::Marks => {
                 "llama.cpp's WordPiece strips vowel signs and the ends of Hangul syllables as accents"
             }
@@ -329,6 +337,13 @@ impl<'m> Sides<'m> {
             && same(&encode(unlimited, &stripped, false)?, found)
         {
             return Ok(Some(Explanation::Marks));
+        }
+        if self.model.vocab_type() == VocabType::Ugm {
+            let mut composed = NormalizedString::from(text);
+            composed.nfc();
+            if same(&self.expected(composed.get(), false)?, found) {
+                return Ok(Some(Explanation::Graphemes));
+            }
         }
         Ok(None)
     }
