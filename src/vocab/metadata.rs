@@ -212,9 +212,7 @@ impl Vocab {
                 vocab.chat_templates.insert(0, ("default".to_owned(), text(key, value)?));
             } else if let Some(name) = key.strip_prefix("tokenizer.chat_template.") {
                 vocab.chat_templates.push((name.to_owned(), text(key, value)?));
-            } else if !OWN.contains(&key)
-                && !(kind == Kind::Ugm && key == CHARSMAP)
-                && !is_id(key)
+            } else if !(OWN.contains(&key) || is_id(key) || kind == Kind::Ugm && key == CHARSMAP)
                 && add_flags(&mut AddTokens::default()).iter().all(|(k, _)| *k != key)
             {
                 vocab.extra.push((key.to_owned(), value.clone()));

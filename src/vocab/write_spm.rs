@@ -51,19 +51,21 @@ pub fn tokenizer<'a>(vocab: &'a Vocab, texts: &[&'a str]) -> TokenizerOut<'a> {
         let scores = vocab.scores.as_deref().unwrap_or_default();
         let trained = scores.iter().zip(&vocab.token_types).filter(|(_, t)| **t == TokenType::Normal);
         let lowest = trained.map(|(s, _)| *s).fold(0.0, f32::min);
-        // A list by id has no holes: padding stays, but at the end. The lowest score of all counts
-        // where a character has no token, so tokens that are not trained must not set it.
+        // A list by id has no holes: padding stays, but at the end, and unused tokens keep a score
+        // that nothing chooses. What else was not trained must not set the lowest score, which counts where a
+        // character has no token.
         let rows = texts.iter().enumerate().rposition(|(id, text)| !is_padding(vocab, id, text));
         let rows = rows.map_or(0, |last| last + 1);
+        let row = |(id, (text, score)): (usize, (&&'a str, &f32))| match vocab.token_types.get(id)
+            == Some(&TokenType::Unused)
+        {
+            true => (*text, f64::from(*score)),
+            false => (*text, f64::from(score.max(lowest))),
+        };
         ModelOut::Unigram {
             r#type: "Unigram",
             unk_id: unk.map(|id| id as u32),
-            vocab: texts
-                .iter()
-                .copied()
-                .zip(scores.iter().map(|s| f64::from(s.max(lowest))))
-                .take(rows)
-                .collect(),
+            vocab: texts.iter().zip(scores).enumerate().take(rows).map(row).collect(),
             byte_fallback,
         }
     } else {
