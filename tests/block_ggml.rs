@@ -317,6 +317,35 @@ fn the_error_keeps_the_promised_bound(dtype: DType) {
     }
 }
 
+/// The grid of IQ1 is a fact of the format: each of its points, unscaled and shifted either way.
+#[test]
+fn the_points_of_iq1_are_ggmls() {
+    let mut bytes = Vec::new();
+    for down in [0, 0x8000] {
+        for group in 0..2048 / 32 {
+            let points: Vec<u16> = (32 * group..32 * (group + 1)).collect();
+            bytes.extend([0x00, 0x3C]);
+            bytes.extend(points.iter().map(|point| *point as u8));
+            for four in points.as_chunks::<4>().0 {
+                let high = four.iter().rev().fold(0, |high, point| high << 3 | point >> 8);
+                bytes.extend((high | down).to_le_bytes());
+            }
+        }
+    }
+    let mut expected = vec![0.0; 2 * 2048 * 8];
+    ggml_decode(DType::IQ1_S, &bytes, &mut expected);
+    for codec in implementations(DType::IQ1_S) {
+        let mut dst = vec![0.0; expected.len()];
+        codec.decode(&bytes, &mut dst).unwrap();
+        assert!(dst == expected, "{}", codec.implementation);
+    }
+    let mut points: Vec<[u32; 8]> =
+        expected[..2048 * 8].as_chunks().0.iter().map(|p: &[f32; 8]| p.map(f32::to_bits)).collect();
+    points.sort_unstable();
+    points.dedup();
+    assert_eq!(points.len(), 2048);
+}
+
 #[test]
 fn halves_convert_as_in_ggml() {
     for bits in 0..=u16::MAX {
