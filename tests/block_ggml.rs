@@ -317,6 +317,51 @@ fn the_error_keeps_the_promised_bound(dtype: DType) {
     }
 }
 
+/// Encoders that treat several blocks at a time: whatever their number in a row, each block is that
+/// of a row of its own.
+#[test]
+fn blocks_of_a_row_do_not_depend_on_their_number() {
+    let mut random = Random(5);
+    for dtype in [DType::IQ1_S, DType::IQ1_M, DType::IQ4_NL, DType::IQ4_XS] {
+        let (size, bytes) = (dtype.block_size() as usize, dtype.type_size() as usize);
+        for codec in implementations(dtype) {
+            for blocks in 1..=17 {
+                let src: Vec<f32> = (0..blocks * size).map(|_| random.gaussian()).collect();
+                let importance: Vec<f32> = (0..blocks * size).map(|_| random.unit()).collect();
+                let mut together = vec![0; blocks * bytes];
+                codec.encode(&src, blocks * size, Some(&importance), &mut together).unwrap();
+                let columns = importance.chunks_exact(size);
+                for ((x, columns), block) in src.chunks_exact(size).zip(columns).zip(together.chunks(bytes)) {
+                    let mut alone = vec![0; bytes];
+                    codec.encode(x, size, Some(columns), &mut alone).unwrap();
+                    assert!(block == alone, "{dtype} {}, {blocks} blocks", codec.implementation);
+                }
+            }
+        }
+    }
+}
+
+/// Where ggml stops the process there is nothing to compare with; there are bytes nevertheless.
+#[test]
+fn iq1_takes_any_weights_and_importance() {
+    let mut random = Random(6);
+    for dtype in [DType::IQ1_S, DType::IQ1_M] {
+        for codec in implementations(dtype) {
+            let mut dst = vec![0; dtype.bytes_for(ROW as u64).unwrap() as usize];
+            for (_, weight) in DISTRIBUTIONS {
+                for (_, importance) in DISTRIBUTIONS {
+                    let importance = rows(&mut random, importance, 1);
+                    let src = rows(&mut random, weight, 1);
+                    codec.encode(&src, ROW, Some(&importance), &mut dst).unwrap();
+                }
+                if !codec.needs_importance() {
+                    codec.encode(&rows(&mut random, weight, 1), ROW, None, &mut dst).unwrap();
+                }
+            }
+        }
+    }
+}
+
 /// The grid of IQ1 is a fact of the format: each of its points, unscaled and shifted either way.
 #[test]
 fn the_points_of_iq1_are_ggmls() {
