@@ -2,9 +2,8 @@
 //! codes are packed.
 
 use super::f16_from_f32;
-use super::groups::{
-    Affine, Groups, LANES, Lines, WHOLE, Weight, affine, byte, limit, positive, side_by_side, whole,
-};
+use super::groups::{Groups, LANES, WHOLE, byte, limit, positive, side_by_side, whole};
+use super::lines::{Affine, Lines, Weight, affine};
 
 /// Groups whose largest weight is below this are stored as zeros.
 pub(super) const NOTHING: f32 = 1e-15;

@@ -15,6 +15,7 @@ mod groups;
 mod iq4_nl;
 mod iq4_xs;
 mod kquant;
+mod lines;
 mod mxfp4;
 mod nvfp4;
 mod q1_0;
