@@ -15,7 +15,7 @@ const WEIGHTS: usize = 64 * 1024;
 const ROW: usize = 4096;
 const ROUNDS: usize = 31;
 
-const TYPES: [DType; 20] = [
+const TYPES: [DType; 27] = [
     DType::F16,
     DType::BF16,
     DType::Q4_0,
@@ -32,6 +32,13 @@ const TYPES: [DType; 20] = [
     DType::Q4_K,
     DType::Q5_K,
     DType::Q6_K,
+    DType::IQ2_XXS,
+    DType::IQ2_XS,
+    DType::IQ2_S,
+    DType::IQ3_XXS,
+    DType::IQ3_S,
+    DType::IQ1_S,
+    DType::IQ1_M,
     DType::IQ4_NL,
     DType::IQ4_XS,
     DType::MXFP4,

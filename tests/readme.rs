@@ -38,7 +38,9 @@ fn commands(readme: &str) -> Vec<String> {
 fn examples_work() {
     let readme = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("README.md")).unwrap();
     let commands = commands(&readme);
-    for name in ["hf-to-gguf", "gguf-to-hf", "quantize", "inspect", "verify", "run", "completions"] {
+    for name in
+        ["hf-to-gguf", "gguf-to-hf", "quantize", "split", "merge", "inspect", "verify", "run", "completions"]
+    {
         let shown = commands.iter().any(|c| c.starts_with(&format!("qconv {name}")));
         assert!(shown, "README.md shows no example of {name}");
     }

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use qconv::container::gguf::{Gguf, Metadata};
-use qconv::convert::{Budget, FileType, GgufToHf, HfToGguf, Quantize, Silent};
+use qconv::convert::{Budget, FileType, GgufToHf, HfToGguf, Silent};
 use qconv::limits::Limits;
 use qconv::tensor::DType;
 
@@ -78,33 +78,6 @@ fn threads_and_memory_do_not_show() {
     }
 }
 
-/// The two ways to a quantized file meet.
-#[test]
-fn one_pass_equals_two() {
-    let dir = tempfile::tempdir().unwrap();
-    for name in ["models/qwen3_moe", "tiny-llama"] {
-        for file_type in ["q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "tq1_0", "tq2_0", "f16"] {
-            let [full, one, two] = ["full.gguf", "one.gguf", "two.gguf"].map(|n| dir.path().join(n));
-            common::convert(&common::fixture(name), &full, Some("f32"));
-            common::convert(&common::fixture(name), &one, Some(file_type));
-            Quantize {
-                source: full,
-                output: two.clone(),
-                file_type: FileType::parse(file_type).unwrap(),
-                allow_requantize: false,
-                edits: Default::default(),
-                limits: Limits::default(),
-            }
-            .plan()
-            .and_then(|job| job.run(true, &common::budget(), &Silent))
-            .unwrap();
-            let (a, b) = (contents(&one), contents(&two));
-            assert!(a.0 == b.0, "{name} {file_type}: tensors differ");
-            assert_eq!(a.1, b.1, "{name} {file_type}");
-        }
-    }
-}
-
 /// A transposed quantized matrix is read by halves of blocks.
 #[test]
 fn quantized_and_transposed() {
@@ -125,7 +98,7 @@ fn quantized_and_transposed() {
     HfToGguf {
         source: hf,
         output: Some(b.clone()),
-        file_type: FileType::parse("q8_0").ok(),
+        file_type: FileType::parse("q8_0"),
         ..HfToGguf::default()
     }
     .plan()

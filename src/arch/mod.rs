@@ -13,6 +13,7 @@ mod schema;
 mod scope;
 mod template;
 
+pub use expr::{Expr, Scope, truth};
 pub use mapping::{Data, Elementwise, Mapped, Piece};
 pub use schema::{Architecture, TokenizerRule};
 pub use scope::Facts;

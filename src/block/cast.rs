@@ -13,7 +13,15 @@ pub(super) fn truncate(x: f32) -> i32 {
 /// Rounds half away from zero to 64 bits, then keeps the low 32, as C's `(int) lroundf(x)` does
 /// on x86-64: what does not fit 64 bits, NaN included, becomes 0.
 pub(super) fn round(x: f32) -> i32 {
-    if x.abs() < 9_223_372_036_854_775_808.0 { x.round() as i64 as i32 } else { 0 }
+    if x.abs() < 9_223_372_036_854_775_808.0 { away(x) as i64 as i32 } else { 0 }
+}
+
+/// What truncates to `x` rounded half away from zero: just below 1/2 farther from zero, a sum that
+/// reaches the next integer exactly when the fraction is 1/2 or more. `f32::round` is a function
+/// call on processors without SSE4.1.
+#[inline(always)]
+pub(super) fn away(x: f32) -> f32 {
+    x + 0.5f32.next_down().copysign(x)
 }
 
 /// `1 / d`, or 0 for a zero of either sign.
@@ -28,10 +36,26 @@ pub(super) fn abs_max(x: &[f32]) -> f32 {
     x.iter().fold(0.0, |amax: f32, v| if amax > v.abs() { amax } else { v.abs() })
 }
 
+/// The largest absolute value, NaN passed over.
+#[inline(always)]
+pub(super) fn magnitude(x: &[f32]) -> f32 {
+    // Magnitudes are in the order of their bits, and whole numbers make no chain of selections.
+    let mut most = 0;
+    for x in x {
+        let bits = (x.to_bits() & 0x7FFF_FFFF) as i32;
+        let bits = if bits > 0x7F80_0000 { 0 } else { bits };
+        most = if bits > most { bits } else { most };
+    }
+    f32::from_bits(most as u32)
+}
+
 /// The weight with the largest absolute value: the first among equals, +0 if all are zeros, NaN
 /// passed over.
+#[inline(always)]
 pub(super) fn extreme(x: &[f32]) -> f32 {
-    x.iter().fold(0.0, |max: f32, &v| if max.abs() < v.abs() { v } else { max })
+    let most = magnitude(x);
+    // Adding +0 turns -0 into it; nothing is found where all are NaN.
+    x.iter().find(|x| x.abs() == most).map_or(0.0, |x| x + 0.0)
 }
 
 /// Least and greatest weight: the first among equals, NaN passed over. Starts from the largest

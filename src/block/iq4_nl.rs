@@ -24,17 +24,34 @@ pub(super) const LEVELS: [i8; 16] =
 /// Attempts of the search: the plain scale and 15 more, side by side.
 const LANES: usize = 16;
 
+/// Where each attempt but the plain one lays the extreme weight.
+pub(super) const NUMERATORS: [f32; LANES] = {
+    let mut steps = [0.0; LANES];
+    let mut n = 0;
+    while n < LANES {
+        steps[n] = n as f32 - 8.0 + LEVELS[0] as f32;
+        n += 1;
+    }
+    steps
+};
+
 pub(super) const SCALAR: Codec = Codec {
     dtype: DType::IQ4_NL,
     implementation: "scalar",
-    encode: Some(|src, dst| encode_pairs(src, dst).for_each(|(x, block)| encode_block(x, block))),
-    weigh: None,
+    encode: Some(|src, dst| {
+        encode_pairs(src, dst).for_each(|(x, block)| encode_block(x, &squares(x), block))
+    }),
+    weigh: Some(|row, importance, dst| {
+        for ((x, block), importance) in encode_pairs(row, dst).zip(importance.as_chunks().0) {
+            encode_block(x, &weigh(x, importance, deviation(x)), block);
+        }
+    }),
     decode: |src, dst| decode_pairs(src, dst).for_each(|(block, y)| decode_block(block, y)),
     bound: None,
 };
 
-fn encode_block(x: &[f32; 32], block: &mut Block) {
-    let d = search(x);
+fn encode_block(x: &[f32; 32], weights: &[f32; 32], block: &mut Block) {
+    let d = search(x, weights);
     block.d = f16_from_f32(d).to_le_bytes();
     quantize(x, d, &mut block.qs);
 }
@@ -58,7 +75,7 @@ pub(super) fn dequantize(qs: &[u8], d: f32, y: &mut [f32]) {
 }
 
 /// Halfway between the levels `i` and `i + 1`: exact.
-const fn middle(i: usize) -> f32 {
+pub(super) const fn middle(i: usize) -> f32 {
     (LEVELS[i] as f32 + LEVELS[i + 1] as f32) / 2.0
 }
 
@@ -76,28 +93,47 @@ fn level(x: f32) -> f32 {
     })
 }
 
-/// The scale of least squares, each weight counting with its square, over attempts that lay the
-/// extreme weight from 120 to 134 steps below zero.
-pub(super) fn search(x: &[f32; 32]) -> f32 {
+/// What each error counts without an importance.
+pub(super) fn squares(x: &[f32; 32]) -> [f32; 32] {
+    x.map(|x| x * x)
+}
+
+/// Twice the mean square of a block.
+pub(super) fn deviation<const N: usize>(x: &[f32; N]) -> f32 {
+    x.iter().fold(0.0, |sum, x| sum + x * x) * (2.0 / N as f32)
+}
+
+/// What each error counts: its column's importance, the more the farther the weight from zero.
+pub(super) fn weigh(x: &[f32; 32], importance: &[f32; 32], deviation: f32) -> [f32; 32] {
+    std::array::from_fn(|j| importance[j] * (deviation + x[j] * x[j]).sqrt())
+}
+
+/// The scale of least squares, the error of each of `x` counted as `weights` says, over attempts
+/// that lay the extreme weight from 120 to 134 steps below zero.
+pub(super) fn search(x: &[f32; 32], weights: &[f32; 32]) -> f32 {
     let max = extreme(x);
     if max.abs() < NOTHING {
         return 0.0;
     }
-    let lowest = f32::from(LEVELS[0]);
-    let plain = 1.0 / (-max / lowest);
-    let inverses: [f32; LANES] =
-        std::array::from_fn(|n| if n == 0 { plain } else { (n as f32 - 8.0 + lowest) / max });
+    let plain = 1.0 / (-max / f32::from(LEVELS[0]));
+    let mut inverses = NUMERATORS.map(|steps| steps / max);
+    inverses[0] = plain;
     let (mut sum_xl, mut sum_l2) = ([0.0; LANES], [0.0; LANES]);
-    for &x in x {
-        let w = x * x;
+    for (&x, &w) in x.iter().zip(weights) {
         for ((inverse, sum_xl), sum_l2) in inverses.iter().zip(&mut sum_xl).zip(&mut sum_l2) {
             let l = level(inverse * x);
             *sum_xl += w * l * x;
             *sum_l2 += w * l * l;
         }
     }
+    best(&sum_xl, &sum_l2)
+}
+
+/// The scale of the best attempt: the first, unless a later one gains.
+#[inline(always)]
+pub(super) fn best(sum_xl: &[f32; LANES], sum_l2: &[f32; LANES]) -> f32 {
     let (mut d, mut best) = (0.0, 0.0);
-    for (n, (xl, l2)) in sum_xl.into_iter().zip(sum_l2).enumerate() {
+    for (n, (&xl, &l2)) in sum_xl.iter().zip(sum_l2).enumerate() {
         if n == 0 {
             d = if l2 > 0.0 { xl / l2 } else { 0.0 };
             best = d * xl;

@@ -1,7 +1,7 @@
 //! IQ4_XS: 256 weights in 136 bytes, 8 groups with a scale of 6 bits, the levels of IQ4_NL.
 
 use super::cast::{extreme, inverse};
-use super::iq4_nl::{dequantize, quantize, search};
+use super::iq4_nl::{dequantize, deviation, quantize, search, squares, weigh};
 use super::kquant::nearest;
 use super::{Codec, decode_pairs, encode_pairs, f16_from_f32, f32_from_f16};
 use crate::tensor::DType;
@@ -24,40 +24,71 @@ const _: () = assert!(size_of::<Block>() as u64 == DType::IQ4_XS.type_size());
 pub(super) const SCALAR: Codec = Codec {
     dtype: DType::IQ4_XS,
     implementation: "scalar",
-    encode: Some(|src, dst| encode_pairs(src, dst).for_each(|(x, block)| encode_block(x, block))),
-    weigh: None,
+    encode: Some(|src, dst| encode_pairs(src, dst).for_each(|(x, block)| encode_block(x, None, block))),
+    weigh: Some(|row, importance, dst| {
+        for ((x, block), importance) in encode_pairs(row, dst).zip(importance.as_chunks().0) {
+            encode_block(x, Some(importance), block);
+        }
+    }),
     decode: |src, dst| decode_pairs(src, dst).for_each(|(block, y)| decode_block(block, y)),
     bound: None,
 };
 
-fn encode_block(x: &[f32; 256], block: &mut Block) {
-    let x = x.as_chunks::<32>().0;
+fn encode_block(x: &[f32; 256], importance: Option<&[f32; 256]>, block: &mut Block) {
     let mut found = [0.0; 8];
-    for (scale, x) in found.iter_mut().zip(x) {
-        *scale = search(x);
+    let deviation = deviation(x);
+    let x = x.as_chunks::<32>().0;
+    for (i, (scale, x)) in found.iter_mut().zip(x).enumerate() {
+        let weights = match importance {
+            Some(importance) => weigh(x, &importance.as_chunks().0[i], deviation),
+            None => squares(x),
+        };
+        *scale = search(x, &weights);
     }
-    let d = extreme(&found) / -32.0;
-    let id = inverse(d);
-    block.d = f16_from_f32(d).to_le_bytes();
-    let mut scales_h = 0;
-    block.scales_l = [0; 4];
-    for (j, ((x, scale), qs)) in x.iter().zip(found).zip(block.qs.chunks_exact_mut(16)).enumerate() {
-        let scale = nearest(id * scale).clamp(-32, 31);
-        // The codes are those of the scale before it is rounded to f16.
-        quantize(x, d * scale as f32, qs);
-        let bits = (scale + 32) as u16;
-        block.scales_l[j / 2] |= (bits as u8 & 15) << (4 * (j % 2));
-        scales_h |= bits >> 4 << (2 * j);
+    let scales = block.store_scales(&found);
+    for ((x, d), qs) in x.iter().zip(scales).zip(block.qs.chunks_exact_mut(16)) {
+        quantize(x, d, qs);
     }
-    block.scales_h = scales_h.to_le_bytes();
 }
 
 fn decode_block(block: &Block, y: &mut [f32; 256]) {
-    let d = f32_from_f16(u16::from_le_bytes(block.d));
-    let scales_h = u16::from_le_bytes(block.scales_h);
-    for (j, (y, qs)) in y.chunks_exact_mut(32).zip(block.qs.chunks_exact(16)).enumerate() {
-        let low = block.scales_l[j / 2] >> (4 * (j % 2)) & 15;
-        let scale = low | ((scales_h >> (2 * j) & 3) as u8) << 4;
-        dequantize(qs, d * f32::from(scale as i8 - 32), y);
+    let scales = block.scales(f32_from_f16(u16::from_le_bytes(block.d)));
+    for ((y, d), qs) in y.chunks_exact_mut(32).zip(scales).zip(block.qs.chunks_exact(16)) {
+        dequantize(qs, d, y);
+    }
+}
+
+impl Block {
+    /// Stores the scales of the groups, and gives those that their codes are to be taken for: as
+    /// stored, but for the rounding of `d` to f16.
+    #[inline(always)]
+    pub(super) fn store_scales(&mut self, found: &[f32; 8]) -> [f32; 8] {
+        let d = extreme(found) / -32.0;
+        let id = inverse(d);
+        let mut scales = [0.0; 8];
+        let (mut scales_h, mut scales_l) = (0u16, 0u32);
+        for j in 0..8 {
+            let scale = nearest(id * found[j]).clamp(-32, 31);
+            scales[j] = d * scale as f32;
+            let bits = (scale + 32) as u16;
+            scales_l |= u32::from(bits & 15) << (4 * j);
+            scales_h |= bits >> 4 << (2 * j);
+        }
+        self.d = f16_from_f32(d).to_le_bytes();
+        self.scales_h = scales_h.to_le_bytes();
+        self.scales_l = scales_l.to_le_bytes();
+        scales
+    }
+
+    /// The scale of each group, `d` read as f32.
+    #[inline(always)]
+    pub(super) fn scales(&self, d: f32) -> [f32; 8] {
+        let (scales_h, scales_l) = (u16::from_le_bytes(self.scales_h), u32::from_le_bytes(self.scales_l));
+        let mut scales = [0.0; 8];
+        for (j, value) in scales.iter_mut().enumerate() {
+            let scale = (scales_l >> (4 * j) & 15) as i32 | i32::from(scales_h >> (2 * j) & 3) << 4;
+            *value = d * (scale - 32) as f32;
+        }
+        scales
     }
 }

@@ -4,14 +4,25 @@
 //! describes each. [`codec`] gives the fastest implementation that this CPU can run. All
 //! implementations of a type write the same bytes: those of the linked ggml's
 //! `ggml_quantize_chunk`, for every input, NaN and infinities included (but for blocks with NaN in
-//! Q2_K, Q4_K and Q5_K, where ggml's bytes depend on its compiler).
+//! Q2_K, Q4_K and Q5_K, and the sign of a NaN in Q4_0 and Q5_0 with an importance, where ggml's
+//! bytes depend on its compiler).
 //!
 //! Adding a type: one file here with a `SCALAR` codec, one row in the table `SCALAR`, one section of the
 //! specification. A SIMD path is a kernel in `simd/kernels.rs` and its row in `simd/mod.rs`.
 
 mod cast;
 mod float;
+mod grid;
+mod grid_search;
 mod groups;
+mod iq1;
+mod iq1_m;
+mod iq1_s;
+mod iq2_s;
+mod iq2_xs;
+mod iq2_xxs;
+mod iq3_s;
+mod iq3_xxs;
 mod iq4_nl;
 mod iq4_xs;
 mod kquant;
@@ -35,6 +46,7 @@ mod q8_0;
 mod simd;
 mod tq1_0;
 mod tq2_0;
+mod weighed;
 
 pub use float::{bf16_from_f32, f16_from_f32, f32_from_bf16, f32_from_f16};
 
@@ -57,6 +69,13 @@ static SCALAR: &[Codec] = &[
     q4_k::SCALAR,
     q5_k::SCALAR,
     q6_k::SCALAR,
+    iq1_s::SCALAR,
+    iq1_m::SCALAR,
+    iq2_xxs::SCALAR,
+    iq2_xs::SCALAR,
+    iq2_s::SCALAR,
+    iq3_xxs::SCALAR,
+    iq3_s::SCALAR,
     iq4_nl::SCALAR,
     iq4_xs::SCALAR,
     tq1_0::SCALAR,
@@ -131,7 +150,8 @@ impl Codec {
     /// Encodes rows of `row` weights each, one row after the other, into `dst`.
     ///
     /// `importance` holds one weight per column, as an importance matrix does. Types whose
-    /// encoder in ggml ignores it (Q8_0, TQ1_0, TQ2_0, element types) ignore it here.
+    /// encoder in ggml ignores it (Q8_0, Q1_0, Q2_0, TQ1_0, TQ2_0, MXFP4, NVFP4, element types)
+    /// ignore it here.
     ///
     /// # Errors
     /// `Misuse` when `row` does not fill whole blocks, when `src` is not whole rows, when the

@@ -1,7 +1,7 @@
 //! NVFP4: 64 weights in 36 bytes, 4 groups with a scale that is a float of 8 bits, the codes of
 //! MXFP4.
 
-use super::cast::extreme;
+use super::cast::magnitude;
 use super::mxfp4::{dequantize, quantize};
 use super::{Codec, decode_pairs, encode_pairs};
 use crate::tensor::DType;
@@ -27,11 +27,11 @@ pub(super) const SCALAR: Codec = Codec {
 };
 
 /// The scale lays the largest weight of a group at 6, the largest value of a code.
-fn encode_block(x: &[f32; 64], block: &mut Block) {
-    let groups = x.as_chunks::<16>().0.iter().zip(block.qs.chunks_exact_mut(8));
-    for ((x, qs), d) in groups.zip(&mut block.d) {
-        *d = ue4m3(extreme(x).abs() / 6.0);
-        quantize(x, half_scale(*d), qs);
+pub(super) fn encode_block(x: &[f32; 64], block: &mut Block) {
+    for (i, x) in x.as_chunks::<16>().0.iter().enumerate() {
+        let amax = magnitude(x);
+        block.d[i] = ue4m3(amax / 6.0);
+        quantize(x, amax, half_scale(block.d[i]), &mut block.qs[8 * i..][..8]);
     }
 }
 
@@ -44,7 +44,8 @@ fn decode_block(block: &Block, y: &mut [f32; 64]) {
 
 /// The nearest UE4M3, halves up; 448, the largest, for all that rounds to 256 or more. For numbers
 /// that are not negative.
-fn ue4m3(x: f32) -> u8 {
+#[inline(always)]
+pub(super) fn ue4m3(x: f32) -> u8 {
     // 2^-6 is the least normal number. A step of its mantissa, and of every subnormal, is 2^-9;
     // below, the steps are counted, and rounding never reaches the first normal number.
     if x < 2f32.powi(-6) {
@@ -58,11 +59,24 @@ fn ue4m3(x: f32) -> u8 {
 
 /// Half the value of a UE4M3; 0x7F, which stands for NaN, counts as 0, and the sign bit for
 /// nothing.
-fn half_scale(bits: u8) -> f32 {
-    let (exponent, mantissa) = (i32::from(bits >> 3 & 15), f32::from(bits & 7));
-    match (bits, exponent) {
-        (0x7F, _) => 0.0,
-        (_, 0) => mantissa * 2f32.powi(-10),
-        _ => (1.0 + mantissa / 8.0) * 2f32.powi(exponent - 8),
-    }
+#[inline(always)]
+pub(super) fn half_scale(bits: u8) -> f32 {
+    HALF_SCALES[usize::from(bits)]
 }
+
+static HALF_SCALES: [f32; 256] = {
+    let mut scales = [0.0; 256];
+    let mut bits = 0;
+    while bits < 256 {
+        let (exponent, mantissa) = (bits as u32 >> 3 & 15, bits as u32 & 7);
+        scales[bits] = match exponent {
+            _ if bits == 0x7F => 0.0,
+            // Steps of 2^-10.
+            0 => mantissa as f32 / 1024.0,
+            // (1 + mantissa / 8) * 2^(exponent - 8)
+            _ => f32::from_bits((exponent + 127 - 8) << 23 | mantissa << 20),
+        };
+        bits += 1;
+    }
+    scales
+};

@@ -23,7 +23,7 @@ pub(super) const SCALAR: Codec = Codec {
     bound: Some(bound),
 };
 
-fn encode_block(x: &[f32; 128], block: &mut Block) {
+pub(super) fn encode_block(x: &[f32; 128], block: &mut Block) {
     block.d = mean(x).to_le_bytes();
     for (byte, x) in block.qs.iter_mut().zip(x.as_chunks::<8>().0) {
         *byte = x.iter().enumerate().fold(0, |byte, (j, &x)| byte | u8::from(x >= 0.0) << j);

@@ -1,6 +1,6 @@
 //! Q2_0: 64 weights in 18 bytes, one scale, codes of 2 bits around 1.
 
-use super::cast::{extreme, inverse, truncate};
+use super::cast::{away, extreme, inverse, truncate};
 use super::{Codec, decode_pairs, encode_pairs, f16_from_f32, f32_from_f16};
 use crate::tensor::DType;
 
@@ -25,11 +25,11 @@ pub(super) const SCALAR: Codec = Codec {
 };
 
 /// The scale is the largest magnitude, so that code 3 is never written for finite weights.
-fn encode_block(x: &[f32; 64], block: &mut Block) {
+pub(super) fn encode_block(x: &[f32; 64], block: &mut Block) {
     let d = extreme(x).abs();
     let id = inverse(d);
     block.d = f16_from_f32(d).to_le_bytes();
-    let code = |x: f32| (truncate((x * id).round()) + 1).clamp(0, 3) as u8;
+    let code = |x: f32| (truncate(away(x * id)) + 1).clamp(0, 3) as u8;
     for (byte, x) in block.qs.iter_mut().zip(x.as_chunks::<4>().0) {
         *byte = x.iter().rev().fold(0, |byte, &x| byte << 2 | code(x));
     }

@@ -1,7 +1,7 @@
 //! Q4_0: 32 weights in 18 bytes, one scale, codes of 4 bits around 8.
 
 use super::cast::{extreme, has_inverse, inverse, round_up, scale_error, truncate};
-use super::{Codec, decode_pairs, encode_pairs, f16_from_f32, f32_from_f16};
+use super::{Codec, decode_pairs, encode_pairs, f16_from_f32, f32_from_f16, weighed};
 use crate::tensor::DType;
 
 #[repr(C)]
@@ -15,11 +15,21 @@ pub(super) struct Block {
 }
 const _: () = assert!(size_of::<Block>() as u64 == DType::Q4_0.type_size());
 
+impl weighed::Weighed for Block {
+    const MIDDLE: Option<u8> = Some(8);
+    const MOST: u8 = 15;
+
+    #[inline(always)]
+    fn pack(d: [u8; 2], _: [u8; 2], codes: &[u8; 32]) -> Self {
+        Self { d, qs: pack(codes) }
+    }
+}
+
 pub(super) const SCALAR: Codec = Codec {
     dtype: DType::Q4_0,
     implementation: "scalar",
     encode: Some(|src, dst| encode_pairs(src, dst).for_each(|(x, block)| encode_block(x, block))),
-    weigh: None,
+    weigh: Some(weighed::row::<Block, { weighed::LANES }>),
     decode: |src, dst| decode_pairs(src, dst).for_each(|(block, y)| decode_block(block, y)),
     bound: Some(|x| bound(x, 8.0)),
 };
@@ -29,11 +39,16 @@ pub(super) fn encode_block(x: &[f32; 32], block: &mut Block) {
     let d = extreme(x) / -8.0;
     let id = inverse(d);
     block.d = f16_from_f32(d).to_le_bytes();
-    let code = |x: f32| (truncate(x * id + 8.5) as i8).min(15) as u8;
-    let (low, high) = x.split_at(16);
-    for (q, (&low, &high)) in block.qs.iter_mut().zip(low.iter().zip(high)) {
-        *q = code(low) | code(high) << 4;
+    let mut codes = [0; 32];
+    for (code, x) in codes.iter_mut().zip(x) {
+        *code = (truncate(x * id + 8.5) as i8).min(15) as u8;
     }
+    block.qs = pack(&codes);
+}
+
+/// Two codes of 4 bits to a byte; Q4_1 shares it.
+pub(super) fn pack(codes: &[u8; 32]) -> [u8; 16] {
+    std::array::from_fn(|j| codes[j] | codes[j + 16] << 4)
 }
 
 fn decode_block(block: &Block, y: &mut [f32; 32]) {

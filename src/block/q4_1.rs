@@ -1,7 +1,8 @@
 //! Q4_1: 32 weights in 20 bytes, a scale and a minimum, codes of 4 bits.
 
 use super::cast::{f16_error, has_inverse, inverse, min_max, round_up, scale_error, truncate};
-use super::{Codec, decode_pairs, encode_pairs, f16_from_f32, f32_from_f16};
+use super::q4_0::pack;
+use super::{Codec, decode_pairs, encode_pairs, f16_from_f32, f32_from_f16, weighed};
 use crate::tensor::DType;
 
 #[repr(C)]
@@ -17,11 +18,21 @@ pub(super) struct Block {
 }
 const _: () = assert!(size_of::<Block>() as u64 == DType::Q4_1.type_size());
 
+impl weighed::Weighed for Block {
+    const MIDDLE: Option<u8> = None;
+    const MOST: u8 = 15;
+
+    #[inline(always)]
+    fn pack(d: [u8; 2], m: [u8; 2], codes: &[u8; 32]) -> Self {
+        Self { d, m, qs: pack(codes) }
+    }
+}
+
 pub(super) const SCALAR: Codec = Codec {
     dtype: DType::Q4_1,
     implementation: "scalar",
     encode: Some(|src, dst| encode_pairs(src, dst).for_each(|(x, block)| encode_block(x, block))),
-    weigh: None,
+    weigh: Some(weighed::row::<Block, { weighed::LANES }>),
     decode: |src, dst| decode_pairs(src, dst).for_each(|(block, y)| decode_block(block, y)),
     bound: Some(|x| bound(x, 15.0)),
 };
@@ -32,11 +43,11 @@ pub(super) fn encode_block(x: &[f32; 32], block: &mut Block) {
     let id = inverse(d);
     block.d = f16_from_f32(d).to_le_bytes();
     block.m = f16_from_f32(min).to_le_bytes();
-    let code = |x: f32| (truncate((x - min) * id + 0.5) as i8).min(15) as u8;
-    let (low, high) = x.split_at(16);
-    for (q, (&low, &high)) in block.qs.iter_mut().zip(low.iter().zip(high)) {
-        *q = code(low) | code(high) << 4;
+    let mut codes = [0; 32];
+    for (code, x) in codes.iter_mut().zip(x) {
+        *code = (truncate((x - min) * id + 0.5) as i8).min(15) as u8;
     }
+    block.qs = pack(&codes);
 }
 
 fn decode_block(block: &Block, y: &mut [f32; 32]) {

@@ -1,7 +1,7 @@
 //! Q5_0: 32 weights in 22 bytes, one scale, codes of 5 bits around 16.
 
 use super::cast::{extreme, inverse, truncate};
-use super::{Codec, decode_pairs, encode_pairs, f16_from_f32, f32_from_f16};
+use super::{Codec, decode_pairs, encode_pairs, f16_from_f32, f32_from_f16, weighed};
 use crate::tensor::DType;
 
 #[repr(C)]
@@ -17,11 +17,22 @@ pub(super) struct Block {
 }
 const _: () = assert!(size_of::<Block>() as u64 == DType::Q5_0.type_size());
 
+impl weighed::Weighed for Block {
+    const MIDDLE: Option<u8> = Some(16);
+    const MOST: u8 = 31;
+
+    #[inline(always)]
+    fn pack(d: [u8; 2], _: [u8; 2], codes: &[u8; 32]) -> Self {
+        let (qh, qs) = pack(codes);
+        Self { d, qh, qs }
+    }
+}
+
 pub(super) const SCALAR: Codec = Codec {
     dtype: DType::Q5_0,
     implementation: "scalar",
     encode: Some(|src, dst| encode_pairs(src, dst).for_each(|(x, block)| encode_block(x, block))),
-    weigh: None,
+    weigh: Some(weighed::row::<Block, { weighed::LANES }>),
     decode: |src, dst| decode_pairs(src, dst).for_each(|(block, y)| decode_block(block, y)),
     bound: Some(|x| super::q4_0::bound(x, 16.0)),
 };

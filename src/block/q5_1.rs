@@ -2,7 +2,7 @@
 
 use super::cast::{inverse, min_max, truncate};
 use super::q5_0::{pack, unpack};
-use super::{Codec, decode_pairs, encode_pairs, f16_from_f32, f32_from_f16};
+use super::{Codec, decode_pairs, encode_pairs, f16_from_f32, f32_from_f16, weighed};
 use crate::tensor::DType;
 
 #[repr(C)]
@@ -20,11 +20,22 @@ pub(super) struct Block {
 }
 const _: () = assert!(size_of::<Block>() as u64 == DType::Q5_1.type_size());
 
+impl weighed::Weighed for Block {
+    const MIDDLE: Option<u8> = None;
+    const MOST: u8 = 31;
+
+    #[inline(always)]
+    fn pack(d: [u8; 2], m: [u8; 2], codes: &[u8; 32]) -> Self {
+        let (qh, qs) = pack(codes);
+        Self { d, m, qh, qs }
+    }
+}
+
 pub(super) const SCALAR: Codec = Codec {
     dtype: DType::Q5_1,
     implementation: "scalar",
     encode: Some(|src, dst| encode_pairs(src, dst).for_each(|(x, block)| encode_block(x, block))),
-    weigh: None,
+    weigh: Some(weighed::row::<Block, { weighed::LANES }>),
     decode: |src, dst| decode_pairs(src, dst).for_each(|(block, y)| decode_block(block, y)),
     bound: Some(|x| super::q4_1::bound(x, 31.0)),
 };

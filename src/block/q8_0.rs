@@ -1,6 +1,6 @@
 //! Q8_0: 32 weights in 34 bytes, one scale, codes of 8 bits around zero.
 
-use super::cast::{abs_max, has_inverse, inverse, round_up, scale_error, truncate};
+use super::cast::{abs_max, away, has_inverse, inverse, round_up, scale_error, truncate};
 use super::{Codec, decode_pairs, encode_pairs, f16_from_f32, f32_from_f16};
 use crate::tensor::DType;
 
@@ -28,7 +28,7 @@ pub(super) fn encode_block(x: &[f32; 32], block: &mut Block) {
     let id = inverse(d);
     block.d = f16_from_f32(d).to_le_bytes();
     for (q, x) in block.qs.iter_mut().zip(x) {
-        *q = truncate((x * id).round()) as i8;
+        *q = truncate(away(x * id)) as i8;
     }
 }
 

@@ -141,7 +141,8 @@ fn show_plan(job: &Job, budget: &Budget, json: bool) -> std::io::Result<()> {
             plan.files.iter().map(|f| json!({"name": f.name.to_string_lossy(), "bytes": f.len})).collect();
         let value = json!({"output": job.output, "files": files, "bytes": plan.total_len(),
             "parameters": plan.parameters(), "bits_per_weight": plan.bits_per_weight(),
-            "peak_buffer_bytes": budget.peak(plan), "notes": plan.notes, "tensors": tensors});
+            "peak_buffer_bytes": budget.peak(plan), "notes": plan.notes,
+            "obstacle": plan.obstacle.as_ref().map(|o| &o.message), "tensors": tensors});
         writeln!(out, "{value:#}")?;
         return out.flush();
     }
@@ -150,7 +151,7 @@ fn show_plan(job: &Job, budget: &Budget, json: bool) -> std::io::Result<()> {
         writeln!(out, "{:<width$}  {:>6}  {:>12}  {:?}", t.name, t.dtype, t.nbytes, t.shape)?;
     }
     writeln!(out, "\noutput: {}", job.output.display())?;
-    for f in plan.files.iter().filter(|_| job.is_directory) {
+    for f in plan.files.iter().filter(|f| !f.name.as_os_str().is_empty()) {
         writeln!(out, "  {:<40} {:>12}", f.name.display(), f.len)?;
     }
     writeln!(
@@ -165,6 +166,9 @@ fn show_plan(job: &Job, budget: &Budget, json: bool) -> std::io::Result<()> {
     )?;
     for n in &plan.notes {
         writeln!(out, "note: {n}")?;
+    }
+    if let Some(o) = &plan.obstacle {
+        writeln!(out, "cannot be carried out: {}\n  hint: {}", o.message, o.hint)?;
     }
     out.flush()
 }
@@ -187,6 +191,7 @@ pub fn summary(job: &Job, seconds: f64) -> serde_json::Value {
     let input: u64 = job.store.tensors().iter().map(|t| t.nbytes).sum();
     json!({
         "output": job.output,
+        "files": job.outputs(),
         "bytes": job.plan.total_len(),
         "source_bytes": input,
         "tensors": job.plan.tensors.len(),

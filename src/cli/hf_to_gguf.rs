@@ -2,16 +2,21 @@
 
 use std::path::PathBuf;
 
-use qconv::convert::{FileType, HfToGguf};
+use qconv::convert::{FileType, HfToGguf, Quantizer, Recipe};
 use qconv::limits::Limits;
 use qconv::verify;
 use serde_json::json;
 
 use super::common::{self, EditArgs, WriteArgs};
+use super::quantizer::{QuantizerArgs, ShardArgs, type_names};
 use super::{Status, ui};
 
-/// Convert a Hugging Face model to a GGUF file
+/// Convert a Hugging Face model to a GGUF file, and quantize it on the way
 #[derive(clap::Args, Debug)]
+#[command(after_help = format!(
+    "Types: auto, {}.\n\nThe types f32, f16, bf16, q8_0, tq1_0 and tq2_0 follow llama.cpp's converter, all others \
+     (and these, where an option for quantizing is given) llama-quantize.", type_names()
+))]
 pub struct Args {
     /// The model's directory, or its weights file or index
     pub source: PathBuf,
@@ -21,7 +26,7 @@ pub struct Args {
     #[arg(short, long)]
     pub output: Option<PathBuf>,
 
-    /// auto (the source's precision), f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0, tq2_0, tq1_0
+    /// The file type, such as q4_k_m, or auto (the source's precision); below are all
     #[arg(short = 't', long = "type", value_name = "TYPE", default_value = "auto")]
     pub file_type: String,
 
@@ -41,22 +46,38 @@ pub struct Args {
     pub edits: EditArgs,
 
     #[command(flatten)]
+    pub shards: ShardArgs,
+
+    #[command(flatten)]
     pub write: WriteArgs,
+
+    #[command(flatten)]
+    pub quantizer: QuantizerArgs,
 }
 
-/// `auto` is `None`.
-pub fn file_type(name: &str) -> qconv::Result<Option<FileType>> {
-    if name.eq_ignore_ascii_case("auto") { Ok(None) } else { FileType::parse(name).map(Some) }
+/// What the converter is asked for, and what the quantizer makes of that.
+fn types(args: &Args) -> qconv::Result<(Option<FileType>, Option<Quantizer>)> {
+    let is_auto = args.file_type.eq_ignore_ascii_case("auto");
+    let converters = if is_auto { None } else { FileType::parse(&args.file_type) };
+    match (converters, args.quantizer.is_given()) {
+        (None, false) if is_auto => Ok((None, None)),
+        (None, true) if is_auto => Err(qconv::Error::misuse("options for quantizing need a --type")),
+        (Some(file_type), false) => Ok((Some(file_type), None)),
+        _ => Ok((None, Some(args.quantizer.quantizer(Recipe::parse(&args.file_type)?)?))),
+    }
 }
 
 /// Weights of each tensor that the spot check looks at.
 const SPOT_CHECK: u64 = 16 << 10;
 
 pub fn run(args: &Args) -> anyhow::Result<Status> {
+    let (file_type, quantizer) = types(args)?;
     let conversion = HfToGguf {
         source: args.source.clone(),
         output: args.output.clone(),
-        file_type: file_type(&args.file_type)?,
+        file_type,
+        quantizer,
+        sharding: args.shards.sharding()?,
         arch: args.arch.clone(),
         pre: args.pre.clone(),
         edits: args.edits.edits(),

@@ -7,8 +7,10 @@ mod gguf_to_hf;
 mod hf_to_gguf;
 mod inspect;
 mod quantize;
+mod quantizer;
 #[cfg(feature = "ggml")]
 mod run;
+mod split;
 mod ui;
 mod verify;
 
@@ -29,6 +31,8 @@ enum Command {
     HfToGguf(hf_to_gguf::Args),
     GgufToHf(gguf_to_hf::Args),
     Quantize(quantize::Args),
+    Split(split::SplitArgs),
+    Merge(split::MergeArgs),
     Inspect(inspect::Args),
     Verify(verify::Args),
     #[cfg(feature = "ggml")]
@@ -97,6 +101,8 @@ pub fn main() -> ExitCode {
         Command::HfToGguf(args) => hf_to_gguf::run(&args),
         Command::GgufToHf(args) => gguf_to_hf::run(&args),
         Command::Quantize(args) => quantize::run(&args),
+        Command::Split(args) => split::split(&args),
+        Command::Merge(args) => split::merge(&args),
         Command::Inspect(args) => inspect::run(&args).map(|()| Status::Done),
         Command::Verify(args) => verify::run(&args),
         #[cfg(feature = "ggml")]

@@ -2,22 +2,24 @@
 
 use std::path::PathBuf;
 
-use qconv::convert::{FileType, Quantize};
+use qconv::convert::{Quantize, Recipe, Sharding};
 use qconv::limits::Limits;
 
 use super::Status;
 use super::common::{self, EditArgs, WriteArgs};
+use super::quantizer::{QuantizerArgs, ShardArgs, type_names};
 
 /// Write a GGUF file with another type
 #[derive(clap::Args, Debug)]
+#[command(after_help = format!("Types: {}", type_names()))]
 pub struct Args {
     /// The GGUF file; of a split one, any shard
     pub source: PathBuf,
 
-    /// The file to write
+    /// The file to write; shards are named after it
     pub output: PathBuf,
 
-    /// f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0, tq2_0, tq1_0
+    /// The file type, such as q4_k_m; below are all
     #[arg(short = 't', long = "type", value_name = "TYPE")]
     pub file_type: String,
 
@@ -25,19 +27,31 @@ pub struct Args {
     #[arg(long)]
     pub allow_requantize: bool,
 
+    /// Divide the output into files as the source is
+    #[arg(long, conflicts_with_all = ["split_max_size", "split_max_tensors"])]
+    pub keep_split: bool,
+
+    #[command(flatten)]
+    pub shards: ShardArgs,
+
     #[command(flatten)]
     pub edits: EditArgs,
 
     #[command(flatten)]
     pub write: WriteArgs,
+
+    #[command(flatten)]
+    pub quantizer: QuantizerArgs,
 }
 
 pub fn run(args: &Args) -> anyhow::Result<Status> {
+    let mut quantizer = args.quantizer.quantizer(Recipe::parse(&args.file_type)?)?;
+    quantizer.allow_requantize = args.allow_requantize;
+    quantizer.sharding = if args.keep_split { Sharding::Keep } else { args.shards.sharding()? };
     let job = Quantize {
         source: args.source.clone(),
         output: args.output.clone(),
-        file_type: FileType::parse(&args.file_type)?,
-        allow_requantize: args.allow_requantize,
+        quantizer,
         edits: args.edits.edits(),
         limits: Limits::default(),
     }

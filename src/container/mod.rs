@@ -7,6 +7,7 @@
 
 mod endian;
 pub mod gguf;
+pub mod imatrix;
 pub mod safetensors;
 
 use std::collections::HashMap;

@@ -58,8 +58,7 @@ impl GgufToHf {
         self.complete(&mut model, &vocab, &store, dtype)?;
 
         let mapped = model.map_back(store.tensors()).map_err(at)?;
-        let mut plan =
-            Plan { tensors: Vec::with_capacity(mapped.len()), files: Vec::new(), notes: Vec::new() };
+        let mut plan = Plan::new(Vec::with_capacity(mapped.len()));
         for m in mapped {
             let source = Source::new(&m, &store)?;
             let given = if holds(&m, &source, &store, dtype)? { dtype } else { DType::F32 };

@@ -7,7 +7,9 @@ use serde_json::Value as Json;
 use super::checkpoint::{Checkpoint, GGUF_METADATA_FILE, read_side_file};
 use super::gather::Source;
 use super::general::{Described, General, ParameterCounts};
-use super::plan::{FilePlan, Plan, TensorPlan};
+use super::plan::{Plan, TensorPlan};
+use super::quantizer::{QUANTIZATION_VERSION, Quantizer, Unquantized};
+use super::shards::{Sharding, lay_out};
 use super::types::FileType;
 use super::{Job, output_path};
 use crate::arch::{self, Facts, Mapped, Model};
@@ -15,11 +17,8 @@ use crate::container::Store;
 use crate::container::gguf::{Metadata, Value, ValueType};
 use crate::error::{Error, Result};
 use crate::limits::Limits;
-use crate::tensor::{DType, TensorInfo};
+use crate::tensor::TensorInfo;
 use crate::vocab;
-
-/// `GGML_QUANT_VERSION` (ggml.h): the generation of block layouts.
-pub(super) const QUANTIZATION_VERSION: u32 = 2;
 
 /// Changes the user asks for in the metadata.
 #[derive(Clone, Debug, Default)]
@@ -40,8 +39,13 @@ pub struct HfToGguf {
     /// The file to write, or a directory for it; default: beside the source, by llama.cpp's naming
     /// convention.
     pub output: Option<PathBuf>,
-    /// `None` keeps the precision of the source.
+    /// What llama.cpp's converter would be asked for; `None` keeps the precision of the source.
     pub file_type: Option<FileType>,
+    /// What becomes of that on the way, as llama-quantize would do it. `file_type` then is the type
+    /// of what stays as it is.
+    pub quantizer: Option<Quantizer>,
+    /// How the output is divided into files.
+    pub sharding: Sharding,
     /// Architecture, where the config's class is unknown.
     pub arch: Option<String>,
     /// Pre-tokenizer, where the tokenizer's structure is unknown.
@@ -71,24 +75,14 @@ impl HfToGguf {
             self.file_type.unwrap_or_else(|| FileType::of_source(infos.iter().map(|t| (t.dtype, t.nbytes))));
         model.set_facts(Facts { n_tokens: Some(vocab.tokens.len() as u64), file_type: Some(file_type.id) });
         let mapped = model.map(infos).map_err(|e| e.at(&checkpoint.dir))?;
-        let mut plan =
-            Plan { tensors: Vec::with_capacity(mapped.len()), files: Vec::new(), notes: Vec::new() };
-        for m in mapped {
-            let (dtype, wanted) = file_type.choose(&m.name, &m.shape);
-            let source = Source::new(&m, &checkpoint.store).map_err(|e| e.at(&checkpoint.dir))?;
-            plan.tensors.push(TensorPlan::new(m.name, m.shape, dtype, wanted, source)?);
-        }
-        plan.notes.extend(model.warnings()?);
-        plan.notes.extend(vocab.notes.iter().cloned());
-        plan.note_fallbacks();
-
+        let size = counts(&mapped)?;
         let described = Described {
             dir_name: &checkpoint.dir_name(),
             config: &checkpoint.config,
             generation: checkpoint.generation.as_ref(),
             model_card: checkpoint.model_card.as_deref(),
         };
-        let general = General::derive(&described, counts(&plan), self.edits.name.as_deref());
+        let general = General::derive(&described, size, self.edits.name.as_deref());
         let mut metadata = Metadata::default();
         metadata.set("general.architecture", model.arch.arch.as_str());
         metadata.set("general.type", "model");
@@ -102,13 +96,26 @@ impl HfToGguf {
         if let (Some(prefix), "llama") = (model.arch.tokenizer.add_space_prefix, vocab.kind.ggml_model()) {
             metadata.set("tokenizer.ggml.add_space_prefix", Value::Bool(prefix));
         }
+        let mut plan = match &self.quantizer {
+            Some(quantizer) => {
+                let unquantized = |m: Mapped| {
+                    let (dtype, _) = file_type.choose(&m.name, &m.shape);
+                    Unquantized { mapped: m, dtype, place: (0, 0) }
+                };
+                let tensors = mapped.into_iter().map(unquantized).collect();
+                let plan = quantizer.plan(tensors, &checkpoint.store, &mut metadata, &self.limits);
+                plan.map_err(|e| if e.path().is_some() { e } else { e.at(&checkpoint.dir) })?
+            }
+            None => converted(file_type, mapped, &checkpoint)?,
+        };
+        plan.notes.splice(0..0, model.warnings()?.into_iter().chain(vocab.notes.iter().cloned()));
         self.edits.apply(&mut metadata)?;
-        lay_out(&mut plan, &metadata)?;
-
         let beside = checkpoint.dir.parent().filter(|p| !p.as_os_str().is_empty());
-        let name = general.file_name(file_type.name());
+        let type_name = self.quantizer.as_ref().map_or(file_type.name(), |q| &q.recipe.name);
+        let name = general.file_name(type_name);
         let output = output_path(self.output.as_deref(), beside.unwrap_or(Path::new(".")), &name);
-        Ok(Job { plan, store: checkpoint.store, output, is_directory: false })
+        lay_out(&mut plan, &mut metadata, &self.sharding, &output)?;
+        Ok(Job::gguf(plan, checkpoint.store, &output))
     }
 
     /// The directory of the source, also where a file in it was given.
@@ -177,29 +184,28 @@ pub fn identity(tensors: &[TensorInfo]) -> Vec<Mapped> {
         .collect()
 }
 
-/// Fixes header and offsets of a single GGUF file.
-pub(super) fn lay_out(plan: &mut Plan, metadata: &Metadata) -> Result<()> {
-    use crate::container::gguf::write::Layout;
-    let infos: Vec<(&str, DType, &[u64])> =
-        plan.tensors.iter().map(|t| (t.name.as_str(), t.dtype, t.shape.as_slice())).collect();
-    let layout = Layout::new(metadata, &infos)?;
-    for (tensor, offset) in plan.tensors.iter_mut().zip(&layout.offsets) {
-        tensor.offset = *offset;
+/// Every tensor in the type that llama.cpp's converter gives it.
+fn converted(file_type: FileType, mapped: Vec<Mapped>, checkpoint: &Checkpoint) -> Result<Plan> {
+    let mut plan = Plan::new(Vec::with_capacity(mapped.len()));
+    for m in mapped {
+        let (dtype, wanted) = file_type.choose(&m.name, &m.shape);
+        let source = Source::new(&m, &checkpoint.store).map_err(|e| e.at(&checkpoint.dir))?;
+        plan.tensors.push(TensorPlan::new(m.name, m.shape, dtype, wanted, source)?);
     }
-    plan.files = vec![FilePlan { name: PathBuf::new(), header: layout.header, len: layout.total_len }];
-    Ok(())
+    plan.note_fallbacks();
+    Ok(plan)
 }
 
 /// Weights by kind, as llama.cpp counts them for `general.size_label`: `*_exps` tensors count one
 /// expert, the rest is shared.
-fn counts(plan: &Plan) -> ParameterCounts {
+fn counts(mapped: &[Mapped]) -> Result<ParameterCounts> {
     let mut counts = ParameterCounts::default();
     let (mut experts_sum, mut expert_tensors) = (0u64, 0u64);
-    for t in &plan.tensors {
-        let n = t.source.elements();
+    for m in mapped {
+        let n = crate::tensor::elements(&m.shape)?;
         counts.total += n;
-        match (t.name.contains("_exps."), t.shape.as_slice()) {
-            (true, [experts, ..]) if t.shape.len() >= 3 && *experts > 0 => {
+        match (m.name.contains("_exps."), m.shape.as_slice()) {
+            (true, [experts, ..]) if m.shape.len() >= 3 && *experts > 0 => {
                 counts.expert += n / experts;
                 experts_sum += experts;
                 expert_tensors += 1;
@@ -208,7 +214,7 @@ fn counts(plan: &Plan) -> ParameterCounts {
         }
     }
     counts.expert_count = experts_sum.checked_div(expert_tensors).unwrap_or(0);
-    counts
+    Ok(counts)
 }
 
 /// `general.*` as an earlier GGUF had them.

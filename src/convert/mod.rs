@@ -12,6 +12,9 @@ mod hf_to_gguf;
 mod model_id;
 mod plan;
 mod quantize;
+mod quantizer;
+mod recipe;
+mod shards;
 mod stage;
 mod stream;
 mod types;
@@ -20,8 +23,11 @@ pub use checkpoint::{Checkpoint, GGUF_METADATA_FILE, read_side_file};
 pub use gather::{Scratch, Source};
 pub use gguf_to_hf::GgufToHf;
 pub use hf_to_gguf::{HfToGguf, MetadataEdits, identity, source_tensors};
-pub use plan::{Budget, FilePlan, Plan, TensorPlan};
+pub use plan::{Budget, FilePlan, Obstacle, Plan, TensorPlan};
 pub use quantize::Quantize;
+pub use quantizer::{ImatrixChoice, Quantizer};
+pub use recipe::{Choice, ModelFacts, Overrides, Recipe, Role, parse_tensor_type};
+pub use shards::{Reshard, Sharding};
 pub use stage::{OutputFile, Stage};
 pub use stream::{Observer, Silent};
 pub use types::{FILE_TYPES, FileType, base_name};
@@ -38,44 +44,55 @@ pub struct Job {
     pub plan: Plan,
     /// What it is read from.
     pub store: Store,
-    /// The file, or the directory, that will appear.
+    /// The directory that will appear, or the file. Of several shards it is the first.
     pub output: PathBuf,
-    /// Whether `output` is a directory of `plan.files`.
+    /// Whether `output` is a directory of `plan.files`; otherwise these lie where it lies.
     pub is_directory: bool,
 }
 
 impl Job {
+    /// A job that writes a GGUF file, or its shards, beside each other.
+    pub fn gguf(plan: Plan, store: Store, output: &Path) -> Self {
+        let first = plan.files.first().map(|f| f.name.as_path()).filter(|n| !n.as_os_str().is_empty());
+        let output = first.map_or_else(|| output.to_path_buf(), |name| output.with_file_name(name));
+        Self { plan, store, output, is_directory: false }
+    }
+
+    /// The files that will be there in the end.
+    pub fn outputs(&self) -> Vec<PathBuf> {
+        let place = |f: &FilePlan| match (self.is_directory, f.name.as_os_str().is_empty()) {
+            (true, _) => self.output.join(&f.name),
+            (false, true) => self.output.clone(),
+            (false, false) => self.output.with_file_name(&f.name),
+        };
+        self.plan.files.iter().map(place).collect()
+    }
+
     /// Streams the plan into the output, and gives it its name when complete.
     ///
     /// # Errors
-    /// `Misuse` when the output exists (unless `force`) or is an input; `Io`; what the source's
-    /// data give.
+    /// `Misuse` when the output exists (unless `force`) or is an input, when something that the plan
+    /// needs is missing, or when the budget is too small; `Io`; what the source's data give.
     pub fn run(&self, force: bool, budget: &Budget, observer: &dyn Observer) -> Result<()> {
-        self.check_not_input()?;
-        let bytes = self.plan.total_len();
+        let outputs = self.outputs();
+        self.plan.check_feasible()?;
+        self.plan.check_not_input(&outputs, &self.store)?;
+        budget.check(&self.plan)?;
         let stage = if self.is_directory {
-            let mut stage = Stage::directory(&self.output, force, bytes)?;
+            let mut stage = Stage::directory(&self.output, force, self.plan.total_len())?;
             for f in &self.plan.files {
                 stage.add(&f.name, f.len)?;
             }
             stage
         } else {
-            Stage::file(&self.output, force, bytes)?
+            let lens = self.plan.files.iter().map(|f| f.len);
+            Stage::files_at(&outputs.into_iter().zip(lens).collect::<Vec<_>>(), force)?
         };
         for (file, plan) in stage.files().iter().zip(&self.plan.files) {
             file.write_at(0, &plan.header)?;
         }
         stream::stream(&self.plan, &self.store, stage.files(), budget, observer)?;
         stage.commit()
-    }
-
-    fn check_not_input(&self) -> Result<()> {
-        let outputs: Vec<PathBuf> = if self.is_directory {
-            self.plan.files.iter().map(|f| self.output.join(&f.name)).collect()
-        } else {
-            vec![self.output.clone()]
-        };
-        self.plan.check_not_input(&outputs, &self.store)
     }
 }
 

@@ -1,10 +1,12 @@
 //! The plan: every tensor with its type, place and source, before one tensor byte is read.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use super::gather::Source;
 use crate::block::codec;
 use crate::container::Store;
+use crate::container::imatrix::{Entry, ImportanceMatrix};
 use crate::error::{Error, Result};
 use crate::tensor::DType;
 
@@ -17,6 +19,26 @@ pub struct Plan {
     pub files: Vec<FilePlan>,
     /// What the user should know: fallbacks, warnings, what was recognised and how.
     pub notes: Vec<String>,
+    /// Why this cannot be carried out, although it can be shown.
+    pub obstacle: Option<Obstacle>,
+}
+
+/// What stands between a plan and its execution.
+#[derive(Clone, Debug)]
+pub struct Obstacle {
+    /// What is wrong.
+    pub message: String,
+    /// What would help.
+    pub hint: String,
+}
+
+/// The importance of a tensor's columns: an entry of a matrix, read as it is needed.
+#[derive(Clone, Debug)]
+pub struct Importance {
+    /// The opened file.
+    pub matrix: Arc<ImportanceMatrix>,
+    /// Its entry: one value for each column, of each expert.
+    pub entry: Entry,
 }
 
 /// One output file: its leading bytes, and its length.
@@ -43,6 +65,8 @@ pub struct TensorPlan {
     pub wanted: Option<DType>,
     /// Where its values come from.
     pub source: Source,
+    /// How much each column counts, where the type heeds it.
+    pub importance: Option<Importance>,
     /// Which output file.
     pub file: usize,
     /// First byte in that file.
@@ -71,12 +95,18 @@ impl TensorPlan {
                 return Err(context(Error::unsupported(format!("type {dtype} cannot be written yet"))));
             }
         }
-        Ok(Self { name, shape, dtype, wanted, source, file: 0, offset: 0, nbytes })
+        Ok(Self { name, shape, dtype, wanted, source, importance: None, file: 0, offset: 0, nbytes })
     }
 
     /// Whether bytes are copied as they are.
     pub fn is_plain(&self) -> bool {
         self.source.is_plain(self.dtype)
+    }
+
+    /// Weights in a row, and rows that share an importance: those of one expert.
+    pub fn rows(&self) -> (u64, u64) {
+        let mut from_inside = self.shape.iter().rev().copied();
+        (from_inside.next().unwrap_or(1).max(1), from_inside.next().unwrap_or(1).max(1))
     }
 }
 
@@ -120,9 +150,12 @@ impl Budget {
         let most = self.memory / self.threads as u64 / BYTES_PER_ELEMENT;
         let wish = if tensor.source.is_contiguous() { SPAN } else { SCATTERED_SPAN };
         let span = wish.min(most).max(MIN_SPAN);
-        let row = tensor.shape.last().copied().unwrap_or(1).max(1);
-        // Whole rows where they fit, whole blocks anyway.
-        if row <= span && row.is_multiple_of(tensor.dtype.block_size()) {
+        let (row, _) = tensor.rows();
+        if tensor.importance.is_some() {
+            // Rows are weighed as a whole.
+            (span / row * row).max(row)
+        } else if row <= span && row.is_multiple_of(tensor.dtype.block_size()) {
+            // Whole rows where they fit, whole blocks anyway.
             span / row * row
         } else {
             span / ALIGN * ALIGN
@@ -132,11 +165,43 @@ impl Budget {
     /// Most bytes that buffers can take.
     pub fn peak(&self, plan: &Plan) -> u64 {
         let most = plan.tensors.iter().map(|t| self.span(t).min(t.source.elements())).max().unwrap_or(0);
-        most * BYTES_PER_ELEMENT * self.threads as u64
+        most.saturating_mul(BYTES_PER_ELEMENT).saturating_mul(self.threads as u64)
+    }
+
+    /// Whether the plan can be streamed within the memory.
+    ///
+    /// # Errors
+    /// `Misuse` when rows that must be in memory as a whole do not fit.
+    pub fn check(&self, plan: &Plan) -> Result<()> {
+        let peak = self.peak(plan);
+        if peak <= self.memory {
+            return Ok(());
+        }
+        Err(Error::misuse(format!(
+            "--max-memory {} is too little: with an importance matrix whole rows are needed, {peak} bytes on {} threads",
+            self.memory, self.threads
+        ))
+        .hint("give more memory or fewer threads (-j)"))
     }
 }
 
 impl Plan {
+    /// A plan for tensors in this order, whose files are not laid out yet.
+    pub fn new(tensors: Vec<TensorPlan>) -> Self {
+        Self { tensors, files: Vec::new(), notes: Vec::new(), obstacle: None }
+    }
+
+    /// Whether it can be carried out.
+    ///
+    /// # Errors
+    /// `Misuse` with the obstacle.
+    pub fn check_feasible(&self) -> Result<()> {
+        match &self.obstacle {
+            Some(o) => Err(Error::misuse(o.message.clone()).hint(o.hint.clone())),
+            None => Ok(()),
+        }
+    }
+
     /// Bytes of all output files.
     pub fn total_len(&self) -> u64 {
         self.files.iter().map(|f| f.len).sum()

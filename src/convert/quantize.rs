@@ -3,26 +3,22 @@
 use std::path::PathBuf;
 
 use super::Job;
-use super::gather::Source;
-use super::hf_to_gguf::{MetadataEdits, QUANTIZATION_VERSION, identity, lay_out};
-use super::plan::{Plan, TensorPlan};
-use super::types::FileType;
-use crate::container::gguf::{Gguf, Value};
-use crate::error::{Error, Result};
+use super::hf_to_gguf::{MetadataEdits, identity};
+use super::quantizer::{Quantizer, Unquantized};
+use super::shards::lay_out;
+use crate::container::gguf::Gguf;
+use crate::error::Result;
 use crate::limits::Limits;
-use crate::tensor::DType;
 
 /// A change of type within GGUF.
 #[derive(Clone, Debug)]
 pub struct Quantize {
     /// The file, or any shard of it.
     pub source: PathBuf,
-    /// The file to write.
+    /// The file to write; shards are named after it.
     pub output: PathBuf,
-    /// The type to write.
-    pub file_type: FileType,
-    /// Whether tensors that are quantized already may be quantized again.
-    pub allow_requantize: bool,
+    /// What to make of it.
+    pub quantizer: Quantizer,
     /// Changes to the metadata.
     pub edits: MetadataEdits,
     /// Bounds on what files may demand.
@@ -33,41 +29,25 @@ impl Quantize {
     /// Opens and plans.
     ///
     /// # Errors
-    /// What is no GGUF file; tensors that are quantized already, unless that is allowed.
+    /// What is no GGUF file; tensors that are quantized already, unless that is allowed; options
+    /// and importance matrices that do not fit the model.
     pub fn plan(&self) -> Result<Job> {
         let gguf = Gguf::open(&self.source, &self.limits)?;
         gguf.check_model()?;
-        let store = gguf.store;
-        let mut plan = Plan { tensors: Vec::new(), files: Vec::new(), notes: Vec::new() };
-        for (m, info) in identity(store.tensors()).into_iter().zip(store.tensors()) {
-            let (mut dtype, mut wanted) = self.file_type.choose(&m.name, &m.shape);
-            if !matches!(info.dtype, DType::F32 | DType::F16 | DType::BF16 | DType::F64) {
-                if !info.dtype.is_block() || info.dtype == dtype {
-                    (dtype, wanted) = (info.dtype, None); // integers, and what is done already
-                } else if !self.allow_requantize {
-                    return Err(Error::misuse(format!(
-                        "tensor {:?} is quantized already ({})",
-                        m.name, info.dtype
-                    ))
-                    .at(&self.source)
-                    .hint("start from the full-precision file, or accept the loss with --allow-requantize"));
-                }
-            }
-            let source = Source::new(&m, &store)?;
-            plan.tensors.push(TensorPlan::new(m.name, m.shape, dtype, wanted, source)?);
-        }
-        plan.note_fallbacks();
-        let mut metadata = gguf.metadata;
-        for key in ["split.no", "split.count", "split.tensors.count"] {
-            metadata.remove(key);
-        }
-        metadata.set("general.quantization_version", Value::U32(QUANTIZATION_VERSION));
-        metadata.set("general.file_type", Value::U32(self.file_type.id));
+        let Gguf { mut metadata, store, .. } = gguf;
+        let tensors = identity(store.tensors()).into_iter().zip(store.tensors());
+        let tensors = tensors
+            .map(|(mapped, t)| Unquantized { mapped, dtype: t.dtype, place: (t.file, t.offset) })
+            .collect();
+        let mut plan = self
+            .quantizer
+            .plan(tensors, &store, &mut metadata, &self.limits)
+            .map_err(|e| if e.path().is_some() { e } else { e.at(&self.source) })?;
         if let Some(name) = &self.edits.name {
             metadata.set("general.name", name.as_str());
         }
         self.edits.apply(&mut metadata)?;
-        lay_out(&mut plan, &metadata)?;
-        Ok(Job { plan, store, output: self.output.clone(), is_directory: false })
+        lay_out(&mut plan, &mut metadata, &self.quantizer.sharding, &self.output)?;
+        Ok(Job::gguf(plan, store, &self.output))
     }
 }

@@ -28,66 +28,76 @@ impl OutputFile {
 /// removes what it wrote.
 #[derive(Debug)]
 pub struct Stage {
-    target: PathBuf,
-    temporary: PathBuf,
-    is_dir: bool,
-    committed: bool,
+    /// The directory that will appear as a whole, with its temporary name.
+    directory: Option<(PathBuf, PathBuf)>,
+    /// Files being written.
     files: Vec<OutputFile>,
+    /// Their final names.
+    targets: Vec<PathBuf>,
+    committed: bool,
 }
 
 impl Stage {
-    /// Begins a single file at `target`.
+    /// Begins files of the given lengths, each of which will appear at its path: a file, or the
+    /// shards of one.
     ///
     /// # Errors
-    /// `Misuse` when it exists and `force` is off, or somebody else is writing it; `Io` when it
-    /// cannot be created or the disk has less than `bytes` free.
-    pub fn file(target: &Path, force: bool, bytes: u64) -> Result<Self> {
-        let (target, temporary) = prepare(target, force, bytes, false)?;
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .open(&temporary)
-            .map_err(|e| Error::io("create", &temporary, e))?;
-        if file.try_lock().is_err() {
-            return Err(Error::misuse("another qconv is writing this output").at(&target));
+    /// `Misuse` when one exists and `force` is off, or somebody else is writing it; `Io` when it
+    /// cannot be created or the disk has not enough bytes free for all.
+    pub fn files_at(targets: &[(PathBuf, u64)], force: bool) -> Result<Self> {
+        let bytes = targets.iter().map(|(_, bytes)| bytes).sum();
+        let mut places = Vec::with_capacity(targets.len());
+        for (target, _) in targets {
+            places.push(prepare(target, force, bytes, false)?);
         }
-        let sized = file.set_len(0).and_then(|()| file.set_len(bytes));
-        let stage = Self {
-            files: vec![OutputFile { path: temporary.clone(), file }],
-            target,
-            temporary,
-            is_dir: false,
-            committed: false,
-        };
-        sized.map_err(|e| Error::io("create", &stage.temporary, e))?;
+        let mut stage = Self { directory: None, files: Vec::new(), targets: Vec::new(), committed: false };
+        for ((target, temporary), (_, bytes)) in places.into_iter().zip(targets) {
+            let file = OpenOptions::new()
+                .read(true)
+                .write(true)
+                .create(true)
+                .truncate(false)
+                .open(&temporary)
+                .map_err(|e| Error::io("create", &temporary, e))?;
+            if file.try_lock().is_err() {
+                return Err(Error::misuse("another qconv is writing this output").at(&target));
+            }
+            let sized = file.set_len(0).and_then(|()| file.set_len(*bytes));
+            stage.files.push(OutputFile { path: temporary.clone(), file });
+            stage.targets.push(target);
+            sized.map_err(|e| Error::io("create", &temporary, e))?;
+        }
         Ok(stage)
     }
 
     /// Begins a directory at `target`; `bytes` are what all its files will take.
     ///
     /// # Errors
-    /// As [`Self::file`]; an empty directory may exist.
+    /// As [`Self::files_at`]; an empty directory may exist.
     pub fn directory(target: &Path, force: bool, bytes: u64) -> Result<Self> {
         let (target, temporary) = prepare(target, force, bytes, true)?;
         if temporary.exists() {
             fs::remove_dir_all(&temporary).map_err(|e| Error::io("remove", &temporary, e))?;
         }
         fs::create_dir(&temporary).map_err(|e| Error::io("create", &temporary, e))?;
-        Ok(Self { target, temporary, is_dir: true, committed: false, files: Vec::new() })
+        let directory = Some((target, temporary));
+        Ok(Self { directory, files: Vec::new(), targets: Vec::new(), committed: false })
     }
 
     /// Adds a file of `len` bytes to a directory.
     ///
     /// # Errors
     /// `Io` when it cannot be created.
-    pub fn add(&mut self, name: &Path, len: u64) -> Result<&OutputFile> {
-        let path = self.temporary.join(name);
+    pub fn add(&mut self, name: &Path, len: u64) -> Result<()> {
+        let Some((target, temporary)) = &self.directory else {
+            return Err(Error::misuse("files are added to directories only"));
+        };
+        let path = temporary.join(name);
         let file = File::create_new(&path).map_err(|e| Error::io("create", &path, e))?;
-        file.set_len(len).map_err(|e| Error::io("create", &path, e))?;
-        self.files.push(OutputFile { path, file });
-        self.files.last().ok_or_else(|| Error::misuse("no file was added"))
+        self.targets.push(target.join(name));
+        self.files.push(OutputFile { path: path.clone(), file });
+        let sized = self.files.last().map(|f| f.file.set_len(len));
+        sized.unwrap_or(Ok(())).map_err(|e| Error::io("create", &path, e))
     }
 
     /// The files, in the order they were added.
@@ -104,31 +114,35 @@ impl Stage {
             f.file.sync_all().map_err(|e| Error::io("flush", &f.path, e))?;
         }
         let rename = |from: &Path, to: &Path| fs::rename(from, to).map_err(|e| Error::io("rename to", to, e));
-        if self.is_dir && self.target.is_dir() {
-            for f in &self.files {
-                if let Some(name) = f.path.file_name() {
-                    rename(&f.path, &self.target.join(name))?;
+        match &self.directory {
+            Some((target, temporary)) if !target.is_dir() => rename(temporary, target)?,
+            directory => {
+                for (f, target) in self.files.iter().zip(&self.targets) {
+                    rename(&f.path, target)?;
+                }
+                if let Some((_, temporary)) = directory {
+                    fs::remove_dir_all(temporary).map_err(|e| Error::io("remove", temporary, e))?;
                 }
             }
-            fs::remove_dir_all(&self.temporary).map_err(|e| Error::io("remove", &self.temporary, e))?;
-        } else {
-            rename(&self.temporary, &self.target)?;
         }
         self.committed = true;
-        sys::sync_directory(self.target.parent().unwrap_or(Path::new(".")));
+        let parent = self.directory.as_ref().map(|(d, _)| d).or(self.targets.first());
+        sys::sync_directory(parent.and_then(|p| p.parent()).unwrap_or(Path::new(".")));
         Ok(())
     }
 }
 
 impl Drop for Stage {
     fn drop(&mut self) {
-        if !self.committed {
-            // Nothing better can be done with a failure here: the error that led here is the news.
-            let _ = if self.is_dir {
-                fs::remove_dir_all(&self.temporary)
-            } else {
-                fs::remove_file(&self.temporary)
-            };
+        if self.committed {
+            return;
+        }
+        // Nothing better can be done with a failure here: the error that led here is the news.
+        let _ = self.directory.as_ref().map(|(_, temporary)| fs::remove_dir_all(temporary));
+        if self.directory.is_none() {
+            self.files.iter().for_each(|f| {
+                let _ = fs::remove_file(&f.path);
+            });
         }
     }
 }

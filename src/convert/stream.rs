@@ -5,9 +5,9 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use super::gather::Scratch;
-use super::plan::{Budget, Plan, TensorPlan};
+use super::plan::{Budget, Importance, Plan, TensorPlan};
 use super::stage::OutputFile;
-use crate::block::codec;
+use crate::block::{Codec, codec};
 use crate::container::Store;
 use crate::error::{Error, Result};
 
@@ -95,6 +95,7 @@ pub fn stream(
 struct Worker {
     scratch: Scratch,
     values: Vec<f32>,
+    importance: Vec<f32>,
     bytes: Vec<u8>,
 }
 
@@ -113,10 +114,48 @@ impl Worker {
             t.source.values(store, start, end, &mut self.values, &mut self.scratch)?;
             let codec = codec(t.dtype)
                 .ok_or_else(|| Error::unsupported(format!("type {} cannot be written", t.dtype)))?;
+            if t.dtype.is_block() {
+                check_finite(&self.values)?;
+            }
             self.bytes.resize(t.dtype.bytes_for(end - start)? as usize, 0);
-            codec.encode(&self.values, self.values.len(), None, &mut self.bytes)?;
+            match &t.importance {
+                None => codec.encode(&self.values, self.values.len(), None, &mut self.bytes)?,
+                Some(importance) => self.weighed(t, importance, codec, start)?,
+            }
         }
         file.write_at(t.offset + t.dtype.bytes_for(start)?, &self.bytes)?;
         Ok(self.bytes.len() as u64)
     }
+
+    /// Encodes whole rows from element `start` on, those of each expert with its own importance.
+    fn weighed(&mut self, t: &TensorPlan, importance: &Importance, codec: &Codec, start: u64) -> Result<()> {
+        let (row, rows_of_expert) = t.rows();
+        let (first, end) = (start / row, (start + self.values.len() as u64) / row);
+        let row_bytes = t.dtype.bytes_for(row)? as usize;
+        self.importance.resize(row as usize, 0.0);
+        let mut at = first;
+        while at < end {
+            let expert = at / rows_of_expert;
+            let until = end.min((expert + 1) * rows_of_expert);
+            importance.matrix.read(&importance.entry, expert, &mut self.importance)?;
+            let rows = (at - first) as usize..(until - first) as usize;
+            let values = &self.values[rows.start * row as usize..rows.end * row as usize];
+            let bytes = &mut self.bytes[rows.start * row_bytes..rows.end * row_bytes];
+            codec.encode(values, row as usize, Some(&self.importance), bytes)?;
+            at = until;
+        }
+        Ok(())
+    }
+}
+
+/// Blocks have no room for what is not finite: one such weight spoils its whole block.
+fn check_finite(values: &[f32]) -> Result<()> {
+    // Without branches: a chunk's largest exponent tells.
+    let spoilt = |chunk: &[f32]| chunk.iter().fold(false, |any, v| any | !v.is_finite());
+    if !values.chunks(4096).any(spoilt) {
+        return Ok(());
+    }
+    let n = values.iter().filter(|v| !v.is_finite()).count();
+    Err(Error::malformed(format!("{n} of {} weights looked at are NaN or infinite", values.len()))
+        .hint("the model is damaged; types f32, f16 and bf16 would keep them as they are"))
 }

@@ -1,6 +1,6 @@
-//! Which type each tensor gets: the file types, and the rules of llama.cpp's converter.
+//! The file types of llama.cpp's converter, and its rules for the type of each tensor. Those of its
+//! quantizer are recipes.
 
-use crate::error::{Error, Result};
 use crate::tensor::DType;
 
 /// A file type: what `--type` names, and `general.file_type` records.
@@ -12,16 +12,12 @@ pub struct FileType {
     pub id: u32,
 }
 
-/// All that can be written.
+/// All that llama.cpp's converter writes.
 pub const FILE_TYPES: &[FileType] = &[
     FileType { dtype: DType::F32, id: 0 },
     FileType { dtype: DType::F16, id: 1 },
     FileType { dtype: DType::BF16, id: 32 },
     FileType { dtype: DType::Q8_0, id: 7 },
-    FileType { dtype: DType::Q5_1, id: 9 },
-    FileType { dtype: DType::Q5_0, id: 8 },
-    FileType { dtype: DType::Q4_1, id: 3 },
-    FileType { dtype: DType::Q4_0, id: 2 },
     FileType { dtype: DType::TQ2_0, id: 37 },
     FileType { dtype: DType::TQ1_0, id: 36 },
 ];
@@ -54,15 +50,8 @@ const NEVER_TERNARY: &[&str] =
 
 impl FileType {
     /// The file type of this name, in any case: `q8_0`.
-    ///
-    /// # Errors
-    /// `Misuse` with the known names.
-    pub fn parse(name: &str) -> Result<Self> {
-        FILE_TYPES.iter().copied().find(|t| t.dtype.name().eq_ignore_ascii_case(name)).ok_or_else(|| {
-            let names: Vec<_> = FILE_TYPES.iter().map(|t| t.dtype.name().to_lowercase()).collect();
-            Error::misuse(format!("{name:?} is no file type that can be written"))
-                .hint(format!("these can: auto, {}", names.join(", ")))
-        })
+    pub fn parse(name: &str) -> Option<Self> {
+        FILE_TYPES.iter().copied().find(|t| t.dtype.name().eq_ignore_ascii_case(name))
     }
 
     /// The file type that keeps most of a checkpoint's tensors as they are.
@@ -130,7 +119,7 @@ mod tests {
         let tq = FileType::parse("tq2_0").unwrap();
         assert_eq!(tq.choose("token_embd.weight", &[8, 256]), (DType::F16, None));
         assert_eq!(tq.choose("blk.11.ffn_up_exps.weight", &[2, 8, 256]), (DType::TQ2_0, None));
-        assert!(FileType::parse("q9_9").is_err());
+        assert!(FileType::parse("q4_k_m").is_none());
         assert_eq!(base_name("blk.12.ffn_up_exps.weight"), "ffn_up_exps");
         assert_eq!(base_name("output.weight"), "output");
     }

@@ -133,6 +133,33 @@ impl Encode for Avx2 {
     }
 
     #[inline(always)]
+    unsafe fn max_halves(self) -> (f32, f32) {
+        let [a, b, c, d] = self.0;
+        (reduce!(max(a, b), max_128), reduce!(max(c, d), max_128))
+    }
+
+    #[inline(always)]
+    unsafe fn between(self, low: f32, high: f32) -> __m256i {
+        let units = [low, low, high, high];
+        let mut codes = [_mm256_setzero_si256(); 4];
+        for i in 0..4 {
+            let a = _mm256_andnot_ps(_mm256_set1_ps(-0.0), self.0[i]);
+            // Bit 3 of 28 bits further up is the sign.
+            let sign = _mm256_srli_epi32(_mm256_castps_si256(self.0[i]), 28);
+            codes[i] = _mm256_and_si256(sign, _mm256_set1_epi32(8));
+            for place in [0.5, 1.5, 2.5, 3.5, 5.0, 7.0, 10.0] {
+                let passed = _mm256_cmp_ps::<_CMP_GT_OQ>(a, _mm256_set1_ps(place * units[i]));
+                codes[i] = _mm256_sub_epi32(codes[i], _mm256_castps_si256(passed));
+            }
+        }
+        let ab = _mm256_packs_epi32(codes[0], codes[1]);
+        let cd = _mm256_packs_epi32(codes[2], codes[3]);
+        let codes = in_order(_mm256_packs_epi16(ab, cd));
+        // Nothing has code 8, -0.
+        _mm256_andnot_si256(_mm256_cmpeq_epi8(codes, _mm256_set1_epi8(8)), codes)
+    }
+
+    #[inline(always)]
     unsafe fn min_max(self) -> (f32, f32) {
         // Where an operand is NaN the second one is the result.
         let (mut min, mut max) = (_mm256_set1_ps(f32::MAX), _mm256_set1_ps(-f32::MAX));

@@ -11,13 +11,13 @@ use core::arch::x86_64::*;
 /// Whether a block whose largest magnitude (or range) is `m` can take the fast path: with no NaN,
 /// nothing infinite, and scales whose inverses are normal numbers.
 #[inline(always)]
-fn is_ordinary(m: f32) -> bool {
+pub(super) fn is_ordinary(m: f32) -> bool {
     const LEAST: f32 = f32::from_bits((127 - 100) << 23);
     m == 0.0 || (LEAST..f32::INFINITY).contains(&m)
 }
 
 #[inline(always)]
-unsafe fn f16(d: f32) -> [u8; 2] {
+pub(super) unsafe fn f16(d: f32) -> [u8; 2] {
     let half = _mm_cvtps_ph(_mm_set_ss(d), _MM_FROUND_TO_NEAREST_INT);
     (_mm_cvtsi128_si32(half) as u16).to_le_bytes()
 }
@@ -55,7 +55,7 @@ unsafe fn min_range<V: Encode>(x: &[f32; 32], v: V) -> (f32, f32) {
 
 /// Codes of 4 bits in 32 bytes, two to a byte: `j` low, `j + 16` high.
 #[inline(always)]
-unsafe fn nibbles(q: __m256i) -> [u8; 16] {
+pub(super) unsafe fn nibbles(q: __m256i) -> [u8; 16] {
     let (low, high) = (_mm256_castsi256_si128(q), _mm256_extracti128_si256(q, 1));
     let mask = _mm_set1_epi8(15);
     let both = _mm_or_si128(_mm_and_si128(low, mask), _mm_slli_epi16(_mm_and_si128(high, mask), 4));
@@ -66,7 +66,7 @@ unsafe fn nibbles(q: __m256i) -> [u8; 16] {
 
 /// The inverse of [`nibbles`].
 #[inline(always)]
-unsafe fn from_nibbles(qs: &[u8; 16]) -> __m256i {
+pub(super) unsafe fn from_nibbles(qs: &[u8; 16]) -> __m256i {
     let both = _mm_loadu_si128(qs.as_ptr().cast());
     _mm256_and_si256(_mm256_set_m128i(_mm_srli_epi16(both, 4), both), _mm256_set1_epi8(15))
 }
@@ -80,11 +80,16 @@ unsafe fn fifth_bits(q: __m256i) -> [u8; 4] {
 /// 16 in each byte whose bit is set.
 #[inline(always)]
 unsafe fn from_fifth_bits(qh: &[u8; 4]) -> __m256i {
+    _mm256_and_si256(from_bits(qh), _mm256_set1_epi8(16))
+}
+
+/// All bits in each byte whose bit is set.
+#[inline(always)]
+pub(super) unsafe fn from_bits(qh: &[u8; 4]) -> __m256i {
     let word = _mm256_set1_epi32(i32::from_le_bytes(*qh));
     let byte = _mm256_setr_epi64x(0, 0x0101_0101_0101_0101, 0x0202_0202_0202_0202, 0x0303_0303_0303_0303);
     let bit = _mm256_set1_epi64x(0x8040_2010_0804_0201_u64 as i64);
-    let set = _mm256_cmpeq_epi8(_mm256_and_si256(_mm256_shuffle_epi8(word, byte), bit), bit);
-    _mm256_and_si256(set, _mm256_set1_epi8(16))
+    _mm256_cmpeq_epi8(_mm256_and_si256(_mm256_shuffle_epi8(word, byte), bit), bit)
 }
 
 /// Blocks that are encoded side by side: each step of a block waits for the step before, the steps

@@ -14,11 +14,19 @@
 
 mod avx2;
 mod avx512;
+mod float4;
+mod grid;
+mod iq1;
+mod iq4;
 mod kernels;
 mod kquant;
+mod signs;
 
-use super::{Codec, float, q4_0, q4_1, q5_0, q5_1, q8_0, tq1_0, tq2_0};
+use super::{Codec, float, mxfp4, nvfp4, q1_0, q2_0, q4_0, q4_1, q5_0, q5_1, q8_0, tq1_0, tq2_0, weighed};
 use core::arch::x86_64::__m256i;
+use float4::*;
+use kernels::*;
+use signs::*;
 
 /// The tables of the implementations that this CPU can run, the fastest last.
 pub(super) fn tables() -> impl Iterator<Item = &'static [Codec]> {
@@ -34,9 +42,9 @@ pub(super) fn tables() -> impl Iterator<Item = &'static [Codec]> {
 }
 
 /// The tables that AVX2 and F16C are enough for, one for each family of types.
-static AVX2: &[&[Codec]] = &[SIMPLE_AVX2, kquant::AVX2];
+static AVX2: &[&[Codec]] = &[SIMPLE_AVX2, kquant::AVX2, grid::AVX2, iq1::IQ1_AVX2, iq4::IQ4_AVX2];
 /// The tables that need AVX-512 F, BW, VL and DQ as well.
-static AVX512: &[&[Codec]] = &[SIMPLE_AVX512, kquant::AVX512];
+static AVX512: &[&[Codec]] = &[SIMPLE_AVX512, kquant::AVX512, grid::AVX512, iq1::IQ1_AVX512, iq4::IQ4_AVX512];
 
 /// 32 weights in registers, lane `i` for weight `i`: what decoding needs.
 ///
@@ -65,6 +73,12 @@ trait Encode: Decode {
     unsafe fn max(self, other: Self) -> Self;
     /// The largest lane, in the order of [`Self::max`].
     unsafe fn reduce_max(self) -> f32;
+    /// The largest of the first 16 lanes and of the others, in the same order.
+    unsafe fn max_halves(self) -> (f32, f32);
+    /// Codes of E2M1 as bytes: how many of the places half way between two magnitudes a lane passes,
+    /// and its sign in bit 3 if any. Magnitudes are those of `mxfp4::DOUBLED` times `low` in the first 16 lanes,
+    /// times `high` in the others; NaN gets 0.
+    unsafe fn between(self, low: f32, high: f32) -> __m256i;
     /// Least and greatest lane, from `f32::MAX` down and `-f32::MAX` up, NaN passed over; the
     /// sign of a zero is unspecified.
     unsafe fn min_max(self) -> (f32, f32);
@@ -82,7 +96,7 @@ trait Encode: Decode {
 macro_rules! table {
     (
         $table:ident, $name:literal, $features:literal,
-        encode $encoder:ty, decode $decoder:ty, symmetric $symmetric:literal
+        encode $encoder:ty, decode $decoder:ty, symmetric $symmetric:literal, lanes $lanes:literal
     ) => {
         static $table: &[Codec] = {
             // Wraps the kernel over a run of blocks into a function with the features enabled.
@@ -91,7 +105,7 @@ macro_rules! table {
                     Some(|src, dst| {
                         #[target_feature(enable = $enabled)]
                         unsafe fn run(src: &[f32], dst: &mut [u8]) {
-                            kernels::$kernel::<$encoder>(src, dst);
+                            $kernel::<$encoder>(src, dst);
                         }
                         // SAFETY: the table is handed out only after the features were detected.
                         unsafe { run(src, dst) }
@@ -103,7 +117,7 @@ macro_rules! table {
                     |src, dst| {
                         #[target_feature(enable = $features)]
                         unsafe fn run(src: &[u8], dst: &mut [f32]) {
-                            kernels::$kernel::<$decoder>(src, dst);
+                            $kernel::<$decoder>(src, dst);
                         }
                         // SAFETY: the table is handed out only after the features were detected.
                         unsafe { run(src, dst) }
@@ -123,14 +137,33 @@ macro_rules! table {
                     }
                 };
             }
+            macro_rules! weighed {
+                ($block:ty, $row:expr) => {
+                    Codec {
+                        weigh: Some(|src, importance, dst| {
+                            #[target_feature(enable = $features)]
+                            unsafe fn run(src: &[f32], importance: &[f32], dst: &mut [u8]) {
+                                weighed::row::<$block, $lanes>(src, importance, dst);
+                            }
+                            // SAFETY: the table is handed out only after the features were detected.
+                            unsafe { run(src, importance, dst) }
+                        }),
+                        ..$row
+                    }
+                };
+            }
             &[
                 row!(float::F16, encode_f16, decode_f16),
                 row!(float::BF16, encode_bf16, decode_bf16),
-                row!(q4_0::SCALAR, encode_q4_0, decode_q4_0, $symmetric),
-                row!(q4_1::SCALAR, encode_q4_1, decode_q4_1),
-                row!(q5_0::SCALAR, encode_q5_0, decode_q5_0, $symmetric),
-                row!(q5_1::SCALAR, encode_q5_1, decode_q5_1),
+                weighed!(q4_0::Block, row!(q4_0::SCALAR, encode_q4_0, decode_q4_0, $symmetric)),
+                weighed!(q4_1::Block, row!(q4_1::SCALAR, encode_q4_1, decode_q4_1)),
+                weighed!(q5_0::Block, row!(q5_0::SCALAR, encode_q5_0, decode_q5_0, $symmetric)),
+                weighed!(q5_1::Block, row!(q5_1::SCALAR, encode_q5_1, decode_q5_1)),
                 row!(q8_0::SCALAR, encode_q8_0, decode_q8_0),
+                row!(mxfp4::SCALAR, encode_mxfp4, decode_mxfp4),
+                row!(nvfp4::SCALAR, encode_nvfp4, decode_nvfp4),
+                row!(q1_0::SCALAR, encode_q1_0, decode_q1_0),
+                row!(q2_0::SCALAR, encode_q2_0, decode_q2_0),
                 row!(tq1_0::SCALAR, encode_tq1_0, decode_tq1_0),
                 row!(tq2_0::SCALAR, encode_tq2_0, decode_tq2_0),
             ]
@@ -138,10 +171,10 @@ macro_rules! table {
     };
 }
 
-table!(SIMPLE_AVX2, "avx2", "avx2,f16c", encode avx2::Avx2, decode avx2::Avx2, symmetric "avx2,f16c");
+table!(SIMPLE_AVX2, "avx2", "avx2,f16c", encode avx2::Avx2, decode avx2::Avx2, symmetric "avx2,f16c", lanes 16);
 // Encoding with registers of 512 bits gained nothing: 0.9 to 1.0 of AVX2's speed, where AVX2's
 // lanes compiled with AVX-512's instructions (Q4_1, Q5_1, Q8_0) reach 1.0 to 1.2 of it.
 table!(
     SIMPLE_AVX512, "avx512", "avx512f,avx512bw,avx512vl,avx512dq,avx2,f16c",
-    encode avx2::Avx2, decode avx512::Avx512, symmetric "avx2,f16c"
+    encode avx2::Avx2, decode avx512::Avx512, symmetric "avx2,f16c", lanes 32
 );

@@ -1,0 +1,151 @@
+//! IQ2 and IQ3: the portable search and decoders, compiled with more features; between points,
+//! table look-ups in registers.
+
+use super::Codec;
+use crate::block::grid::Candidates;
+use crate::block::grid_search::{Closest, Portable, margin};
+use crate::block::{decode_pairs, iq2_s, iq2_xs, iq2_xxs, iq3_s, iq3_xxs};
+use core::arch::x86_64::*;
+
+/// A weight has few codes, and the square of what each would cost is worked out once: a candidate's
+/// distance is then a sum of look-ups, by codes that lie in the low bits of shifted words.
+struct Lookup;
+
+impl Closest for Lookup {
+    #[inline(always)]
+    fn closest<const D: usize>(
+        near: &[Candidates],
+        x: &[f32; D],
+        root: &[f32; D],
+        scales: [f32; 2],
+        slack: f32,
+    ) -> ([u16; 2], bool) {
+        // SAFETY: only functions of the tables below use this, which have the features.
+        unsafe { closest(near, x, root, scales, slack) }
+    }
+}
+
+#[inline(always)]
+unsafe fn closest<const D: usize>(
+    near: &[Candidates],
+    x: &[f32; D],
+    root: &[f32; D],
+    scales: [f32; 2],
+    slack: f32,
+) -> ([u16; 2], bool) {
+    // A look-up takes three bits. Where codes have two, the third is of the next code.
+    let values = if D == 8 {
+        _mm256_setr_ps(1.0, 3.0, 5.0, 7.0, 1.0, 3.0, 5.0, 7.0)
+    } else {
+        _mm256_setr_ps(1.0, 3.0, 5.0, 7.0, 9.0, 11.0, 13.0, 15.0)
+    };
+    let mut costs = [[_mm256_setzero_ps(); D]; 2];
+    for e in 0..2 {
+        let scaled = _mm256_mul_ps(_mm256_set1_ps(scales[e]), values);
+        for i in 0..D {
+            let diff = _mm256_sub_ps(scaled, _mm256_set1_ps(x[i]));
+            costs[e][i] = _mm256_mul_ps(_mm256_mul_ps(_mm256_set1_ps(root[i]), diff), diff);
+        }
+    }
+    // In each lane the least sum with its word, and the next to least.
+    let mut least = [_mm256_set1_ps(f32::MAX); 2];
+    let mut second = [_mm256_set1_ps(f32::INFINITY); 2];
+    let mut best = [_mm256_set1_epi32(near[0][0].into()); 2];
+    for words in near {
+        let words = _mm256_cvtepu16_epi32(_mm_loadu_si128(words.as_ptr().cast()));
+        let mut rest = words;
+        let mut sums =
+            [_mm256_permutevar8x32_ps(costs[0][0], rest), _mm256_permutevar8x32_ps(costs[1][0], rest)];
+        for i in 1..D {
+            rest = if D == 8 { _mm256_srli_epi32(rest, 2) } else { _mm256_srli_epi32(rest, 3) };
+            for e in 0..2 {
+                sums[e] = _mm256_add_ps(sums[e], _mm256_permutevar8x32_ps(costs[e][i], rest));
+            }
+        }
+        for e in 0..2 {
+            let closer = _mm256_cmp_ps(sums[e], least[e], _CMP_LT_OQ);
+            second[e] = _mm256_min_ps(_mm256_max_ps(sums[e], least[e]), second[e]);
+            // The second operand remains where one is NaN.
+            least[e] = _mm256_min_ps(sums[e], least[e]);
+            best[e] = _mm256_blendv_epi8(best[e], words, _mm256_castps_si256(closer));
+        }
+    }
+    let mut chosen = [_mm256_setzero_si256(); 2];
+    let mut rivals = _mm256_setzero_ps();
+    for e in 0..2 {
+        let pairs = _mm256_min_ps(least[e], _mm256_permute_ps(least[e], 0b10_11_00_01));
+        let fours = _mm256_min_ps(pairs, _mm256_permute_ps(pairs, 0b01_00_11_10));
+        let all = _mm256_min_ps(fours, _mm256_permute2f128_ps(fours, fours, 1));
+        let equal = _mm256_movemask_ps(_mm256_cmp_ps(least[e], all, _CMP_EQ_OQ));
+        // A later lane may have its equal from an earlier eight.
+        if near.len() > 1 && equal & (equal - 1) != 0 {
+            return Portable::closest(near, x, root, scales, slack);
+        }
+        let lane = _mm256_set1_epi32(equal.trailing_zeros() as i32);
+        chosen[e] = _mm256_permutevar8x32_epi32(best[e], lane);
+        let own = _mm256_castsi256_ps(_mm256_cmpeq_epi32(best[e], chosen[e]));
+        let least_sum = _mm256_cvtss_f32(all);
+        let limit = _mm256_set1_ps(least_sum + margin(scales[e], slack, least_sum));
+        let close = _mm256_andnot_ps(own, _mm256_cmp_ps(least[e], limit, _CMP_NGT_UQ));
+        let close = _mm256_or_ps(close, _mm256_cmp_ps(second[e], limit, _CMP_NGT_UQ));
+        rivals = _mm256_or_ps(rivals, close);
+    }
+    let words = [_mm256_cvtsi256_si32(chosen[0]) as u16, _mm256_cvtsi256_si32(chosen[1]) as u16];
+    (words, words[0] == words[1] && _mm256_movemask_ps(rivals) == 0)
+}
+
+macro_rules! table {
+    ($table:ident, $name:literal, $features:literal) => {
+        pub(super) static $table: &[Codec] = {
+            macro_rules! row {
+                ($module:ident, $encode:expr) => {
+                    Codec {
+                        implementation: $name,
+                        encode: $encode,
+                        weigh: Some(|src, importance, dst| {
+                            #[target_feature(enable = $features)]
+                            unsafe fn run(src: &[f32], importance: &[f32], dst: &mut [u8]) {
+                                $module::weigh_row::<Lookup>(src, importance, dst);
+                            }
+                            // SAFETY: the table is handed out only after the features were detected.
+                            unsafe { run(src, importance, dst) }
+                        }),
+                        decode: |src, dst| {
+                            #[target_feature(enable = $features)]
+                            unsafe fn run(src: &[u8], dst: &mut [f32]) {
+                                for (block, y) in decode_pairs(src, dst) {
+                                    $module::decode_block(block, y);
+                                }
+                            }
+                            // SAFETY: the table is handed out only after the features were detected.
+                            unsafe { run(src, dst) }
+                        },
+                        ..$module::SCALAR
+                    }
+                };
+            }
+            macro_rules! encode {
+                ($module:ident) => {
+                    Some(|src, dst| {
+                        #[target_feature(enable = $features)]
+                        unsafe fn run(src: &[f32], dst: &mut [u8]) {
+                            $module::encode_row::<Lookup>(src, dst);
+                        }
+                        // SAFETY: the table is handed out only after the features were detected.
+                        unsafe { run(src, dst) }
+                    })
+                };
+            }
+            &[
+                row!(iq2_xxs, None),
+                row!(iq2_xs, None),
+                row!(iq2_s, encode!(iq2_s)),
+                row!(iq3_xxs, encode!(iq3_xxs)),
+                row!(iq3_s, encode!(iq3_s)),
+            ]
+        };
+    };
+}
+
+table!(AVX2, "avx2", "avx2,f16c");
+table!(AVX512, "avx512", "avx512f,avx512bw,avx512vl,avx512dq,avx2,f16c");

@@ -1,0 +1,139 @@
+//! The options of llama-quantize, which `quantize` and `hf-to-gguf` share.
+
+use std::path::PathBuf;
+
+use qconv::convert::{ImatrixChoice, Overrides, Quantizer, Recipe, Sharding, parse_tensor_type};
+use qconv::error::{Error, Result};
+use qconv::tensor::DType;
+
+use super::common::parse_size;
+
+/// What a quantizer is told beyond the file type.
+#[derive(clap::Args, Debug)]
+#[command(next_help_heading = "Quantizing")]
+pub struct QuantizerArgs {
+    /// Weigh errors by this importance matrix (GGUF, or the older .dat)
+    #[arg(long, value_name = "FILE")]
+    pub imatrix: Option<PathBuf>,
+
+    /// Of the importance matrix use only entries whose name contains this
+    #[arg(long, value_name = "NAME", requires = "imatrix", conflicts_with = "exclude_weights")]
+    pub include_weights: Vec<String>,
+
+    /// Of the importance matrix leave out entries whose name contains this
+    #[arg(long, value_name = "NAME", requires = "imatrix")]
+    pub exclude_weights: Vec<String>,
+
+    /// Type of the tensors whose name matches, such as attn_v=q8_0; the first that matches counts
+    #[arg(long, value_name = "REGEX=TYPE", value_parser = parse_tensor_type_arg)]
+    pub tensor_type: Vec<TensorType>,
+
+    /// Such entries, one a line
+    #[arg(long, value_name = "FILE")]
+    pub tensor_type_file: Option<PathBuf>,
+
+    /// Type of the token embeddings
+    #[arg(long, value_name = "TYPE", value_parser = parse_dtype)]
+    pub token_embedding_type: Option<DType>,
+
+    /// Type of the output tensor
+    #[arg(long, value_name = "TYPE", value_parser = parse_dtype)]
+    pub output_tensor_type: Option<DType>,
+
+    /// Give all matrices the same type, by no rules
+    #[arg(long)]
+    pub pure: bool,
+
+    /// Keep the output tensor as it is
+    #[arg(long)]
+    pub leave_output_tensor: bool,
+
+    /// Layers to leave out
+    #[arg(long, value_name = "LAYER,...", value_delimiter = ',')]
+    pub prune_layers: Vec<u64>,
+
+    /// Set a metadata entry, as llama-quantize does; TYPE is int, float, bool or str
+    #[arg(long, value_name = "KEY=TYPE:VALUE")]
+    pub override_kv: Vec<String>,
+}
+
+/// How the output is divided into files.
+#[derive(clap::Args, Debug)]
+pub struct ShardArgs {
+    /// Divide the output into files of at most this size, such as 2G
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub split_max_size: Option<u64>,
+
+    /// Divide the output into files of at most this many tensors
+    #[arg(long, value_name = "N")]
+    pub split_max_tensors: Option<u64>,
+}
+
+impl ShardArgs {
+    pub fn sharding(&self) -> Result<Sharding> {
+        Sharding::bounded(self.split_max_size, self.split_max_tensors)
+    }
+}
+
+/// An entry of `--tensor-type`, and the text it was parsed from.
+#[derive(Clone, Debug)]
+pub struct TensorType(String);
+
+fn parse_tensor_type_arg(text: &str) -> std::result::Result<TensorType, String> {
+    parse_tensor_type(text).map(|_| TensorType(text.to_string())).map_err(|e| e.to_string())
+}
+
+fn parse_dtype(name: &str) -> std::result::Result<DType, String> {
+    // The type of an entry for any tensor.
+    parse_tensor_type(&format!(".={name}"))
+        .map(|(_, dtype)| dtype)
+        .map_err(|_| format!("{name:?} is no type for weights"))
+}
+
+impl QuantizerArgs {
+    /// Whether anything is asked for that llama.cpp's converter has no word for.
+    pub fn is_given(&self) -> bool {
+        self.imatrix.is_some()
+            || !self.tensor_type.is_empty()
+            || self.tensor_type_file.is_some()
+            || self.token_embedding_type.is_some()
+            || self.output_tensor_type.is_some()
+            || self.pure
+            || self.leave_output_tensor
+            || !self.prune_layers.is_empty()
+            || !self.override_kv.is_empty()
+    }
+
+    pub fn quantizer(&self, recipe: &'static Recipe) -> Result<Quantizer> {
+        let mut entries: Vec<String> = self.tensor_type.iter().map(|t| t.0.clone()).collect();
+        if let Some(path) = &self.tensor_type_file {
+            let text = std::fs::read_to_string(path).map_err(|e| Error::io("read", path, e))?;
+            entries.extend(text.split_whitespace().map(str::to_string));
+        }
+        let tensor_types = entries.iter().map(|e| parse_tensor_type(e)).collect::<Result<_>>()?;
+        Ok(Quantizer {
+            overrides: Overrides {
+                tensor_types,
+                token_embedding: self.token_embedding_type,
+                output: self.output_tensor_type,
+                pure: self.pure,
+                leave_output: self.leave_output_tensor,
+                ..Overrides::default()
+            },
+            imatrix: self.imatrix.as_ref().map(|path| ImatrixChoice {
+                path: path.clone(),
+                include: self.include_weights.clone(),
+                exclude: self.exclude_weights.clone(),
+            }),
+            prune_layers: self.prune_layers.iter().copied().collect(),
+            override_kv: self.override_kv.clone(),
+            ..Quantizer::new(recipe)
+        })
+    }
+}
+
+/// The names of all file types, as help shows them.
+pub fn type_names() -> String {
+    let all = Recipe::all().unwrap_or_default();
+    all.iter().map(|r| r.name.to_lowercase()).collect::<Vec<_>>().join(", ")
+}
