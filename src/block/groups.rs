@@ -5,6 +5,8 @@
 //! ggml's; what runs side by side are groups, `L` lanes of them. Plain loops over the lanes: the
 //! compiler makes vectors of whatever width the CPU has (with 16 lanes and more; it fails with 8).
 //! Source: `make_qx_quants`, `make_q3_quants`, `make_qp_quants` (`ggml-quants.c`).
+// An index per lane in every array is what the compiler turns into vectors, and what reads well.
+#![allow(clippy::needless_range_loop)]
 
 use super::cast::extreme;
 use super::kquant::NOTHING;
@@ -389,8 +391,8 @@ pub(super) fn at_rest<const L: usize, const N: usize>(half: i32, x: &Groups<L, N
             let off = x * l2 - l * xl;
             let above = choose(mask(l < half - 1.0), 0.499, 1e6);
             let below = choose(mask(l > -half), 0.499, 1e6);
-            let up = mask(!(off <= above * xl - 1e-36));
-            let down = mask(!(-off <= below * xl - 1e-36));
+            let up = !mask(off <= above * xl - 1e-36);
+            let down = !mask(-off <= below * xl - 1e-36);
             moves[t] |= mask(xl > 0.0) & (up | down);
         }
     }

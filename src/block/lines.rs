@@ -1,6 +1,8 @@
 //! The search of Q2_K, Q4_K and Q5_K: scale and minimum of many groups side by side.
 //!
 //! See `groups` for how. Source: `make_qkx2_quants`, `make_qkx3_quants` (`ggml-quants.c`).
+// As in `groups`.
+#![allow(clippy::needless_range_loop)]
 
 use super::groups::{Groups, WHOLE, byte, choose, limit, mask, whole};
 
@@ -143,7 +145,7 @@ pub(super) fn affine<const L: usize, const N: usize>(
             let (a, b) = (inverse[t] * (low[t] - min[t]), inverse[t] * (max[t] - min[t]));
             let under = mask(a <= -0.5) | mask(b <= -0.5);
             let over = mask(a >= most + 0.5) | mask(b >= most + 0.5);
-            let far = mask(!(a.abs() < 1e6)) | mask(!(b.abs() < 1e6));
+            let far = !(mask(a.abs() < 1e6) & mask(b.abs() < 1e6));
             ends[t] = under & 1 | over & 2 | far & 4;
         }
         let mut reach = odd & 4;
