@@ -2,7 +2,8 @@
 //! row.
 
 use super::f16_from_f32;
-use super::groups::{Affine, LANES, Weight, affine, side_by_side, symmetric};
+use super::groups::{LANES, side_by_side, symmetric};
+use super::lines::{Affine, Weight, affine};
 
 /// A type whose blocks hold 32 weights, with a scale and perhaps a minimum.
 pub(super) trait Weighed: bytemuck::Pod {
