@@ -1,5 +1,6 @@
 //! IQ2 and IQ3: the portable search and decoders, compiled with more features; between points,
-//! table look-ups in registers.
+//! table look-ups in registers. AVX-512's gained nothing: the same code compiled with them reached
+//! 0.85 of AVX2's speed.
 
 use super::Codec;
 use crate::block::grid::Candidates;
@@ -19,7 +20,7 @@ impl Closest for Lookup {
         root: &[f32; D],
         scales: [f32; 2],
         slack: f32,
-    ) -> ([u16; 2], bool) {
+    ) -> ([u16; 2], [bool; 2]) {
         // SAFETY: only functions of the tables below use this, which have the features.
         unsafe { closest(near, x, root, scales, slack) }
     }
@@ -32,7 +33,7 @@ unsafe fn closest<const D: usize>(
     root: &[f32; D],
     scales: [f32; 2],
     slack: f32,
-) -> ([u16; 2], bool) {
+) -> ([u16; 2], [bool; 2]) {
     // A look-up takes three bits. Where codes have two, the third is of the next code.
     let values = if D == 8 {
         _mm256_setr_ps(1.0, 3.0, 5.0, 7.0, 1.0, 3.0, 5.0, 7.0)
@@ -71,7 +72,7 @@ unsafe fn closest<const D: usize>(
         }
     }
     let mut chosen = [_mm256_setzero_si256(); 2];
-    let mut rivals = _mm256_setzero_ps();
+    let mut sure = [false; 2];
     for e in 0..2 {
         let pairs = _mm256_min_ps(least[e], _mm256_permute_ps(least[e], 0b10_11_00_01));
         let fours = _mm256_min_ps(pairs, _mm256_permute_ps(pairs, 0b01_00_11_10));
@@ -88,10 +89,10 @@ unsafe fn closest<const D: usize>(
         let limit = _mm256_set1_ps(least_sum + margin(scales[e], slack, least_sum));
         let close = _mm256_andnot_ps(own, _mm256_cmp_ps(least[e], limit, _CMP_NGT_UQ));
         let close = _mm256_or_ps(close, _mm256_cmp_ps(second[e], limit, _CMP_NGT_UQ));
-        rivals = _mm256_or_ps(rivals, close);
+        sure[e] = _mm256_movemask_ps(close) == 0;
     }
     let words = [_mm256_cvtsi256_si32(chosen[0]) as u16, _mm256_cvtsi256_si32(chosen[1]) as u16];
-    (words, words[0] == words[1] && _mm256_movemask_ps(rivals) == 0)
+    (words, sure)
 }
 
 macro_rules! table {
@@ -148,4 +149,3 @@ macro_rules! table {
 }
 
 table!(AVX2, "avx2", "avx2,f16c");
-table!(AVX512, "avx512", "avx512f,avx512bw,avx512vl,avx512dq,avx2,f16c");
