@@ -27,6 +27,16 @@ pub(super) trait Closest {
         scales: [f32; 2],
         slack: f32,
     ) -> ([u16; 2], [bool; 2]);
+
+    /// Adds, for each attempt, what the weights of its point add to the sums of `w * x * q` and
+    /// `w * q * q`.
+    fn add<const D: usize, const A: usize>(
+        words: &[u32; A],
+        x: &[f32; D],
+        weight: &[f32; D],
+        xq: &mut [f32; A],
+        q2: &mut [f32; A],
+    );
 }
 
 /// By how much the winner's sum `least` has to undercut the others.
@@ -85,6 +95,23 @@ impl Closest for Portable {
             sure[e] = second[e] > best[e].0 + margin(scales[e], slack, best[e].0);
         }
         (words, sure)
+    }
+
+    #[inline(always)]
+    fn add<const D: usize, const A: usize>(
+        words: &[u32; A],
+        x: &[f32; D],
+        weight: &[f32; D],
+        xq: &mut [f32; A],
+        q2: &mut [f32; A],
+    ) {
+        for i in 0..D {
+            for a in 0..A {
+                let q = value::<D>(words[a], i);
+                xq[a] += weight[i] * x[i] * q;
+                q2[a] += weight[i] * q * q;
+            }
+        }
     }
 }
 
@@ -260,26 +287,25 @@ impl<const D: usize, const K: usize> Group<D, K> {
         }
         let (mut xq, mut q2) = ([0.0; A], [0.0; A]);
         for k in 0..K {
-            for i in 0..D {
-                let (x, w) = (self.x[k][i], self.weight[k][i]);
-                for a in 0..A {
-                    let q = value::<D>(words[k][a], i);
-                    xq[a] += w * x * q;
-                    q2[a] += w * q * q;
-                }
-            }
+            V::add(&words[k], &self.x[k], &self.weight[k], &mut xq, &mut q2);
         }
-        let (mut scale, mut gain, mut best) = (scale, 0.0, None);
+        // What follows is done for every attempt, so that the choice needs no branches.
+        let (mut squares, mut scales, mut gains) = ([0.0; A], [0.0; A], [0.0; A]);
+        for a in 0..A {
+            squares[a] = if q2[a] > 0.0 { xq[a] * xq[a] } else { -1.0 };
+            scales[a] = xq[a] / q2[a];
+            gains[a] = scales[a] * xq[a];
+        }
+        let (mut gain, mut best) = (0.0, A);
         for a in 0..=2 * attempts {
-            if q2[a] > 0.0 && xq[a] * xq[a] > gain * q2[a] {
-                scale = xq[a] / q2[a];
-                gain = scale * xq[a];
-                best = Some(a);
-            }
+            let better = squares[a] > gain * q2[a];
+            gain = if better { gains[a] } else { gain };
+            best = if better { a } else { best };
         }
+        let mut scale = if best < A { scales[best] } else { scale };
         let mut chosen = [0; K];
         let mut renew = [again != Again::Inexact; K];
-        if let Some(best) = best {
+        if best < A {
             let mut all_exact = true;
             for k in 0..K {
                 let exact = exact[k] >> best & 1 != 0;

@@ -24,6 +24,60 @@ impl Closest for Lookup {
         // SAFETY: only functions of the tables below use this, which have the features.
         unsafe { closest(near, x, root, scales, slack) }
     }
+
+    #[inline(always)]
+    fn add<const D: usize, const A: usize>(
+        words: &[u32; A],
+        x: &[f32; D],
+        weight: &[f32; D],
+        xq: &mut [f32; A],
+        q2: &mut [f32; A],
+    ) {
+        // SAFETY: only functions of the tables below use this, which have the features.
+        unsafe { add(words, x, weight, xq, q2) }
+    }
+}
+
+/// Twice the codes plus 1. A look-up takes three bits: where codes have two, the third is of the next
+/// code.
+#[inline(always)]
+unsafe fn values<const D: usize>() -> __m256 {
+    if D == 8 {
+        _mm256_setr_ps(1.0, 3.0, 5.0, 7.0, 1.0, 3.0, 5.0, 7.0)
+    } else {
+        _mm256_setr_ps(1.0, 3.0, 5.0, 7.0, 9.0, 11.0, 13.0, 15.0)
+    }
+}
+
+#[inline(always)]
+unsafe fn add<const D: usize, const A: usize>(
+    words: &[u32; A],
+    x: &[f32; D],
+    weight: &[f32; D],
+    xq: &mut [f32; A],
+    q2: &mut [f32; A],
+) {
+    let values = values::<D>();
+    let (words, _) = words.as_chunks::<8>();
+    let (xq, _) = xq.as_chunks_mut::<8>();
+    let (q2, _) = q2.as_chunks_mut::<8>();
+    for i in 0..D {
+        let with_x = _mm256_mul_ps(_mm256_set1_ps(weight[i] * x[i]), values);
+        let squared = _mm256_mul_ps(_mm256_mul_ps(_mm256_set1_ps(weight[i]), values), values);
+        for a in 0..A / 8 {
+            let words = _mm256_loadu_si256(words[a].as_ptr().cast());
+            let codes = if D == 8 {
+                _mm256_srlv_epi32(words, _mm256_set1_epi32(2 * i as i32))
+            } else {
+                _mm256_srlv_epi32(words, _mm256_set1_epi32(3 * i as i32))
+            };
+            let sum = _mm256_add_ps(_mm256_loadu_ps(xq[a].as_ptr()), _mm256_permutevar8x32_ps(with_x, codes));
+            _mm256_storeu_ps(xq[a].as_mut_ptr(), sum);
+            let sum =
+                _mm256_add_ps(_mm256_loadu_ps(q2[a].as_ptr()), _mm256_permutevar8x32_ps(squared, codes));
+            _mm256_storeu_ps(q2[a].as_mut_ptr(), sum);
+        }
+    }
 }
 
 #[inline(always)]
@@ -34,12 +88,7 @@ unsafe fn closest<const D: usize>(
     scales: [f32; 2],
     slack: f32,
 ) -> ([u16; 2], [bool; 2]) {
-    // A look-up takes three bits. Where codes have two, the third is of the next code.
-    let values = if D == 8 {
-        _mm256_setr_ps(1.0, 3.0, 5.0, 7.0, 1.0, 3.0, 5.0, 7.0)
-    } else {
-        _mm256_setr_ps(1.0, 3.0, 5.0, 7.0, 9.0, 11.0, 13.0, 15.0)
-    };
+    let values = values::<D>();
     let mut costs = [[_mm256_setzero_ps(); D]; 2];
     for e in 0..2 {
         let scaled = _mm256_mul_ps(_mm256_set1_ps(scales[e]), values);
