@@ -14,32 +14,43 @@ use super::kquant::nearest;
 pub(super) trait Closest {
     /// For each of two scales, the word of the candidate `c` for which
     /// `sum(root * (scale * q - x)^2)` is least, where `q` is twice a code of `c` plus 1: the first
-    /// among equals, the very first where no sum is finite. And whether both are one candidate that
-    /// wins for every scale between as well.
+    /// among equals, the very first where no sum is finite. And whether the others' sums are beyond
+    /// its own and [`margin`].
     ///
     /// A candidate's sum less another's is `scale * (a * scale - b)`, and so changes its sign once
-    /// at most: who wins at both ends wins between, but for roundings. Those are within
-    /// [`margin`] of the sums of the ends.
+    /// at most: who wins at both ends of a range of scales wins between, but for roundings. These
+    /// cannot matter where the margin is kept at both ends.
     fn closest<const D: usize>(
         near: &[Candidates],
         x: &[f32; D],
         root: &[f32; D],
         scales: [f32; 2],
         slack: f32,
-    ) -> ([u16; 2], bool);
+    ) -> ([u16; 2], [bool; 2]);
+
+    /// Adds, for each attempt, what the weights of its point add to the sums of `w * x * q` and
+    /// `w * q * q`.
+    fn add<const D: usize, const A: usize>(
+        words: &[u32; A],
+        x: &[f32; D],
+        weight: &[f32; D],
+        xq: &mut [f32; A],
+        q2: &mut [f32; A],
+    );
 }
 
-/// By how much the winner's sum `least` must undercut others at the ends. With `u` = 2^-24, a sum of
-/// at most eight terms is off by less than `12 u` of itself and `u` of what it would be without `x`;
-/// that bounds how much it may change on the way from one end to the other too. This is more than
-/// three times as much as the roundings of two sums at both ends and between them come to, as long
-/// as the greater scale is below twice the lesser.
+/// By how much the winner's sum `least` has to undercut the others.
+///
+/// With `u` = 2^-24 and `s` = `sum(root * (scale * most)^2)`, a sum of at most eight terms is off by
+/// `12 u` of itself and `u * s` at most. Within a range of scales up to 1.5 times the least, a sum `f`
+/// of one end stays below `2 f + s / 2`, and the difference of two sums changes no faster than the
+/// scale. So `97 u` of the least sum and `28 u * s` at both ends are enough for the winner's computed
+/// sum to be the least between them.
 #[inline(always)]
 pub(super) fn margin(scale: f32, slack: f32, least: f32) -> f32 {
-    scale * scale * slack + least * SLACK + 1e-30
+    const SHARE: f32 = 128.0 / 16_777_216.0;
+    scale * scale * slack + least * SHARE + 1e-30
 }
-
-const SLACK: f32 = 1.0 / 16384.0;
 
 /// [`Closest`] as the compiler vectorizes it.
 pub(super) struct Portable;
@@ -52,7 +63,7 @@ impl Closest for Portable {
         root: &[f32; D],
         scales: [f32; 2],
         slack: f32,
-    ) -> ([u16; 2], bool) {
+    ) -> ([u16; 2], [bool; 2]) {
         // The least sum with its word, and the least of all others.
         let mut best = [(f32::MAX, near[0][0]); 2];
         let mut second = [f32::INFINITY; 2];
@@ -78,8 +89,29 @@ impl Closest for Portable {
                 }
             }
         }
-        let sure = |e: usize| second[e] > best[e].0 + margin(scales[e], slack, best[e].0);
-        (best.map(|b| b.1), best[0].1 == best[1].1 && sure(0) && sure(1))
+        let (mut words, mut sure) = ([0; 2], [false; 2]);
+        for e in 0..2 {
+            words[e] = best[e].1;
+            sure[e] = second[e] > best[e].0 + margin(scales[e], slack, best[e].0);
+        }
+        (words, sure)
+    }
+
+    #[inline(always)]
+    fn add<const D: usize, const A: usize>(
+        words: &[u32; A],
+        x: &[f32; D],
+        weight: &[f32; D],
+        xq: &mut [f32; A],
+        q2: &mut [f32; A],
+    ) {
+        for i in 0..D {
+            for a in 0..A {
+                let q = value::<D>(words[a], i);
+                xq[a] += weight[i] * x[i] * q;
+                q2[a] += weight[i] * q * q;
+            }
+        }
     }
 }
 
@@ -186,7 +218,8 @@ impl<const D: usize, const K: usize> Group<D, K> {
             farthest += self.x[k][i].abs();
         }
         let most = (2 * levels - 1) as f32;
-        if sum < 1e15 && farthest < 1e15 { SLACK * most * most * sum } else { f32::INFINITY }
+        const SHARE: f32 = 32.0 / 16_777_216.0;
+        if sum < 1e15 && farthest < 1e15 { SHARE * most * most * sum } else { f32::INFINITY }
     }
 
     /// The signs to store after the search.
@@ -240,7 +273,7 @@ impl<const D: usize, const K: usize> Group<D, K> {
                     let scales = [1.0 / inverses[start], 1.0 / inverses[end - 1]];
                     let (ends, sure) = V::closest(near, x, root, scales, slack);
                     fill(words, start, end, ends[0]);
-                    if !sure {
+                    if ends[0] != ends[1] || !sure[0] || !sure[1] {
                         for a in (start + 1..end - 1).step_by(2) {
                             let scales = [1.0 / inverses[a], 1.0 / inverses[a + 1]];
                             let (two, _) = V::closest(near, x, root, scales, slack);
@@ -254,26 +287,25 @@ impl<const D: usize, const K: usize> Group<D, K> {
         }
         let (mut xq, mut q2) = ([0.0; A], [0.0; A]);
         for k in 0..K {
-            for i in 0..D {
-                let (x, w) = (self.x[k][i], self.weight[k][i]);
-                for a in 0..A {
-                    let q = value::<D>(words[k][a], i);
-                    xq[a] += w * x * q;
-                    q2[a] += w * q * q;
-                }
-            }
+            V::add(&words[k], &self.x[k], &self.weight[k], &mut xq, &mut q2);
         }
-        let (mut scale, mut gain, mut best) = (scale, 0.0, None);
+        // What follows is done for every attempt, so that the choice needs no branches.
+        let (mut squares, mut scales, mut gains) = ([0.0; A], [0.0; A], [0.0; A]);
+        for a in 0..A {
+            squares[a] = if q2[a] > 0.0 { xq[a] * xq[a] } else { -1.0 };
+            scales[a] = xq[a] / q2[a];
+            gains[a] = scales[a] * xq[a];
+        }
+        let (mut gain, mut best) = (0.0, A);
         for a in 0..=2 * attempts {
-            if q2[a] > 0.0 && xq[a] * xq[a] > gain * q2[a] {
-                scale = xq[a] / q2[a];
-                gain = scale * xq[a];
-                best = Some(a);
-            }
+            let better = squares[a] > gain * q2[a];
+            gain = if better { gains[a] } else { gain };
+            best = if better { a } else { best };
         }
+        let mut scale = if best < A { scales[best] } else { scale };
         let mut chosen = [0; K];
         let mut renew = [again != Again::Inexact; K];
-        if let Some(best) = best {
+        if best < A {
             let mut all_exact = true;
             for k in 0..K {
                 let exact = exact[k] >> best & 1 != 0;

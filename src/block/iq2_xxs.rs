@@ -123,9 +123,11 @@ fn first_scales(groups: &[search::Group<8, 4>; 8]) -> [f32; 8] {
     let mut least = [0.0; 8];
     for g in 0..8 {
         inverses[g] = MOST as f32 / max[g];
-        let scale = 1.0 / inverses[g];
-        for i in 0..32 {
-            let diff = x[i][g] - scale * (nearest(inverses[g] * x[i][g]) & 255) as f32;
+    }
+    for i in 0..32 {
+        for g in 0..8 {
+            let code = nearest(inverses[g] * x[i][g]) & 255;
+            let diff = x[i][g] - 1.0 / inverses[g] * code as f32;
             least[g] += w[i][g] * diff * diff;
         }
     }
