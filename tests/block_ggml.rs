@@ -330,6 +330,80 @@ fn the_error_keeps_the_promised_bound(dtype: DType) {
     }
 }
 
+/// Encoders that treat several blocks at a time: whatever their number in a row, each block is that
+/// of a row of its own.
+#[test]
+fn blocks_of_a_row_do_not_depend_on_their_number() {
+    let mut random = Random(5);
+    for dtype in [DType::IQ1_S, DType::IQ1_M, DType::IQ4_NL, DType::IQ4_XS] {
+        let (size, bytes) = (dtype.block_size() as usize, dtype.type_size() as usize);
+        for codec in implementations(dtype) {
+            for blocks in 1..=17 {
+                let src: Vec<f32> = (0..blocks * size).map(|_| random.gaussian()).collect();
+                let importance: Vec<f32> = (0..blocks * size).map(|_| random.unit()).collect();
+                let mut together = vec![0; blocks * bytes];
+                codec.encode(&src, blocks * size, Some(&importance), &mut together).unwrap();
+                let columns = importance.chunks_exact(size);
+                for ((x, columns), block) in src.chunks_exact(size).zip(columns).zip(together.chunks(bytes)) {
+                    let mut alone = vec![0; bytes];
+                    codec.encode(x, size, Some(columns), &mut alone).unwrap();
+                    assert!(block == alone, "{dtype} {}, {blocks} blocks", codec.implementation);
+                }
+            }
+        }
+    }
+}
+
+/// Where ggml stops the process there is nothing to compare with; there are bytes nevertheless.
+#[test]
+fn iq1_takes_any_weights_and_importance() {
+    let mut random = Random(6);
+    for dtype in [DType::IQ1_S, DType::IQ1_M] {
+        for codec in implementations(dtype) {
+            let mut dst = vec![0; dtype.bytes_for(ROW as u64).unwrap() as usize];
+            for (_, weight) in DISTRIBUTIONS {
+                for (_, importance) in DISTRIBUTIONS {
+                    let importance = rows(&mut random, importance, 1);
+                    let src = rows(&mut random, weight, 1);
+                    codec.encode(&src, ROW, Some(&importance), &mut dst).unwrap();
+                }
+                if !codec.needs_importance() {
+                    codec.encode(&rows(&mut random, weight, 1), ROW, None, &mut dst).unwrap();
+                }
+            }
+        }
+    }
+}
+
+/// The grid of IQ1 is a fact of the format: each of its points, unscaled and shifted either way.
+#[test]
+fn the_points_of_iq1_are_ggmls() {
+    let mut bytes = Vec::new();
+    for down in [0, 0x8000] {
+        for group in 0..2048 / 32 {
+            let points: Vec<u16> = (32 * group..32 * (group + 1)).collect();
+            bytes.extend([0x00, 0x3C]);
+            bytes.extend(points.iter().map(|point| *point as u8));
+            for four in points.as_chunks::<4>().0 {
+                let high = four.iter().rev().fold(0, |high, point| high << 3 | point >> 8);
+                bytes.extend((high | down).to_le_bytes());
+            }
+        }
+    }
+    let mut expected = vec![0.0; 2 * 2048 * 8];
+    ggml_decode(DType::IQ1_S, &bytes, &mut expected);
+    for codec in implementations(DType::IQ1_S) {
+        let mut dst = vec![0.0; expected.len()];
+        codec.decode(&bytes, &mut dst).unwrap();
+        assert!(dst == expected, "{}", codec.implementation);
+    }
+    let mut points: Vec<[u32; 8]> =
+        expected[..2048 * 8].as_chunks().0.iter().map(|p: &[f32; 8]| p.map(f32::to_bits)).collect();
+    points.sort_unstable();
+    points.dedup();
+    assert_eq!(points.len(), 2048);
+}
+
 #[test]
 fn halves_convert_as_in_ggml() {
     for bits in 0..=u16::MAX {

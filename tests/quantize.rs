@@ -396,7 +396,7 @@ fn importance_matrices_are_checked() {
             limits: Limits::default(),
         }
         .plan()
-        .map(|job| job.plan.notes.join("\n"))
+        .and_then(|job| job.plan.check_feasible().map(|()| job.plan.notes.join("\n")))
     };
     let changed = |change: &dyn Fn(&mut Entries)| {
         let mut entries = sound.clone();

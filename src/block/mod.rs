@@ -5,10 +5,11 @@
 //! implementations of a type write the same bytes: those of the linked ggml's
 //! `ggml_quantize_chunk`, for every input, NaN and infinities included (but for blocks with NaN in
 //! Q2_K, Q4_K and Q5_K, and the sign of a NaN in Q4_0 and Q5_0 with an importance, where ggml's
-//! bytes depend on its compiler).
+//! bytes depend on its compiler; and but for weights whose squares overflow in IQ1, IQ2 and IQ3, where
+//! ggml stops). Conversions refuse weights that are not finite before they come here.
 //!
 //! Adding a type: one file here with a `SCALAR` codec, one row in the table `SCALAR`, one section of the
-//! specification. A SIMD path is a kernel in `simd/kernels.rs` and its row in `simd/mod.rs`.
+//! specification. A SIMD path is a row in the table of its family in `simd/`.
 
 mod cast;
 mod float;
