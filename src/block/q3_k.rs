@@ -186,7 +186,7 @@ fn decode_block(block: &Block, y: &mut [f32; 256]) {
     for ((y, codes), scale) in y.chunks_exact_mut(16).zip(codes.chunks_exact(16)).zip(scales) {
         let scale = d * f32::from(scale as i8 - 32);
         for (y, &code) in y.iter_mut().zip(codes) {
-            *y = scale * f32::from(code as i8 - 4);
+            *y = scale * (f32::from(code) - 4.0);
         }
     }
 }
