@@ -7,6 +7,7 @@
 //! Source: `make_qx_quants`, `make_q3_quants`, `make_qkx2_quants`, `make_qkx3_quants`,
 //! `make_qp_quants` (`ggml-quants.c`).
 
+use super::cast::extreme;
 use super::kquant::NOTHING;
 
 /// Groups side by side in most searches.
@@ -297,20 +298,19 @@ pub(super) struct Scales<const L: usize> {
     pub scale: [f32; L],
     /// The inverse scale that gives the codes.
     inverse: [f32; L],
-    /// Whether a group is one of nothing, all bits or none.
-    nothing: [u32; L],
 }
 
 impl<const L: usize> Scales<L> {
     /// Of groups of nothing.
-    pub(super) const NONE: Self = Self { scale: [0.0; L], inverse: [0.0; L], nothing: [!0; L] };
+    pub(super) const NONE: Self = Self { scale: [0.0; L], inverse: [0.0; L] };
 
     /// The codes of group `t`, whose weights are `x`, around `half`; 0 in a group of nothing.
     pub(super) fn codes(&self, half: i32, t: usize, x: &[f32], codes: &mut [u8]) {
+        let nothing = extreme(x).abs() < NOTHING;
         let half = half as f32;
         for (code, x) in codes.iter_mut().zip(x) {
             let l = limit(whole(self.inverse[t] * x), -half, half - 1.0) + half;
-            *code = byte(l) & !self.nothing[t] as u8;
+            *code = if nothing { 0 } else { byte(l) };
         }
     }
 }
@@ -327,7 +327,7 @@ fn flat_mut<const L: usize, const N: usize>(x: &mut Groups<L, N>) -> &mut [f32] 
     x.0.as_flattened_mut()
 }
 
-/// The weight of largest magnitude of each group, as [`super::cast::extreme`] finds it.
+/// The weight of largest magnitude of each group, as [`extreme`] finds it.
 #[inline(always)]
 fn extremes<const L: usize, const N: usize>(x: &Groups<L, N>) -> [f32; L] {
     let mut max = [0.0f32; L];
@@ -401,10 +401,9 @@ pub(super) fn symmetric<const L: usize, const N: usize>(
             gain[t] = choose(better, new * xl, gain[t]);
         }
     }
-    let (mut nan, mut nothing) = (0, [0; L]);
+    let mut nan = 0;
     for t in 0..L {
-        nothing[t] = mask(max[t].abs() < NOTHING);
-        scale[t] = choose(nothing[t], 0.0, scale[t]);
+        scale[t] = choose(mask(max[t].abs() < NOTHING), 0.0, scale[t]);
         nan |= mask(scale[t].is_nan());
     }
     if nan != 0 {
@@ -414,7 +413,7 @@ pub(super) fn symmetric<const L: usize, const N: usize>(
             }
         }
     }
-    Scales { scale, inverse: best, nothing }
+    Scales { scale, inverse: best }
 }
 
 /// The sums of one attempt of [`symmetric`]: what the codes have in common with the weights, and
