@@ -137,9 +137,7 @@ impl<const L: usize> Lines<L> {
     /// The codes of group `t`, whose weights are `x`.
     pub(super) fn codes(&self, how: Affine, t: usize, x: &[f32], codes: &mut [u8]) {
         for (code, x) in codes.iter_mut().zip(x) {
-            // Of two NaN the weight's counts, whichever way round the compiler multiplies.
-            let above = x - self.from[t];
-            let v = if above.is_nan() { above } else { self.inverse[t] * above };
+            let v = self.inverse[t] * (x - self.from[t]);
             *code = byte(code_of(how.limited && self.attempt[t] != 0, v, how.codes.into()));
         }
     }
