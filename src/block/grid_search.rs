@@ -325,8 +325,12 @@ impl<const D: usize, const K: usize> Group<D, K> {
                     for i in (0..D).rev() {
                         index = index * levels + code(inverse, self.x[k][i], levels) as usize;
                     }
-                    let near = grid.find(index).near;
-                    chosen[k] = V::closest(near, &self.x[k], &self.root[k], [scale; 2], 0.0).0[0];
+                    let found = grid.find(index);
+                    chosen[k] = found.near[0][0];
+                    if !found.exact {
+                        let (words, _) = V::closest(found.near, &self.x[k], &self.root[k], [scale; 2], 0.0);
+                        chosen[k] = words[0];
+                    }
                 }
             }
             let (mut xq, mut q2) = (0.0, 0.0);
