@@ -6,6 +6,8 @@
 //! what is done for each weight runs over `A` attempts side by side; points are compared eight at a
 //! time. Every sum keeps the order of its terms, and ties are settled in ggml's order.
 //! Source: `quantize_row_iq2_xxs_impl` and its siblings (`ggml-quants.c`).
+// Loops over lanes and groups go by index: several arrays run along.
+#![allow(clippy::needless_range_loop)]
 
 use super::grid::{Candidates, Grid, LANES};
 use super::kquant::nearest;
@@ -83,7 +85,7 @@ impl Closest for Portable {
                     if sums[e][c] < best[e].0 {
                         second[e] = best[e].0;
                         best[e] = (sums[e][c], words[c]);
-                    } else if words[c] != best[e].1 && !(sums[e][c] >= second[e]) {
+                    } else if words[c] != best[e].1 && sums[e][c] < second[e] {
                         second[e] = sums[e][c];
                     }
                 }
@@ -190,9 +192,9 @@ impl<const D: usize, const K: usize> Group<D, K> {
                     least = (i, cost);
                 }
                 // NaN counts as negative.
-                let minus = !(x[i] >= 0.0);
-                *signs |= u8::from(minus) << i;
-                x[i] = if minus { -x[i] } else { x[i] };
+                let plus = x[i] >= 0.0;
+                *signs |= u8::from(!plus) << i;
+                x[i] = if plus { x[i] } else { -x[i] };
             }
             if even {
                 if signs.count_ones() % 2 == 1 {
@@ -325,8 +327,12 @@ impl<const D: usize, const K: usize> Group<D, K> {
                     for i in (0..D).rev() {
                         index = index * levels + code(inverse, self.x[k][i], levels) as usize;
                     }
-                    let near = grid.find(index).near;
-                    chosen[k] = V::closest(near, &self.x[k], &self.root[k], [scale; 2], 0.0).0[0];
+                    let found = grid.find(index);
+                    chosen[k] = found.near[0][0];
+                    if !found.exact {
+                        let (words, _) = V::closest(found.near, &self.x[k], &self.root[k], [scale; 2], 0.0);
+                        chosen[k] = words[0];
+                    }
                 }
             }
             let (mut xq, mut q2) = (0.0, 0.0);
@@ -426,4 +432,31 @@ pub(super) fn weigh<const D: usize, const K: usize>(
         *w *= (sigma2 + x * x).sqrt();
     }
     weight
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::block::implementations;
+    use crate::tensor::DType;
+
+    /// Where ggml stops the process: squares that overflow, and what is not finite.
+    #[test]
+    fn anything_is_encoded() {
+        let finite = [f32::MAX, -1e30, 1.0, 0.0, f32::MIN_POSITIVE, -0.3, 1e-40];
+        let other = [f32::NAN, 1.0, f32::INFINITY, -f32::NAN, 1e38, f32::NEG_INFINITY, 0.0];
+        for dtype in [DType::IQ2_XXS, DType::IQ2_XS, DType::IQ2_S, DType::IQ3_XXS, DType::IQ3_S] {
+            for (values, agree) in [(finite, true), (other, false)] {
+                let x: Vec<f32> = (0..2048).map(|i| values[(i * i / 3 + i / 11) % 7]).collect();
+                let importance: Vec<f32> = x.iter().map(|x| x.abs()).collect();
+                let encoded: Vec<Vec<u8>> = implementations(dtype)
+                    .map(|codec| {
+                        let mut bytes = vec![0; dtype.bytes_for(2048).unwrap() as usize];
+                        codec.encode(&x, 2048, Some(&importance), &mut bytes).unwrap();
+                        bytes
+                    })
+                    .collect();
+                assert!(!agree || encoded.iter().all(|e| *e == encoded[0]), "{dtype}");
+            }
+        }
+    }
 }

@@ -1,6 +1,8 @@
 //! IQ2 and IQ3: the portable search and decoders, compiled with more features; between points,
 //! table look-ups in registers. AVX-512's gained nothing: the same code compiled with them reached
 //! 0.85 of AVX2's speed.
+// Loops over lanes and groups go by index: several arrays run along.
+#![allow(clippy::needless_range_loop)]
 
 use super::Codec;
 use crate::block::grid::Candidates;
