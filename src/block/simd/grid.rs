@@ -7,7 +7,7 @@
 use super::Codec;
 use crate::block::grid::Candidates;
 use crate::block::grid_search::{Closest, Portable, margin};
-use crate::block::{decode_pairs, iq2_s, iq2_xs, iq2_xxs, iq3_s, iq3_xxs};
+use crate::block::{iq2_s, iq2_xs, iq2_xxs, iq3_s, iq3_xxs};
 use core::arch::x86_64::*;
 
 /// A weight has few codes, and the square of what each would cost is worked out once: a candidate's
@@ -162,16 +162,6 @@ macro_rules! table {
                             // SAFETY: the table is handed out only after the features were detected.
                             unsafe { run(src, importance, dst) }
                         }),
-                        decode: |src, dst| {
-                            #[target_feature(enable = $features)]
-                            unsafe fn run(src: &[u8], dst: &mut [f32]) {
-                                for (block, y) in decode_pairs(src, dst) {
-                                    $module::decode_block(block, y);
-                                }
-                            }
-                            // SAFETY: the table is handed out only after the features were detected.
-                            unsafe { run(src, dst) }
-                        },
                         ..$module::SCALAR
                     }
                 };
