@@ -2,6 +2,9 @@
 
 use std::collections::HashMap;
 
+use indexmap::IndexSet;
+
+use super::globals::shown;
 use super::machine::{Fault, Pickle, Value};
 use super::state_dict::{Place, bytes_of, entries};
 use super::zip::{Archive, LOCAL_HEADER};
@@ -167,26 +170,33 @@ fn read_old(file: &InputFile, number: usize, limits: &Limits) -> Result<Contents
     let object_at = at;
     let ((), keys_at) = pickle_at(file, object_at, &mut window, |_| Ok(()))?;
     let (keys, mut at) = pickle_at(file, keys_at, &mut window, |p| {
-        let key = |v: &Value| match v {
-            Value::Text(key) => Ok((*key).to_owned()),
-            _ => Err(Error::malformed("its list of storages has a key that is no text")),
-        };
-        let keys = p.items(p.root).ok_or_else(|| Error::malformed("its list of storages is missing"))?;
-        keys.iter().map(key).collect::<Result<Vec<_>>>()
+        let items = p.items(p.root).ok_or_else(|| Error::malformed("its list of storages is missing"))?;
+        let mut keys = IndexSet::new();
+        for item in items {
+            let Value::Text(key) = item else {
+                return Err(Error::malformed("its list of storages has a key that is no text"));
+            };
+            // Before they are copied: one long key can be named many times by few bytes.
+            if !keys.insert(*key) {
+                return Err(Error::malformed(format!("its storage {:?} comes twice", shown(key))));
+            }
+        }
+        Ok(keys.into_iter().map(str::to_owned).collect::<Vec<_>>())
     })?;
     let (contents, _) = pickle_at(file, object_at, &mut window, |pickle| {
         let ids: HashMap<&str, usize> = pickle.storages.iter().enumerate().map(|(i, s)| (s.key, i)).collect();
         let mut offsets = vec![None; pickle.storages.len()];
         for key in &keys {
+            let name = shown(key);
             let (id, storage) = ids
                 .get(key.as_str())
                 .and_then(|&id| Some((id, pickle.storages.get(id)?)))
-                .ok_or_else(|| Error::malformed(format!("its storage {key:?} belongs to nothing")))?;
+                .ok_or_else(|| Error::malformed(format!("its storage {name:?} belongs to nothing")))?;
             let mut count = [0; 8];
             file.read_at(at, &mut count)?;
             if u64::from_le_bytes(count) != storage.numel {
                 return Err(Error::malformed(format!(
-                    "its storage {key:?} has {} elements, its pickle says {}",
+                    "its storage {name:?} has {} elements, its pickle says {}",
                     u64::from_le_bytes(count),
                     storage.numel
                 )));
@@ -194,13 +204,11 @@ fn read_old(file: &InputFile, number: usize, limits: &Limits) -> Result<Contents
             let data = at + 8; // within the file, as has been read so far
             let end = data.checked_add(bytes_of(storage)?).filter(|end| *end <= file.len());
             at = end.ok_or_else(|| {
-                Error::malformed(format!("its storage {key:?} ends beyond the file"))
+                Error::malformed(format!("its storage {name:?} ends beyond the file"))
                     .hint("the file is cut short: fetch it again")
             })?;
-            if let Some(slot) = offsets.get_mut(id)
-                && slot.replace(data).is_some()
-            {
-                return Err(Error::malformed(format!("its storage {key:?} comes twice")));
+            if let Some(slot) = offsets.get_mut(id) {
+                *slot = Some(data);
             }
         }
         if at != file.len() {

@@ -63,7 +63,7 @@ impl Global {
             }
             ("torch._tensor", "_rebuild_from_type_v2") => Some(Self::RebuildFromType),
             ("torch.storage", "UntypedStorage" | "_UntypedStorage") => Some(Self::Storage(DType::U8)),
-            ("torch", _) => TYPES.iter().find_map(|&(storage, names, dtype)| {
+            ("torch", _) if !name.is_empty() => TYPES.iter().find_map(|&(storage, names, dtype)| {
                 if storage == name {
                     Some(Self::Storage(dtype))
                 } else {

@@ -146,6 +146,10 @@ fn bad(what: &str) -> Fault {
     Error::malformed(format!("its pickle is faulty: {what}")).into()
 }
 
+fn too_many() -> Fault {
+    Error::limit(format!("its pickle has more than {MAX_OBJECTS} objects")).into()
+}
+
 fn unknown(what: impl std::fmt::Display) -> Fault {
     Fault::Error(
         Error::unsupported(format!("its pickle holds {what}, which no state dict needs"))
@@ -188,7 +192,7 @@ impl<'a> Machine<'a> {
                 return Err(Error::limit("its pickle is nested too deep").into());
             }
             if self.objects.len() > MAX_OBJECTS || self.memo.len() > MAX_OBJECTS || self.values > MAX_VALUES {
-                return Err(Error::limit(format!("its pickle has more than {MAX_OBJECTS} objects")).into());
+                return Err(too_many());
             }
         }
     }
@@ -475,9 +479,12 @@ impl<'a> Machine<'a> {
                     Some(&[key, value]) => Ok((key, value)),
                     _ => Err(wrong()),
                 };
-                let entries = pairs.iter().map(pair).collect::<Result<Vec<_>, _>>()?;
                 // A list can be named many times by few bytes.
-                self.values += entries.len();
+                self.values += pairs.len();
+                if self.values > MAX_VALUES {
+                    return Err(too_many());
+                }
+                let entries = pairs.iter().map(pair).collect::<Result<Vec<_>, _>>()?;
                 self.make(Object::Dict(entries));
             }
             (Global::Size, &[sizes]) => self.push(sizes),

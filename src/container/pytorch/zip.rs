@@ -4,6 +4,7 @@
 
 use std::collections::HashMap;
 
+use super::globals::shown;
 use crate::container::InputFile;
 use crate::error::{Error, Result};
 use crate::limits::Limits;
@@ -122,7 +123,8 @@ impl Archive {
     /// # Errors
     /// `Malformed` when there is none of this name, `Unsupported` when it is compressed.
     pub fn stored(&self, name: &str) -> Result<Member> {
-        let member = self.members.get(name).ok_or_else(|| bad(format!("its member {name:?} is missing")))?;
+        let member =
+            self.members.get(name).ok_or_else(|| bad(format!("its member {:?} is missing", shown(name))))?;
         match member.method {
             STORED if member.packed == member.len => Ok(*member),
             STORED => Err(bad(format!("its member {name:?} has two sizes"))),
