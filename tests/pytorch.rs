@@ -2,14 +2,19 @@
 //! and how files, shards and indexes are found.
 
 mod common;
+#[path = "common/torch.rs"]
+mod torch;
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
 use qconv::ErrorKind::{Io, Malformed, Unsupported};
-use qconv::container::{Store, pytorch, weights};
+use qconv::container::gguf::Gguf;
+use qconv::container::{Store, pytorch, safetensors, weights};
 use qconv::inspect::inspect;
 use qconv::limits::Limits;
+use qconv::tensor::DType;
 use serde_json::{Value as Json, json};
 use sha2::{Digest, Sha256};
 
@@ -112,4 +117,48 @@ fn inspection_shows_them() {
     assert_eq!((report.format, &report.container["weights"]), ("Hugging Face", &json!("PyTorch")));
     assert_eq!((report.container["shards"].as_u64(), report.totals.parameters), (Some(2), 151_872));
     assert_eq!(report.metadata["model_type"], "llama");
+}
+
+/// A whole model whose matrices are stored transposed becomes the same GGUF file.
+#[test]
+fn transposed_matrices_convert_to_the_same_bytes() {
+    let source = common::fixture("models/gpt2");
+    let store = safetensors::open(&source, &Limits::default()).unwrap().store;
+    let (mut entries, mut members) = (Vec::new(), Vec::new());
+    for (k, t) in store.tensors().iter().enumerate() {
+        assert_eq!(t.dtype, DType::BF16);
+        let data = store.read_all(t).unwrap();
+        let shape: Vec<i64> = t.shape.iter().map(|d| *d as i64).collect();
+        let (data, strides) = match shape[..] {
+            [rows, columns] => {
+                let (pairs, mut turned) = (data.as_chunks::<2>().0, Vec::new());
+                for c in 0..columns {
+                    (0..rows).for_each(|r| turned.extend_from_slice(&pairs[(r * columns + c) as usize]));
+                }
+                (turned, vec![1, rows])
+            }
+            _ => (data, vec![1; shape.len()]),
+        };
+        let key = k.to_string();
+        let storage = torch::storage("torch\nBFloat16Storage", &key, data.len() as i64 / 2);
+        entries.push((torch::text(&t.name), torch::tensor(storage, 0, &shape, &strides)));
+        members.push(torch::member(&format!("m/data/{key}"), &data));
+    }
+    members.insert(0, torch::member("m/data.pkl", &torch::whole(&torch::dict(&entries))));
+    let dir = tempfile::tempdir().unwrap();
+    for name in ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"] {
+        fs::copy(source.join(name), dir.path().join(name)).unwrap();
+    }
+    fs::write(dir.path().join("pytorch_model.bin"), torch::zip(&members)).unwrap();
+    let tensors = |source: &Path, file_type| {
+        let output = dir.path().join("x.gguf");
+        common::convert(source, &output, Some(file_type));
+        let gguf = Gguf::open(&output, &Limits::default()).unwrap();
+        let bytes = |t| hex(&gguf.store.read_all(t).unwrap());
+        let all: BTreeMap<_, _> = gguf.store.tensors().iter().map(|t| (t.name.clone(), bytes(t))).collect();
+        all
+    };
+    for file_type in ["bf16", "q8_0"] {
+        assert_eq!(tensors(dir.path(), file_type), tensors(&source, file_type), "{file_type}");
+    }
 }

@@ -2,7 +2,7 @@
 //! name. Layouts, opcodes and what is refused are described in `formats/spec/pytorch.md`.
 //!
 //! A checkpoint is a pickle, a program for a machine that can call any function by name. Nothing
-//! is called here: [`machine`] knows the few names and opcodes of state dicts, makes inert objects
+//! is called here: `machine` knows the few names and opcodes of state dicts, makes inert objects
 //! of them, and refuses everything else by name. Tensors are ranges of the file, so that a
 //! [`Store`] reads them like any other.
 
