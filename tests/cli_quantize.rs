@@ -167,7 +167,7 @@ fn hugging_face_in_one_pass() {
         "-o",
         "h.gguf",
         "--type",
-        "iq3_xxs",
+        "iq4_xs",
         "--imatrix",
         imatrix,
         "--exclude-weights",
