@@ -112,9 +112,10 @@ fn row<'a>(title: &str, dtype: DType, make: &dyn Fn(Option<&'static Codec>) -> R
     let mut runs: Vec<(&str, Run)> = vec![("ggml", make(None))];
     runs.extend(implementations(dtype).map(|c| (c.implementation, make(Some(c)))));
     let rates = race(&mut runs);
-    print!("{title:<14}{:>10.0}", rates[0]);
+    let digits = if rates[0] < 100.0 { 1 } else { 0 };
+    print!("{title:<14}{:>10.digits$}", rates[0]);
     for rate in &rates[1..] {
-        print!("{rate:>13.0} ({:>5.1}x)", rate / rates[0]);
+        print!("{rate:>13.digits$} ({:>5.1}x)", rate / rates[0]);
     }
     println!();
 }

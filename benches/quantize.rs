@@ -17,7 +17,7 @@ use std::process::Command;
 use common::{measure, write_model};
 use qconv::container::gguf::Gguf;
 use qconv::container::imatrix::{self, ImportanceMatrix, Sums};
-use qconv::convert::Recipe;
+use qconv::convert::{Quantize, Quantizer, Recipe};
 use qconv::ggml::oracle::{QuantizeOptions, model_quantize};
 use qconv::limits::Limits;
 
@@ -71,7 +71,13 @@ fn main() {
     let mut q4_k_m = None;
     for name in &types {
         let recipe = Recipe::parse(name).unwrap();
-        let weighed = needs_imatrix(&full, recipe);
+        let weighed = match needs_imatrix(&full, recipe) {
+            Ok(weighed) => weighed,
+            Err(why) => {
+                println!("{name:<14} {why}");
+                continue;
+            }
+        };
         let used = if weighed { imatrix.as_path() } else { Path::new("") };
         let mut by_llama_cpp = Command::new(std::env::current_exe().unwrap());
         by_llama_cpp.arg("llama.cpp").arg(&full).arg(&ggmls).arg(name).arg(used);
@@ -116,7 +122,7 @@ fn main() {
         );
     }
     for file in [&ours, &ggmls, &imatrix] {
-        fs::remove_file(file).unwrap();
+        let _ = fs::remove_file(file);
     }
     if given.is_none() {
         fs::remove_dir_all(&dir).unwrap();
@@ -141,18 +147,16 @@ fn gb(path: &Path) -> f64 {
     fs::metadata(path).unwrap().len() as f64 / 1e9
 }
 
-/// Whether qconv refuses the file type without an importance matrix.
-fn needs_imatrix(full: &Path, recipe: &'static Recipe) -> bool {
-    use qconv::convert::{Quantize, Quantizer};
-    let plan = Quantize {
+/// Whether the file type needs an importance matrix; what is wrong where it cannot be written at all.
+fn needs_imatrix(full: &Path, recipe: &'static Recipe) -> Result<bool, String> {
+    let job = Quantize {
         source: full.to_path_buf(),
         output: "x.gguf".into(),
         quantizer: Quantizer::new(recipe),
         edits: Default::default(),
         limits: Limits::default(),
-    }
-    .plan();
-    plan.is_err_and(|e| e.to_string().contains("needs an importance"))
+    };
+    job.plan().map(|job| job.plan.obstacle.is_some()).map_err(|e| e.to_string())
 }
 
 /// Made up: positive and uneven.

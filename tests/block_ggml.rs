@@ -62,10 +62,15 @@ suite! {
     nvfp4: NVFP4,
 }
 
-/// Rows that are compared at once, and weights in a row: blocks of every type, several of the
+/// Rows that are compared at once, and weights in a long row: blocks of every type, several of the
 /// small ones, so that what is worked out over a row differs from what is worked out over a block.
 const CHUNK: usize = 100;
 const ROW: usize = 512;
+
+/// Weights in the rows of a chunk: every tenth has long rows, the others rows of half the length.
+fn row_of(chunk: usize) -> usize {
+    if chunk.is_multiple_of(10) { ROW } else { ROW / 2 }
+}
 /// Rows of each of the first distributions; the others, and pairs with an importance, get a tenth.
 /// `QCONV_QUICK=1` makes it a twentieth.
 const ROWS: usize = 10_000;
@@ -166,7 +171,7 @@ fn ggml_type(dtype: DType) -> ggml::ggml_type {
     dtype.ggml_id().unwrap() as ggml::ggml_type
 }
 
-fn ggml_encode(dtype: DType, src: &[f32], importance: Option<&[f32]>) -> Vec<u8> {
+fn ggml_encode(dtype: DType, src: &[f32], row: usize, importance: Option<&[f32]>) -> Vec<u8> {
     let mut dst = vec![0xAA; dtype.bytes_for(src.len() as u64).unwrap() as usize];
     // SAFETY: src holds whole rows, dst exactly their bytes, importance one weight per column.
     let written = unsafe {
@@ -175,8 +180,8 @@ fn ggml_encode(dtype: DType, src: &[f32], importance: Option<&[f32]>) -> Vec<u8>
             src.as_ptr(),
             dst.as_mut_ptr().cast(),
             0,
-            (src.len() / ROW) as i64,
-            ROW as i64,
+            (src.len() / row) as i64,
+            row as i64,
             importance.map_or(std::ptr::null(), <[f32]>::as_ptr),
         )
     };
@@ -193,21 +198,21 @@ fn ggml_decode(dtype: DType, src: &[u8], dst: &mut [f32]) {
 }
 
 /// Chunk `chunk` of a distribution, and every implementation of `dtype` on it.
-fn compare(dtype: DType, src: &[f32], importance: Option<&[f32]>, what: &str) {
-    let expected = ggml_encode(dtype, src, importance);
+fn compare(dtype: DType, src: &[f32], row: usize, importance: Option<&[f32]>, what: &str) {
+    let expected = ggml_encode(dtype, src, row, importance);
     let (size, bytes) = (dtype.block_size() as usize, dtype.type_size() as usize);
     for codec in implementations(dtype) {
         let mut dst = vec![0x55; expected.len()];
-        codec.encode(src, ROW, importance, &mut dst).unwrap();
+        codec.encode(src, row, importance, &mut dst).unwrap();
         // ggml's compiler picks which of two NaN a sum keeps, and with it the code.
         let open = |byte: usize| {
             [DType::Q2_K, DType::Q4_K, DType::Q5_K].contains(&dtype)
                 && src[byte / bytes * size..][..size].iter().any(|x| x.is_nan())
         };
-        let row_bytes = ROW / size * bytes;
+        let row_bytes = row / size * bytes;
         // As there, for the sign of the NaN that becomes the scale when a row holds NaN of both.
         let open_sign = |byte: usize| {
-            let row = &src[byte / row_bytes * ROW..][..ROW];
+            let row = &src[byte / row_bytes * row..][..row];
             let nan = |negative| row.iter().any(|x| x.is_nan() && x.is_sign_negative() == negative);
             importance.is_some()
                 && [DType::Q4_0, DType::Q5_0].contains(&dtype)
@@ -225,7 +230,7 @@ fn compare(dtype: DType, src: &[f32], importance: Option<&[f32]>, what: &str) {
                 &dst[b * bytes..][..bytes],
                 &expected[b * bytes..][..bytes],
                 &src[b * size..][..size.min(32)],
-                importance.map(|m| &m[b * size % ROW..][..size.min(32)]),
+                importance.map(|m| &m[b * size % row..][..size.min(32)]),
             );
         }
     }
@@ -247,7 +252,9 @@ fn encoding_gives_ggmls_bytes(dtype: DType) {
     for (seed, (name, weight)) in DISTRIBUTIONS.into_iter().enumerate().filter(|(d, _)| takes(dtype, *d)) {
         let mut random = Random(seed as u64);
         for chunk in 0..chunks(seed) {
-            compare(dtype, &rows(&mut random, weight, CHUNK), None, &format!("{name}, chunk {chunk}"));
+            let row = row_of(chunk);
+            let src = &rows(&mut random, weight, CHUNK)[..CHUNK * row];
+            compare(dtype, src, row, None, &format!("{name}, chunk {chunk}"));
         }
     }
 }
@@ -260,9 +267,11 @@ fn importance_gives_ggmls_bytes(dtype: DType) {
             // All rows with random importance, a tenth with the others.
             let n = chunks(seed).div_ceil(if kind == 0 { 1 } else { 10 });
             for chunk in 0..n {
-                let importance = rows(&mut random, importance, 1);
-                let src = rows(&mut random, weight, CHUNK);
-                compare(dtype, &src, Some(&importance), &format!("{name}, {importance_name}, chunk {chunk}"));
+                let row = row_of(chunk);
+                let importance = &rows(&mut random, importance, 1)[..row];
+                let src = &rows(&mut random, weight, CHUNK)[..CHUNK * row];
+                let what = format!("{name}, {importance_name}, chunk {chunk}");
+                compare(dtype, src, row, Some(importance), &what);
             }
         }
     }
@@ -330,6 +339,80 @@ fn the_error_keeps_the_promised_bound(dtype: DType) {
     }
 }
 
+/// Encoders that treat several blocks at a time: whatever their number in a row, each block is that
+/// of a row of its own.
+#[test]
+fn blocks_of_a_row_do_not_depend_on_their_number() {
+    let mut random = Random(5);
+    for dtype in [DType::IQ1_S, DType::IQ1_M, DType::IQ4_NL, DType::IQ4_XS] {
+        let (size, bytes) = (dtype.block_size() as usize, dtype.type_size() as usize);
+        for codec in implementations(dtype) {
+            for blocks in 1..=17 {
+                let src: Vec<f32> = (0..blocks * size).map(|_| random.gaussian()).collect();
+                let importance: Vec<f32> = (0..blocks * size).map(|_| random.unit()).collect();
+                let mut together = vec![0; blocks * bytes];
+                codec.encode(&src, blocks * size, Some(&importance), &mut together).unwrap();
+                let columns = importance.chunks_exact(size);
+                for ((x, columns), block) in src.chunks_exact(size).zip(columns).zip(together.chunks(bytes)) {
+                    let mut alone = vec![0; bytes];
+                    codec.encode(x, size, Some(columns), &mut alone).unwrap();
+                    assert!(block == alone, "{dtype} {}, {blocks} blocks", codec.implementation);
+                }
+            }
+        }
+    }
+}
+
+/// Where ggml stops the process there is nothing to compare with; there are bytes nevertheless.
+#[test]
+fn iq1_takes_any_weights_and_importance() {
+    let mut random = Random(6);
+    for dtype in [DType::IQ1_S, DType::IQ1_M] {
+        for codec in implementations(dtype) {
+            let mut dst = vec![0; dtype.bytes_for(ROW as u64).unwrap() as usize];
+            for (_, weight) in DISTRIBUTIONS {
+                for (_, importance) in DISTRIBUTIONS {
+                    let importance = rows(&mut random, importance, 1);
+                    let src = rows(&mut random, weight, 1);
+                    codec.encode(&src, ROW, Some(&importance), &mut dst).unwrap();
+                }
+                if !codec.needs_importance() {
+                    codec.encode(&rows(&mut random, weight, 1), ROW, None, &mut dst).unwrap();
+                }
+            }
+        }
+    }
+}
+
+/// The grid of IQ1 is a fact of the format: each of its points, unscaled and shifted either way.
+#[test]
+fn the_points_of_iq1_are_ggmls() {
+    let mut bytes = Vec::new();
+    for down in [0, 0x8000] {
+        for group in 0..2048 / 32 {
+            let points: Vec<u16> = (32 * group..32 * (group + 1)).collect();
+            bytes.extend([0x00, 0x3C]);
+            bytes.extend(points.iter().map(|point| *point as u8));
+            for four in points.as_chunks::<4>().0 {
+                let high = four.iter().rev().fold(0, |high, point| high << 3 | point >> 8);
+                bytes.extend((high | down).to_le_bytes());
+            }
+        }
+    }
+    let mut expected = vec![0.0; 2 * 2048 * 8];
+    ggml_decode(DType::IQ1_S, &bytes, &mut expected);
+    for codec in implementations(DType::IQ1_S) {
+        let mut dst = vec![0.0; expected.len()];
+        codec.decode(&bytes, &mut dst).unwrap();
+        assert!(dst == expected, "{}", codec.implementation);
+    }
+    let mut points: Vec<[u32; 8]> =
+        expected[..2048 * 8].as_chunks().0.iter().map(|p: &[f32; 8]| p.map(f32::to_bits)).collect();
+    points.sort_unstable();
+    points.dedup();
+    assert_eq!(points.len(), 2048);
+}
+
 #[test]
 fn halves_convert_as_in_ggml() {
     for bits in 0..=u16::MAX {
@@ -360,7 +443,7 @@ fn halves_convert_as_in_ggml() {
     let src: Vec<f32> = (0..u32::MAX).step_by(509).chain(ties).map(f32::from_bits).collect();
     let src = &src[..src.len() / ROW * ROW];
     for dtype in [DType::F16, DType::BF16] {
-        let expected = ggml_encode(dtype, src, None);
+        let expected = ggml_encode(dtype, src, ROW, None);
         for codec in implementations(dtype) {
             let mut dst = vec![0; expected.len()];
             codec.encode(src, ROW, None, &mut dst).unwrap();
@@ -372,7 +455,7 @@ fn halves_convert_as_in_ggml() {
 /// Compares what is left of a row too.
 fn compare_all(dtype: DType, mut src: Vec<f32>, what: &str) {
     src.resize(src.len().next_multiple_of(ROW), 0.0);
-    compare(dtype, &src, None, what);
+    compare(dtype, &src, ROW, None, what);
 }
 
 /// The logarithm of what lies just below a power of two rounds up to it or not, in each octave.

@@ -154,6 +154,39 @@ fn options_are_heeded() {
     place.succeeds(&["run", "x.gguf", "-p", "It was", "-n", "2", "-j", "1"]);
 }
 
+/// From Hugging Face the same options hold, in one pass.
+#[test]
+fn hugging_face_in_one_pass() {
+    let place = Place::new();
+    let model = common::fixture("tiny-llama");
+    let imatrix = model.join("imatrix.gguf");
+    let (model, imatrix) = (model.to_str().unwrap(), imatrix.to_str().unwrap());
+    let output = place.succeeds(&[
+        "hf-to-gguf",
+        model,
+        "-o",
+        "h.gguf",
+        "--type",
+        "iq4_xs",
+        "--imatrix",
+        imatrix,
+        "--exclude-weights",
+        "attn_k",
+        "--prune-layers",
+        "0,2",
+        "--split-max-tensors",
+        "10",
+        "--json",
+    ]);
+    let summary = stdout_json(&output);
+    let notes = summary["notes"].to_string();
+    assert!(notes.contains("importance matrix") && notes.contains("attn_k"), "{notes}");
+    assert_eq!(summary["files"].as_array().unwrap().len(), 3);
+    assert!(place.path("h-00003-of-00003.gguf").is_file());
+    place.succeeds(&["hf-to-gguf", model, "-o", "q.gguf", "--type", "q4_k_m", "--imatrix", imatrix]);
+    place.succeeds(&["verify", "q.gguf", "--against", model, "--no-forward"]);
+}
+
 /// Blocks cannot hold what is not finite.
 #[test]
 fn damaged_weights_are_refused() {

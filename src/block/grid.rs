@@ -6,6 +6,8 @@
 //! *shells*: those at the least distance between codes, at the next to least, and so on. Their
 //! order, by distance and then by index, settles ties.
 //! Source: `iq2xs_init_impl`, `iq3xs_init_impl` (`ggml-quants.c`).
+// Loops over lanes and groups go by index: several arrays run along.
+#![allow(clippy::needless_range_loop)]
 
 /// Candidates that are compared side by side.
 pub(super) const LANES: usize = 8;

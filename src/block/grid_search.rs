@@ -6,6 +6,8 @@
 //! what is done for each weight runs over `A` attempts side by side; points are compared eight at a
 //! time. Every sum keeps the order of its terms, and ties are settled in ggml's order.
 //! Source: `quantize_row_iq2_xxs_impl` and its siblings (`ggml-quants.c`).
+// Loops over lanes and groups go by index: several arrays run along.
+#![allow(clippy::needless_range_loop)]
 
 use super::grid::{Candidates, Grid, LANES};
 use super::kquant::nearest;
@@ -14,32 +16,43 @@ use super::kquant::nearest;
 pub(super) trait Closest {
     /// For each of two scales, the word of the candidate `c` for which
     /// `sum(root * (scale * q - x)^2)` is least, where `q` is twice a code of `c` plus 1: the first
-    /// among equals, the very first where no sum is finite. And whether both are one candidate that
-    /// wins for every scale between as well.
+    /// among equals, the very first where no sum is finite. And whether the others' sums are beyond
+    /// its own and [`margin`].
     ///
     /// A candidate's sum less another's is `scale * (a * scale - b)`, and so changes its sign once
-    /// at most: who wins at both ends wins between, but for roundings. Those are within
-    /// [`margin`] of the sums of the ends.
+    /// at most: who wins at both ends of a range of scales wins between, but for roundings. These
+    /// cannot matter where the margin is kept at both ends.
     fn closest<const D: usize>(
         near: &[Candidates],
         x: &[f32; D],
         root: &[f32; D],
         scales: [f32; 2],
         slack: f32,
-    ) -> ([u16; 2], bool);
+    ) -> ([u16; 2], [bool; 2]);
+
+    /// Adds, for each attempt, what the weights of its point add to the sums of `w * x * q` and
+    /// `w * q * q`.
+    fn add<const D: usize, const A: usize>(
+        words: &[u32; A],
+        x: &[f32; D],
+        weight: &[f32; D],
+        xq: &mut [f32; A],
+        q2: &mut [f32; A],
+    );
 }
 
-/// By how much the winner's sum `least` must undercut others at the ends. With `u` = 2^-24, a sum of
-/// at most eight terms is off by less than `12 u` of itself and `u` of what it would be without `x`;
-/// that bounds how much it may change on the way from one end to the other too. This is more than
-/// three times as much as the roundings of two sums at both ends and between them come to, as long
-/// as the greater scale is below twice the lesser.
+/// By how much the winner's sum `least` has to undercut the others.
+///
+/// With `u` = 2^-24 and `s` = `sum(root * (scale * most)^2)`, a sum of at most eight terms is off by
+/// `12 u` of itself and `u * s` at most. Within a range of scales up to 1.5 times the least, a sum `f`
+/// of one end stays below `2 f + s / 2`, and the difference of two sums changes no faster than the
+/// scale. So `97 u` of the least sum and `28 u * s` at both ends are enough for the winner's computed
+/// sum to be the least between them.
 #[inline(always)]
 pub(super) fn margin(scale: f32, slack: f32, least: f32) -> f32 {
-    scale * scale * slack + least * SLACK + 1e-30
+    const SHARE: f32 = 128.0 / 16_777_216.0;
+    scale * scale * slack + least * SHARE + 1e-30
 }
-
-const SLACK: f32 = 1.0 / 16384.0;
 
 /// [`Closest`] as the compiler vectorizes it.
 pub(super) struct Portable;
@@ -52,7 +65,7 @@ impl Closest for Portable {
         root: &[f32; D],
         scales: [f32; 2],
         slack: f32,
-    ) -> ([u16; 2], bool) {
+    ) -> ([u16; 2], [bool; 2]) {
         // The least sum with its word, and the least of all others.
         let mut best = [(f32::MAX, near[0][0]); 2];
         let mut second = [f32::INFINITY; 2];
@@ -72,14 +85,35 @@ impl Closest for Portable {
                     if sums[e][c] < best[e].0 {
                         second[e] = best[e].0;
                         best[e] = (sums[e][c], words[c]);
-                    } else if words[c] != best[e].1 && !(sums[e][c] >= second[e]) {
+                    } else if words[c] != best[e].1 && sums[e][c] < second[e] {
                         second[e] = sums[e][c];
                     }
                 }
             }
         }
-        let sure = |e: usize| second[e] > best[e].0 + margin(scales[e], slack, best[e].0);
-        (best.map(|b| b.1), best[0].1 == best[1].1 && sure(0) && sure(1))
+        let (mut words, mut sure) = ([0; 2], [false; 2]);
+        for e in 0..2 {
+            words[e] = best[e].1;
+            sure[e] = second[e] > best[e].0 + margin(scales[e], slack, best[e].0);
+        }
+        (words, sure)
+    }
+
+    #[inline(always)]
+    fn add<const D: usize, const A: usize>(
+        words: &[u32; A],
+        x: &[f32; D],
+        weight: &[f32; D],
+        xq: &mut [f32; A],
+        q2: &mut [f32; A],
+    ) {
+        for i in 0..D {
+            for a in 0..A {
+                let q = value::<D>(words[a], i);
+                xq[a] += weight[i] * x[i] * q;
+                q2[a] += weight[i] * q * q;
+            }
+        }
     }
 }
 
@@ -158,9 +192,9 @@ impl<const D: usize, const K: usize> Group<D, K> {
                     least = (i, cost);
                 }
                 // NaN counts as negative.
-                let minus = !(x[i] >= 0.0);
-                *signs |= u8::from(minus) << i;
-                x[i] = if minus { -x[i] } else { x[i] };
+                let plus = x[i] >= 0.0;
+                *signs |= u8::from(!plus) << i;
+                x[i] = if plus { x[i] } else { -x[i] };
             }
             if even {
                 if signs.count_ones() % 2 == 1 {
@@ -186,7 +220,8 @@ impl<const D: usize, const K: usize> Group<D, K> {
             farthest += self.x[k][i].abs();
         }
         let most = (2 * levels - 1) as f32;
-        if sum < 1e15 && farthest < 1e15 { SLACK * most * most * sum } else { f32::INFINITY }
+        const SHARE: f32 = 32.0 / 16_777_216.0;
+        if sum < 1e15 && farthest < 1e15 { SHARE * most * most * sum } else { f32::INFINITY }
     }
 
     /// The signs to store after the search.
@@ -240,7 +275,7 @@ impl<const D: usize, const K: usize> Group<D, K> {
                     let scales = [1.0 / inverses[start], 1.0 / inverses[end - 1]];
                     let (ends, sure) = V::closest(near, x, root, scales, slack);
                     fill(words, start, end, ends[0]);
-                    if !sure {
+                    if ends[0] != ends[1] || !sure[0] || !sure[1] {
                         for a in (start + 1..end - 1).step_by(2) {
                             let scales = [1.0 / inverses[a], 1.0 / inverses[a + 1]];
                             let (two, _) = V::closest(near, x, root, scales, slack);
@@ -254,26 +289,25 @@ impl<const D: usize, const K: usize> Group<D, K> {
         }
         let (mut xq, mut q2) = ([0.0; A], [0.0; A]);
         for k in 0..K {
-            for i in 0..D {
-                let (x, w) = (self.x[k][i], self.weight[k][i]);
-                for a in 0..A {
-                    let q = value::<D>(words[k][a], i);
-                    xq[a] += w * x * q;
-                    q2[a] += w * q * q;
-                }
-            }
+            V::add(&words[k], &self.x[k], &self.weight[k], &mut xq, &mut q2);
         }
-        let (mut scale, mut gain, mut best) = (scale, 0.0, None);
+        // What follows is done for every attempt, so that the choice needs no branches.
+        let (mut squares, mut scales, mut gains) = ([0.0; A], [0.0; A], [0.0; A]);
+        for a in 0..A {
+            squares[a] = if q2[a] > 0.0 { xq[a] * xq[a] } else { -1.0 };
+            scales[a] = xq[a] / q2[a];
+            gains[a] = scales[a] * xq[a];
+        }
+        let (mut gain, mut best) = (0.0, A);
         for a in 0..=2 * attempts {
-            if q2[a] > 0.0 && xq[a] * xq[a] > gain * q2[a] {
-                scale = xq[a] / q2[a];
-                gain = scale * xq[a];
-                best = Some(a);
-            }
+            let better = squares[a] > gain * q2[a];
+            gain = if better { gains[a] } else { gain };
+            best = if better { a } else { best };
         }
+        let mut scale = if best < A { scales[best] } else { scale };
         let mut chosen = [0; K];
         let mut renew = [again != Again::Inexact; K];
-        if let Some(best) = best {
+        if best < A {
             let mut all_exact = true;
             for k in 0..K {
                 let exact = exact[k] >> best & 1 != 0;
@@ -293,8 +327,12 @@ impl<const D: usize, const K: usize> Group<D, K> {
                     for i in (0..D).rev() {
                         index = index * levels + code(inverse, self.x[k][i], levels) as usize;
                     }
-                    let near = grid.find(index).near;
-                    chosen[k] = V::closest(near, &self.x[k], &self.root[k], [scale; 2], 0.0).0[0];
+                    let found = grid.find(index);
+                    chosen[k] = found.near[0][0];
+                    if !found.exact {
+                        let (words, _) = V::closest(found.near, &self.x[k], &self.root[k], [scale; 2], 0.0);
+                        chosen[k] = words[0];
+                    }
                 }
             }
             let (mut xq, mut q2) = (0.0, 0.0);
@@ -394,4 +432,31 @@ pub(super) fn weigh<const D: usize, const K: usize>(
         *w *= (sigma2 + x * x).sqrt();
     }
     weight
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::block::implementations;
+    use crate::tensor::DType;
+
+    /// Where ggml stops the process: squares that overflow, and what is not finite.
+    #[test]
+    fn anything_is_encoded() {
+        let finite = [f32::MAX, -1e30, 1.0, 0.0, f32::MIN_POSITIVE, -0.3, 1e-40];
+        let other = [f32::NAN, 1.0, f32::INFINITY, -f32::NAN, 1e38, f32::NEG_INFINITY, 0.0];
+        for dtype in [DType::IQ2_XXS, DType::IQ2_XS, DType::IQ2_S, DType::IQ3_XXS, DType::IQ3_S] {
+            for (values, agree) in [(finite, true), (other, false)] {
+                let x: Vec<f32> = (0..2048).map(|i| values[(i * i / 3 + i / 11) % 7]).collect();
+                let importance: Vec<f32> = x.iter().map(|x| x.abs()).collect();
+                let encoded: Vec<Vec<u8>> = implementations(dtype)
+                    .map(|codec| {
+                        let mut bytes = vec![0; dtype.bytes_for(2048).unwrap() as usize];
+                        codec.encode(&x, 2048, Some(&importance), &mut bytes).unwrap();
+                        bytes
+                    })
+                    .collect();
+                assert!(!agree || encoded.iter().all(|e| *e == encoded[0]), "{dtype}");
+            }
+        }
+    }
 }

@@ -27,7 +27,7 @@ pub(super) const SCALAR: Codec = Codec {
     dtype: DType::IQ1_S,
     implementation: "scalar",
     encode: None,
-    weigh: Some(|row, importance, dst| encode::<Portable>(row, importance, dst)),
+    weigh: Some(encode::<Portable>),
     decode: |src, dst| decode_pairs(src, dst).for_each(|(block, y)| decode_block(block, y)),
     bound: None,
 };

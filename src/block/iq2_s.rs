@@ -1,5 +1,7 @@
 //! IQ2_S: 256 weights in 82 bytes, 16 groups of 16 with a scale of 4 bits; eight weights at a time
 //! are one of 1024 points and eight signs.
+// Loops over lanes and groups go by index: several arrays run along.
+#![allow(clippy::needless_range_loop)]
 
 use super::grid::{Grid, decode_eight, points, words};
 use super::grid_search::{self as search, Again, Closest, Portable, Rules};

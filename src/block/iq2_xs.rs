@@ -1,5 +1,7 @@
 //! IQ2_XS: 256 weights in 74 bytes, 16 groups of 16 with a scale of 4 bits; eight weights at a time
 //! are one of 512 points, their signs in 7 bits.
+// Loops over lanes and groups go by index: several arrays run along.
+#![allow(clippy::needless_range_loop)]
 
 use super::grid::{EVEN, Grid, decode_eight, points, words};
 use super::grid_search::{self as search, Again, Closest, Portable, Rules};

@@ -1,5 +1,7 @@
 //! IQ2_XXS: 256 weights in 66 bytes, 8 groups of 32 with a scale of 4 bits; eight weights at a time
 //! are one of 256 points, their signs in 7 bits.
+// Loops over lanes and groups go by index: several arrays run along.
+#![allow(clippy::needless_range_loop)]
 
 use super::grid::{EVEN, Grid, decode_eight, points, words};
 use super::grid_search::{self as search, Again, Closest, Portable, Rules};
@@ -123,9 +125,11 @@ fn first_scales(groups: &[search::Group<8, 4>; 8]) -> [f32; 8] {
     let mut least = [0.0; 8];
     for g in 0..8 {
         inverses[g] = MOST as f32 / max[g];
-        let scale = 1.0 / inverses[g];
-        for i in 0..32 {
-            let diff = x[i][g] - scale * (nearest(inverses[g] * x[i][g]) & 255) as f32;
+    }
+    for i in 0..32 {
+        for g in 0..8 {
+            let code = nearest(inverses[g] * x[i][g]) & 255;
+            let diff = x[i][g] - 1.0 / inverses[g] * code as f32;
             least[g] += w[i][g] * diff * diff;
         }
     }

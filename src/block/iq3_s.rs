@@ -1,5 +1,7 @@
 //! IQ3_S: 256 weights in 110 bytes, 8 groups of 32 with a scale of 4 bits; four weights at a time
 //! are one of 512 points, each weight has its sign.
+// Loops over lanes and groups go by index: several arrays run along.
+#![allow(clippy::needless_range_loop)]
 
 use super::grid::{Grid, decode_eight, points, words};
 use super::grid_search::{self as search, Again, Closest, Portable, Rules};

@@ -1,5 +1,7 @@
 //! IQ3_XXS: 256 weights in 98 bytes, 8 groups of 32 with a scale of 4 bits; four weights at a time
 //! are one of 256 points, the signs of eight in 7 bits.
+// Loops over lanes and groups go by index: several arrays run along.
+#![allow(clippy::needless_range_loop)]
 
 use super::grid::{EVEN, Grid, decode_eight, points, words};
 use super::grid_search::{self as search, Again, Closest, Portable, Rules};

@@ -2,9 +2,8 @@
 //! codes are packed.
 
 use super::f16_from_f32;
-use super::groups::{
-    Affine, Groups, LANES, Lines, WHOLE, Weight, affine, byte, limit, positive, side_by_side, whole,
-};
+use super::groups::{Groups, LANES, WHOLE, byte, limit, positive, side_by_side, whole};
+use super::lines::{Affine, Lines, Weight, affine};
 
 /// Groups whose largest weight is below this are stored as zeros.
 pub(super) const NOTHING: f32 = 1e-15;
@@ -126,10 +125,11 @@ pub(super) fn spreads<const B: usize>(x: &[f32], times: f32) -> [f32; B] {
     let mut sums = [0.0; B];
     let (fours, rest) = x.as_chunks::<256>().0.as_chunks::<4>();
     for (sums, four) in sums.as_chunks_mut::<4>().0.iter_mut().zip(fours) {
-        for i in 0..256 {
-            for b in 0..4 {
-                sums[b] += four[b][i] * four[b][i];
-            }
+        for (((a, b), c), d) in four[0].iter().zip(&four[1]).zip(&four[2]).zip(&four[3]) {
+            sums[0] += a * a;
+            sums[1] += b * b;
+            sums[2] += c * c;
+            sums[3] += d * d;
         }
     }
     for (sum, x) in sums.iter_mut().skip(4 * fours.len()).zip(rest) {

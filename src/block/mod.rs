@@ -27,6 +27,7 @@ mod iq3_xxs;
 mod iq4_nl;
 mod iq4_xs;
 mod kquant;
+mod lines;
 mod mxfp4;
 mod nvfp4;
 mod q1_0;

@@ -1,7 +1,8 @@
 //! Q2_K: 256 weights in 84 bytes, 16 groups with a scale and a minimum of 4 bits, codes of 2 bits.
 
-use super::groups::{Affine, LANES, Weight};
+use super::groups::LANES;
 use super::kquant::{Lined, encode_lines, pack_pairs, unpack_pairs};
+use super::lines::{Affine, Weight};
 use super::{Codec, decode_pairs, f32_from_f16};
 use crate::tensor::DType;
 

@@ -63,9 +63,9 @@ fn encode_plain<const L: usize>(x: &[f32], blocks: &mut [Block]) {
     for (part, (x, found)) in x.chunks(L * 16).zip(found.chunks_mut(L / 16)).enumerate() {
         let (scales, moves) = at_rest(4, &side_by_side::<L, 16>(x));
         found.as_flattened_mut().copy_from_slice(&scales);
-        for t in 0..L {
+        for (t, moves) in moves.into_iter().enumerate() {
             moving[count] = part * L + t;
-            count += usize::from(moves[t] != 0);
+            count += usize::from(moves != 0);
         }
     }
     let groups = x.as_chunks::<16>().0;
@@ -94,8 +94,8 @@ fn encode_plain<const L: usize>(x: &[f32], blocks: &mut [Block]) {
         block.store(x, &scales, |_, x, codes| {
             let mut found = Groups([[0.0; 1]; 16]);
             descend(4, &side_by_side::<1, 16>(x), &mut found);
-            for i in 0..16 {
-                codes[i] = byte(found.0[i][0]);
+            for (code, found) in codes.iter_mut().zip(found.0) {
+                *code = byte(found[0]);
             }
         });
     }
@@ -115,9 +115,9 @@ fn encode_weighed<const L: usize>(x: &[f32], importance: &[f32], blocks: &mut [B
         let x = side_by_side::<L, 16>(x);
         let (w, sums) = weigh(&x, &side_by_side(importance), &spread);
         *lines = symmetric(4, &x, &w);
-        for t in 0..L {
+        for (t, (scale, sum)) in lines.scale.into_iter().zip(sums).enumerate() {
             let (b, g) = ((part * L + t) / 16, t % 16);
-            (found.0[g][b], weights.0[g][b]) = (lines.scale[t], sums[t]);
+            (found.0[g][b], weights.0[g][b]) = (scale, sum);
         }
     }
     let d = symmetric(32, &found, &weights);
@@ -186,7 +186,7 @@ fn decode_block(block: &Block, y: &mut [f32; 256]) {
     for ((y, codes), scale) in y.chunks_exact_mut(16).zip(codes.chunks_exact(16)).zip(scales) {
         let scale = d * f32::from(scale as i8 - 32);
         for (y, &code) in y.iter_mut().zip(codes) {
-            *y = scale * f32::from(code as i8 - 4);
+            *y = scale * (f32::from(code) - 4.0);
         }
     }
 }

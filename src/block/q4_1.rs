@@ -32,7 +32,7 @@ pub(super) const SCALAR: Codec = Codec {
     dtype: DType::Q4_1,
     implementation: "scalar",
     encode: Some(|src, dst| encode_pairs(src, dst).for_each(|(x, block)| encode_block(x, block))),
-    weigh: Some(weighed::row::<Block, { weighed::LANES }>),
+    weigh: Some(weighed::portable::<Block>),
     decode: |src, dst| decode_pairs(src, dst).for_each(|(block, y)| decode_block(block, y)),
     bound: Some(|x| bound(x, 15.0)),
 };

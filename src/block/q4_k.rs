@@ -1,7 +1,8 @@
 //! Q4_K: 256 weights in 144 bytes, 8 groups with a scale and a minimum of 6 bits, codes of 4 bits.
 
-use super::groups::{Affine, LANES, Weight};
+use super::groups::LANES;
 use super::kquant::{Lined, encode_lines, pack_halves, unpack_halves};
+use super::lines::{Affine, Weight};
 use super::{Codec, decode_pairs, f32_from_f16};
 use crate::tensor::DType;
 

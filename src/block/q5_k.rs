@@ -1,7 +1,8 @@
 //! Q5_K: 256 weights in 176 bytes, 8 groups with a scale and a minimum of 6 bits, codes of 5 bits.
 
-use super::groups::{Affine, LANES, Weight};
+use super::groups::LANES;
 use super::kquant::{Lined, encode_lines, pack_bits, pack_halves, unpack_bits, unpack_halves};
+use super::lines::{Affine, Weight};
 use super::q4_k::{self, Scales};
 use super::{Codec, decode_pairs};
 use crate::tensor::DType;

@@ -58,8 +58,8 @@ fn encode_block<const L: usize>(x: &[f32; 256], found: &Scales<L>, first: usize,
     }
     let inverse = -128.0 / max;
     block.d = f16_from_f32(1.0 / inverse).to_le_bytes();
-    for g in 0..16 {
-        block.scales[g] = nearest(inverse * scales[g]).min(127) as i8;
+    for (code, scale) in block.scales.iter_mut().zip(scales) {
+        *code = nearest(inverse * scale).min(127) as i8;
     }
     let d = f32_from_f16(u16::from_le_bytes(block.d));
     let mut codes = [0; 256];

@@ -94,7 +94,8 @@ pub fn run(args: &Args) -> anyhow::Result<Status> {
     } else {
         let options = verify::Options {
             file: job.output.clone(),
-            against: Some(args.source.clone()),
+            // Layers that were left out are no match for the source.
+            against: args.quantizer.prune_layers.is_empty().then(|| args.source.clone()),
             sample: Some(SPOT_CHECK),
             forward: false,
             arch: args.arch.clone(),

@@ -9,7 +9,7 @@ use qconv::limits::Limits;
 /// Show what a model file or directory holds, from its headers alone
 #[derive(clap::Args, Debug)]
 pub struct Args {
-    /// A GGUF file (any shard), a safetensors file, or a Hugging Face directory
+    /// A GGUF file (any shard), a safetensors or PyTorch file, or a Hugging Face directory
     pub path: PathBuf,
 
     /// Show only tensors whose name matches

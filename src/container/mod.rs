@@ -8,7 +8,12 @@
 mod endian;
 pub mod gguf;
 pub mod imatrix;
+pub mod pytorch;
 pub mod safetensors;
+pub mod shards;
+pub mod side;
+mod unique;
+pub mod weights;
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -16,7 +21,7 @@ use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
 use crate::sys;
-use crate::tensor::TensorInfo;
+use crate::tensor::{StridedCopy, TensorInfo};
 
 /// An opened input file. Reads go through it, never beyond the length it had at opening.
 #[derive(Debug)]
@@ -81,6 +86,8 @@ pub struct Store {
     tensors: Vec<TensorInfo>,
     by_name: HashMap<String, usize>,
     big_endian: bool,
+    /// Tensors whose elements do not lie in order: how they do, from the tensor's offset on.
+    strided: HashMap<String, StridedCopy>,
 }
 
 impl Store {
@@ -109,12 +116,23 @@ impl Store {
                 return Err(Error::malformed(format!("tensor {:?} appears twice", t.name)).at(file.path()));
             }
         }
-        Ok(Self { files, tensors, by_name, big_endian: false })
+        Ok(Self { files, tensors, by_name, big_endian: false, strided: HashMap::new() })
     }
 
     /// Declares the data big-endian: [`Self::read`] then turns every element round.
     pub(crate) fn into_big_endian(self) -> Self {
         Self { big_endian: true, ..self }
+    }
+
+    /// Declares how the elements of some tensors lie, by name: [`Self::read`] then brings them into
+    /// row-major order. No copy may reach beyond its file.
+    pub(crate) fn with_strided(self, strided: HashMap<String, StridedCopy>) -> Self {
+        Self { strided, ..self }
+    }
+
+    /// Whether the tensor's elements lie apart in the file, so that small reads of it are slow.
+    pub fn is_strided(&self, tensor: &TensorInfo) -> bool {
+        self.strided.contains_key(&tensor.name)
     }
 
     /// All files.
@@ -132,13 +150,13 @@ impl Store {
         self.by_name.get(name).map(|&i| &self.tensors[i])
     }
 
-    /// Fills `buf` from byte `offset` of the tensor's data; the data is little-endian whatever
-    /// the file's byte order.
+    /// Fills `buf` from byte `offset` of the tensor's data; the data is little-endian and row-major
+    /// whatever the file's order.
     ///
     /// # Errors
     /// `Malformed` when the range leaves the tensor, `Io` when the read fails. For a big-endian
-    /// file also `Unsupported` when the block type has no defined big-endian layout, and `Misuse`
-    /// when the range is not whole blocks.
+    /// file also `Unsupported` when the block type has no defined big-endian layout, and for it and
+    /// strided tensors `Misuse` when the range is not whole blocks.
     pub fn read(&self, tensor: &TensorInfo, offset: u64, buf: &mut [u8]) -> Result<()> {
         if offset.checked_add(buf.len() as u64).is_none_or(|end| end > tensor.nbytes) {
             return Err(Error::malformed(format!(
@@ -153,11 +171,27 @@ impl Store {
         let (Some(file), Some(at)) = (file, at) else {
             return Err(Error::misuse(format!("tensor {:?} is not of this store", tensor.name)));
         };
-        file.read_at(at, buf)?;
-        if self.big_endian {
-            if !offset.is_multiple_of(tensor.dtype.type_size()) {
-                return Err(Error::misuse(format!("offset {offset} is within a block of {}", tensor.dtype)));
+        let size = tensor.dtype.type_size();
+        let copy = self.strided.get(&tensor.name);
+        if (self.big_endian || copy.is_some())
+            && !(offset.is_multiple_of(size) && (buf.len() as u64).is_multiple_of(size))
+        {
+            return Err(Error::misuse(format!("a range within a block of {}", tensor.dtype)));
+        }
+        match copy {
+            None => file.read_at(at, buf)?,
+            Some(copy) => {
+                let (start, mut scratch) = (offset / size, Vec::new());
+                for part in copy.clip(start, start + buf.len() as u64 / size) {
+                    let mut fetch = |unit: u64, buf: &mut [u8]| {
+                        let at = unit.checked_mul(size).and_then(|n| n.checked_add(tensor.offset));
+                        file.read_at(at.unwrap_or(u64::MAX), buf)
+                    };
+                    part.gather(start, size, buf, &mut scratch, &mut fetch)?;
+                }
             }
+        }
+        if self.big_endian {
             endian::swap(tensor.dtype, buf)
                 .map_err(|e| e.context(format_args!("tensor {:?}", tensor.name)))?;
         }

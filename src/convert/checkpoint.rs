@@ -5,7 +5,8 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value as Json;
 
-use crate::container::{Store, safetensors};
+use crate::container::side::{read_json, read_side_file};
+use crate::container::{Store, weights};
 use crate::error::{Error, Result};
 use crate::limits::Limits;
 
@@ -43,27 +44,19 @@ impl Checkpoint {
             }
         };
         let config_path = dir.join("config.json");
-        if !config_path.is_file() {
+        let Some(config) = read_json::<Json>(&config_path, limits.side_file_bytes)? else {
             return Err(Error::unsupported("is no Hugging Face model: config.json is missing")
                 .at(path)
                 .hint("give the directory that holds config.json and the weights"));
-        }
-        let config: Json = serde_json::from_slice(&read_side_file(&config_path, limits)?)
-            .map_err(|e| Error::malformed(format!("is no valid JSON: {e}")).at(&config_path))?;
+        };
         if !config.is_object() {
             return Err(Error::malformed("is no JSON object").at(&config_path));
         }
-        let store = safetensors::open(path, limits)?.store;
-        let card = dir.join("README.md");
-        let model_card = match card.is_file() {
-            true => Some(String::from_utf8_lossy(&read_side_file(&card, limits)?).into_owned()),
-            false => None,
-        };
-        let generation = dir.join("generation_config.json");
-        let generation = match generation.is_file() {
-            true => serde_json::from_slice(&read_side_file(&generation, limits)?).ok(),
-            false => None,
-        };
+        let store = weights::open(path, limits)?.store;
+        let model_card = read_side_file(&dir.join("README.md"), limits.side_file_bytes)?
+            .map(|text| String::from_utf8_lossy(&text).into_owned());
+        let generation = read_side_file(&dir.join("generation_config.json"), limits.side_file_bytes)?
+            .and_then(|text| serde_json::from_slice(&text).ok());
         Ok(Self { dir, store, config, generation, model_card })
     }
 
@@ -72,18 +65,4 @@ impl Checkpoint {
         let full = self.dir.canonicalize().unwrap_or_else(|_| self.dir.clone());
         full.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default()
     }
-}
-
-/// Reads a whole config-like file.
-///
-/// # Errors
-/// `Io`, or `Limit` when it is larger than such files are.
-pub fn read_side_file(path: &Path, limits: &Limits) -> Result<Vec<u8>> {
-    let len = fs::metadata(path).map_err(|e| Error::io("open", path, e))?.len();
-    if len > limits.side_file_bytes {
-        return Err(
-            Error::limit(format!("has {len} bytes, the limit is {}", limits.side_file_bytes)).at(path)
-        );
-    }
-    fs::read(path).map_err(|e| Error::io("read", path, e))
 }

@@ -1,8 +1,7 @@
 //! Fetching: the values of a planned tensor, for any span of it, from the source's files.
 //!
-//! A copy is cut to the span, and each part is read as one stretch of the source where that costs
-//! at most a few times the bytes that are wanted, else in halves. Permuted rows, transposes and
-//! stacked experts all come down to this.
+//! A copy is cut to the span, and each part gathered from the source ([`StridedCopy::gather`]).
+//! Permuted rows, transposes and stacked experts all come down to this.
 
 use crate::arch::{Data, Elementwise, Mapped};
 use crate::block::{Codec, codec};
@@ -10,17 +9,13 @@ use crate::container::Store;
 use crate::error::{Error, Result};
 use crate::tensor::{DType, Dim, StridedCopy, TensorInfo};
 
-/// A read may fetch this many times the bytes it is after, where that saves many small reads.
-const WASTE: u64 = 4;
-/// And at most this many bytes at once.
-const MAX_STRETCH: u64 = 4 << 20;
-
 /// A planned tensor tied to the store it reads from.
 #[derive(Debug)]
 pub struct Source {
     kind: Kind,
     elementwise: Vec<Elementwise>,
     elements: u64,
+    contiguous: bool,
 }
 
 #[derive(Debug)]
@@ -46,7 +41,12 @@ impl Source {
         let elements = crate::tensor::elements(&mapped.shape)?;
         let Data::Copied { pieces, elementwise } = &mapped.data else {
             let Data::Values(values) = &mapped.data else { unreachable!("data is copied or values") };
-            return Ok(Self { kind: Kind::Values(values.clone()), elementwise: Vec::new(), elements });
+            return Ok(Self {
+                kind: Kind::Values(values.clone()),
+                elementwise: Vec::new(),
+                elements,
+                contiguous: true,
+            });
         };
         let mut tied: Vec<(TensorInfo, StridedCopy)> = Vec::with_capacity(pieces.len());
         for piece in pieces {
@@ -72,10 +72,13 @@ impl Source {
             return Err(Error::malformed(format!("tensor {:?} has no source", mapped.name)));
         };
         let blocks = tied.iter().map(|(_, copy)| copy.in_blocks(dtype.block_size())).collect();
+        let plain = |copy: &StridedCopy| matches!(copy.dims[..], [] | [Dim { src: 1, dst: 1, .. }]);
+        let contiguous = tied.iter().all(|(info, copy)| plain(copy) && !store.is_strided(info));
         Ok(Self {
             kind: Kind::Stored { dtype, pieces: tied, blocks },
             elementwise: elementwise.clone(),
             elements,
+            contiguous,
         })
     }
 
@@ -100,12 +103,7 @@ impl Source {
 
     /// Whether a span is one stretch of one source tensor, so that small spans cost nothing.
     pub fn is_contiguous(&self) -> bool {
-        match &self.kind {
-            Kind::Values(_) => true,
-            Kind::Stored { pieces, .. } => {
-                pieces.iter().all(|(_, c)| matches!(c.dims[..], [] | [Dim { src: 1, dst: 1, .. }]))
-            }
-        }
+        self.contiguous
     }
 
     /// The codec that decodes the source, where its values are needed.
@@ -140,7 +138,7 @@ impl Source {
         for ((info, _), copy) in pieces.iter().zip(blocks) {
             for part in copy.clip(start, end) {
                 let mut fetch = |lo: u64, buf: &mut [u8]| store.read(info, lo * size, buf);
-                stretch(&part, start, size, out, &mut scratch.stretch, &mut fetch)?;
+                part.gather(start, size, out, &mut scratch.stretch, &mut fetch)?;
             }
         }
         Ok(())
@@ -180,7 +178,7 @@ impl Source {
                                 decode_stretch(store, info, codec, lo, buf, raw, decoded)
                             };
                             let bytes = bytemuck::cast_slice_mut(out.as_mut_slice());
-                            stretch(&part, start, 4, bytes, buffer, &mut fetch)?;
+                            part.gather(start, 4, bytes, buffer, &mut fetch)?;
                         }
                     }
                 }
@@ -215,80 +213,4 @@ fn decode_stretch(
     let skip = (lo - first * block) as usize;
     buf.copy_from_slice(bytemuck::cast_slice(&decoded[skip..skip + n as usize]));
     Ok(())
-}
-
-/// Reads units `lo..` of the source into a buffer.
-type Fetch<'a> = dyn FnMut(u64, &mut [u8]) -> Result<()> + 'a;
-
-/// Copies `part`, whose destination begins at unit `start` of `out`; units are `size` bytes.
-fn stretch(
-    part: &StridedCopy,
-    start: u64,
-    size: u64,
-    out: &mut [u8],
-    scratch: &mut Vec<u8>,
-    fetch: &mut Fetch<'_>,
-) -> Result<()> {
-    let at = ((part.dst_base - start) * size) as usize;
-    if let [] | [Dim { src: 1, dst: 1, .. }] = part.dims[..] {
-        let bytes = (part.elements() * size) as usize;
-        return fetch(part.src_base, &mut out[at..at + bytes]);
-    }
-    let extent = (part.src_end() - part.src_base) * size;
-    let wanted = part.elements() * size;
-    if extent <= MAX_STRETCH.max(2 * size) && extent <= WASTE * wanted {
-        scratch.resize(extent as usize, 0);
-        fetch(part.src_base, scratch)?;
-        scatter(&part.dims, scratch, &mut out[at..], size as usize);
-        return Ok(());
-    }
-    // Halve the loop that reaches furthest in the source.
-    let reach = |d: &Dim| (d.n - 1) * d.src;
-    let Some(k) = (0..part.dims.len()).filter(|&k| part.dims[k].n > 1).max_by_key(|&k| reach(&part.dims[k]))
-    else {
-        return Ok(());
-    };
-    let d = part.dims[k];
-    let half = d.n / 2;
-    for (from, n) in [(0, half), (half, d.n - half)] {
-        let mut dims = part.dims.clone();
-        dims[k].n = n;
-        let (src, dst) = (part.src_base + from * d.src, part.dst_base + from * d.dst);
-        stretch(&StridedCopy::new(dims, src, dst), start, size, out, scratch, fetch)?;
-    }
-    Ok(())
-}
-
-/// Runs the loops over bytes in memory.
-fn scatter(dims: &[Dim], src: &[u8], dst: &mut [u8], size: usize) {
-    match dims {
-        [] => dst[..size].copy_from_slice(&src[..size]),
-        [Dim { n, src: 1, dst: 1 }] => {
-            let bytes = *n as usize * size;
-            dst[..bytes].copy_from_slice(&src[..bytes]);
-        }
-        [d] => match size {
-            2 => strided::<2>(d, src, dst),
-            4 => strided::<4>(d, src, dst),
-            _ => {
-                for i in 0..d.n as usize {
-                    let (s, t) = (i * d.src as usize * size, i * d.dst as usize * size);
-                    dst[t..t + size].copy_from_slice(&src[s..s + size]);
-                }
-            }
-        },
-        [d, rest @ ..] => {
-            for i in 0..d.n as usize {
-                let (s, t) = (i * d.src as usize * size, i * d.dst as usize * size);
-                scatter(rest, &src[s..], &mut dst[t..], size);
-            }
-        }
-    }
-}
-
-fn strided<const N: usize>(d: &Dim, src: &[u8], dst: &mut [u8]) {
-    let (src, dst) = (src.as_chunks::<N>().0, dst.as_chunks_mut::<N>().0);
-    for i in 0..d.n as usize {
-        dst[i * d.dst as usize] = src[i * d.src as usize];
-    }
 }

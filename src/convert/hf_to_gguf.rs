@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value as Json;
 
-use super::checkpoint::{Checkpoint, GGUF_METADATA_FILE, read_side_file};
+use super::checkpoint::{Checkpoint, GGUF_METADATA_FILE};
 use super::gather::Source;
 use super::general::{Described, General, ParameterCounts};
 use super::plan::{Plan, TensorPlan};
@@ -15,6 +15,7 @@ use super::{Job, output_path};
 use crate::arch::{self, Facts, Mapped, Model};
 use crate::container::Store;
 use crate::container::gguf::{Metadata, Value, ValueType};
+use crate::container::side::read_json;
 use crate::error::{Error, Result};
 use crate::limits::Limits;
 use crate::tensor::TensorInfo;
@@ -220,12 +221,8 @@ fn counts(mapped: &[Mapped]) -> Result<ParameterCounts> {
 /// `general.*` as an earlier GGUF had them.
 fn restore(metadata: &mut Metadata, dir: &Path, limits: &Limits) -> Result<()> {
     let path = dir.join(GGUF_METADATA_FILE);
-    if !path.is_file() {
-        return Ok(());
-    }
+    let Some(saved) = read_json::<Json>(&path, limits.side_file_bytes)? else { return Ok(()) };
     let bad = |why: String| Error::malformed(why).at(&path);
-    let saved: Json = serde_json::from_slice(&read_side_file(&path, limits)?)
-        .map_err(|e| bad(format!("is no valid JSON: {e}")))?;
     let saved = saved.as_object().ok_or_else(|| bad("is no JSON object".into()))?;
     // What is written there replaces what the directory's name would suggest.
     let derived: Vec<String> = metadata

@@ -19,7 +19,7 @@ mod stage;
 mod stream;
 mod types;
 
-pub use checkpoint::{Checkpoint, GGUF_METADATA_FILE, read_side_file};
+pub use checkpoint::{Checkpoint, GGUF_METADATA_FILE};
 pub use gather::{Scratch, Source};
 pub use gguf_to_hf::GgufToHf;
 pub use hf_to_gguf::{HfToGguf, MetadataEdits, identity, source_tensors};

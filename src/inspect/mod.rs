@@ -1,7 +1,7 @@
 //! Inspection: what a file or directory holds, from its headers alone.
 
-use std::fs::{self, File};
-use std::io::{self, Read, Write};
+use std::fs;
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use indexmap::IndexMap;
@@ -10,7 +10,8 @@ use serde::Serialize;
 use serde_json::{Map, Value as Json, json};
 
 use crate::container::gguf::{Array, Gguf, MAGIC, Value};
-use crate::container::{Store, safetensors};
+use crate::container::side::read_json;
+use crate::container::{InputFile, Store, pytorch, safetensors, weights};
 use crate::error::{Error, Result};
 use crate::limits::Limits;
 use crate::tensor::DType;
@@ -20,7 +21,7 @@ use crate::tensor::DType;
 pub struct Report {
     /// What was inspected.
     pub path: PathBuf,
-    /// `GGUF`, `safetensors` or `Hugging Face`.
+    /// `GGUF`, `safetensors`, `PyTorch` or `Hugging Face`.
     pub format: &'static str,
     /// Facts about the container: version, byte order, alignment, shards.
     pub container: Map<String, Json>,
@@ -89,15 +90,10 @@ pub fn inspect(path: &Path, limits: &Limits) -> Result<Report> {
     if meta.is_dir() {
         return directory(path, limits);
     }
+    let file = InputFile::open(path)?;
     let mut head = [0; 9];
-    let mut file = File::open(path).map_err(|e| Error::io("open", path, e))?;
-    let mut n = 0;
-    while n < head.len() {
-        match file.read(&mut head[n..]).map_err(|e| Error::io("read", path, e))? {
-            0 => break,
-            k => n += k,
-        }
-    }
+    let n = file.len().min(head.len() as u64) as usize;
+    file.read_at(0, head.get_mut(..n).unwrap_or_default())?;
     if head.starts_with(&MAGIC) {
         return gguf(path, limits);
     }
@@ -106,13 +102,17 @@ pub fn inspect(path: &Path, limits: &Limits) -> Result<Report> {
         let metadata = opened.metadata.into_iter().flatten().map(|(k, v)| (k, json!(v))).collect();
         return Ok(report(path, "safetensors", &opened.store, Map::new(), metadata, false));
     }
+    if pytorch::is_pytorch(&file)? {
+        let store = pytorch::open(path, limits)?;
+        return Ok(report(path, "PyTorch", &store, Map::new(), Map::new(), false));
+    }
     // An index, or config.json: either stands for its directory.
     if n > 0 && head[0] == b'{' {
         return directory(path, limits);
     }
     Err(Error::unsupported("is no file that can be read")
         .at(path)
-        .hint("GGUF files, safetensors files, and Hugging Face directories are read"))
+        .hint("GGUF, safetensors and PyTorch files, and Hugging Face directories are read"))
 }
 
 fn gguf(path: &Path, limits: &Limits) -> Result<Report> {
@@ -132,22 +132,11 @@ fn gguf(path: &Path, limits: &Limits) -> Result<Report> {
 }
 
 fn directory(path: &Path, limits: &Limits) -> Result<Report> {
-    let opened = safetensors::open(path, limits)?;
+    let opened = weights::open(path, limits)?;
     let dir = if path.is_dir() { path } else { path.parent().unwrap_or(path) };
-    let config = dir.join("config.json");
-    let mut metadata = Map::new();
-    if config.is_file() {
-        let len = fs::metadata(&config).map_err(|e| Error::io("open", &config, e))?.len();
-        if len > limits.side_file_bytes {
-            return Err(
-                Error::limit(format!("has {len} bytes, the limit is {}", limits.side_file_bytes)).at(&config)
-            );
-        }
-        let text = fs::read(&config).map_err(|e| Error::io("read", &config, e))?;
-        metadata = serde_json::from_slice(&text)
-            .map_err(|e| Error::malformed(format!("is no JSON object: {e}")).at(&config))?;
-    }
+    let metadata = read_json(&dir.join("config.json"), limits.side_file_bytes)?.unwrap_or_default();
     let mut container = Map::new();
+    container.insert("weights".into(), json!(opened.format));
     container.insert("shards".into(), json!(opened.store.files().len()));
     Ok(report(path, "Hugging Face", &opened.store, container, metadata, false))
 }

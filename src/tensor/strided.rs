@@ -7,6 +7,11 @@
 
 use crate::error::{Error, Result};
 
+/// A read may fetch this many times the bytes it is after, where that saves many small reads.
+const WASTE: u64 = 4;
+/// And at most this many bytes at once.
+const MAX_STRETCH: u64 = 4 << 20;
+
 /// One loop: `n` steps, each `src` elements further in the source and `dst` in the destination.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Dim {
@@ -104,6 +109,54 @@ impl StridedCopy {
         }
         parts
     }
+
+    /// Copies into `out`, whose first byte is the destination's unit `start`; units are `size`
+    /// bytes. `fetch` reads units of the source from a given one on.
+    ///
+    /// The source is read as one stretch where that costs at most a few times the bytes that are
+    /// wanted, else in halves. `out` must hold all that the copy writes; `scratch` is a buffer to
+    /// keep between calls.
+    ///
+    /// # Errors
+    /// As `fetch`.
+    pub fn gather(
+        &self,
+        start: u64,
+        size: u64,
+        out: &mut [u8],
+        scratch: &mut Vec<u8>,
+        fetch: &mut dyn FnMut(u64, &mut [u8]) -> Result<()>,
+    ) -> Result<()> {
+        let at = ((self.dst_base - start) * size) as usize;
+        if let [] | [Dim { src: 1, dst: 1, .. }] = self.dims[..] {
+            let bytes = (self.elements() * size) as usize;
+            return fetch(self.src_base, &mut out[at..at + bytes]);
+        }
+        let extent = (self.src_end() - self.src_base) * size;
+        let wanted = self.elements() * size;
+        if extent <= MAX_STRETCH.max(2 * size) && extent <= WASTE * wanted {
+            scratch.resize(extent as usize, 0);
+            fetch(self.src_base, scratch)?;
+            scatter(&self.dims, scratch, &mut out[at..], size as usize);
+            return Ok(());
+        }
+        // Halve the loop that reaches furthest in the source.
+        let reach = |d: &Dim| (d.n - 1) * d.src;
+        let Some(k) =
+            (0..self.dims.len()).filter(|&k| self.dims[k].n > 1).max_by_key(|&k| reach(&self.dims[k]))
+        else {
+            return Ok(());
+        };
+        let d = self.dims[k];
+        let half = d.n / 2;
+        for (from, n) in [(0, half), (half, d.n - half)] {
+            let mut dims = self.dims.clone();
+            dims[k].n = n;
+            let (src, dst) = (self.src_base + from * d.src, self.dst_base + from * d.dst);
+            Self::new(dims, src, dst).gather(start, size, out, scratch, fetch)?;
+        }
+        Ok(())
+    }
 }
 
 /// Cuts the outermost loop to the range and goes down only where a step sticks out of it.
@@ -144,6 +197,40 @@ fn clip(dims: &[Dim], src: u64, dst: u64, start: u64, end: u64, out: &mut Vec<St
     }
     if hi < last && hi >= lo {
         partial(hi, out);
+    }
+}
+
+/// Runs the loops over bytes in memory.
+fn scatter(dims: &[Dim], src: &[u8], dst: &mut [u8], size: usize) {
+    match dims {
+        [] => dst[..size].copy_from_slice(&src[..size]),
+        [Dim { n, src: 1, dst: 1 }] => {
+            let bytes = *n as usize * size;
+            dst[..bytes].copy_from_slice(&src[..bytes]);
+        }
+        [d] => match size {
+            2 => strided::<2>(d, src, dst),
+            4 => strided::<4>(d, src, dst),
+            _ => {
+                for i in 0..d.n as usize {
+                    let (s, t) = (i * d.src as usize * size, i * d.dst as usize * size);
+                    dst[t..t + size].copy_from_slice(&src[s..s + size]);
+                }
+            }
+        },
+        [d, rest @ ..] => {
+            for i in 0..d.n as usize {
+                let (s, t) = (i * d.src as usize * size, i * d.dst as usize * size);
+                scatter(rest, &src[s..], &mut dst[t..], size);
+            }
+        }
+    }
+}
+
+fn strided<const N: usize>(d: &Dim, src: &[u8], dst: &mut [u8]) {
+    let (src, dst) = (src.as_chunks::<N>().0, dst.as_chunks_mut::<N>().0);
+    for i in 0..d.n as usize {
+        dst[i * d.dst as usize] = src[i * d.src as usize];
     }
 }
 

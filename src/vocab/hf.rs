@@ -1,14 +1,13 @@
 //! Raw fields of the Hugging Face tokenizer files, shared by reading and writing.
 
 use std::fmt;
-use std::fs::File;
-use std::io::Read;
 use std::path::Path;
 
 use serde::de::{Deserializer, Error as _, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Serialize, Serializer};
 use serde_json::Value;
 
+pub use crate::container::side::{from_json, read_json, read_side_file};
 use crate::error::{Error, Result};
 use crate::limits::Limits;
 
@@ -191,51 +190,6 @@ impl Serialize for VocabOut<'_> {
     fn serialize<S: Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
         s.collect_map(self.0.iter().copied())
     }
-}
-
-/// A file beside the weights; `None` when there is none.
-///
-/// # Errors
-/// `Limit` when it is longer than the limits allow, `Io` when it cannot be read.
-pub fn read_side_file(path: &Path, max_bytes: u64) -> Result<Option<Vec<u8>>> {
-    let file = match File::open(path) {
-        Ok(file) => file,
-        Err(e) if matches!(e.kind(), std::io::ErrorKind::NotFound | std::io::ErrorKind::NotADirectory) => {
-            return Ok(None);
-        }
-        Err(e) => return Err(Error::io("open", path, e)),
-    };
-    let meta = file.metadata().map_err(|e| Error::io("read", path, e))?;
-    if !meta.is_file() {
-        return Ok(None);
-    }
-    let too_long = || Error::limit(format!("holds more than the {max_bytes} bytes allowed")).at(path);
-    if meta.len() > max_bytes {
-        return Err(too_long());
-    }
-    let mut bytes = Vec::new();
-    file.take(max_bytes + 1).read_to_end(&mut bytes).map_err(|e| Error::io("read", path, e))?;
-    if bytes.len() as u64 > max_bytes {
-        return Err(too_long());
-    }
-    Ok(Some(bytes))
-}
-
-/// A JSON file beside the weights; `None` when there is none.
-///
-/// # Errors
-/// As [`read_side_file`], and `Malformed` when it is not the JSON expected.
-pub fn read_json<T: for<'de> Deserialize<'de>>(path: &Path, max_bytes: u64) -> Result<Option<T>> {
-    read_side_file(path, max_bytes)?.map(|bytes| from_json(&bytes, path)).transpose()
-}
-
-/// The JSON in `bytes`, which were read from `path`.
-///
-/// # Errors
-/// `Malformed` when it is not the JSON expected.
-pub fn from_json<T: for<'de> Deserialize<'de>>(bytes: &[u8], path: &Path) -> Result<T> {
-    let bytes = bytes.strip_prefix(b"\xEF\xBB\xBF").unwrap_or(bytes);
-    serde_json::from_slice(bytes).map_err(|e| Error::malformed(e.to_string()).at(path))
 }
 
 /// tokenizer.json of `dir`.

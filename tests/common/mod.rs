@@ -24,6 +24,7 @@ pub const MODELS: &[&str] = &[
     "models/gpt2",
     "models/gemma3-spm",
     "models/fmt-spm-bpe",
+    "models/fmt-ptbin-sharded",
     "tiny-llama",
 ];
 

@@ -111,8 +111,8 @@ unsafe fn decode_q6_k<V: Decode>(src: &[u8], dst: &mut [f32]) {
     for (block, y) in decode_pairs::<q6_k::Block, 256>(src, dst) {
         let d = f32(block.d);
         let mut scales = [0.0; 16];
-        for g in 0..16 {
-            scales[g] = d * f32::from(block.scales[g]);
+        for (scale, code) in scales.iter_mut().zip(block.scales) {
+            *scale = d * f32::from(code);
         }
         for half in 0..2 {
             let (a, b) =

@@ -44,7 +44,7 @@ pub(super) fn tables() -> impl Iterator<Item = &'static [Codec]> {
 /// The tables that AVX2 and F16C are enough for, one for each family of types.
 static AVX2: &[&[Codec]] = &[SIMPLE_AVX2, kquant::AVX2, grid::AVX2, iq1::IQ1_AVX2, iq4::IQ4_AVX2];
 /// The tables that need AVX-512 F, BW, VL and DQ as well.
-static AVX512: &[&[Codec]] = &[SIMPLE_AVX512, kquant::AVX512, grid::AVX512, iq1::IQ1_AVX512, iq4::IQ4_AVX512];
+static AVX512: &[&[Codec]] = &[SIMPLE_AVX512, kquant::AVX512, iq1::IQ1_AVX512, iq4::IQ4_AVX512];
 
 /// 32 weights in registers, lane `i` for weight `i`: what decoding needs.
 ///

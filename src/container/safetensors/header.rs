@@ -1,12 +1,11 @@
 //! The JSON header of one file, checked before anything is believed.
 
-use std::fmt;
-
 use indexmap::IndexMap;
 use serde::Deserialize;
-use serde::de::{Deserializer, Error as _, MapAccess, Visitor};
+use serde::de::{Error as _, MapAccess};
 
 use crate::container::InputFile;
+use crate::container::unique::{self, Unique};
 use crate::error::{Error, Result};
 use crate::limits::Limits;
 use crate::tensor::{DType, TensorInfo};
@@ -17,64 +16,6 @@ const MAX_HEADER: u64 = 100_000_000;
 const METADATA: &str = "__metadata__";
 /// Types of the format that nothing here computes with.
 const UNSUPPORTED: &[&str] = &["F4", "F6_E2M3", "F6_E3M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "C64"];
-
-/// Entries of a JSON object in file order; a key that comes twice is an error, where `serde_json`
-/// would keep the last.
-pub(super) struct Unique<V>(pub IndexMap<String, V>);
-
-impl<V> Unique<V> {
-    /// Reads the object's entries, each by `value`.
-    fn read<'de, A: MapAccess<'de>>(
-        mut map: A,
-        value: impl Fn(&str, &mut A) -> std::result::Result<V, A::Error>,
-    ) -> std::result::Result<Self, A::Error> {
-        let mut entries = IndexMap::new();
-        while let Some(key) = map.next_key::<String>()? {
-            if entries.contains_key(&key) {
-                return Err(A::Error::custom(format_args!("{key:?} appears twice")));
-            }
-            let v = value(&key, &mut map)?;
-            entries.insert(key, v);
-        }
-        Ok(Self(entries))
-    }
-}
-
-/// Implements `Deserialize` for a `Unique` of one kind of entry.
-macro_rules! unique {
-    ($entry:ty, $what:literal, $value:expr) => {
-        impl<'de> Deserialize<'de> for Unique<$entry> {
-            fn deserialize<D: Deserializer<'de>>(d: D) -> std::result::Result<Self, D::Error> {
-                struct Entries;
-                impl<'de> Visitor<'de> for Entries {
-                    type Value = Unique<$entry>;
-
-                    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                        f.write_str($what)
-                    }
-
-                    fn visit_map<A: MapAccess<'de>>(
-                        self,
-                        map: A,
-                    ) -> std::result::Result<Self::Value, A::Error> {
-                        Unique::read(map, $value)
-                    }
-                }
-                d.deserialize_map(Entries)
-            }
-        }
-    };
-}
-
-unique!(String, "an object of strings", |_, map| map.next_value());
-unique!(Item, "an object of tensors", |key, map| {
-    if key == METADATA {
-        map.next_value::<Unique<String>>().map(|m| Item::Metadata(m.0))
-    } else {
-        map.next_value().map(Item::Tensor)
-    }
-    .map_err(|e| A::Error::custom(format_args!("{key:?}: {e}")))
-});
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -87,6 +28,19 @@ struct Entry {
 enum Item {
     Tensor(Entry),
     Metadata(IndexMap<String, String>),
+}
+
+impl unique::Entry for Item {
+    const OBJECT: &str = "an object of tensors";
+
+    fn read<'de, A: MapAccess<'de>>(key: &str, map: &mut A) -> std::result::Result<Self, A::Error> {
+        if key == METADATA {
+            map.next_value::<Unique<String>>().map(|m| Self::Metadata(m.0))
+        } else {
+            map.next_value().map(Self::Tensor)
+        }
+        .map_err(|e| A::Error::custom(format_args!("{key:?}: {e}")))
+    }
 }
 
 /// Tensors of one file, ordered by name, and its `__metadata__`.

@@ -5,4 +5,4 @@ mod header;
 mod read;
 pub mod write;
 
-pub use read::{SafeTensors, open};
+pub use read::{NAMING, SafeTensors, open, open_located};

@@ -1,0 +1,55 @@
+//! PyTorch checkpoints, read only: `pytorch_model.bin`, whole or in shards, and files by any other
+//! name. Layouts, opcodes and what is refused are described in `formats/spec/pytorch.md`.
+//!
+//! A checkpoint is a pickle, a program for a machine that can call any function by name. Nothing
+//! is called here: `machine` knows the few names and opcodes of state dicts, makes inert objects
+//! of them, and refuses everything else by name. Tensors are ranges of the file, so that a
+//! [`Store`] reads them like any other.
+
+mod file;
+mod globals;
+mod machine;
+mod state_dict;
+mod zip;
+
+pub use file::is_pytorch;
+
+use std::collections::HashMap;
+use std::path::Path;
+
+use super::Store;
+use super::shards::{Located, Naming};
+use crate::error::{Error, Result};
+use crate::limits::Limits;
+
+/// How the files are called.
+pub const NAMING: Naming = Naming { format: "PyTorch", stem: "pytorch_model", suffix: "bin" };
+
+/// Opens a file, an index, or a directory that holds either. Tensors come in the order of the
+/// dict they are in, files in that of their names.
+///
+/// # Errors
+/// `Io` when something cannot be read, `Unsupported` when a directory holds no weights, and for
+/// pickles that hold more than dicts of tensors; `Malformed` and `Limit` as
+/// `formats/spec/pytorch.md` lists.
+pub fn open(path: &Path, limits: &Limits) -> Result<Store> {
+    open_located(&NAMING.locate(path, limits)?, limits)
+}
+
+/// Opens the files that were found.
+///
+/// # Errors
+/// As [`open`].
+pub fn open_located(located: &Located, limits: &Limits) -> Result<Store> {
+    let (store, more) = located.open(limits, |input, number| {
+        let contents = file::read(input, number, limits)?;
+        Ok((contents.tensors, (contents.strided, contents.big_endian)))
+    })?;
+    let big_endian = more.iter().any(|(_, big)| *big);
+    if big_endian && !more.iter().all(|(_, big)| *big) {
+        return Err(Error::unsupported("its shards are of both byte orders"));
+    }
+    let strided: HashMap<_, _> = more.into_iter().flat_map(|(strided, _)| strided).collect();
+    let store = store.with_strided(strided);
+    Ok(if big_endian { store.into_big_endian() } else { store })
+}

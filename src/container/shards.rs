@@ -1,0 +1,311 @@
+//! Which files make up a checkpoint: one file, the shards that an index names, or a numbered set.
+//! safetensors and PyTorch checkpoints differ in the names only.
+
+use std::collections::{BTreeSet, HashMap};
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use indexmap::IndexMap;
+use serde::Deserialize;
+
+use super::side::{from_json, read_side_file};
+use super::unique::Unique;
+use super::{InputFile, Store};
+use crate::error::{Error, Result};
+use crate::limits::Limits;
+use crate::tensor::TensorInfo;
+
+/// How a format calls its files: `STEM.SUFFIX`, `STEM.SUFFIX.index.json`,
+/// `STEM-00001-of-0000N.SUFFIX`.
+#[derive(Debug)]
+pub struct Naming {
+    /// Name of the format in messages.
+    pub format: &'static str,
+    /// First part of its usual names.
+    pub stem: &'static str,
+    /// Last part of its names, without the dot.
+    pub suffix: &'static str,
+}
+
+/// The files of one checkpoint.
+#[derive(Debug)]
+pub struct Located {
+    /// In the order in which they are opened: that of their names.
+    pub files: Vec<PathBuf>,
+    index: Option<Index>,
+}
+
+#[derive(Debug)]
+struct Index {
+    path: PathBuf,
+    /// Tensor to file name.
+    map: IndexMap<String, String>,
+}
+
+impl Naming {
+    fn single(&self) -> String {
+        format!("{}.{}", self.stem, self.suffix)
+    }
+
+    fn index(&self) -> String {
+        format!("{}.{}.index.json", self.stem, self.suffix)
+    }
+
+    /// The checkpoint in `dir`; `None` when there is none of this format.
+    ///
+    /// # Errors
+    /// As [`Located::of_index`]; `Io` for a missing shard, `Malformed` for shards of several sets.
+    pub fn in_directory(&self, dir: &Path, limits: &Limits) -> Result<Option<Located>> {
+        let index = dir.join(self.index());
+        if index.is_file() {
+            return Located::of_index(&index, limits).map(Some);
+        }
+        let single = dir.join(self.single());
+        if single.is_file() {
+            return Ok(Some(Located { files: vec![single], index: None }));
+        }
+        let mut names = Vec::new();
+        for entry in fs::read_dir(dir).map_err(|e| Error::io("read", dir, e))? {
+            let entry = entry.map_err(|e| Error::io("read", dir, e))?;
+            if let Ok(name) = entry.file_name().into_string() {
+                names.push(name);
+            }
+        }
+        names.sort();
+        let mut sets: Vec<ShardSet> = names.iter().filter_map(|n| ShardSet::of(n, self.suffix)).collect();
+        sets.dedup();
+        if sets.iter().any(|s| s.stem == self.stem) {
+            // The same weights may lie beside it under another name, such as `consolidated`.
+            sets.retain(|s| s.stem == self.stem);
+        }
+        match sets.as_slice() {
+            [set] => Ok(Some(Located { files: set.paths(dir, limits)?, index: None })),
+            [] => Ok(None),
+            _ => Err(Error::malformed(format!("holds shards of several sets, and no {}", self.index()))
+                .at(dir)
+                .hint("give a shard of the one that is meant")),
+        }
+    }
+
+    /// The checkpoint that the file at `path` belongs to: itself, or all shards of its set.
+    ///
+    /// # Errors
+    /// As [`Self::in_directory`].
+    pub fn of_file(&self, path: &Path, limits: &Limits) -> Result<Located> {
+        let dir = directory_of(path);
+        let name = path.file_name().and_then(|n| n.to_str()).unwrap_or_default();
+        let Some(set) = ShardSet::of(name, self.suffix) else {
+            return Ok(Located { files: vec![path.to_path_buf()], index: None });
+        };
+        let index = dir.join(format!("{}.{}.index.json", set.stem, self.suffix));
+        if index.is_file() {
+            return Located::of_index(&index, limits);
+        }
+        Ok(Located { files: set.paths(dir, limits)?, index: None })
+    }
+
+    /// What `path` means: a directory or its config.json, an index under any name, a file.
+    ///
+    /// # Errors
+    /// As [`Self::in_directory`]; `Unsupported` when a directory holds nothing of this format.
+    pub fn locate(&self, path: &Path, limits: &Limits) -> Result<Located> {
+        match Given::of(path)? {
+            Given::Directory(dir) => self.in_directory(dir, limits)?.ok_or_else(|| {
+                Error::unsupported(format!("holds no {} weights", self.format)).at(dir).hint(format!(
+                    "{} or {} was expected",
+                    self.single(),
+                    self.index()
+                ))
+            }),
+            Given::Index => Located::of_index(path, limits),
+            Given::File => self.of_file(path, limits),
+        }
+    }
+}
+
+/// What a path stands for.
+pub enum Given<'a> {
+    /// A directory, itself or by its config.json.
+    Directory(&'a Path),
+    /// JSON: an index, whatever its name.
+    Index,
+    /// Anything else.
+    File,
+}
+
+impl<'a> Given<'a> {
+    /// # Errors
+    /// `Io` when there is no such path, or it cannot be read.
+    pub fn of(path: &'a Path) -> Result<Self> {
+        let meta = fs::metadata(path).map_err(|e| Error::io("open", path, e))?;
+        if meta.is_dir() {
+            return Ok(Self::Directory(path));
+        }
+        if path.file_name().is_some_and(|n| n == "config.json") {
+            return Ok(Self::Directory(directory_of(path)));
+        }
+        Ok(if begins_json(path)? { Self::Index } else { Self::File })
+    }
+}
+
+fn directory_of(path: &Path) -> &Path {
+    path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
+/// Whether a file begins as JSON does. A safetensors file whose header has 123 bytes begins with
+/// `{` as well, but the upper bytes of that length are zeros.
+fn begins_json(path: &Path) -> Result<bool> {
+    let file = InputFile::open(path)?;
+    let mut start = [0; 8];
+    let start = start.get_mut(..file.len().min(8) as usize).unwrap_or_default();
+    file.read_at(0, start)?;
+    Ok(start.first() == Some(&b'{') && !start.contains(&0))
+}
+
+/// The files `STEM-00001-of-0000N.SUFFIX`, whose numbers tell which must be there.
+#[derive(PartialEq, Eq)]
+struct ShardSet {
+    stem: String,
+    suffix: &'static str,
+    count: u64,
+}
+
+impl ShardSet {
+    /// The set that a file of this name belongs to.
+    fn of(name: &str, suffix: &'static str) -> Option<Self> {
+        let (rest, count) = name.strip_suffix(suffix)?.strip_suffix('.')?.rsplit_once("-of-")?;
+        let (stem, no) = rest.rsplit_once('-')?;
+        let number = |s: &str| -> Option<u64> {
+            (s.len() == 5 && s.bytes().all(|b| b.is_ascii_digit())).then(|| s.parse().ok()).flatten()
+        };
+        let (no, count) = (number(no)?, number(count)?);
+        (1..=count).contains(&no).then(|| Self { stem: stem.into(), suffix, count })
+    }
+
+    fn paths(&self, dir: &Path, limits: &Limits) -> Result<Vec<PathBuf>> {
+        let Self { stem, suffix, count } = self;
+        if *count > limits.shards {
+            return Err(
+                Error::limit(format!("{count} shards, at most {} are allowed", limits.shards)).at(dir)
+            );
+        }
+        let path = |no| dir.join(format!("{stem}-{no:05}-of-{count:05}.{suffix}"));
+        let paths: Vec<PathBuf> = (1..=*count).map(path).collect();
+        match paths.iter().find(|p| !p.is_file()) {
+            None => Ok(paths),
+            Some(missing) => Err(Error::io("open", missing, std::io::ErrorKind::NotFound.into())
+                .hint("a shard is missing: fetch it")),
+        }
+    }
+}
+
+impl Located {
+    /// The shards that the index at `path` names.
+    ///
+    /// # Errors
+    /// `Malformed` for what is no index or leaves its directory, `Limit`, `Io` for a missing shard.
+    pub fn of_index(path: &Path, limits: &Limits) -> Result<Self> {
+        #[derive(Deserialize)]
+        struct Fields {
+            weight_map: Unique<String>,
+        }
+        let at = |e: Error| e.at(path);
+        let text = read_side_file(path, limits.side_file_bytes)?
+            .ok_or_else(|| Error::io("open", path, std::io::ErrorKind::NotFound.into()))?;
+        let fields: Fields = from_json(&text, path).map_err(|e| e.context("is no valid index"))?;
+        let map = fields.weight_map.0;
+        let bounded = |n: usize, max: u64, what: &str| match n as u64 > max {
+            true => Err(at(Error::limit(format!("{n} {what}, at most {max} are allowed")))),
+            false => Ok(()),
+        };
+        bounded(map.len(), limits.tensors, "tensors")?;
+        let names: BTreeSet<&String> = map.values().collect();
+        bounded(names.len(), limits.shards, "shards")?;
+        let mut files = Vec::with_capacity(names.len());
+        for name in names {
+            let plain =
+                !name.is_empty() && !name.contains(['/', '\\', '\0', ':']) && *name != "." && *name != "..";
+            if !plain {
+                return Err(at(Error::malformed(format!("shard {name:?} is no plain file name"))));
+            }
+            let file = directory_of(path).join(name);
+            if !file.is_file() {
+                let index = path.file_name().unwrap_or_default().to_string_lossy();
+                return Err(Error::io("open", &file, std::io::ErrorKind::NotFound.into())
+                    .hint(format!("{index} names this shard: fetch it")));
+            }
+            files.push(file);
+        }
+        Ok(Self { files, index: Some(Index { path: path.to_path_buf(), map }) })
+    }
+
+    /// Opens every file with `read`, which lists the tensors of one and gives something more, and
+    /// holds all against the index.
+    ///
+    /// # Errors
+    /// Those of `read`; `Malformed` for a name in two files, and where index and files disagree.
+    pub fn open<T>(
+        &self,
+        limits: &Limits,
+        mut read: impl FnMut(&InputFile, usize) -> Result<(Vec<TensorInfo>, T)>,
+    ) -> Result<(Store, Vec<T>)> {
+        let (mut files, mut tensors, mut more) = (Vec::new(), Vec::<TensorInfo>::new(), Vec::new());
+        let mut seen: HashMap<String, usize> = HashMap::new();
+        for (i, path) in self.files.iter().enumerate() {
+            let file = InputFile::open(path)?;
+            let (found, extra) = read(&file, i)?;
+            for t in &found {
+                match seen.insert(t.name.clone(), i).and_then(|k| self.files.get(k)) {
+                    Some(other) if other == path => {
+                        return Err(Error::malformed(format!("tensor {:?} appears twice", t.name)).at(path));
+                    }
+                    Some(other) => {
+                        let other = other.display();
+                        return Err(
+                            Error::malformed(format!("tensor {:?} is in {other} too", t.name)).at(path)
+                        );
+                    }
+                    None => (),
+                }
+            }
+            tensors.extend(found);
+            more.push(extra);
+            files.push(file);
+            if tensors.len() as u64 > limits.tensors {
+                return Err(Error::limit(format!(
+                    "{} tensors, at most {} are allowed",
+                    tensors.len(),
+                    limits.tensors
+                ))
+                .at(path));
+            }
+        }
+        let store = Store::new(files, tensors)?;
+        if let Some(index) = &self.index {
+            index.check(&store)?;
+        }
+        Ok((store, more))
+    }
+}
+
+impl Index {
+    fn check(&self, store: &Store) -> Result<()> {
+        let file_name = |file: usize| store.files().get(file)?.path().file_name()?.to_str();
+        for (tensor, shard) in &self.map {
+            if store.get(tensor).and_then(|t| file_name(t.file)) != Some(shard.as_str()) {
+                return Err(Error::malformed(format!(
+                    "tensor {tensor:?} is not in {shard}, where the index has it"
+                ))
+                .at(&self.path));
+            }
+        }
+        if let Some(extra) = store.tensors().iter().find(|t| !self.map.contains_key(&t.name)) {
+            return Err(Error::malformed(format!(
+                "tensor {:?} is in a shard, but not in the index",
+                extra.name
+            ))
+            .at(&self.path));
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,60 @@
+//! The weights of a Hugging Face checkpoint, in whichever format they are.
+
+use std::path::Path;
+
+use super::pytorch;
+use super::safetensors;
+use super::shards::{Given, Located};
+use super::{InputFile, Store};
+use crate::error::{Error, Result};
+use crate::limits::Limits;
+
+/// Opened weights.
+#[derive(Debug)]
+pub struct Weights {
+    /// All tensors.
+    pub store: Store,
+    /// `safetensors` or `PyTorch`.
+    pub format: &'static str,
+}
+
+/// Opens a file (any shard), an index, or a directory; a directory's safetensors come before its
+/// PyTorch files. Formats are told apart by content.
+///
+/// # Errors
+/// `Io` when something cannot be read, `Unsupported` when there are no weights, and what the
+/// readers of the formats say.
+pub fn open(path: &Path, limits: &Limits) -> Result<Weights> {
+    let located = match Given::of(path)? {
+        Given::Directory(dir) => {
+            let mut found = None;
+            for naming in [&safetensors::NAMING, &pytorch::NAMING] {
+                found = naming.in_directory(dir, limits)?;
+                if found.is_some() {
+                    break;
+                }
+            }
+            found.ok_or_else(|| {
+                Error::unsupported("holds no weights")
+                    .at(dir)
+                    .hint("model.safetensors, pytorch_model.bin, or an index of either was expected")
+            })?
+        }
+        Given::Index => Located::of_index(path, limits)?,
+        Given::File if pytorch::is_pytorch(&InputFile::open(path)?)? => {
+            return open_pytorch(&pytorch::NAMING.of_file(path, limits)?, limits);
+        }
+        Given::File => safetensors::NAMING.of_file(path, limits)?,
+    };
+    match located.files.first() {
+        Some(first) if pytorch::is_pytorch(&InputFile::open(first)?)? => open_pytorch(&located, limits),
+        _ => {
+            let store = safetensors::open_located(&located, limits)?.store;
+            Ok(Weights { store, format: safetensors::NAMING.format })
+        }
+    }
+}
+
+fn open_pytorch(located: &Located, limits: &Limits) -> Result<Weights> {
+    Ok(Weights { store: pytorch::open_located(located, limits)?, format: pytorch::NAMING.format })
+}
