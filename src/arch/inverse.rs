@@ -9,7 +9,7 @@ use super::Model;
 use super::expr::{Expr, truth};
 use super::mapping::{Data, Mapped, Piece};
 use super::rope::Llama3;
-use super::schema::{Architecture, Class, ConfigValue, Op, Row};
+use super::schema::{Architecture, Class, ConfigValue, GenerateFn, Op, Row};
 use super::scope::{ModelScope, WithShape};
 use crate::container::gguf::{Metadata, Value};
 use crate::error::{Error, Result};
@@ -226,7 +226,7 @@ impl Model {
 
     /// The shape that a row's transforms turn into `shape` (of part `k`).
     fn shape_before(&self, row: &Row, k: usize, shape: &[u64]) -> Result<Vec<u64>> {
-        let mut shape = shape.to_vec();
+        let mut shape = self.before(&row.part_ops[k], shape)?;
         if row.to.len() > 1
             && let Some(n) = shape.get_mut(row.axis)
         {
@@ -242,7 +242,13 @@ impl Model {
             };
             *n = total.ok_or_else(|| Error::malformed("sizes overflow or are unknown"))?;
         }
-        for op in row.ops.iter().rev() {
+        self.before(&row.ops, &shape)
+    }
+
+    /// The shape that `ops` turn into `shape`.
+    fn before(&self, ops: &[Op], shape: &[u64]) -> Result<Vec<u64>> {
+        let mut shape = shape.to_vec();
+        for op in ops.iter().rev() {
             if let Op::Rearrange(r) = op {
                 shape = Rearrange::parse(&r.rearrange)?.shape_before(&shape, &self.sizes(&r.sizes)?)?;
             }
@@ -250,19 +256,32 @@ impl Model {
         Ok(shape)
     }
 
-    /// Completes config.json by what only the tensors and the vocabulary tell. `rope_freqs` are
-    /// the values of the tensor of that name, where the file has it.
+    /// Completes config.json by what only the tensors and the vocabulary tell. `generated` are
+    /// the values of the file's tensors that a definition generates, by name.
     ///
     /// # Errors
     /// `Unsupported` when RoPE factors follow no known formula.
     pub fn complete_config(
         &mut self,
         extra: impl IntoIterator<Item = (String, Json)>,
-        rope_freqs: Option<&[f32]>,
+        generated: &HashMap<String, Vec<f32>>,
     ) -> Result<()> {
         let mut config = self.scope.config().as_object().cloned().unwrap_or_default();
         config.extend(extra);
-        if let Some(factors) = rope_freqs {
+        let listed = |function: GenerateFn| {
+            self.arch.generate.iter().find(|g| g.function == function).and_then(|g| generated.get(&g.name))
+        };
+        for (function, key) in
+            [(GenerateFn::RopeLong, "long_factor"), (GenerateFn::RopeShort, "short_factor")]
+        {
+            let Some(values) = listed(function) else { continue };
+            let numbers = values.iter().map(|v| json_of(&Value::F32(*v))).collect::<Option<Vec<_>>>();
+            let scaling = config.entry("rope_scaling").or_insert_with(|| json!({"rope_type": "longrope"}));
+            if let Json::Object(scaling) = scaling {
+                scaling.insert(key.into(), json!(numbers));
+            }
+        }
+        if let Some(factors) = listed(GenerateFn::RopeLlama3) {
             let theta = config.get("rope_theta").and_then(Json::as_f64).unwrap_or(10_000.0);
             let p = Llama3::recover(factors, theta).ok_or_else(|| {
                 Error::unsupported("rope_freqs.weight follows no formula that config.json could name")
@@ -310,8 +329,18 @@ pub(super) fn config(arch: &Architecture, metadata: &Metadata) -> Result<(Json, 
             ConfigValue::Constant(v) => v.clone(),
             ConfigValue::Expr { expr } => expr.eval(&WithShape(&scope_of(&config), &[]))?,
         };
-        if !value.is_null() {
-            config.insert(key.clone(), value);
+        // `rope_scaling.mrope_section`: an entry of an object.
+        match key.split_once('.') {
+            _ if value.is_null() => {}
+            None => {
+                config.insert(key.clone(), value);
+            }
+            Some((object, key)) => {
+                let object = config.entry(object).or_insert_with(|| json!({}));
+                if let Json::Object(object) = object {
+                    object.insert(key.into(), value);
+                }
+            }
         }
     }
     let scope = scope_of(&config);

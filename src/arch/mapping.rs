@@ -7,7 +7,7 @@ use indexmap::IndexMap;
 use super::Model;
 use super::expr::{Expr, truth};
 use super::rope;
-use super::schema::{Op, Row};
+use super::schema::{Function, Op, Row};
 use super::scope::{WithLayer, WithShape};
 use super::template::{Captures, PARAMETERS};
 use crate::error::{Error, Result};
@@ -57,6 +57,10 @@ pub enum Elementwise {
         /// Summand.
         add: f32,
     },
+    /// `-exp(x)`, rounded once.
+    NegExp,
+    /// `ln(-x)`, which undoes that.
+    LogNeg,
 }
 
 impl Elementwise {
@@ -64,6 +68,8 @@ impl Elementwise {
     pub fn inverse(self) -> Self {
         match self {
             Self::Affine { mul, add } => Self::Affine { mul: 1.0 / mul, add: -add / mul },
+            Self::NegExp => Self::LogNeg,
+            Self::LogNeg => Self::NegExp,
         }
     }
 
@@ -72,6 +78,8 @@ impl Elementwise {
         match self {
             Self::Affine { mul: 1.0, add } => values.iter_mut().for_each(|x| *x += add),
             Self::Affine { mul, add } => values.iter_mut().for_each(|x| *x = *x * mul + add),
+            Self::NegExp => values.iter_mut().for_each(|x| *x = -f64::from(*x).exp() as f32),
+            Self::LogNeg => values.iter_mut().for_each(|x| *x = (-f64::from(*x)).ln() as f32),
         }
     }
 }
@@ -143,11 +151,8 @@ impl Model {
     pub fn map(&self, tensors: &[TensorInfo]) -> Result<Vec<Mapped>> {
         let rows = self.active_rows(tensors.len())?;
         let mut out: IndexMap<String, Building> = IndexMap::new();
-        for g in &self.arch.generate {
-            if truth(&g.when.eval(&self.scope)?) {
-                let (shape, values) = rope::generate(g.function, self)?;
-                out.insert(g.name.clone(), Building { shape, values: Some(values), ..Building::default() });
-            }
+        for (name, shape, values) in self.generated()? {
+            out.insert(name, Building { shape, values: Some(values), ..Building::default() });
         }
         let mut hits: HashMap<&str, HashSet<Captures>> = HashMap::new();
         for t in tensors {
@@ -176,6 +181,21 @@ impl Model {
         }
         self.check_complete(&rows, &hits, &out)?;
         out.into_iter().map(|(name, b)| b.finish(name)).collect()
+    }
+
+    /// Tensors that no checkpoint holds: name, shape, values.
+    ///
+    /// # Errors
+    /// As the evaluation of their conditions, and of what they are made from.
+    pub fn generated(&self) -> Result<Vec<(String, Vec<u64>, Vec<f32>)>> {
+        let mut tensors = Vec::new();
+        for g in &self.arch.generate {
+            if truth(&g.when.eval(&self.scope)?) {
+                let (shape, values) = rope::generate(g.function, self)?;
+                tensors.push((g.name.clone(), shape, values));
+            }
+        }
+        Ok(tensors)
     }
 
     /// The name in the definition's terms.
@@ -217,7 +237,18 @@ impl Model {
         elements(shape)?;
         let mut axes = Axes::new(shape);
         let mut elementwise = Vec::new();
-        for op in &row.ops {
+        self.apply(&row.ops, &mut axes, &mut elementwise)?;
+        if row.to.len() > 1 {
+            let shape = axes.shape();
+            let (start, stop, step) = self.part(row, k, &shape)?;
+            axes.slice(row.axis, start, stop, step)?;
+            self.apply(&row.part_ops[k], &mut axes, &mut elementwise)?;
+        }
+        Ok((axes, elementwise))
+    }
+
+    fn apply(&self, ops: &[Op], axes: &mut Axes, elementwise: &mut Vec<Elementwise>) -> Result<()> {
+        for op in ops {
             let scope_shape = axes.shape();
             let scope = WithShape(&self.scope, &scope_shape);
             let number = |e: &Option<Expr>, default: u64| match e {
@@ -238,6 +269,9 @@ impl Model {
                     let n = scope_shape.get(s.slice).copied().unwrap_or(0);
                     axes.slice(s.slice, number(&s.start, 0)?, number(&s.stop, n)?, number(&s.step, 1)?)?;
                 }
+                Op::Function(f) => elementwise.push(match f.function {
+                    Function::NegExp => Elementwise::NegExp,
+                }),
                 Op::Affine(a) => {
                     let value = |e: &Option<Expr>, default: f32| match e {
                         None => Ok(default),
@@ -253,12 +287,7 @@ impl Model {
                 }
             }
         }
-        if row.to.len() > 1 {
-            let shape = axes.shape();
-            let (start, stop, step) = self.part(row, k, &shape)?;
-            axes.slice(row.axis, start, stop, step)?;
-        }
-        Ok((axes, elementwise))
+        Ok(())
     }
 
     /// The range that part `k` of a split takes of its axis.
@@ -435,5 +464,25 @@ impl Building {
             }
         };
         Ok(Mapped { name, shape: self.shape, data })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn arithmetic_is_undone() {
+        let values = [-2.5f32, -1.0, 0.0, 0.25, 3.0];
+        for op in [Elementwise::Affine { mul: 2.0, add: 1.0 }, Elementwise::NegExp] {
+            let mut changed = values;
+            op.apply(&mut changed);
+            assert!(changed != values);
+            op.inverse().apply(&mut changed);
+            assert!(changed.iter().zip(values).all(|(a, b)| (a - b).abs() < 1e-6), "{op:?}: {changed:?}");
+        }
+        let mut one = [1.0f32];
+        Elementwise::NegExp.apply(&mut one);
+        assert_eq!(one, [-std::f32::consts::E]);
     }
 }
