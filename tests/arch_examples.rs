@@ -247,7 +247,7 @@ impl Trial {
         let mut tensors: Vec<(&str, DType, &[u64])> =
             shapes.iter().map(|(n, s)| (n.as_str(), DType::F32, s.as_slice())).collect();
         let generated = self.model.generated().map_err(text)?;
-        tensors.extend(generated.iter().map(|(n, s, _)| (n.as_str(), DType::F32, s.as_slice())));
+        tensors.extend(generated.iter().map(|g| (g.name.as_str(), DType::F32, g.shape.as_slice())));
         let layout = write::Layout::new(&self.metadata, &tensors).map_err(text)?;
         let path = self.dir.path().join("zeros.gguf");
         let mut bytes = layout.header;

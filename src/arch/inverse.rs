@@ -171,32 +171,34 @@ impl Model {
                     ))));
                 }
             };
-            let shape = self.shape_before(active.row, k, &one).map_err(context)?;
-            let (axes, mut elementwise) = self.transform(active.row, k, &shape).map_err(context)?;
-            if axes.shape() != one {
-                return Err(context(Error::malformed(format!("shape {one:?} cannot be undone"))));
-            }
-            elementwise.reverse();
-            elementwise.iter_mut().for_each(|e| *e = e.inverse());
-            let n = elements(&one)?;
-            for e in 0..stack {
-                if active.row.stack.is_some() {
-                    captures.integers.insert('e', e);
+            for (k, one, first) in self.parts_of(active.row, k, &one).map_err(context)? {
+                let shape = self.shape_before(active.row, k, &one).map_err(context)?;
+                let (axes, mut elementwise) = self.transform(active.row, k, &shape).map_err(context)?;
+                if axes.shape() != one {
+                    return Err(context(Error::malformed(format!("shape {one:?} cannot be undone"))));
                 }
-                let name =
-                    active.row.hf.fill(&captures).ok_or_else(|| context(Error::malformed("has no name")))?;
-                let copy = axes.clone().into_copy(e * n).inverse();
-                let piece = Piece { source: t.name.clone(), copy };
-                match out.get_mut(&name) {
-                    None => {
-                        let data = Data::Copied { pieces: vec![piece], elementwise: elementwise.clone() };
-                        let name_out = self.original(&name);
-                        out.insert(name, Mapped { name: name_out, shape: shape.clone(), data });
+                elementwise.reverse();
+                elementwise.iter_mut().for_each(|e| *e = e.inverse());
+                let n = elements(&one)?;
+                for e in 0..stack {
+                    if active.row.stack.is_some() {
+                        captures.integers.insert('e', e);
                     }
-                    Some(Mapped { data: Data::Copied { pieces, .. }, shape: s, .. }) if *s == shape => {
-                        pieces.push(piece);
+                    let name = active.row.hf.fill(&captures);
+                    let name = name.ok_or_else(|| context(Error::malformed("has no name")))?;
+                    let copy = axes.clone().into_copy(first + e * n).inverse();
+                    let piece = Piece { source: t.name.clone(), copy };
+                    match out.get_mut(&name) {
+                        None => {
+                            let data = Data::Copied { pieces: vec![piece], elementwise: elementwise.clone() };
+                            let name_out = self.original(&name);
+                            out.insert(name, Mapped { name: name_out, shape: shape.clone(), data });
+                        }
+                        Some(Mapped { data: Data::Copied { pieces, .. }, shape: s, .. }) if *s == shape => {
+                            pieces.push(piece);
+                        }
+                        Some(_) => return Err(context(Error::malformed("its parts do not fit together"))),
                     }
-                    Some(_) => return Err(context(Error::malformed("its parts do not fit together"))),
                 }
             }
         }
@@ -213,6 +215,42 @@ impl Model {
             }
         }
         Ok(out)
+    }
+
+    /// The parts that were joined to a tensor of this shape: number, shape, first element. Of a
+    /// part that stands alone, itself.
+    fn parts_of(&self, row: &Row, k: usize, shape: &[u64]) -> Result<Vec<(usize, Vec<u64>, u64)>> {
+        let joined: Vec<usize> = row.joined_with(k).collect();
+        if joined.len() == 1 {
+            return Ok(vec![(k, shape.to_vec(), 0)]);
+        }
+        let fail = || Error::malformed(format!("shape {shape:?} does not fall into its parts"));
+        let (&total, rest) = shape.split_first().ok_or_else(fail)?;
+        let row_len = elements(rest)?;
+        let (mut parts, mut at) = (Vec::new(), 0u64);
+        for j in joined {
+            let rows = self.rows_of_part(row, j)?;
+            let end = at.checked_add(rows).filter(|end| *end <= total).ok_or_else(fail)?;
+            let first = at.checked_mul(row_len).ok_or_else(fail)?;
+            parts.push((j, [&[rows], rest].concat(), first));
+            at = end;
+        }
+        if at == total { Ok(parts) } else { Err(fail()) }
+    }
+
+    /// How many rows part `k` has when it is joined: what its rearrangement says of the first axis,
+    /// or its size.
+    fn rows_of_part(&self, row: &Row, k: usize) -> Result<u64> {
+        let unknown = || Error::malformed(format!("the rows of part {k} are unknown"));
+        match row.part_ops[k].last() {
+            Some(Op::Rearrange(r)) => {
+                let sizes = self.sizes(&r.sizes)?;
+                let spec = Rearrange::parse(&r.rearrange)?;
+                let names = spec.right.first().ok_or_else(unknown)?;
+                names.iter().try_fold(1u64, |n, name| n.checked_mul(*sizes.get(name)?)).ok_or_else(unknown)
+            }
+            _ => row.sizes[k].eval(&self.scope)?.as_u64().ok_or_else(unknown),
+        }
     }
 
     /// The name in the checkpoint for a name in the definition's terms.

@@ -38,6 +38,17 @@ pub enum Data {
     Values(Vec<f32>),
 }
 
+/// A tensor that no checkpoint holds.
+#[derive(Clone, Debug)]
+pub struct Generated {
+    /// Its name.
+    pub name: String,
+    /// Its shape, outermost dimension first.
+    pub shape: Vec<u64>,
+    /// Its values.
+    pub values: Vec<f32>,
+}
+
 /// A copy from one source tensor.
 #[derive(Clone, Debug)]
 pub struct Piece {
@@ -151,7 +162,7 @@ impl Model {
     pub fn map(&self, tensors: &[TensorInfo]) -> Result<Vec<Mapped>> {
         let rows = self.active_rows(tensors.len())?;
         let mut out: IndexMap<String, Building> = IndexMap::new();
-        for (name, shape, values) in self.generated()? {
+        for Generated { name, shape, values } in self.generated()? {
             out.insert(name, Building { shape, values: Some(values), ..Building::default() });
         }
         let mut hits: HashMap<&str, HashSet<Captures>> = HashMap::new();
@@ -172,9 +183,10 @@ impl Model {
             for (k, to) in active.row.to.iter().enumerate() {
                 let target = to.fill(&captures).ok_or_else(|| context(Error::malformed("no target name")))?;
                 let (axes, elementwise) = self.transform(active.row, k, &t.shape).map_err(context)?;
+                let joined = self.joined(active.row, k, &t.shape).map_err(context)?;
                 out.entry(target)
                     .or_insert_with(|| Building { stack: active.stack, ..Building::default() })
-                    .add(t, active, &captures, axes, elementwise)
+                    .add(t, active, &captures, axes, joined, elementwise)
                     .map_err(context)?;
             }
             hits.entry(active.row.hf.text()).or_default().insert(captures);
@@ -183,16 +195,16 @@ impl Model {
         out.into_iter().map(|(name, b)| b.finish(name)).collect()
     }
 
-    /// Tensors that no checkpoint holds: name, shape, values.
+    /// Tensors that no checkpoint holds.
     ///
     /// # Errors
     /// As the evaluation of their conditions, and of what they are made from.
-    pub fn generated(&self) -> Result<Vec<(String, Vec<u64>, Vec<f32>)>> {
+    pub fn generated(&self) -> Result<Vec<Generated>> {
         let mut tensors = Vec::new();
         for g in &self.arch.generate {
             if truth(&g.when.eval(&self.scope)?) {
                 let (shape, values) = rope::generate(g.function, self)?;
-                tensors.push((g.name.clone(), shape, values));
+                tensors.push(Generated { name: g.name.clone(), shape, values });
             }
         }
         Ok(tensors)
@@ -288,6 +300,29 @@ impl Model {
             }
         }
         Ok(())
+    }
+
+    /// Where parts of a split have the same name: the first row of part `k`, and the rows of all.
+    fn joined(&self, row: &Row, k: usize, shape: &[u64]) -> Result<Option<(u64, u64)>> {
+        let parts: Vec<usize> = row.joined_with(k).collect();
+        if parts.len() == 1 {
+            return Ok(None);
+        }
+        let mut rest: Option<Vec<u64>> = None;
+        let (mut first, mut total) = (0, 0u64);
+        for j in parts {
+            if j == k {
+                first = total;
+            }
+            let shape = self.transform(row, j, shape)?.0.shape();
+            let (rows, others) =
+                shape.split_first().ok_or_else(|| Error::malformed("a scalar has no parts"))?;
+            if rest.replace(others.to_vec()).is_some_and(|r| r != others) {
+                return Err(Error::malformed("its parts do not fit together"));
+            }
+            total = total.checked_add(*rows).ok_or_else(|| Error::malformed("sizes overflow"))?;
+        }
+        Ok(Some((first, total)))
     }
 
     /// The range that part `k` of a split takes of its axis.
@@ -421,13 +456,19 @@ impl Building {
         active: &ActiveRow<'_>,
         captures: &Captures,
         axes: Axes,
+        joined: Option<(u64, u64)>,
         elementwise: Vec<Elementwise>,
     ) -> Result<()> {
         let mut shape = axes.shape();
-        let one = elements(&shape)?;
-        let index = match &active.row.stack {
-            None => 0,
-            Some(_) => {
+        let mut one = elements(&shape)?;
+        let index = match (&active.row.stack, joined) {
+            (None, None) => 0,
+            (None, Some((first, total))) => {
+                one = elements(&shape[1..])?;
+                shape[0] = total;
+                first
+            }
+            (Some(_), _) => {
                 shape.insert(0, active.stack);
                 let e = captures.integers.get(&'e').copied().unwrap_or(0);
                 if e >= active.stack {

@@ -16,7 +16,7 @@ mod template;
 
 pub use example::Target;
 pub use expr::{Expr, Scope, truth};
-pub use mapping::{Data, Elementwise, Mapped, Piece};
+pub use mapping::{Data, Elementwise, Generated, Mapped, Piece};
 pub use schema::{Architecture, TokenizerRule};
 pub use scope::Facts;
 pub use template::{Captures, Template};

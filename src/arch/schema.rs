@@ -190,7 +190,8 @@ enum PartSpec {
 pub(super) struct Row {
     /// Name in the checkpoint.
     pub hf: Template,
-    /// Names in GGUF: one, or the parts of a split.
+    /// Names in GGUF: one, or the parts of a split. Parts of the same name are joined along the
+    /// first axis, in this order.
     pub to: Vec<Template>,
     /// For a split: the axis.
     pub axis: usize,
@@ -390,6 +391,11 @@ impl Architecture {
 }
 
 impl Row {
+    /// The parts that have the same name as part `k`, itself among them.
+    pub fn joined_with(&self, k: usize) -> impl Iterator<Item = usize> + '_ {
+        (0..self.to.len()).filter(move |&j| self.to[j] == self.to[k])
+    }
+
     fn new(hf: Template, spec: RowSpec) -> Result<Self> {
         let table = match spec {
             RowSpec::Row(table) => *table,
@@ -425,6 +431,10 @@ impl Row {
         };
         if part_ops.iter().flatten().any(|op| !matches!(op, Op::Rearrange(_))) {
             return fail("parts of a `split` can be rearranged, and no more");
+        }
+        let is_joined = (1..to.len()).any(|k| to[..k].contains(&to[k]));
+        if is_joined && (table.sizes.is_empty() || table.interleaved) {
+            return fail("parts that are joined need `sizes`");
         }
         let known = |c: char| hf.has(c);
         if to.iter().any(|t| t.letters().any(|c| !known(c)) || t.has_parameter() != hf.has_parameter()) {
@@ -540,7 +550,7 @@ mod tests {
         assert_eq!(arch.kv["mine.n"].expr, Expr::parse("1").unwrap());
         assert_eq!(arch.rows.iter().map(|r| r.hf.text()).collect::<Vec<_>>(), ["b"]);
         assert!(Architecture::parse("schema = 1\nextends = \"loop\"", &base).is_err());
-        let late = "schema = 1\n\n[tensors]\n\"a.{i}\" = \"b\"";
+        let late = "schema = 1\n\n[tensors]\n\"a\" = \"b.{i}\"";
         let e = Architecture::parse(late, &base).unwrap_err();
         assert!(e.to_string().contains("line 4"), "{e}");
     }
