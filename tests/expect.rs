@@ -12,7 +12,10 @@ use serde_json::{Value as Json, json};
 use sha2::{Digest, Sha256};
 
 /// Differences that are on purpose; README.md gives the reasons.
-const ON_PURPOSE: &[(&str, &str)] = &[];
+const ON_PURPOSE: &[(&str, &str)] = &[
+    // The converter forgets it for this architecture.
+    ("gpt_neox-seq", "general.file_type"),
+];
 
 fn hex(bytes: &[u8]) -> String {
     Sha256::digest(bytes).iter().map(|b| format!("{b:02x}")).collect()
@@ -91,6 +94,10 @@ fn recorded(v: &Value) -> Json {
 fn compare(name: &str, output: &Path, skip: &dyn Fn(&str) -> bool) {
     let text = fs::read(common::fixture(&format!("expect/{name}.json"))).unwrap();
     let expected: Json = serde_json::from_slice(&text).unwrap();
+    if expected["converts_by_reference"] == false {
+        println!("{name}: llama.cpp's converter refuses it: {}", expected["reason"]);
+        return;
+    }
     let gguf = Gguf::open(output, &Limits::default()).unwrap();
     let tensors = expected["tensors"].as_object().unwrap();
     assert!(!tensors.is_empty());

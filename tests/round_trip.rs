@@ -35,6 +35,7 @@ fn back_and_forth() {
                 output: hf.clone(),
                 dtype: DType::from_name(file_type),
                 max_shard_size: 300_000, // several shards
+                arch_file: None,
                 limits: Limits::default(),
             }
             .plan()
@@ -90,6 +91,7 @@ fn quantized_and_transposed() {
         output: hf.clone(),
         dtype: Some(DType::F32),
         max_shard_size: 1 << 30,
+        arch_file: None,
         limits: Limits::default(),
     }
     .plan()

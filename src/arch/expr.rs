@@ -213,10 +213,11 @@ fn call(name: &str, args: &[Expr], scope: &dyn Scope) -> Result<Json> {
     let values = args.iter().map(|a| a.eval(scope)).collect::<Result<Vec<_>>>()?;
     let f64_of = |v: &Json| v.as_f64().ok_or_else(|| fail(&format!("{v} is not a number")));
     match (name, values.as_slice()) {
-        ("sqrt" | "ceil" | "floor" | "round_up" | "min" | "max" | "len" | "int", [Json::Null, ..]) => {
+        ("sqrt" | "ln" | "ceil" | "floor" | "round_up" | "min" | "max" | "len" | "int", [Json::Null, ..]) => {
             Ok(Json::Null)
         }
         ("sqrt", [v]) => number(f64_of(v)?.sqrt()),
+        ("ln", [v]) => number(f64_of(v)?.ln()),
         ("ceil", [v]) => Ok(Json::from(f64_of(v)?.ceil() as i64)),
         ("floor" | "int", [v]) => Ok(Json::from(f64_of(v)?.floor() as i64)),
         ("round_up", [v, m]) => match (v.as_u64(), m.as_u64()) {
@@ -229,6 +230,15 @@ fn call(name: &str, args: &[Expr], scope: &dyn Scope) -> Result<Json> {
         ("min" | "max", [a, b]) => {
             let first = (f64_of(a)? < f64_of(b)?) == (name == "min");
             Ok(if first { a.clone() } else { b.clone() })
+        }
+        ("min" | "max", [Json::Array(list)]) => {
+            let mut best = Json::Null;
+            for v in list {
+                if best.is_null() || (f64_of(v)? < f64_of(&best)?) == (name == "min") {
+                    best = v.clone();
+                }
+            }
+            Ok(best)
         }
         ("len", [Json::Array(a)]) => Ok(Json::from(a.len())),
         ("len", [Json::String(s)]) => Ok(Json::from(s.len())),

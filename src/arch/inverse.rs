@@ -9,7 +9,7 @@ use super::Model;
 use super::expr::{Expr, truth};
 use super::mapping::{Data, Mapped, Piece};
 use super::rope::Llama3;
-use super::schema::{Architecture, Class, ConfigValue, Op, Row};
+use super::schema::{Architecture, Class, ConfigValue, GenerateFn, Op, Row};
 use super::scope::{ModelScope, WithShape};
 use crate::container::gguf::{Metadata, Value};
 use crate::error::{Error, Result};
@@ -171,32 +171,34 @@ impl Model {
                     ))));
                 }
             };
-            let shape = self.shape_before(active.row, k, &one).map_err(context)?;
-            let (axes, mut elementwise) = self.transform(active.row, k, &shape).map_err(context)?;
-            if axes.shape() != one {
-                return Err(context(Error::malformed(format!("shape {one:?} cannot be undone"))));
-            }
-            elementwise.reverse();
-            elementwise.iter_mut().for_each(|e| *e = e.inverse());
-            let n = elements(&one)?;
-            for e in 0..stack {
-                if active.row.stack.is_some() {
-                    captures.integers.insert('e', e);
+            for (k, one, first) in self.parts_of(active.row, k, &one).map_err(context)? {
+                let shape = self.shape_before(active.row, k, &one).map_err(context)?;
+                let (axes, mut elementwise) = self.transform(active.row, k, &shape).map_err(context)?;
+                if axes.shape() != one {
+                    return Err(context(Error::malformed(format!("shape {one:?} cannot be undone"))));
                 }
-                let name =
-                    active.row.hf.fill(&captures).ok_or_else(|| context(Error::malformed("has no name")))?;
-                let copy = axes.clone().into_copy(e * n).inverse();
-                let piece = Piece { source: t.name.clone(), copy };
-                match out.get_mut(&name) {
-                    None => {
-                        let data = Data::Copied { pieces: vec![piece], elementwise: elementwise.clone() };
-                        let name_out = self.original(&name);
-                        out.insert(name, Mapped { name: name_out, shape: shape.clone(), data });
+                elementwise.reverse();
+                elementwise.iter_mut().for_each(|e| *e = e.inverse());
+                let n = elements(&one)?;
+                for e in 0..stack {
+                    if active.row.stack.is_some() {
+                        captures.integers.insert('e', e);
                     }
-                    Some(Mapped { data: Data::Copied { pieces, .. }, shape: s, .. }) if *s == shape => {
-                        pieces.push(piece);
+                    let name = active.row.hf.fill(&captures);
+                    let name = name.ok_or_else(|| context(Error::malformed("has no name")))?;
+                    let copy = axes.clone().into_copy(first + e * n).inverse();
+                    let piece = Piece { source: t.name.clone(), copy };
+                    match out.get_mut(&name) {
+                        None => {
+                            let data = Data::Copied { pieces: vec![piece], elementwise: elementwise.clone() };
+                            let name_out = self.original(&name);
+                            out.insert(name, Mapped { name: name_out, shape: shape.clone(), data });
+                        }
+                        Some(Mapped { data: Data::Copied { pieces, .. }, shape: s, .. }) if *s == shape => {
+                            pieces.push(piece);
+                        }
+                        Some(_) => return Err(context(Error::malformed("its parts do not fit together"))),
                     }
-                    Some(_) => return Err(context(Error::malformed("its parts do not fit together"))),
                 }
             }
         }
@@ -215,6 +217,42 @@ impl Model {
         Ok(out)
     }
 
+    /// The parts that were joined to a tensor of this shape: number, shape, first element. Of a
+    /// part that stands alone, itself.
+    fn parts_of(&self, row: &Row, k: usize, shape: &[u64]) -> Result<Vec<(usize, Vec<u64>, u64)>> {
+        let joined: Vec<usize> = row.joined_with(k).collect();
+        if joined.len() == 1 {
+            return Ok(vec![(k, shape.to_vec(), 0)]);
+        }
+        let fail = || Error::malformed(format!("shape {shape:?} does not fall into its parts"));
+        let (&total, rest) = shape.split_first().ok_or_else(fail)?;
+        let row_len = elements(rest)?;
+        let (mut parts, mut at) = (Vec::new(), 0u64);
+        for j in joined {
+            let rows = self.rows_of_part(row, j)?;
+            let end = at.checked_add(rows).filter(|end| *end <= total).ok_or_else(fail)?;
+            let first = at.checked_mul(row_len).ok_or_else(fail)?;
+            parts.push((j, [&[rows], rest].concat(), first));
+            at = end;
+        }
+        if at == total { Ok(parts) } else { Err(fail()) }
+    }
+
+    /// How many rows part `k` has when it is joined: what its rearrangement says of the first axis,
+    /// or its size.
+    fn rows_of_part(&self, row: &Row, k: usize) -> Result<u64> {
+        let unknown = || Error::malformed(format!("the rows of part {k} are unknown"));
+        match row.part_ops[k].last() {
+            Some(Op::Rearrange(r)) => {
+                let sizes = self.sizes(&r.sizes)?;
+                let spec = Rearrange::parse(&r.rearrange)?;
+                let names = spec.right.first().ok_or_else(unknown)?;
+                names.iter().try_fold(1u64, |n, name| n.checked_mul(*sizes.get(name)?)).ok_or_else(unknown)
+            }
+            _ => row.sizes[k].eval(&self.scope)?.as_u64().ok_or_else(unknown),
+        }
+    }
+
     /// The name in the checkpoint for a name in the definition's terms.
     fn original(&self, name: &str) -> String {
         self.class
@@ -226,7 +264,7 @@ impl Model {
 
     /// The shape that a row's transforms turn into `shape` (of part `k`).
     fn shape_before(&self, row: &Row, k: usize, shape: &[u64]) -> Result<Vec<u64>> {
-        let mut shape = shape.to_vec();
+        let mut shape = self.before(&row.part_ops[k], shape)?;
         if row.to.len() > 1
             && let Some(n) = shape.get_mut(row.axis)
         {
@@ -242,7 +280,13 @@ impl Model {
             };
             *n = total.ok_or_else(|| Error::malformed("sizes overflow or are unknown"))?;
         }
-        for op in row.ops.iter().rev() {
+        self.before(&row.ops, &shape)
+    }
+
+    /// The shape that `ops` turn into `shape`.
+    fn before(&self, ops: &[Op], shape: &[u64]) -> Result<Vec<u64>> {
+        let mut shape = shape.to_vec();
+        for op in ops.iter().rev() {
             if let Op::Rearrange(r) = op {
                 shape = Rearrange::parse(&r.rearrange)?.shape_before(&shape, &self.sizes(&r.sizes)?)?;
             }
@@ -250,19 +294,32 @@ impl Model {
         Ok(shape)
     }
 
-    /// Completes config.json by what only the tensors and the vocabulary tell. `rope_freqs` are
-    /// the values of the tensor of that name, where the file has it.
+    /// Completes config.json by what only the tensors and the vocabulary tell. `generated` are
+    /// the values of the file's tensors that a definition generates, by name.
     ///
     /// # Errors
     /// `Unsupported` when RoPE factors follow no known formula.
     pub fn complete_config(
         &mut self,
         extra: impl IntoIterator<Item = (String, Json)>,
-        rope_freqs: Option<&[f32]>,
+        generated: &HashMap<String, Vec<f32>>,
     ) -> Result<()> {
         let mut config = self.scope.config().as_object().cloned().unwrap_or_default();
         config.extend(extra);
-        if let Some(factors) = rope_freqs {
+        let listed = |function: GenerateFn| {
+            self.arch.generate.iter().find(|g| g.function == function).and_then(|g| generated.get(&g.name))
+        };
+        for (function, key) in
+            [(GenerateFn::RopeLong, "long_factor"), (GenerateFn::RopeShort, "short_factor")]
+        {
+            let Some(values) = listed(function) else { continue };
+            let numbers = values.iter().map(|v| json_of(&Value::F32(*v))).collect::<Option<Vec<_>>>();
+            let scaling = config.entry("rope_scaling").or_insert_with(|| json!({"rope_type": "longrope"}));
+            if let Json::Object(scaling) = scaling {
+                scaling.insert(key.into(), json!(numbers));
+            }
+        }
+        if let Some(factors) = listed(GenerateFn::RopeLlama3) {
             let theta = config.get("rope_theta").and_then(Json::as_f64).unwrap_or(10_000.0);
             let p = Llama3::recover(factors, theta).ok_or_else(|| {
                 Error::unsupported("rope_freqs.weight follows no formula that config.json could name")
@@ -310,8 +367,18 @@ pub(super) fn config(arch: &Architecture, metadata: &Metadata) -> Result<(Json, 
             ConfigValue::Constant(v) => v.clone(),
             ConfigValue::Expr { expr } => expr.eval(&WithShape(&scope_of(&config), &[]))?,
         };
-        if !value.is_null() {
-            config.insert(key.clone(), value);
+        // `rope_scaling.mrope_section`: an entry of an object.
+        match key.split_once('.') {
+            _ if value.is_null() => {}
+            None => {
+                config.insert(key.clone(), value);
+            }
+            Some((object, key)) => {
+                let object = config.entry(object).or_insert_with(|| json!({}));
+                if let Json::Object(object) = object {
+                    object.insert(key.into(), value);
+                }
+            }
         }
     }
     let scope = scope_of(&config);

@@ -7,7 +7,7 @@ use indexmap::IndexMap;
 use super::Model;
 use super::expr::{Expr, truth};
 use super::rope;
-use super::schema::{Op, Row};
+use super::schema::{Function, Op, Row};
 use super::scope::{WithLayer, WithShape};
 use super::template::{Captures, PARAMETERS};
 use crate::error::{Error, Result};
@@ -38,6 +38,17 @@ pub enum Data {
     Values(Vec<f32>),
 }
 
+/// A tensor that no checkpoint holds.
+#[derive(Clone, Debug)]
+pub struct Generated {
+    /// Its name.
+    pub name: String,
+    /// Its shape, outermost dimension first.
+    pub shape: Vec<u64>,
+    /// Its values.
+    pub values: Vec<f32>,
+}
+
 /// A copy from one source tensor.
 #[derive(Clone, Debug)]
 pub struct Piece {
@@ -57,6 +68,10 @@ pub enum Elementwise {
         /// Summand.
         add: f32,
     },
+    /// `-exp(x)`, rounded once.
+    NegExp,
+    /// `ln(-x)`, which undoes that.
+    LogNeg,
 }
 
 impl Elementwise {
@@ -64,6 +79,8 @@ impl Elementwise {
     pub fn inverse(self) -> Self {
         match self {
             Self::Affine { mul, add } => Self::Affine { mul: 1.0 / mul, add: -add / mul },
+            Self::NegExp => Self::LogNeg,
+            Self::LogNeg => Self::NegExp,
         }
     }
 
@@ -72,6 +89,8 @@ impl Elementwise {
         match self {
             Self::Affine { mul: 1.0, add } => values.iter_mut().for_each(|x| *x += add),
             Self::Affine { mul, add } => values.iter_mut().for_each(|x| *x = *x * mul + add),
+            Self::NegExp => values.iter_mut().for_each(|x| *x = -f64::from(*x).exp() as f32),
+            Self::LogNeg => values.iter_mut().for_each(|x| *x = (-f64::from(*x)).ln() as f32),
         }
     }
 }
@@ -143,11 +162,8 @@ impl Model {
     pub fn map(&self, tensors: &[TensorInfo]) -> Result<Vec<Mapped>> {
         let rows = self.active_rows(tensors.len())?;
         let mut out: IndexMap<String, Building> = IndexMap::new();
-        for g in &self.arch.generate {
-            if truth(&g.when.eval(&self.scope)?) {
-                let (shape, values) = rope::generate(g.function, self)?;
-                out.insert(g.name.clone(), Building { shape, values: Some(values), ..Building::default() });
-            }
+        for Generated { name, shape, values } in self.generated()? {
+            out.insert(name, Building { shape, values: Some(values), ..Building::default() });
         }
         let mut hits: HashMap<&str, HashSet<Captures>> = HashMap::new();
         for t in tensors {
@@ -167,15 +183,31 @@ impl Model {
             for (k, to) in active.row.to.iter().enumerate() {
                 let target = to.fill(&captures).ok_or_else(|| context(Error::malformed("no target name")))?;
                 let (axes, elementwise) = self.transform(active.row, k, &t.shape).map_err(context)?;
+                let joined = self.joined(active.row, k, &t.shape).map_err(context)?;
                 out.entry(target)
                     .or_insert_with(|| Building { stack: active.stack, ..Building::default() })
-                    .add(t, active, &captures, axes, elementwise)
+                    .add(t, active, &captures, axes, joined, elementwise)
                     .map_err(context)?;
             }
             hits.entry(active.row.hf.text()).or_default().insert(captures);
         }
         self.check_complete(&rows, &hits, &out)?;
         out.into_iter().map(|(name, b)| b.finish(name)).collect()
+    }
+
+    /// Tensors that no checkpoint holds.
+    ///
+    /// # Errors
+    /// As the evaluation of their conditions, and of what they are made from.
+    pub fn generated(&self) -> Result<Vec<Generated>> {
+        let mut tensors = Vec::new();
+        for g in &self.arch.generate {
+            if truth(&g.when.eval(&self.scope)?) {
+                let (shape, values) = rope::generate(g.function, self)?;
+                tensors.push(Generated { name: g.name.clone(), shape, values });
+            }
+        }
+        Ok(tensors)
     }
 
     /// The name in the definition's terms.
@@ -217,7 +249,18 @@ impl Model {
         elements(shape)?;
         let mut axes = Axes::new(shape);
         let mut elementwise = Vec::new();
-        for op in &row.ops {
+        self.apply(&row.ops, &mut axes, &mut elementwise)?;
+        if row.to.len() > 1 {
+            let shape = axes.shape();
+            let (start, stop, step) = self.part(row, k, &shape)?;
+            axes.slice(row.axis, start, stop, step)?;
+            self.apply(&row.part_ops[k], &mut axes, &mut elementwise)?;
+        }
+        Ok((axes, elementwise))
+    }
+
+    fn apply(&self, ops: &[Op], axes: &mut Axes, elementwise: &mut Vec<Elementwise>) -> Result<()> {
+        for op in ops {
             let scope_shape = axes.shape();
             let scope = WithShape(&self.scope, &scope_shape);
             let number = |e: &Option<Expr>, default: u64| match e {
@@ -238,6 +281,9 @@ impl Model {
                     let n = scope_shape.get(s.slice).copied().unwrap_or(0);
                     axes.slice(s.slice, number(&s.start, 0)?, number(&s.stop, n)?, number(&s.step, 1)?)?;
                 }
+                Op::Function(f) => elementwise.push(match f.function {
+                    Function::NegExp => Elementwise::NegExp,
+                }),
                 Op::Affine(a) => {
                     let value = |e: &Option<Expr>, default: f32| match e {
                         None => Ok(default),
@@ -253,12 +299,30 @@ impl Model {
                 }
             }
         }
-        if row.to.len() > 1 {
-            let shape = axes.shape();
-            let (start, stop, step) = self.part(row, k, &shape)?;
-            axes.slice(row.axis, start, stop, step)?;
+        Ok(())
+    }
+
+    /// Where parts of a split have the same name: the first row of part `k`, and the rows of all.
+    fn joined(&self, row: &Row, k: usize, shape: &[u64]) -> Result<Option<(u64, u64)>> {
+        let parts: Vec<usize> = row.joined_with(k).collect();
+        if parts.len() == 1 {
+            return Ok(None);
         }
-        Ok((axes, elementwise))
+        let mut rest: Option<Vec<u64>> = None;
+        let (mut first, mut total) = (0, 0u64);
+        for j in parts {
+            if j == k {
+                first = total;
+            }
+            let shape = self.transform(row, j, shape)?.0.shape();
+            let (rows, others) =
+                shape.split_first().ok_or_else(|| Error::malformed("a scalar has no parts"))?;
+            if rest.replace(others.to_vec()).is_some_and(|r| r != others) {
+                return Err(Error::malformed("its parts do not fit together"));
+            }
+            total = total.checked_add(*rows).ok_or_else(|| Error::malformed("sizes overflow"))?;
+        }
+        Ok(Some((first, total)))
     }
 
     /// The range that part `k` of a split takes of its axis.
@@ -392,13 +456,19 @@ impl Building {
         active: &ActiveRow<'_>,
         captures: &Captures,
         axes: Axes,
+        joined: Option<(u64, u64)>,
         elementwise: Vec<Elementwise>,
     ) -> Result<()> {
         let mut shape = axes.shape();
-        let one = elements(&shape)?;
-        let index = match &active.row.stack {
-            None => 0,
-            Some(_) => {
+        let mut one = elements(&shape)?;
+        let index = match (&active.row.stack, joined) {
+            (None, None) => 0,
+            (None, Some((first, total))) => {
+                one = elements(&shape[1..])?;
+                shape[0] = total;
+                first
+            }
+            (Some(_), _) => {
                 shape.insert(0, active.stack);
                 let e = captures.integers.get(&'e').copied().unwrap_or(0);
                 if e >= active.stack {
@@ -435,5 +505,25 @@ impl Building {
             }
         };
         Ok(Mapped { name, shape: self.shape, data })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn arithmetic_is_undone() {
+        let values = [-2.5f32, -1.0, 0.0, 0.25, 3.0];
+        for op in [Elementwise::Affine { mul: 2.0, add: 1.0 }, Elementwise::NegExp] {
+            let mut changed = values;
+            op.apply(&mut changed);
+            assert!(changed != values);
+            op.inverse().apply(&mut changed);
+            assert!(changed.iter().zip(values).all(|(a, b)| (a - b).abs() < 1e-6), "{op:?}: {changed:?}");
+        }
+        let mut one = [1.0f32];
+        Elementwise::NegExp.apply(&mut one);
+        assert_eq!(one, [-std::f32::consts::E]);
     }
 }

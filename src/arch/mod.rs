@@ -5,6 +5,7 @@
 //! [`recognise`] matches a config.json, [`Model::map`] plans the way to GGUF, and
 //! [`Model::map_back`] the way back, from the same rows.
 
+mod example;
 mod expr;
 mod inverse;
 mod mapping;
@@ -13,16 +14,20 @@ mod schema;
 mod scope;
 mod template;
 
+pub use example::Target;
 pub use expr::{Expr, Scope, truth};
-pub use mapping::{Data, Elementwise, Mapped, Piece};
+pub use mapping::{Data, Elementwise, Generated, Mapped, Piece};
 pub use schema::{Architecture, TokenizerRule};
 pub use scope::Facts;
 pub use template::{Captures, Template};
+
+use std::path::Path;
 
 use serde_json::Value as Json;
 
 use crate::container::gguf::{Metadata, Value};
 use crate::error::{Error, Result};
+use crate::limits::Limits;
 use schema::{Class, KvType};
 use scope::ModelScope;
 
@@ -43,6 +48,31 @@ pub fn all() -> Result<Vec<Architecture>> {
     schema::embedded()
 }
 
+/// Reads a definition from a file; what it extends lies beside it, or is embedded.
+///
+/// # Errors
+/// `Io`; `Malformed`, with file and line.
+pub fn read(path: &Path, limits: &Limits) -> Result<Architecture> {
+    schema::read(path, limits)
+}
+
+/// Takes a config.json for a model of this architecture: of the class that it names, or of the
+/// first.
+///
+/// # Errors
+/// What the definition's requirements say.
+pub fn take_for(arch: Architecture, config: &Json) -> Result<Model> {
+    let class = arch.class_named(class_of(config)).or(arch.class.first()).cloned();
+    let class = class.ok_or_else(|| Error::malformed(format!("{} has no [[class]]", arch.arch)))?;
+    let model = Model { scope: ModelScope::new(&arch, config.clone()), arch, class };
+    model.check()?;
+    Ok(model)
+}
+
+fn class_of(config: &Json) -> &str {
+    config.get("architectures").and_then(|a| a.get(0)).and_then(Json::as_str).unwrap_or_default()
+}
+
 /// Finds the architecture of a config.json by its `architectures` entry, or takes the one called
 /// `forced`.
 ///
@@ -51,27 +81,12 @@ pub fn all() -> Result<Vec<Architecture>> {
 /// requirements say.
 pub fn recognise(config: &Json, forced: Option<&str>) -> Result<Model> {
     let archs = all()?;
-    let class_name = config
-        .get("architectures")
-        .and_then(|a| a.get(0))
-        .and_then(Json::as_str)
-        .unwrap_or_default()
-        .to_string();
-    let found = match forced {
-        Some(name) => archs.into_iter().find(|a| a.arch == name).map(|a| {
-            let class = a.class_named(&class_name).or(a.class.first()).cloned();
-            (a, class)
-        }),
-        None => {
-            archs.into_iter().find_map(|a| a.class_named(&class_name).cloned().map(|class| (a, Some(class))))
-        }
-    };
-    let Some((arch, Some(class))) = found else {
-        return Err(unknown_class(&class_name, forced));
-    };
-    let model = Model { scope: ModelScope::new(&arch, config.clone()), arch, class };
-    model.check()?;
-    Ok(model)
+    let class_name = class_of(config);
+    let found = archs.into_iter().find(|a| match forced {
+        Some(name) => a.arch == name,
+        None => a.class_named(class_name).is_some(),
+    });
+    take_for(found.ok_or_else(|| unknown_class(class_name, forced))?, config)
 }
 
 fn unknown_class(class: &str, forced: Option<&str>) -> Error {
@@ -126,6 +141,21 @@ impl Model {
             Error::unsupported(format!("the architecture {name:?} is not known"))
                 .hint(format!("known are: {}", known.join(", ")))
         })?;
+        Self::from_metadata_as(arch, metadata)
+    }
+
+    /// The same, by a definition that is given.
+    ///
+    /// # Errors
+    /// `Unsupported` when the file is of another architecture or none of its classes fits.
+    pub fn from_metadata_as(arch: Architecture, metadata: &Metadata) -> Result<Self> {
+        let name = metadata.str("general.architecture");
+        if name != Some(arch.arch.as_str()) {
+            return Err(Error::unsupported(format!(
+                "the file's architecture is {name:?}, the definition is of {:?}",
+                arch.arch
+            )));
+        }
         let (config, class) = inverse::config(&arch, metadata)?;
         let scope = ModelScope::new(&arch, config);
         Ok(Self { arch, class, scope })
@@ -206,11 +236,19 @@ fn typed(kind: KvType, value: &Json) -> Result<Option<Value>> {
         let n = v.as_u64().or_else(|| v.as_f64().filter(|f| f.fract() == 0.0 && *f >= 0.0).map(|f| f as u64));
         n.and_then(|n| u32::try_from(n).ok()).ok_or_else(wrong)
     };
+    let i32_of = |v: &Json| v.as_i64().and_then(|n| i32::try_from(n).ok()).ok_or_else(wrong);
     Ok(Some(match (kind, value) {
         (KvType::U32, Json::Array(list)) => {
             Value::Array(Array::U32(list.iter().map(u32_of).collect::<Result<_>>()?))
         }
         (KvType::U32, v) => Value::U32(u32_of(v)?),
+        (KvType::I32, Json::Array(list)) => {
+            Value::Array(Array::I32(list.iter().map(i32_of).collect::<Result<_>>()?))
+        }
+        (KvType::I32, v) => Value::I32(i32_of(v)?),
+        (KvType::F32, Json::Array(list)) => Value::Array(Array::F32(
+            list.iter().map(|v| v.as_f64().map(|v| v as f32).ok_or_else(wrong)).collect::<Result<_>>()?,
+        )),
         (KvType::F32, v) => Value::F32(v.as_f64().ok_or_else(wrong)? as f32),
         (KvType::Bool, Json::Array(list)) => Value::Array(Array::Bool(
             list.iter().map(|v| v.as_bool().ok_or_else(wrong)).collect::<Result<_>>()?,

@@ -78,6 +78,8 @@ impl Llama3 {
 /// Shape and values of a generated tensor.
 pub(super) fn generate(function: GenerateFn, model: &Model) -> Result<(Vec<u64>, Vec<f32>)> {
     match function {
+        GenerateFn::RopeLong => listed(model, "long_factor"),
+        GenerateFn::RopeShort => listed(model, "short_factor"),
         GenerateFn::RopeLlama3 => {
             let rope = model.var("rope")?;
             let get = |key: &str, default: f64| match rope.get(key).filter(|v| !v.is_null()) {
@@ -97,5 +99,23 @@ pub(super) fn generate(function: GenerateFn, model: &Model) -> Result<(Vec<u64>,
             let dim = dim.ok_or_else(|| Error::malformed("the head dimension is unknown or absurd"))?;
             Ok((vec![dim / 2], parameters.factors(dim)))
         }
+    }
+}
+
+/// LongRoPE's factors stand in config.json, one for each pair of dimensions.
+fn listed(model: &Model, key: &str) -> Result<(Vec<u64>, Vec<f32>)> {
+    let fail = |why: &str| Error::malformed(format!("RoPE parameter {key} {why}"));
+    let rope = model.var("rope")?;
+    let list = rope.get(key).and_then(Json::as_array).ok_or_else(|| fail("is no list"))?;
+    let values = list
+        .iter()
+        .map(|v| v.as_f64().map(|v| v as f32).filter(|v| v.is_finite() && *v > 0.0))
+        .collect::<Option<Vec<_>>>()
+        .ok_or_else(|| fail("holds what is no positive number"))?;
+    match model.var("rope_dim")?.as_u64() {
+        Some(dim) if dim / 2 != values.len() as u64 => {
+            Err(fail(&format!("has {} numbers where {dim} dimensions need {}", values.len(), dim / 2)))
+        }
+        _ => Ok((vec![values.len() as u64], values)),
     }
 }

@@ -1,17 +1,22 @@
 //! The TOML of an architecture: its fields, and how one file extends another.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 
 use indexmap::IndexMap;
 use serde::Deserialize;
+use serde_json::Value as Json;
 
 use super::expr::Expr;
 use super::template::Template;
+use crate::convert::read_side_file;
 use crate::error::{Error, Result};
+use crate::limits::Limits;
 
 /// Name and text of every file in `formats/arch/`.
 static EMBEDDED: &[(&str, &str)] = include!(concat!(env!("OUT_DIR"), "/arch.rs"));
 const SCHEMA: u32 = 1;
+const MAX_EXTENDS: u32 = 4;
 
 /// One architecture, extensions resolved.
 #[derive(Clone, Debug, Deserialize)]
@@ -51,6 +56,11 @@ pub struct Architecture {
     /// What config.json says beyond `kv` when it is written from a GGUF.
     #[serde(default)]
     pub(super) config: IndexMap<String, ConfigValue>,
+    /// Keys of a tiny config.json, on which the definition is tried.
+    pub(super) example: Option<IndexMap<String, Json>>,
+    /// The example with other keys, by name; `"null"` takes a key away.
+    #[serde(default)]
+    pub(super) variant: IndexMap<String, IndexMap<String, Json>>,
 }
 
 /// A class of transformers.
@@ -94,6 +104,7 @@ pub(super) struct Kv {
 #[serde(rename_all = "lowercase")]
 pub(super) enum KvType {
     U32,
+    I32,
     F32,
     Bool,
     Str,
@@ -103,6 +114,7 @@ impl KvType {
     pub fn name(self) -> &'static str {
         match self {
             Self::U32 => "unsigned 32-bit integer",
+            Self::I32 => "signed 32-bit integer",
             Self::F32 => "number",
             Self::Bool => "truth value",
             Self::Str => "string",
@@ -136,6 +148,8 @@ pub struct TokenizerRule {
 #[derive(Clone, Debug, Deserialize)]
 #[serde(untagged)]
 enum RowSpec {
+    /// `false`: the base's row does not count.
+    Keep(bool),
     Name(Template),
     Row(Box<RowTable>),
 }
@@ -145,7 +159,7 @@ enum RowSpec {
 struct RowTable {
     to: Option<Template>,
     #[serde(default)]
-    split: Vec<Template>,
+    split: Vec<PartSpec>,
     #[serde(default)]
     axis: usize,
     #[serde(default)]
@@ -163,12 +177,21 @@ struct RowTable {
     bias: bool,
 }
 
+/// A part of a split: its name, or with transforms of its own.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(untagged)]
+enum PartSpec {
+    Name(Template),
+    Part { to: Template, ops: Vec<Op> },
+}
+
 /// How one kind of tensor goes from the checkpoint to GGUF.
 #[derive(Clone, Debug)]
 pub(super) struct Row {
     /// Name in the checkpoint.
     pub hf: Template,
-    /// Names in GGUF: one, or the parts of a split.
+    /// Names in GGUF: one, or the parts of a split. Parts of the same name are joined along the
+    /// first axis, in this order.
     pub to: Vec<Template>,
     /// For a split: the axis.
     pub axis: usize,
@@ -176,7 +199,10 @@ pub(super) struct Row {
     pub sizes: Vec<Expr>,
     /// For a split: part `k` of `n` takes every `n`-th from `k` on.
     pub interleaved: bool,
+    /// Transforms of the whole.
     pub ops: Vec<Op>,
+    /// Rearrangements of each part, after `ops` and the split.
+    pub part_ops: Vec<Vec<Op>>,
     /// `{e}` runs from 0 to this, and the tensors are stacked along a new first axis.
     pub stack: Option<Expr>,
     /// Whether the row applies to this config at all.
@@ -197,8 +223,25 @@ pub(super) enum Op {
     Rearrange(RearrangeOp),
     /// `{ slice = 0, start = "a", stop = "b", step = "c" }`: axis and range.
     Slice(SliceOp),
+    /// `{ fn = "neg_exp" }`: a function of each value, in f32.
+    Function(FunctionOp),
     /// `{ mul = 2, add = 1 }`: `x * mul + add`, in f32.
     Affine(AffineOp),
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct FunctionOp {
+    #[serde(rename = "fn")]
+    pub function: Function,
+}
+
+/// A function of single values.
+#[derive(Clone, Copy, Debug, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum Function {
+    /// `-exp(x)`.
+    NegExp,
 }
 
 #[derive(Clone, Debug, Deserialize)]
@@ -234,10 +277,14 @@ pub(super) struct Generate {
     pub function: GenerateFn,
 }
 
-#[derive(Clone, Copy, Debug, Deserialize)]
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq)]
 #[serde(rename_all = "snake_case")]
 pub(super) enum GenerateFn {
     RopeLlama3,
+    /// `long_factor` of LongRoPE.
+    RopeLong,
+    /// `short_factor` of LongRoPE.
+    RopeShort,
 }
 
 /// A constant, or `{ expr = "..." }`.
@@ -254,18 +301,7 @@ impl Architecture {
     /// # Errors
     /// `Malformed`, with the line, as the TOML parser says.
     pub fn parse(text: &str, base: &dyn Fn(&str) -> Option<String>) -> Result<Self> {
-        let mut arch: Self =
-            toml::from_str(text).map_err(|e| Error::malformed(e.to_string().trim_end().to_string()))?;
-        if arch.schema != SCHEMA {
-            return Err(Error::unsupported(format!("schema {} is not known, this is {SCHEMA}", arch.schema)));
-        }
-        if let Some(name) = &arch.extends {
-            let text = base(name)
-                .ok_or_else(|| Error::malformed(format!("extends {name:?}, which is not there")))?;
-            let base: Self =
-                toml::from_str(&text).map_err(|e| Error::malformed(e.to_string()).context(name))?;
-            arch.inherit(base);
-        }
+        let mut arch = Self::load(text, base, 0)?;
         let prefix = arch.arch.clone();
         arch.kv = std::mem::take(&mut arch.kv)
             .into_iter()
@@ -276,8 +312,44 @@ impl Architecture {
             });
         arch.rows = std::mem::take(&mut arch.tensors)
             .into_iter()
-            .map(|(hf, spec)| Row::new(hf, spec))
+            .filter(|(_, spec)| !matches!(spec, RowSpec::Keep(false)))
+            .map(|(hf, spec)| {
+                let quoted = format!("\"{}\"", hf.text());
+                let line = text.lines().position(|l| l.trim_start().starts_with(&quoted));
+                Row::new(hf, spec).map_err(|e| match line {
+                    Some(n) => e.context(format!("line {}", n + 1)),
+                    None => e,
+                })
+            })
             .collect::<Result<_>>()?;
+        Ok(arch)
+    }
+
+    /// One file with what it extends, keys of metadata written with `{arch}`.
+    fn load(text: &str, find: &dyn Fn(&str) -> Option<String>, depth: u32) -> Result<Self> {
+        let mut arch: Self =
+            toml::from_str(text).map_err(|e| Error::malformed(e.to_string().trim_end().to_string()))?;
+        if arch.schema != SCHEMA {
+            return Err(Error::unsupported(format!("schema {} is not known, this is {SCHEMA}", arch.schema)));
+        }
+        // `{arch}.x` and `llama.x` are the same key.
+        let prefix = format!("{}.", arch.arch);
+        arch.kv = std::mem::take(&mut arch.kv)
+            .into_iter()
+            .map(|(k, v)| match k.strip_prefix(&prefix) {
+                Some(rest) => (format!("{{arch}}.{rest}"), v),
+                None => (k, v),
+            })
+            .collect();
+        if let Some(name) = &arch.extends {
+            if depth == MAX_EXTENDS {
+                return Err(Error::limit(format!("files extend each other more than {MAX_EXTENDS} deep")));
+            }
+            let text = find(name)
+                .ok_or_else(|| Error::malformed(format!("extends {name:?}, which is not there")))?;
+            let base = Self::load(&text, find, depth + 1).map_err(|e| e.context(name))?;
+            arch.inherit(base);
+        }
         Ok(arch)
     }
 
@@ -289,27 +361,28 @@ impl Architecture {
                 mine.insert(key, value);
             }
         }
-        // `{arch}.x` and `llama.x` are the same key.
-        let prefix = format!("{}.", self.arch);
-        let own = std::mem::take(&mut self.kv);
-        self.kv = own
-            .into_iter()
-            .map(|(k, v)| match k.strip_prefix(&prefix) {
-                Some(rest) => (format!("{{arch}}.{rest}"), v),
-                None => (k, v),
-            })
-            .collect();
         under(&mut self.kv, base.kv);
         under(&mut self.vars, base.vars);
         under(&mut self.tensors, base.tensors);
         under(&mut self.config, base.config);
+        if let (Some(mine), Some(base)) = (&mut self.example, base.example) {
+            under(mine, base);
+        }
         self.require.splice(0..0, base.require);
         self.warn.splice(0..0, base.warn);
         self.drop.extend(base.drop);
         self.generate.extend(base.generate);
+        if self.config_root.is_empty() {
+            self.config_root = base.config_root;
+        }
         if self.tokenizer.kinds.is_empty() {
             self.tokenizer = base.tokenizer;
         }
+    }
+
+    /// Names of the tensors that no checkpoint holds.
+    pub fn generates(&self) -> impl Iterator<Item = &str> {
+        self.generate.iter().map(|g| g.name.as_str())
     }
 
     pub(super) fn class_named(&self, name: &str) -> Option<&Class> {
@@ -318,9 +391,18 @@ impl Architecture {
 }
 
 impl Row {
+    /// The parts that have the same name as part `k`, itself among them.
+    pub fn joined_with(&self, k: usize) -> impl Iterator<Item = usize> + '_ {
+        (0..self.to.len()).filter(move |&j| self.to[j] == self.to[k])
+    }
+
     fn new(hf: Template, spec: RowSpec) -> Result<Self> {
         let table = match spec {
             RowSpec::Row(table) => *table,
+            RowSpec::Keep(_) => {
+                let why = format!("tensors.{:?}: a name, a table or false was expected", hf.text());
+                return Err(Error::malformed(why));
+            }
             RowSpec::Name(to) => RowTable {
                 to: Some(to),
                 split: Vec::new(),
@@ -336,11 +418,24 @@ impl Row {
             },
         };
         let fail = |why: &str| Err(Error::malformed(format!("tensors.{:?}: {why}", hf.text())));
-        let to = match (table.to, table.split) {
-            (Some(to), split) if split.is_empty() => vec![to],
-            (None, split) if !split.is_empty() => split,
+        let (to, part_ops): (Vec<Template>, Vec<Vec<Op>>) = match (table.to, table.split) {
+            (Some(to), split) if split.is_empty() => (vec![to], vec![Vec::new()]),
+            (None, split) if !split.is_empty() => split
+                .into_iter()
+                .map(|part| match part {
+                    PartSpec::Name(to) => (to, Vec::new()),
+                    PartSpec::Part { to, ops } => (to, ops),
+                })
+                .unzip(),
             _ => return fail("either `to` or `split` is needed"),
         };
+        if part_ops.iter().flatten().any(|op| !matches!(op, Op::Rearrange(_))) {
+            return fail("parts of a `split` can be rearranged, and no more");
+        }
+        let is_joined = (1..to.len()).any(|k| to[..k].contains(&to[k]));
+        if is_joined && (table.sizes.is_empty() || table.interleaved) {
+            return fail("parts that are joined need `sizes`");
+        }
         let known = |c: char| hf.has(c);
         if to.iter().any(|t| t.letters().any(|c| !known(c)) || t.has_parameter() != hf.has_parameter()) {
             return fail("`to` needs the same placeholders");
@@ -359,6 +454,7 @@ impl Row {
             sizes: table.sizes,
             interleaved: table.interleaved,
             ops: table.ops,
+            part_ops,
             stack: table.stack,
             when: table.when,
             layers: table.layers,
@@ -368,9 +464,30 @@ impl Row {
     }
 }
 
+/// Text of an embedded file.
+fn text(name: &str) -> Option<String> {
+    EMBEDDED.iter().find(|(n, _)| *n == name).map(|(_, t)| t.to_string())
+}
+
+/// A definition outside the program; what it extends lies beside it, or is embedded.
+pub(super) fn read(path: &Path, limits: &Limits) -> Result<Architecture> {
+    let bytes = read_side_file(path, limits)?;
+    let toml = String::from_utf8(bytes).map_err(|_| Error::malformed("is no UTF-8 text").at(path))?;
+    let beside = |name: &str| {
+        let base = path.with_file_name(format!("{name}.toml"));
+        let is_name = name.bytes().all(|b| b.is_ascii_alphanumeric() || b"_-.".contains(&b));
+        let read = if is_name && base.is_file() { read_side_file(&base, limits).ok() } else { None };
+        read.and_then(|bytes| String::from_utf8(bytes).ok()).or_else(|| text(name))
+    };
+    let arch = Architecture::parse(&toml, &beside).map_err(|e| e.at(path))?;
+    if arch.arch.is_empty() || arch.class.is_empty() {
+        return Err(Error::malformed("needs `arch` and at least one [[class]]").at(path));
+    }
+    Ok(arch)
+}
+
 /// All embedded architectures.
 pub(super) fn embedded() -> Result<Vec<Architecture>> {
-    let text = |name: &str| EMBEDDED.iter().find(|(n, _)| *n == name).map(|(_, t)| t.to_string());
     let mut archs = Vec::new();
     for (name, toml) in EMBEDDED {
         let arch =
@@ -410,8 +527,31 @@ mod tests {
             "schema = 1\n[kv]\na = { u32 = \"1 +\" }",
             "schema = 1\n[tensors]\n\"a.{i}\" = \"b\"\n\"c.{e}\" = \"d\"",
             "schema = 1\n[tensors]\n\"a\" = \"b.{i}\"",
+            "schema = 1\n[tensors]\n\"a\" = true",
+            "schema = 1\n[tensors]\n\"a\" = { split = [{ to = \"b\", ops = [{ add = 1 }] }, \"c\"] }",
         ] {
             assert!(Architecture::parse(bad, &none).is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn extends_twice_and_takes_away() {
+        let base = |name: &str| {
+            let text = match name {
+                "one" => "schema = 1\narch = \"one\"\nextends = \"two\"\n[kv]\n\"one.n\" = { u32 = \"1\" }",
+                "two" => "schema = 1\n[kv]\n\"{arch}.n\" = { u32 = \"2\" }\n[tensors]\na = \"x\"\nb = \"y\"",
+                _ => "schema = 1\nextends = \"loop\"",
+            };
+            Some(text.to_string())
+        };
+        let text = "schema = 1\narch = \"mine\"\nextends = \"one\"\n[tensors]\na = false";
+        let arch = Architecture::parse(text, &base).unwrap();
+        assert_eq!(arch.kv.keys().collect::<Vec<_>>(), ["mine.n"]);
+        assert_eq!(arch.kv["mine.n"].expr, Expr::parse("1").unwrap());
+        assert_eq!(arch.rows.iter().map(|r| r.hf.text()).collect::<Vec<_>>(), ["b"]);
+        assert!(Architecture::parse("schema = 1\nextends = \"loop\"", &base).is_err());
+        let late = "schema = 1\n\n[tensors]\n\"a\" = \"b.{i}\"";
+        let e = Architecture::parse(late, &base).unwrap_err();
+        assert!(e.to_string().contains("line 4"), "{e}");
     }
 }

@@ -27,6 +27,10 @@ pub struct Args {
     #[arg(long, value_name = "SIZE", default_value = "5G", value_parser = common::parse_size)]
     pub max_shard_size: u64,
 
+    /// Take the definition of the architecture from this file (CONTRIBUTING.md describes it)
+    #[arg(long, value_name = "FILE")]
+    pub arch_file: Option<PathBuf>,
+
     #[command(flatten)]
     pub write: WriteArgs,
 }
@@ -44,6 +48,7 @@ pub fn run(args: &Args) -> anyhow::Result<Status> {
         output: args.output.clone(),
         dtype,
         max_shard_size: args.max_shard_size,
+        arch_file: args.arch_file.clone(),
         limits: Limits::default(),
     }
     .plan()?;

@@ -34,6 +34,10 @@ pub struct Args {
     #[arg(long)]
     pub arch: Option<String>,
 
+    /// Take the definition of the architecture from this file (CONTRIBUTING.md describes it)
+    #[arg(long, value_name = "FILE", conflicts_with = "arch")]
+    pub arch_file: Option<PathBuf>,
+
     /// The pre-tokenizer (tokenizer.ggml.pre), where the tokenizer's structure is unknown
     #[arg(long)]
     pub pre: Option<String>,
@@ -79,6 +83,7 @@ pub fn run(args: &Args) -> anyhow::Result<Status> {
         quantizer,
         sharding: args.shards.sharding()?,
         arch: args.arch.clone(),
+        arch_file: args.arch_file.clone(),
         pre: args.pre.clone(),
         edits: args.edits.edits(),
         limits: Limits::default(),
@@ -99,6 +104,7 @@ pub fn run(args: &Args) -> anyhow::Result<Status> {
             sample: Some(SPOT_CHECK),
             forward: false,
             arch: args.arch.clone(),
+            arch_file: args.arch_file.clone(),
             pre: args.pre.clone(),
             limits: Limits::default(),
         };

@@ -26,6 +26,10 @@ pub struct Args {
     #[arg(long)]
     pub arch: Option<String>,
 
+    /// The definition of the architecture that the conversion was told
+    #[arg(long, value_name = "FILE", requires = "against", conflicts_with = "arch")]
+    pub arch_file: Option<PathBuf>,
+
     /// The pre-tokenizer that the conversion was told
     #[arg(long)]
     pub pre: Option<String>,
@@ -41,6 +45,7 @@ pub fn run(args: &Args) -> anyhow::Result<Status> {
         sample: None,
         forward: !args.no_forward,
         arch: args.arch.clone(),
+        arch_file: args.arch_file.clone(),
         pre: args.pre.clone(),
         limits: Limits::default(),
     };

@@ -1,5 +1,6 @@
 //! GGUF file -> Hugging Face directory.
 
+use std::collections::HashMap;
 use std::path::PathBuf;
 
 use serde_json::{Map, Value as Json, json};
@@ -9,7 +10,7 @@ use super::checkpoint::GGUF_METADATA_FILE;
 use super::gather::{Scratch, Source};
 use super::hf_to_gguf::format_typed;
 use super::plan::{FilePlan, Plan, TensorPlan};
-use crate::arch::{Facts, Mapped, Model};
+use crate::arch::{self, Facts, Mapped, Model};
 use crate::block::codec;
 use crate::container::Store;
 use crate::container::gguf::{Gguf, Metadata};
@@ -34,6 +35,8 @@ pub struct GgufToHf {
     pub dtype: Option<DType>,
     /// Largest weights file, in bytes.
     pub max_shard_size: u64,
+    /// A definition outside the program that is to be used instead.
+    pub arch_file: Option<PathBuf>,
     /// Bounds on what files may demand.
     pub limits: Limits,
 }
@@ -48,7 +51,11 @@ impl GgufToHf {
         gguf.check_model()?;
         let Gguf { metadata, store, .. } = gguf;
         let at = |e: Error| e.at(&self.source);
-        let mut model = Model::from_metadata(&metadata).map_err(at)?;
+        let model = match &self.arch_file {
+            Some(path) => Model::from_metadata_as(arch::read(path, &self.limits)?, &metadata),
+            None => Model::from_metadata(&metadata),
+        };
+        let mut model = model.map_err(at)?;
         let vocab = Vocab::from_metadata(&metadata).map_err(at)?;
         let dtype = self.dtype.unwrap_or_else(|| main_dtype(&store));
         if !matches!(dtype, DType::F32 | DType::F16 | DType::BF16) {
@@ -90,18 +97,17 @@ impl GgufToHf {
             extra.insert("attention_bias".into(), json!(has_bias("attn_q")));
             extra.insert("mlp_bias".into(), json!(has_bias("ffn_up")));
         }
-        let factors = match store.get("rope_freqs.weight") {
-            Some(t) if t.elements() <= SMALL => {
-                let bytes = store.read_all(t)?;
-                let mut values = vec![0.0; t.elements() as usize];
-                codec(t.dtype)
-                    .ok_or_else(|| Error::unsupported("rope_freqs.weight cannot be read"))?
-                    .decode(&bytes, &mut values)?;
-                Some(values)
-            }
-            _ => None,
-        };
-        model.complete_config(extra, factors.as_deref())
+        let mut generated = HashMap::new();
+        for name in model.arch.generates() {
+            let Some(t) = store.get(name).filter(|t| t.elements() <= SMALL) else { continue };
+            let bytes = store.read_all(t)?;
+            let mut values = vec![0.0; t.elements() as usize];
+            codec(t.dtype)
+                .ok_or_else(|| Error::unsupported(format!("{name} cannot be read")))?
+                .decode(&bytes, &mut values)?;
+            generated.insert(name.to_string(), values);
+        }
+        model.complete_config(extra, &generated)
     }
 
     fn lay_out(&self, plan: &mut Plan, model: &Model, metadata: &Metadata, vocab: &Vocab) -> Result<()> {

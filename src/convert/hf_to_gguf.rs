@@ -49,6 +49,8 @@ pub struct HfToGguf {
     pub sharding: Sharding,
     /// Architecture, where the config's class is unknown.
     pub arch: Option<String>,
+    /// A definition outside the program that is to be used instead.
+    pub arch_file: Option<PathBuf>,
     /// Pre-tokenizer, where the tokenizer's structure is unknown.
     pub pre: Option<String>,
     /// Changes to the metadata.
@@ -140,8 +142,11 @@ impl HfToGguf {
                 .at(&config_path)
                 .hint("convert the unquantized model that it was made from"));
         }
-        let model =
-            arch::recognise(&checkpoint.config, self.arch.as_deref()).map_err(|e| e.at(&config_path))?;
+        let model = match &self.arch_file {
+            Some(path) => arch::take_for(arch::read(path, &self.limits)?, &checkpoint.config),
+            None => arch::recognise(&checkpoint.config, self.arch.as_deref()),
+        };
+        let model = model.map_err(|e| e.at(&config_path))?;
         let vocab_size = model.var("vocab_size")?.as_u64();
         let vocab = vocab::load(
             &vocab::Source {

@@ -33,6 +33,8 @@ pub struct Options {
     /// Architecture and pre-tokenizer that the conversion was told.
     pub arch: Option<String>,
     /// See `arch`.
+    pub arch_file: Option<PathBuf>,
+    /// See `arch`.
     pub pre: Option<String>,
     /// Bounds on what files may demand.
     pub limits: Limits,
@@ -167,6 +169,7 @@ impl SourceModel {
         Ok(Self::HuggingFace(Box::new(HfToGguf {
             source: path.to_path_buf(),
             arch: options.arch.clone(),
+            arch_file: options.arch_file.clone(),
             pre: options.pre.clone(),
             limits: options.limits.clone(),
             ..HfToGguf::default()

@@ -25,6 +25,16 @@ pub const MODELS: &[&str] = &[
     "models/gemma3-spm",
     "models/fmt-spm-bpe",
     "models/fmt-ptbin-sharded",
+    "models/gemma2-spm",
+    "models/gpt_neox",
+    "models/gpt_neox-seq",
+    "models/gpt_oss",
+    "models/granite",
+    "models/mamba2",
+    "models/olmo2",
+    "models/phi_3",
+    "models/qwen2_moe",
+    "models/deepseek_v2-qlora",
     "tiny-llama",
 ];
 
