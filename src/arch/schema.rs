@@ -9,7 +9,7 @@ use serde_json::Value as Json;
 
 use super::expr::Expr;
 use super::template::Template;
-use crate::convert::read_side_file;
+use crate::container::side::read_side_file;
 use crate::error::{Error, Result};
 use crate::limits::Limits;
 
@@ -471,12 +471,13 @@ fn text(name: &str) -> Option<String> {
 
 /// A definition outside the program; what it extends lies beside it, or is embedded.
 pub(super) fn read(path: &Path, limits: &Limits) -> Result<Architecture> {
-    let bytes = read_side_file(path, limits)?;
+    let bytes = read_side_file(path, limits.side_file_bytes)?
+        .ok_or_else(|| Error::misuse("is no file: an architecture's definition was expected").at(path))?;
     let toml = String::from_utf8(bytes).map_err(|_| Error::malformed("is no UTF-8 text").at(path))?;
     let beside = |name: &str| {
         let base = path.with_file_name(format!("{name}.toml"));
         let is_name = name.bytes().all(|b| b.is_ascii_alphanumeric() || b"_-.".contains(&b));
-        let read = if is_name && base.is_file() { read_side_file(&base, limits).ok() } else { None };
+        let read = if is_name { read_side_file(&base, limits.side_file_bytes).ok().flatten() } else { None };
         read.and_then(|bytes| String::from_utf8(bytes).ok()).or_else(|| text(name))
     };
     let arch = Architecture::parse(&toml, &beside).map_err(|e| e.at(path))?;
