@@ -149,13 +149,7 @@ fn gb(path: &Path) -> f64 {
 
 /// Whether the file type needs an importance matrix; what is wrong where it cannot be written at all.
 fn needs_imatrix(full: &Path, recipe: &'static Recipe) -> Result<bool, String> {
-    let job = Quantize {
-        source: full.to_path_buf(),
-        output: "x.gguf".into(),
-        quantizer: Quantizer::new(recipe),
-        edits: Default::default(),
-        limits: Limits::default(),
-    };
+    let job = Quantize::new(full, "x.gguf", Quantizer::new(recipe));
     job.plan().map(|job| job.plan.obstacle.is_some()).map_err(|e| e.to_string())
 }
 

@@ -21,11 +21,12 @@ fn recipe(name: &str) -> &'static Recipe {
     Recipe::parse(name).unwrap()
 }
 
-fn quantize(source: &Path, output: &Path, quantizer: Quantizer) -> qconv::Result<()> {
-    let (source, output) = (source.to_path_buf(), output.to_path_buf());
-    let options =
-        Quantize { source, output, quantizer, edits: Default::default(), limits: Limits::default() };
+fn run(options: &Quantize) -> qconv::Result<()> {
     options.plan()?.run(true, &common::budget(), &Silent)
+}
+
+fn quantize(source: &Path, output: &Path, quantizer: Quantizer) -> qconv::Result<()> {
+    run(&Quantize::new(source, output, quantizer))
 }
 
 /// Fails at the first tensor that differs, or else at the first byte.
@@ -243,13 +244,7 @@ fn threads_and_memory_do_not_matter() {
         let mut first: Option<Vec<u8>> = None;
         for threads in [1, 2, 7] {
             for memory in [64 << 20, 65 << 20, 200 << 20] {
-                let options = Quantize {
-                    source: path("full.gguf"),
-                    output: path("out.gguf"),
-                    quantizer: quantizer.clone(),
-                    edits: Default::default(),
-                    limits: Limits::default(),
-                };
+                let options = Quantize::new(path("full.gguf"), path("out.gguf"), quantizer.clone());
                 let budget = Budget::new(Some(threads), Some(memory)).unwrap();
                 options.plan().and_then(|job| job.run(true, &budget, &Silent)).unwrap();
                 let bytes = fs::read(path("out.gguf")).unwrap();
@@ -338,8 +333,8 @@ fn kept_shards_are_llama_cpps() {
     for name in ["q4_k_m", "q8_0"] {
         let options = QuantizeOptions { keep_split: true, ..QuantizeOptions::new(recipe(name).id) };
         model_quantize(&shards[0], &path("ggmls"), &options).unwrap();
-        let quantizer = Quantizer { sharding: Sharding::Keep, ..Quantizer::new(recipe(name)) };
-        quantize(&shards[1], &path("ours.gguf"), quantizer).unwrap();
+        let options = Quantize::new(&shards[1], path("ours.gguf"), Quantizer::new(recipe(name)));
+        run(&Quantize { sharding: Sharding::Keep, ..options }).unwrap();
         for i in 1..=3 {
             let shard = |who: &str| path(&format!("{who}-0000{i}-of-00003.gguf"));
             let (a, b) = (fs::read(shard("ours")).unwrap(), fs::read(shard("ggmls")).unwrap());
@@ -388,15 +383,10 @@ fn importance_matrices_are_checked() {
     let name = "blk.1.ffn_down.weight";
     let plan = |entries: &Entries, recipe_name: &str| {
         write_imatrix(&path("imatrix.gguf"), entries, 1, 64.0);
-        Quantize {
-            source: full.clone(),
-            output: path("out.gguf"),
-            quantizer: with_imatrix(Quantizer::new(recipe(recipe_name)), &path("imatrix.gguf")),
-            edits: Default::default(),
-            limits: Limits::default(),
-        }
-        .plan()
-        .and_then(|job| job.plan.check_feasible().map(|()| job.plan.notes.join("\n")))
+        let quantizer = with_imatrix(Quantizer::new(recipe(recipe_name)), &path("imatrix.gguf"));
+        Quantize::new(&full, path("out.gguf"), quantizer)
+            .plan()
+            .and_then(|job| job.plan.check_feasible().map(|()| job.plan.notes.join("\n")))
     };
     let changed = |change: &dyn Fn(&mut Entries)| {
         let mut entries = sound.clone();

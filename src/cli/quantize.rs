@@ -47,11 +47,11 @@ pub struct Args {
 pub fn run(args: &Args) -> anyhow::Result<Status> {
     let mut quantizer = args.quantizer.quantizer(Recipe::parse(&args.file_type)?)?;
     quantizer.allow_requantize = args.allow_requantize;
-    quantizer.sharding = if args.keep_split { Sharding::Keep } else { args.shards.sharding()? };
     let job = Quantize {
         source: args.source.clone(),
         output: args.output.clone(),
         quantizer,
+        sharding: if args.keep_split { Sharding::Keep } else { args.shards.sharding()? },
         edits: args.edits.edits(),
         limits: Limits::default(),
     }

@@ -2,14 +2,16 @@
 
 use std::path::PathBuf;
 
+use qconv::container::side::read_side_file;
 use qconv::convert::{ImatrixChoice, Overrides, Quantizer, Recipe, Sharding, parse_tensor_type};
 use qconv::error::{Error, Result};
+use qconv::limits::Limits;
 use qconv::tensor::DType;
 
 use super::common::parse_size;
 
 /// What a quantizer is told beyond the file type.
-#[derive(clap::Args, Debug)]
+#[derive(clap::Args, Debug, Default, PartialEq)]
 #[command(next_help_heading = "Quantizing")]
 pub struct QuantizerArgs {
     /// Weigh errors by this importance matrix (GGUF, or the older .dat)
@@ -26,7 +28,7 @@ pub struct QuantizerArgs {
 
     /// Type of the tensors whose name matches, such as attn_v=q8_0; the first that matches counts
     #[arg(long, value_name = "REGEX=TYPE", value_parser = parse_tensor_type_arg)]
-    pub tensor_type: Vec<TensorType>,
+    pub tensor_type: Vec<String>,
 
     /// Such entries, one a line
     #[arg(long, value_name = "FILE")]
@@ -75,12 +77,9 @@ impl ShardArgs {
     }
 }
 
-/// An entry of `--tensor-type`, and the text it was parsed from.
-#[derive(Clone, Debug)]
-pub struct TensorType(String);
-
-fn parse_tensor_type_arg(text: &str) -> std::result::Result<TensorType, String> {
-    parse_tensor_type(text).map(|_| TensorType(text.to_string())).map_err(|e| e.to_string())
+/// Checks an entry of `--tensor-type`, which stays the text it is.
+fn parse_tensor_type_arg(text: &str) -> std::result::Result<String, String> {
+    parse_tensor_type(text).map(|_| text.to_string()).map_err(|e| e.to_string())
 }
 
 fn parse_dtype(name: &str) -> std::result::Result<DType, String> {
@@ -93,24 +92,20 @@ fn parse_dtype(name: &str) -> std::result::Result<DType, String> {
 impl QuantizerArgs {
     /// Whether anything is asked for that llama.cpp's converter has no word for.
     pub fn is_given(&self) -> bool {
-        self.imatrix.is_some()
-            || !self.tensor_type.is_empty()
-            || self.tensor_type_file.is_some()
-            || self.token_embedding_type.is_some()
-            || self.output_tensor_type.is_some()
-            || self.pure
-            || self.leave_output_tensor
-            || !self.prune_layers.is_empty()
-            || !self.override_kv.is_empty()
+        *self != Self::default()
     }
 
     pub fn quantizer(&self, recipe: &'static Recipe) -> Result<Quantizer> {
-        let mut entries: Vec<String> = self.tensor_type.iter().map(|t| t.0.clone()).collect();
+        let mut tensor_types =
+            self.tensor_type.iter().map(|e| parse_tensor_type(e)).collect::<Result<Vec<_>>>()?;
         if let Some(path) = &self.tensor_type_file {
-            let text = std::fs::read_to_string(path).map_err(|e| Error::io("read", path, e))?;
-            entries.extend(text.split_whitespace().map(str::to_string));
+            let text = read_side_file(path, Limits::default().side_file_bytes)?
+                .ok_or_else(|| Error::io("read", path, std::io::ErrorKind::NotFound.into()))?;
+            let text = std::str::from_utf8(&text).map_err(|_| Error::malformed("is not UTF-8").at(path))?;
+            for entry in text.split_whitespace() {
+                tensor_types.push(parse_tensor_type(entry).map_err(|e| e.at(path))?);
+            }
         }
-        let tensor_types = entries.iter().map(|e| parse_tensor_type(e)).collect::<Result<_>>()?;
         Ok(Quantizer {
             overrides: Overrides {
                 tensor_types,

@@ -97,7 +97,7 @@ pub fn run(args: &Args, stop: &AtomicBool) -> anyhow::Result<()> {
         // Whoever read has seen enough.
         return Ok(());
     }
-    let summary = result.map_err(|e| if e.path().is_some() { e } else { e.at(&args.model) })?;
+    let summary = result.map_err(|e| e.at(&args.model))?;
     writeln!(out)?;
     let rate = |n: usize, time: std::time::Duration| n as f64 / time.as_secs_f64().max(1e-9);
     let end = match summary.end {

@@ -7,7 +7,7 @@
 //! those of a model with many experts are larger than many a model. Source: `imatrix-loader.cpp`,
 //! `tools/quantize`.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use indexmap::IndexMap;
 
@@ -82,7 +82,7 @@ impl ImportanceMatrix {
         }
         let matrix =
             if &magic == b"GGUF" { Self::from_gguf(path, limits) } else { Self::from_flat(file, limits) };
-        matrix.map_err(|e| if e.path().is_some() { e } else { e.at(path) })
+        matrix.map_err(|e| e.at(path))
     }
 
     fn from_gguf(path: &Path, limits: &Limits) -> Result<Self> {
@@ -196,8 +196,8 @@ impl ImportanceMatrix {
     }
 
     /// Where it was opened.
-    pub fn path(&self) -> PathBuf {
-        self.file.path().to_path_buf()
+    pub fn path(&self) -> &Path {
+        self.file.path()
     }
 
     /// Keeps the entries whose name contains one of `names`.
@@ -224,14 +224,15 @@ impl ImportanceMatrix {
         else {
             return Err(Error::misuse(format!("expert {expert} is not in the importance matrix")));
         };
-        let bytes: &mut [u8] = bytemuck::cast_slice_mut(out);
-        self.file.read_at(entry.offset + first * 4, bytes)?;
+        self.read_means(entry, first, out)
+    }
+
+    /// The mean squares from value `first` of an entry on, as many as `out` takes and there are.
+    fn read_means(&self, entry: &Entry, first: u64, out: &mut [f32]) -> Result<()> {
+        self.file.read_at(entry.offset + first * 4, bytemuck::cast_slice_mut(out))?;
         for (i, value) in (first..).zip(out.iter_mut()) {
-            let sum = if self.big_endian {
-                f32::from_bits(value.to_bits().swap_bytes())
-            } else {
-                f32::from_bits(u32::from_le_bytes(value.to_ne_bytes()))
-            };
+            let bytes = value.to_ne_bytes();
+            let sum = if self.big_endian { f32::from_be_bytes(bytes) } else { f32::from_le_bytes(bytes) };
             *value = entry.mean(i, sum);
         }
         Ok(())
@@ -247,14 +248,11 @@ impl ImportanceMatrix {
             findings.unseen_experts = entry.counts.iter().filter(|c| c.is_nan() || **c <= 0.0).count() as u64;
         }
         let mut values = [0f32; BUFFER / 4];
-        let whole = Entry { columns: entry.values(), ..entry.clone() };
         let mut at = 0;
         while at < entry.values() {
             let n = (entry.values() - at).min(values.len() as u64) as usize;
-            let part = Entry { offset: entry.offset + at * 4, counts: vec![1.0], ..whole.clone() };
-            self.read(&part, 0, &mut values[..n])?;
-            for (i, &sum) in (at..).zip(&values[..n]) {
-                let value = entry.mean(i, sum);
+            self.read_means(entry, at, &mut values[..n])?;
+            for &value in &values[..n] {
                 findings.not_finite += u64::from(!value.is_finite());
                 findings.negative += u64::from(value < 0.0);
                 findings.zero += u64::from(value == 0.0);

@@ -162,7 +162,23 @@ fn begins_json(path: &Path) -> Result<bool> {
     Ok(start.first() == Some(&b'{') && !start.contains(&0))
 }
 
-/// The files `STEM-00001-of-0000N.SUFFIX`, whose numbers tell which must be there.
+/// File name of shard `no` (from 0) of `count`: `STEM-00001-of-0000N.SUFFIX`.
+pub fn shard_name(stem: &str, no: u64, count: u64, suffix: &str) -> String {
+    format!("{stem}-{:05}-of-{count:05}.{suffix}", no.saturating_add(1))
+}
+
+/// Takes such a name apart: stem, number (from 0), count.
+pub fn split_shard_name<'a>(name: &'a str, suffix: &str) -> Option<(&'a str, u64, u64)> {
+    let (rest, count) = name.strip_suffix(suffix)?.strip_suffix('.')?.rsplit_once("-of-")?;
+    let (stem, no) = rest.rsplit_once('-')?;
+    let number = |s: &str| -> Option<u64> {
+        (s.len() >= 5 && s.bytes().all(|b| b.is_ascii_digit())).then(|| s.parse().ok()).flatten()
+    };
+    let (no, count) = (number(no)?.checked_sub(1)?, number(count)?);
+    (no < count).then_some((stem, no, count))
+}
+
+/// The shards of a name that [`split_shard_name`] knows; the numbers tell which must be there.
 #[derive(PartialEq, Eq)]
 struct ShardSet {
     stem: String,
@@ -173,13 +189,8 @@ struct ShardSet {
 impl ShardSet {
     /// The set that a file of this name belongs to.
     fn of(name: &str, suffix: &'static str) -> Option<Self> {
-        let (rest, count) = name.strip_suffix(suffix)?.strip_suffix('.')?.rsplit_once("-of-")?;
-        let (stem, no) = rest.rsplit_once('-')?;
-        let number = |s: &str| -> Option<u64> {
-            (s.len() == 5 && s.bytes().all(|b| b.is_ascii_digit())).then(|| s.parse().ok()).flatten()
-        };
-        let (no, count) = (number(no)?, number(count)?);
-        (1..=count).contains(&no).then(|| Self { stem: stem.into(), suffix, count })
+        let (stem, _, count) = split_shard_name(name, suffix)?;
+        Some(Self { stem: stem.into(), suffix, count })
     }
 
     fn paths(&self, dir: &Path, limits: &Limits) -> Result<Vec<PathBuf>> {
@@ -189,8 +200,8 @@ impl ShardSet {
                 Error::limit(format!("{count} shards, at most {} are allowed", limits.shards)).at(dir)
             );
         }
-        let path = |no| dir.join(format!("{stem}-{no:05}-of-{count:05}.{suffix}"));
-        let paths: Vec<PathBuf> = (1..=*count).map(path).collect();
+        let path = |no| dir.join(shard_name(stem, no, *count, suffix));
+        let paths: Vec<PathBuf> = (0..*count).map(path).collect();
         match paths.iter().find(|p| !p.is_file()) {
             None => Ok(paths),
             Some(missing) => Err(Error::io("open", missing, std::io::ErrorKind::NotFound.into())
@@ -307,5 +318,26 @@ impl Index {
             .at(&self.path));
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shard_names() {
+        assert_eq!(shard_name("m", 0, 3, "gguf"), "m-00001-of-00003.gguf");
+        assert_eq!(split_shard_name("a-b-00002-of-00003.gguf", "gguf"), Some(("a-b", 1, 3)));
+        for bad in [
+            "m.gguf",
+            "m-00000-of-00002.gguf",
+            "m-00003-of-00002.gguf",
+            "m-1-of-2.gguf",
+            "m-0000x-of-00002.gguf",
+            "m-00001-of-00002.bin",
+        ] {
+            assert_eq!(split_shard_name(bad, "gguf"), None, "{bad}");
+        }
     }
 }

@@ -41,20 +41,18 @@ pub fn open(path: &Path, limits: &Limits) -> Result<Weights> {
             })?
         }
         Given::Index => Located::of_index(path, limits)?,
-        Given::File if pytorch::is_pytorch(&InputFile::open(path)?)? => {
-            return open_pytorch(&pytorch::NAMING.of_file(path, limits)?, limits);
-        }
+        Given::File if is_pytorch(path)? => pytorch::NAMING.of_file(path, limits)?,
         Given::File => safetensors::NAMING.of_file(path, limits)?,
     };
-    match located.files.first() {
-        Some(first) if pytorch::is_pytorch(&InputFile::open(first)?)? => open_pytorch(&located, limits),
-        _ => {
-            let store = safetensors::open_located(&located, limits)?.store;
-            Ok(Weights { store, format: safetensors::NAMING.format })
-        }
-    }
+    let first = located.files.first().map_or(Ok(false), |first| is_pytorch(first));
+    Ok(if first? {
+        Weights { store: pytorch::open_located(&located, limits)?, format: pytorch::NAMING.format }
+    } else {
+        let store = safetensors::open_located(&located, limits)?.store;
+        Weights { store, format: safetensors::NAMING.format }
+    })
 }
 
-fn open_pytorch(located: &Located, limits: &Limits) -> Result<Weights> {
-    Ok(Weights { store: pytorch::open_located(located, limits)?, format: pytorch::NAMING.format })
+fn is_pytorch(path: &Path) -> Result<bool> {
+    pytorch::is_pytorch(&InputFile::open(path)?)
 }

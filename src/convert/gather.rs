@@ -3,7 +3,7 @@
 //! A copy is cut to the span, and each part gathered from the source ([`StridedCopy::gather`]).
 //! Permuted rows, transposes and stacked experts all come down to this.
 
-use crate::arch::{Data, Elementwise, Mapped};
+use crate::arch::{Data, Elementwise, Mapped, Piece};
 use crate::block::{Codec, codec};
 use crate::container::Store;
 use crate::error::{Error, Result};
@@ -22,6 +22,21 @@ pub struct Source {
 enum Kind {
     Values(Vec<f32>),
     Stored { dtype: DType, pieces: Vec<(TensorInfo, StridedCopy)>, blocks: Option<Vec<StridedCopy>> },
+}
+
+/// Tensors that stay what they are.
+pub fn identity(tensors: &[TensorInfo]) -> Vec<Mapped> {
+    tensors
+        .iter()
+        .map(|t| Mapped {
+            name: t.name.clone(),
+            shape: t.shape.clone(),
+            data: Data::Copied {
+                pieces: vec![Piece { source: t.name.clone(), copy: StridedCopy::identity(t.elements()) }],
+                elementwise: Vec::new(),
+            },
+        })
+        .collect()
 }
 
 /// Buffers of one worker, kept between spans.

@@ -7,8 +7,8 @@ use serde_json::{Map, Value as Json, json};
 
 use super::Job;
 use super::checkpoint::GGUF_METADATA_FILE;
+use super::edits::format_typed;
 use super::gather::{Scratch, Source};
-use super::hf_to_gguf::format_typed;
 use super::plan::{FilePlan, Plan, TensorPlan};
 use crate::arch::{self, Facts, Mapped, Model};
 use crate::block::codec;

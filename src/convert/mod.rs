@@ -5,6 +5,7 @@
 //! since it reads the finished file as a stranger would.
 
 mod checkpoint;
+mod edits;
 mod gather;
 mod general;
 mod gguf_to_hf;
@@ -20,9 +21,10 @@ mod stream;
 mod types;
 
 pub use checkpoint::{Checkpoint, GGUF_METADATA_FILE};
-pub use gather::{Scratch, Source};
+pub use edits::MetadataEdits;
+pub use gather::{Scratch, Source, identity};
 pub use gguf_to_hf::GgufToHf;
-pub use hf_to_gguf::{HfToGguf, MetadataEdits, identity, source_tensors};
+pub use hf_to_gguf::{HfToGguf, source_tensors};
 pub use plan::{Budget, FilePlan, Obstacle, Plan, TensorPlan};
 pub use quantize::Quantize;
 pub use quantizer::{ImatrixChoice, Quantizer};

@@ -177,8 +177,10 @@ impl Budget {
         if peak <= self.memory {
             return Ok(());
         }
+        let largest = plan.tensors.iter().max_by_key(|t| self.span(t).min(t.source.elements()));
+        let name = largest.map_or("", |t| t.name.as_str());
         Err(Error::misuse(format!(
-            "--max-memory {} is too little: with an importance matrix whole rows are needed, {peak} bytes on {} threads",
+            "--max-memory {} is too little: with an importance matrix whole rows are needed, {peak} bytes for those of {name:?} on {} threads",
             self.memory, self.threads
         ))
         .hint("give more memory or fewer threads (-j)"))

@@ -3,9 +3,10 @@
 use std::path::PathBuf;
 
 use super::Job;
-use super::hf_to_gguf::{MetadataEdits, identity};
+use super::edits::MetadataEdits;
+use super::gather::identity;
 use super::quantizer::{Quantizer, Unquantized};
-use super::shards::lay_out;
+use super::shards::{Sharding, lay_out};
 use crate::container::gguf::Gguf;
 use crate::error::Result;
 use crate::limits::Limits;
@@ -19,6 +20,8 @@ pub struct Quantize {
     pub output: PathBuf,
     /// What to make of it.
     pub quantizer: Quantizer,
+    /// How the output is divided into files.
+    pub sharding: Sharding,
     /// Changes to the metadata.
     pub edits: MetadataEdits,
     /// Bounds on what files may demand.
@@ -26,6 +29,18 @@ pub struct Quantize {
 }
 
 impl Quantize {
+    /// With no options but the quantizer's.
+    pub fn new(source: impl Into<PathBuf>, output: impl Into<PathBuf>, quantizer: Quantizer) -> Self {
+        Self {
+            source: source.into(),
+            output: output.into(),
+            quantizer,
+            sharding: Sharding::Whole,
+            edits: MetadataEdits::default(),
+            limits: Limits::default(),
+        }
+    }
+
     /// Opens and plans.
     ///
     /// # Errors
@@ -39,15 +54,12 @@ impl Quantize {
         let tensors = tensors
             .map(|(mapped, t)| Unquantized { mapped, dtype: t.dtype, place: (t.file, t.offset) })
             .collect();
-        let mut plan = self
-            .quantizer
-            .plan(tensors, &store, &mut metadata, &self.limits)
-            .map_err(|e| if e.path().is_some() { e } else { e.at(&self.source) })?;
-        if let Some(name) = &self.edits.name {
-            metadata.set("general.name", name.as_str());
-        }
+        let mut quantizer = self.quantizer.clone();
+        quantizer.overrides.file_order = self.sharding == Sharding::Keep;
+        let mut plan =
+            quantizer.plan(tensors, &store, &mut metadata, &self.limits).map_err(|e| e.at(&self.source))?;
         self.edits.apply(&mut metadata)?;
-        lay_out(&mut plan, &mut metadata, &self.quantizer.sharding, &self.output)?;
+        lay_out(&mut plan, &mut metadata, &self.sharding, &self.output)?;
         Ok(Job::gguf(plan, store, &self.output))
     }
 }

@@ -8,8 +8,7 @@ use std::sync::Arc;
 
 use super::gather::Source;
 use super::plan::{Importance, Obstacle, Plan, TensorPlan};
-use super::recipe::{Choice, ModelFacts, Overrides, Recipe};
-use super::shards::Sharding;
+use super::recipe::{Choice, ModelFacts, Overrides, Recipe, loader_order};
 use crate::arch::Mapped;
 use crate::block::codec;
 use crate::container::Store;
@@ -37,8 +36,6 @@ pub struct Quantizer {
     pub override_kv: Vec<String>,
     /// Whether tensors that are quantized already may be quantized again.
     pub allow_requantize: bool,
-    /// How the output is divided into files.
-    pub sharding: Sharding,
 }
 
 /// An importance matrix, and which of its entries count.
@@ -71,7 +68,6 @@ impl Quantizer {
             prune_layers: BTreeSet::new(),
             override_kv: Vec::new(),
             allow_requantize: false,
-            sharding: Sharding::Whole,
         }
     }
 
@@ -104,9 +100,9 @@ impl Quantizer {
         }
         let facts = ModelFacts::from_metadata(metadata)?;
         let mut tensors = self.prune(tensors, metadata)?;
-        match self.sharding {
-            Sharding::Keep => tensors.sort_by_key(|t| t.unquantized.place),
-            _ => tensors.sort_by(|a, b| in_loader_order(&a.original).cmp(&in_loader_order(&b.original))),
+        match self.overrides.file_order {
+            true => tensors.sort_by_key(|t| t.unquantized.place),
+            false => tensors.sort_by(|a, b| loader_order(&a.original, &b.original)),
         }
         let targets: Vec<(&str, DType, &[u64])> = tensors
             .iter()
@@ -114,11 +110,7 @@ impl Quantizer {
                 (t.unquantized.mapped.name.as_str(), t.unquantized.dtype, &t.unquantized.mapped.shape[..])
             })
             .collect();
-        let overrides = Overrides {
-            imatrix: imatrix.is_some(),
-            file_order: self.sharding == Sharding::Keep,
-            ..self.overrides.clone()
-        };
+        let overrides = Overrides { imatrix: imatrix.is_some(), ..self.overrides.clone() };
         let choices = self.recipe.choose(&facts, &overrides, &targets)?;
         let mut weighing = imatrix.map(|w| (w, Report::default()));
         for (t, choice) in tensors.into_iter().zip(choices) {
@@ -261,11 +253,6 @@ fn layer_of(name: &str) -> Option<(u64, &str)> {
     Some((layer.parse().ok()?, rest))
 }
 
-/// llama.cpp's loader sorts tensors outside of layers first, then by layer, then by name.
-fn in_loader_order(name: &str) -> (Option<u64>, &str) {
-    (layer_of(name).map(|(layer, _)| layer), name)
-}
-
 /// Sets a key anew, at the end, as `gguf_set_val` does.
 fn append(metadata: &mut Metadata, key: &str, value: Value) {
     metadata.remove(key);
@@ -299,7 +286,6 @@ fn parse_override(entry: &str) -> Result<(&str, Value)> {
 /// An opened importance matrix.
 struct Weighing {
     matrix: Arc<ImportanceMatrix>,
-    entries: usize,
 }
 
 /// What an importance matrix had for the tensors of the model.
@@ -332,8 +318,7 @@ impl Weighing {
         if matrix.entries.is_empty() {
             return Err(Error::misuse("no entry of the importance matrix is left").at(&choice.path));
         }
-        let entries = matrix.entries.len();
-        Ok(Self { matrix: Arc::new(matrix), entries })
+        Ok(Self { matrix: Arc::new(matrix) })
     }
 
     /// The keys that say what the file was made with.
@@ -344,7 +329,7 @@ impl Weighing {
         if let Some(dataset) = self.matrix.datasets.first() {
             append(metadata, "quantize.imatrix.dataset", text(dataset));
         }
-        append(metadata, "quantize.imatrix.entries_count", Value::U32(self.entries as u32));
+        append(metadata, "quantize.imatrix.entries_count", Value::U32(self.matrix.entries.len() as u32));
         if let Some(chunks) = self.matrix.chunks.filter(|&n| n > 0) {
             append(metadata, "quantize.imatrix.chunks_count", Value::U32(chunks));
         }
@@ -406,7 +391,7 @@ impl Report {
         let mut notes = vec![format!(
             "importance matrix {}: {} entries, {} of {tensors} tensors weighed",
             matrix.path().display(),
-            weighing.entries,
+            matrix.entries.len(),
             self.weighed,
         )];
         let unused: Vec<String> =
@@ -457,7 +442,7 @@ mod tests {
     #[test]
     fn the_loaders_order() {
         let mut names = ["blk.10.a", "token_embd.weight", "blk.2.b", "blk.2.a", "output.weight"];
-        names.sort_by(|a, b| in_loader_order(a).cmp(&in_loader_order(b)));
+        names.sort_by(|a, b| loader_order(a, b));
         assert_eq!(names, ["output.weight", "token_embd.weight", "blk.2.a", "blk.2.b", "blk.10.a"]);
     }
 }

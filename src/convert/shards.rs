@@ -7,11 +7,11 @@
 use std::path::{Path, PathBuf};
 
 use super::Job;
-use super::gather::Source;
-use super::hf_to_gguf::identity;
+use super::gather::{Source, identity};
 use super::plan::{FilePlan, Plan, TensorPlan};
 use crate::container::gguf::write::Layout;
-use crate::container::gguf::{Gguf, Metadata, Value, shard_name, split_shard_name};
+use crate::container::gguf::{Gguf, Metadata, Value};
+use crate::container::shards::{shard_name, split_shard_name};
 use crate::error::{Error, Result};
 use crate::limits::Limits;
 use crate::tensor::DType;
@@ -138,7 +138,7 @@ pub(super) fn lay_out(
             own.set("split.no", Value::U16(number(no, "shards")?));
             own.set("split.count", Value::U16(number(count, "shards")?));
             own.set("split.tensors.count", Value::I32(i32::try_from(total).unwrap_or(i32::MAX)));
-            file = PathBuf::from(shard_name(&name, no as u64, count as u64));
+            file = PathBuf::from(shard_name(&name, no as u64, count as u64, "gguf"));
         }
         let shard = &mut plan.tensors[first..end];
         let layout = Layout::new(&own, &infos(shard))?;
@@ -178,7 +178,7 @@ fn infos(tensors: &[TensorPlan]) -> Vec<(&str, DType, &[u64])> {
 fn shard_prefix(output: &Path) -> Result<String> {
     let name = output.file_name().unwrap_or_default();
     let name = name.to_str().ok_or_else(|| Error::misuse("shards need a name in UTF-8").at(output))?;
-    let prefix = match split_shard_name(name) {
+    let prefix = match split_shard_name(name, "gguf") {
         Some((prefix, ..)) => prefix,
         None => name.strip_suffix(".gguf").unwrap_or(name),
     };

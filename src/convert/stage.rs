@@ -105,7 +105,8 @@ impl Stage {
         &self.files
     }
 
-    /// Flushes everything to the disk and gives it its final name.
+    /// Flushes everything to the disk and gives it its final name. Shards are renamed one after
+    /// another: should that fail midway, those renamed before stay.
     ///
     /// # Errors
     /// `Io`; the temporary files are removed then.

@@ -64,39 +64,3 @@ pub(super) fn check_key(key: &str) -> Result<()> {
     }
     Ok(())
 }
-
-/// File name of part `no` (from 0) of `count`, as llama.cpp's `llama_split_path` forms it.
-pub fn shard_name(prefix: &str, no: u64, count: u64) -> String {
-    format!("{prefix}-{:05}-of-{count:05}.gguf", no + 1)
-}
-
-/// Takes such a name apart: prefix, number (from 0), count.
-pub fn split_shard_name(name: &str) -> Option<(&str, u64, u64)> {
-    let (rest, count) = name.strip_suffix(".gguf")?.rsplit_once("-of-")?;
-    let (prefix, no) = rest.rsplit_once('-')?;
-    let number = |s: &str| -> Option<u64> {
-        (s.len() >= 5 && s.bytes().all(|b| b.is_ascii_digit())).then(|| s.parse().ok()).flatten()
-    };
-    let (no, count) = (number(no)?.checked_sub(1)?, number(count)?);
-    (no < count).then_some((prefix, no, count))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn shard_names() {
-        assert_eq!(shard_name("m", 0, 3), "m-00001-of-00003.gguf");
-        assert_eq!(split_shard_name("a-b-00002-of-00003.gguf"), Some(("a-b", 1, 3)));
-        for bad in [
-            "m.gguf",
-            "m-00000-of-00002.gguf",
-            "m-00003-of-00002.gguf",
-            "m-1-of-2.gguf",
-            "m-0000x-of-00002.gguf",
-        ] {
-            assert_eq!(split_shard_name(bad), None, "{bad}");
-        }
-    }
-}

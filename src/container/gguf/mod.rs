@@ -10,6 +10,6 @@ mod read;
 mod value;
 pub mod write;
 
-pub use layout::{DEFAULT_ALIGNMENT, MAGIC, shard_name, split_shard_name};
+pub use layout::{DEFAULT_ALIGNMENT, MAGIC};
 pub use read::Gguf;
 pub use value::{Array, Metadata, Value, ValueType};

@@ -3,6 +3,7 @@
 use std::collections::HashSet;
 use std::path::Path;
 
+use crate::container::shards::{shard_name, split_shard_name};
 use crate::container::{InputFile, Store};
 use crate::error::{Error, ErrorKind, Result};
 use crate::limits::Limits;
@@ -11,7 +12,7 @@ use crate::tensor::{DType, TensorInfo};
 use super::cursor::Cursor;
 use super::layout::{
     KEY_SPLIT_COUNT, KEY_SPLIT_NO, KEY_SPLIT_TENSORS, MAGIC, MAX_DIMS, MAX_KEY, MAX_NAME, MIN_ENTRY,
-    MIN_INFO, VERSION, align_up, alignment, check_key, shard_name, split_shard_name,
+    MIN_INFO, VERSION, align_up, alignment, check_key,
 };
 use super::value::Metadata;
 
@@ -114,7 +115,7 @@ fn open_shards(
         );
     }
     let name = path.file_name().and_then(|n| n.to_str()).unwrap_or_default();
-    let prefix = match split_shard_name(name) {
+    let prefix = match split_shard_name(name, "gguf") {
         Some((prefix, no, count)) if (no, count) == (split.no, split.count) => prefix,
         _ => {
             return Err(Error::malformed(format!(
@@ -125,7 +126,7 @@ fn open_shards(
             .at(path)
             .hint(format!(
                 "shards are found by name: rename it to {}",
-                shard_name("NAME", split.no, split.count)
+                shard_name("NAME", split.no, split.count, "gguf")
             )));
         }
     };
@@ -136,7 +137,7 @@ fn open_shards(
         let (file, header) = match given.take_if(|_| no == split.no) {
             Some(shard) => shard,
             None => {
-                let sibling = path.with_file_name(shard_name(prefix, no, split.count));
+                let sibling = path.with_file_name(shard_name(prefix, no, split.count, "gguf"));
                 Header::open(&sibling, limits).map_err(|e| {
                     let missing = e.kind() == ErrorKind::Io;
                     let e = e.context(format_args!("shard {} of {}", no + 1, split.count));

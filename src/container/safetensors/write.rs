@@ -2,6 +2,7 @@
 
 use serde_json::{Map, json};
 
+use crate::container::shards::shard_name;
 use crate::error::{Error, Result};
 use crate::tensor::DType;
 
@@ -59,7 +60,7 @@ impl Layout {
         for (k, (members, size)) in shards.iter().enumerate() {
             let name = match count {
                 1 => "model.safetensors".to_string(),
-                _ => format!("model-{:05}-of-{count:05}.safetensors", k + 1),
+                _ => shard_name("model", k as u64, count as u64, "safetensors"),
             };
             let mut header = Map::new();
             header.insert("__metadata__".into(), json!({"format": "pt"}));

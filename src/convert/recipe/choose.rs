@@ -146,7 +146,7 @@ impl Recipe {
     ) -> Result<Vec<Choice>> {
         let mut order: Vec<usize> = (0..tensors.len()).collect();
         if !overrides.file_order {
-            order.sort_by(|&a, &b| by_layer_and_name(tensors[a].0, tensors[b].0));
+            order.sort_by(|&a, &b| loader_order(tensors[a].0, tensors[b].0));
         }
         let mut chooser =
             Chooser { recipe: self, facts, overrides, tied: true, n_attn_v: 0, done: Counters::default() };
@@ -168,8 +168,8 @@ impl Recipe {
     }
 }
 
-/// The order in which llama.cpp loads tensors: those of no layer first.
-fn by_layer_and_name(a: &str, b: &str) -> Ordering {
+/// The order in which llama.cpp loads tensors: those of no layer first, then by layer and name.
+pub fn loader_order(a: &str, b: &str) -> Ordering {
     let layer = |name| layer_of(name).unwrap_or(-1);
     layer(a).cmp(&layer(b)).then_with(|| a.cmp(b))
 }

@@ -8,7 +8,7 @@ mod choose;
 mod facts;
 mod role;
 
-pub use choose::{Choice, Overrides, parse_tensor_type};
+pub use choose::{Choice, Overrides, loader_order, parse_tensor_type};
 pub use facts::ModelFacts;
 pub use role::Role;
 
