@@ -64,7 +64,8 @@ impl Model {
                     }
                     for name in row.to.iter().filter_map(|to| to.fill(&captures)) {
                         if targets.iter().all(|t| t.name != name) {
-                            let needed = !row.optional && (parameter != Some("bias") || row.bias);
+                            let needed =
+                                !active.may_lack(&captures) && (parameter != Some("bias") || row.bias);
                             targets.push(Target { name, needed, rule: row.hf.text().to_string() });
                         }
                     }

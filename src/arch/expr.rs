@@ -213,13 +213,17 @@ fn call(name: &str, args: &[Expr], scope: &dyn Scope) -> Result<Json> {
     let values = args.iter().map(|a| a.eval(scope)).collect::<Result<Vec<_>>>()?;
     let f64_of = |v: &Json| v.as_f64().ok_or_else(|| fail(&format!("{v} is not a number")));
     match (name, values.as_slice()) {
-        ("sqrt" | "ln" | "ceil" | "floor" | "round_up" | "min" | "max" | "len" | "int", [Json::Null, ..]) => {
-            Ok(Json::Null)
-        }
+        (
+            "sqrt" | "ln" | "pow" | "ceil" | "floor" | "round" | "round_up" | "min" | "max" | "sum" | "len"
+            | "int",
+            [Json::Null, ..],
+        ) => Ok(Json::Null),
         ("sqrt", [v]) => number(f64_of(v)?.sqrt()),
         ("ln", [v]) => number(f64_of(v)?.ln()),
+        ("pow", [v, exponent]) => number(f64_of(v)?.powf(f64_of(exponent)?)),
         ("ceil", [v]) => Ok(Json::from(f64_of(v)?.ceil() as i64)),
         ("floor" | "int", [v]) => Ok(Json::from(f64_of(v)?.floor() as i64)),
+        ("round", [v]) => Ok(Json::from(f64_of(v)?.round_ties_even() as i64)),
         ("round_up", [v, m]) => match (v.as_u64(), m.as_u64()) {
             (Some(v), Some(m)) => v
                 .checked_next_multiple_of(m)
@@ -240,11 +244,13 @@ fn call(name: &str, args: &[Expr], scope: &dyn Scope) -> Result<Json> {
             }
             Ok(best)
         }
+        ("sum", [Json::Array(list)]) => list.iter().try_fold(Json::from(0), |s, v| arithmetic("+", &s, v)),
         ("len", [Json::Array(a)]) => Ok(Json::from(a.len())),
         ("len", [Json::String(s)]) => Ok(Json::from(s.len())),
         ("contains", [Json::Array(a), v]) => Ok(Json::Bool(a.contains(v))),
         ("contains", [Json::String(s), Json::String(v)]) => Ok(Json::Bool(s.contains(v.as_str()))),
         ("contains", [_, _]) => Ok(Json::Bool(false)),
+        ("str", [v @ Json::Number(_)]) => Ok(Json::from(v.to_string())),
         ("lower", [Json::String(s)]) => Ok(Json::from(s.to_lowercase())),
         ("lower", [v]) => Ok(v.clone()),
         _ => Err(fail("no such function with these arguments")),
@@ -460,6 +466,10 @@ mod tests {
             ("h >= 8 && h != 9", json!(true)),
             ("contains(['x', rope.type], 'yarn')", json!(true)),
             ("rope['type']", json!("yarn")),
+            ("str(h) + 'x'", json!("8x")),
+            ("pow(h, 2)", json!(64.0)),
+            ("round(h * 0.4375)", json!(4)),
+            ("sum(per_layer(i, 4)) + sum([])", json!(6)),
         ] {
             assert_eq!(eval(text).unwrap(), expected, "{text}");
         }

@@ -6,11 +6,13 @@ use indexmap::IndexMap;
 use serde_json::{Map, Value as Json, json};
 
 use super::Model;
-use super::expr::{Expr, truth};
-use super::mapping::{Data, Mapped, Piece};
+use super::expr::{Expr, Scope, truth};
+use super::mapping::{ActiveRow, Data, Mapped, Piece, sizes};
 use super::rope::Llama3;
-use super::schema::{Architecture, Class, ConfigValue, GenerateFn, Op, Row};
-use super::scope::{ModelScope, WithShape};
+use super::rows::{Op, Row};
+use super::schema::{Architecture, Class, ConfigValue, GenerateFn};
+use super::scope::{ModelScope, WithCaptures, WithShape, WithValues};
+use super::template::Captures;
 use crate::container::gguf::{Metadata, Value};
 use crate::error::{Error, Result};
 use crate::tensor::{TensorInfo, elements};
@@ -149,57 +151,22 @@ impl Model {
             if self.arch.generate.iter().any(|g| g.name == t.name) {
                 continue;
             }
-            let found = rows.iter().find_map(|r| {
+            let mut made = rows.iter().filter_map(|r| {
                 let (k, captures) =
                     r.row.to.iter().enumerate().find_map(|(k, to)| Some((k, to.matches(&t.name)?)))?;
                 r.in_layer(&captures).then_some((r, k, captures))
             });
-            let Some((active, k, mut captures)) = found else {
+            let Some(first) = made.next() else {
                 return Err(Error::malformed(format!(
                     "tensor {:?} has no place in the architecture {}",
                     t.name, self.arch.arch
                 )));
             };
-            let context = |e: Error| e.context(format!("tensor {:?}", t.name));
-            let (one, stack) = match (&active.row.stack, t.shape.split_first()) {
-                (None, _) => (t.shape.clone(), 1),
-                (Some(_), Some((&n, rest))) if n == active.stack => (rest.to_vec(), n),
-                _ => {
-                    return Err(context(Error::malformed(format!(
-                        "shape {:?} should begin with {}",
-                        t.shape, active.stack
-                    ))));
-                }
-            };
-            for (k, one, first) in self.parts_of(active.row, k, &one).map_err(context)? {
-                let shape = self.shape_before(active.row, k, &one).map_err(context)?;
-                let (axes, mut elementwise) = self.transform(active.row, k, &shape).map_err(context)?;
-                if axes.shape() != one {
-                    return Err(context(Error::malformed(format!("shape {one:?} cannot be undone"))));
-                }
-                elementwise.reverse();
-                elementwise.iter_mut().for_each(|e| *e = e.inverse());
-                let n = elements(&one)?;
-                for e in 0..stack {
-                    if active.row.stack.is_some() {
-                        captures.integers.insert('e', e);
-                    }
-                    let name = active.row.hf.fill(&captures);
-                    let name = name.ok_or_else(|| context(Error::malformed("has no name")))?;
-                    let copy = axes.clone().into_copy(first + e * n).inverse();
-                    let piece = Piece { source: t.name.clone(), copy };
-                    match out.get_mut(&name) {
-                        None => {
-                            let data = Data::Copied { pieces: vec![piece], elementwise: elementwise.clone() };
-                            let name_out = self.original(&name);
-                            out.insert(name, Mapped { name: name_out, shape: shape.clone(), data });
-                        }
-                        Some(Mapped { data: Data::Copied { pieces, .. }, shape: s, .. }) if *s == shape => {
-                            pieces.push(piece);
-                        }
-                        Some(_) => return Err(context(Error::malformed("its parts do not fit together"))),
-                    }
-                }
+            let together = first.0.row.at.is_some();
+            let others = made.filter(|other| together && other.0.row.at.is_some());
+            for (active, k, captures) in std::iter::once(first).chain(others) {
+                self.unmap(t, active, k, captures, &mut out)
+                    .map_err(|e| e.context(format!("tensor {:?}", t.name)))?;
             }
         }
         let out: Vec<Mapped> = out.into_values().collect();
@@ -217,9 +184,69 @@ impl Model {
         Ok(out)
     }
 
+    /// Adds to `out` what the row's part `k` made this tensor from.
+    fn unmap(
+        &self,
+        t: &TensorInfo,
+        active: &ActiveRow<'_>,
+        k: usize,
+        mut captures: Captures,
+        out: &mut IndexMap<String, Mapped>,
+    ) -> Result<()> {
+        let (one, places) = match (&active.row.stack, t.shape.split_first()) {
+            (None, _) => (t.shape.clone(), 0..1),
+            (Some(_), Some((&n, rest))) if n == active.stack => {
+                (rest.to_vec(), active.row.at.map_or(0..n, |at| at..at + 1))
+            }
+            _ => {
+                return Err(Error::malformed(format!(
+                    "shape {:?} should begin with {}",
+                    t.shape, active.stack
+                )));
+            }
+        };
+        for (k, one, first) in self.parts_of(active.row, k, &one, &captures)? {
+            let shape = self.shape_before(active.row, k, &one, &captures)?;
+            let (axes, mut elementwise) = self.transform(active.row, k, &shape, &captures)?;
+            if axes.shape() != one {
+                return Err(Error::malformed(format!("shape {one:?} cannot be undone")));
+            }
+            elementwise.reverse();
+            elementwise.iter_mut().for_each(|e| *e = e.inverse());
+            let n = elements(&one)?;
+            for e in places.clone() {
+                if active.row.stack.is_some() && active.row.at.is_none() {
+                    captures.integers.insert('e', e);
+                }
+                let name = active.row.hf.fill(&captures);
+                let name = name.ok_or_else(|| Error::malformed("has no name"))?;
+                let copy = axes.clone().into_copy(first + e * n).inverse();
+                let piece = Piece { source: t.name.clone(), copy };
+                match out.get_mut(&name) {
+                    None => {
+                        let data = Data::Copied { pieces: vec![piece], elementwise: elementwise.clone() };
+                        let name_out = self.original(&name);
+                        out.insert(name, Mapped { name: name_out, shape: shape.clone(), data });
+                    }
+                    Some(Mapped { data: Data::Copied { pieces, .. }, shape: s, .. }) if *s == shape => {
+                        pieces.push(piece);
+                    }
+                    Some(_) => return Err(Error::malformed("its parts do not fit together")),
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// The parts that were joined to a tensor of this shape: number, shape, first element. Of a
     /// part that stands alone, itself.
-    fn parts_of(&self, row: &Row, k: usize, shape: &[u64]) -> Result<Vec<(usize, Vec<u64>, u64)>> {
+    fn parts_of(
+        &self,
+        row: &Row,
+        k: usize,
+        shape: &[u64],
+        captures: &Captures,
+    ) -> Result<Vec<(usize, Vec<u64>, u64)>> {
         let joined: Vec<usize> = row.joined_with(k).collect();
         if joined.len() == 1 {
             return Ok(vec![(k, shape.to_vec(), 0)]);
@@ -229,7 +256,7 @@ impl Model {
         let row_len = elements(rest)?;
         let (mut parts, mut at) = (Vec::new(), 0u64);
         for j in joined {
-            let rows = self.rows_of_part(row, j)?;
+            let rows = self.rows_of_part(row, j, captures)?;
             let end = at.checked_add(rows).filter(|end| *end <= total).ok_or_else(fail)?;
             let first = at.checked_mul(row_len).ok_or_else(fail)?;
             parts.push((j, [&[rows], rest].concat(), first));
@@ -240,16 +267,17 @@ impl Model {
 
     /// How many rows part `k` has when it is joined: what its rearrangement says of the first axis,
     /// or its size.
-    fn rows_of_part(&self, row: &Row, k: usize) -> Result<u64> {
+    fn rows_of_part(&self, row: &Row, k: usize, captures: &Captures) -> Result<u64> {
+        let scope = WithCaptures(&self.scope, captures);
         let unknown = || Error::malformed(format!("the rows of part {k} are unknown"));
         match row.part_ops[k].last() {
             Some(Op::Rearrange(r)) => {
-                let sizes = self.sizes(&r.sizes)?;
+                let sizes = sizes(&r.sizes, &scope)?;
                 let spec = Rearrange::parse(&r.rearrange)?;
                 let names = spec.right.first().ok_or_else(unknown)?;
                 names.iter().try_fold(1u64, |n, name| n.checked_mul(*sizes.get(name)?)).ok_or_else(unknown)
             }
-            _ => row.sizes[k].eval(&self.scope)?.as_u64().ok_or_else(unknown),
+            _ => row.sizes[k].eval(&scope)?.as_u64().ok_or_else(unknown),
         }
     }
 
@@ -263,8 +291,9 @@ impl Model {
     }
 
     /// The shape that a row's transforms turn into `shape` (of part `k`).
-    fn shape_before(&self, row: &Row, k: usize, shape: &[u64]) -> Result<Vec<u64>> {
-        let mut shape = self.before(&row.part_ops[k], shape)?;
+    fn shape_before(&self, row: &Row, k: usize, shape: &[u64], captures: &Captures) -> Result<Vec<u64>> {
+        let scope = WithCaptures(&self.scope, captures);
+        let mut shape = before(&row.part_ops[k], shape, &scope)?;
         if row.to.len() > 1
             && let Some(n) = shape.get_mut(row.axis)
         {
@@ -273,25 +302,14 @@ impl Model {
             } else {
                 let mut total = Some(0u64);
                 for (j, size) in row.sizes.iter().enumerate() {
-                    let size = if j == k { Some(*n) } else { size.eval(&self.scope)?.as_u64() };
+                    let size = if j == k { Some(*n) } else { size.eval(&scope)?.as_u64() };
                     total = total.zip(size).and_then(|(a, b)| a.checked_add(b));
                 }
                 total
             };
             *n = total.ok_or_else(|| Error::malformed("sizes overflow or are unknown"))?;
         }
-        self.before(&row.ops, &shape)
-    }
-
-    /// The shape that `ops` turn into `shape`.
-    fn before(&self, ops: &[Op], shape: &[u64]) -> Result<Vec<u64>> {
-        let mut shape = shape.to_vec();
-        for op in ops.iter().rev() {
-            if let Op::Rearrange(r) = op {
-                shape = Rearrange::parse(&r.rearrange)?.shape_before(&shape, &self.sizes(&r.sizes)?)?;
-            }
-        }
-        Ok(shape)
+        before(&row.ops, &shape, &scope)
     }
 
     /// Completes config.json by what only the tensors and the vocabulary tell. `generated` are
@@ -307,7 +325,11 @@ impl Model {
         let mut config = self.scope.config().as_object().cloned().unwrap_or_default();
         config.extend(extra);
         let listed = |function: GenerateFn| {
-            self.arch.generate.iter().find(|g| g.function == function).and_then(|g| generated.get(&g.name))
+            self.arch
+                .generate
+                .iter()
+                .find(|g| g.function == Some(function))
+                .and_then(|g| generated.get(&g.name))
         };
         for (function, key) in
             [(GenerateFn::RopeLong, "long_factor"), (GenerateFn::RopeShort, "short_factor")]
@@ -326,9 +348,29 @@ impl Model {
             })?;
             config.insert("rope_scaling".into(), p.config());
         }
+        for g in &self.arch.generate {
+            let Some(values) = generated.get(&g.name).filter(|_| !g.config.is_empty()) else { continue };
+            let values = json!(values);
+            let scope = WithValues(&self.scope, &values);
+            for (path, e) in &g.config {
+                let value = e.eval(&scope).map_err(|e| e.context(format!("{path} from {}", g.name)))?;
+                set(&mut config, path, value);
+            }
+        }
         self.scope = self.scope.with_config(&self.arch, Json::Object(config));
         Ok(())
     }
+}
+
+/// The shape that `ops` turn into `shape`.
+fn before(ops: &[Op], shape: &[u64], scope: &dyn Scope) -> Result<Vec<u64>> {
+    let mut shape = shape.to_vec();
+    for op in ops.iter().rev() {
+        if let Op::Rearrange(r) = op {
+            shape = Rearrange::parse(&r.rearrange)?.shape_before(&shape, &sizes(&r.sizes, scope)?)?;
+        }
+    }
+    Ok(shape)
 }
 
 /// config.json from metadata: keys whose expression is a chain of aliases go back to the first of
@@ -367,19 +409,7 @@ pub(super) fn config(arch: &Architecture, metadata: &Metadata) -> Result<(Json, 
             ConfigValue::Constant(v) => v.clone(),
             ConfigValue::Expr { expr } => expr.eval(&WithShape(&scope_of(&config), &[]))?,
         };
-        // `rope_scaling.mrope_section`: an entry of an object.
-        match key.split_once('.') {
-            _ if value.is_null() => {}
-            None => {
-                config.insert(key.clone(), value);
-            }
-            Some((object, key)) => {
-                let object = config.entry(object).or_insert_with(|| json!({}));
-                if let Json::Object(object) = object {
-                    object.insert(key.into(), value);
-                }
-            }
-        }
+        set(&mut config, key, value);
     }
     let scope = scope_of(&config);
     let mut class = None;
@@ -425,6 +455,21 @@ fn config_key(expr: &Expr, arch: &Architecture, plain: bool, depth: u32) -> Opti
             _ => None,
         },
         _ => None,
+    }
+}
+
+/// Sets a key, or an entry of an object: `rope_scaling.mrope_section`. Null leaves all as it is.
+fn set(config: &mut Map<String, Json>, path: &str, value: Json) {
+    match path.split_once('.') {
+        _ if value.is_null() => {}
+        None => {
+            config.insert(path.into(), value);
+        }
+        Some((object, rest)) => {
+            if let Json::Object(object) = config.entry(object).or_insert_with(|| json!({})) {
+                set(object, rest, value);
+            }
+        }
     }
 }
 

@@ -5,10 +5,10 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use indexmap::IndexMap;
 
 use super::Model;
-use super::expr::{Expr, truth};
+use super::expr::{Expr, Scope, truth};
 use super::rope;
-use super::schema::{Function, Op, Row};
-use super::scope::{WithLayer, WithShape};
+use super::rows::{Function, Op, Row};
+use super::scope::{WithCaptures, WithLayer, WithShape};
 use super::template::{Captures, PARAMETERS};
 use crate::error::{Error, Result};
 use crate::tensor::{Axes, StridedCopy, TensorInfo, elements};
@@ -99,6 +99,9 @@ impl Elementwise {
 pub(super) struct ActiveRow<'a> {
     pub row: &'a Row,
     layers: Option<HashSet<u64>>,
+    /// All layers may lack it, or these.
+    optional: bool,
+    lacking: HashSet<u64>,
     pub stack: u64,
 }
 
@@ -108,6 +111,10 @@ impl ActiveRow<'_> {
             (Some(layers), Some(i)) => layers.contains(i),
             _ => true,
         }
+    }
+
+    pub fn may_lack(&self, captures: &Captures) -> bool {
+        self.optional || captures.integers.get(&'i').is_some_and(|i| self.lacking.contains(i))
     }
 }
 
@@ -130,17 +137,20 @@ impl Model {
             if !holds(&row.when).map_err(context)? {
                 continue;
             }
-            let layers = match &row.layers {
-                None => None,
-                Some(e) => {
-                    let mut set = HashSet::new();
-                    for i in 0..n_layers {
-                        if truth(&e.eval(&WithLayer(&self.scope, i)).map_err(context)?) {
-                            set.insert(i);
-                        }
+            let layers_where = |e: &Expr| {
+                let mut set = HashSet::new();
+                for i in 0..n_layers {
+                    if truth(&e.eval(&WithLayer(&self.scope, i)).map_err(context)?) {
+                        set.insert(i);
                     }
-                    Some(set)
                 }
+                Ok(set)
+            };
+            let layers = row.layers.as_ref().map(layers_where).transpose()?;
+            let (optional, lacking) = match &row.optional {
+                None => (false, HashSet::new()),
+                Some(Expr::Literal(v)) => (truth(v), HashSet::new()),
+                Some(e) => (false, layers_where(e)?),
             };
             let stack =
                 match &row.stack {
@@ -149,7 +159,7 @@ impl Model {
                         context(Error::malformed("the number of tensors to stack is unknown"))
                     })?,
                 };
-            rows.push(ActiveRow { row, layers, stack });
+            rows.push(ActiveRow { row, layers, optional, lacking, stack });
         }
         Ok(rows)
     }
@@ -182,8 +192,9 @@ impl Model {
             self.check_layer(&captures).map_err(context)?;
             for (k, to) in active.row.to.iter().enumerate() {
                 let target = to.fill(&captures).ok_or_else(|| context(Error::malformed("no target name")))?;
-                let (axes, elementwise) = self.transform(active.row, k, &t.shape).map_err(context)?;
-                let joined = self.joined(active.row, k, &t.shape).map_err(context)?;
+                let (axes, elementwise) =
+                    self.transform(active.row, k, &t.shape, &captures).map_err(context)?;
+                let joined = self.joined(active.row, k, &t.shape, &captures).map_err(context)?;
                 out.entry(target)
                     .or_insert_with(|| Building { stack: active.stack, ..Building::default() })
                     .add(t, active, &captures, axes, joined, elementwise)
@@ -203,7 +214,7 @@ impl Model {
         let mut tensors = Vec::new();
         for g in &self.arch.generate {
             if truth(&g.when.eval(&self.scope)?) {
-                let (shape, values) = rope::generate(g.function, self)?;
+                let (shape, values) = rope::generate(g, self)?;
                 tensors.push(Generated { name: g.name.clone(), shape, values });
             }
         }
@@ -244,25 +255,38 @@ impl Model {
         }
     }
 
-    /// Transforms of a row for its part `k`, for a source of this shape.
-    pub(super) fn transform(&self, row: &Row, k: usize, shape: &[u64]) -> Result<(Axes, Vec<Elementwise>)> {
+    /// Transforms of a row for its part `k`, for a source of this shape and name.
+    pub(super) fn transform(
+        &self,
+        row: &Row,
+        k: usize,
+        shape: &[u64],
+        captures: &Captures,
+    ) -> Result<(Axes, Vec<Elementwise>)> {
         elements(shape)?;
+        let scope = WithCaptures(&self.scope, captures);
         let mut axes = Axes::new(shape);
         let mut elementwise = Vec::new();
-        self.apply(&row.ops, &mut axes, &mut elementwise)?;
+        self.apply(&row.ops, &mut axes, &mut elementwise, &scope)?;
         if row.to.len() > 1 {
             let shape = axes.shape();
-            let (start, stop, step) = self.part(row, k, &shape)?;
+            let (start, stop, step) = self.part(row, k, &shape, &scope)?;
             axes.slice(row.axis, start, stop, step)?;
-            self.apply(&row.part_ops[k], &mut axes, &mut elementwise)?;
+            self.apply(&row.part_ops[k], &mut axes, &mut elementwise, &scope)?;
         }
         Ok((axes, elementwise))
     }
 
-    fn apply(&self, ops: &[Op], axes: &mut Axes, elementwise: &mut Vec<Elementwise>) -> Result<()> {
+    fn apply(
+        &self,
+        ops: &[Op],
+        axes: &mut Axes,
+        elementwise: &mut Vec<Elementwise>,
+        scope: &WithCaptures<'_>,
+    ) -> Result<()> {
         for op in ops {
             let scope_shape = axes.shape();
-            let scope = WithShape(&self.scope, &scope_shape);
+            let scope = WithShape(scope, &scope_shape);
             let number = |e: &Option<Expr>, default: u64| match e {
                 None => Ok(default),
                 Some(e) => {
@@ -272,7 +296,7 @@ impl Model {
             };
             match op {
                 Op::Rearrange(r) => {
-                    let sizes = self.sizes(&r.sizes)?;
+                    let sizes = sizes(&r.sizes, &scope)?;
                     let spec = super::inverse::Rearrange::parse(&r.rearrange)?;
                     let (groups, order) = spec.resolve(&axes.shape(), &sizes)?;
                     axes.regroup(&groups, &order)?;
@@ -303,7 +327,7 @@ impl Model {
     }
 
     /// Where parts of a split have the same name: the first row of part `k`, and the rows of all.
-    fn joined(&self, row: &Row, k: usize, shape: &[u64]) -> Result<Option<(u64, u64)>> {
+    fn joined(&self, row: &Row, k: usize, shape: &[u64], captures: &Captures) -> Result<Option<(u64, u64)>> {
         let parts: Vec<usize> = row.joined_with(k).collect();
         if parts.len() == 1 {
             return Ok(None);
@@ -314,7 +338,7 @@ impl Model {
             if j == k {
                 first = total;
             }
-            let shape = self.transform(row, j, shape)?.0.shape();
+            let shape = self.transform(row, j, shape, captures)?.0.shape();
             let (rows, others) =
                 shape.split_first().ok_or_else(|| Error::malformed("a scalar has no parts"))?;
             if rest.replace(others.to_vec()).is_some_and(|r| r != others) {
@@ -326,7 +350,7 @@ impl Model {
     }
 
     /// The range that part `k` of a split takes of its axis.
-    fn part(&self, row: &Row, k: usize, shape: &[u64]) -> Result<(u64, u64, u64)> {
+    fn part(&self, row: &Row, k: usize, shape: &[u64], scope: &dyn Scope) -> Result<(u64, u64, u64)> {
         let n = shape.get(row.axis).copied().unwrap_or(0);
         let parts = row.to.len() as u64;
         if row.sizes.is_empty() {
@@ -345,7 +369,7 @@ impl Model {
         let mut start = 0u64;
         let mut range = (0, 0);
         for (j, size) in row.sizes.iter().enumerate() {
-            let size = size.eval(&WithShape(&self.scope, shape))?;
+            let size = size.eval(&WithShape(scope, shape))?;
             let size = size.as_u64().ok_or_else(|| Error::malformed(format!("{size} is no size")))?;
             let end = start.checked_add(size).ok_or_else(|| Error::malformed("sizes overflow"))?;
             if j == k {
@@ -360,17 +384,6 @@ impl Model {
             )));
         }
         Ok((range.0, range.1, 1))
-    }
-
-    pub(super) fn sizes(&self, given: &BTreeMap<String, Expr>) -> Result<HashMap<String, u64>> {
-        given
-            .iter()
-            .map(|(name, e)| {
-                let v = e.eval(&self.scope)?;
-                let n = v.as_u64().filter(|n| *n > 0);
-                Ok((name.clone(), n.ok_or_else(|| Error::malformed(format!("{name} = {v} is no size")))?))
-            })
-            .collect()
     }
 
     fn check_complete(
@@ -388,7 +401,7 @@ impl Model {
                 if r.row.hf.has_parameter() { PARAMETERS.map(Some).to_vec() } else { vec![None] };
             for parameter in parameters {
                 let some = seen.iter().any(|c| c.parameter == parameter);
-                let needed = !r.row.optional && (parameter != Some("bias") || r.row.bias);
+                let needed = !r.optional && (parameter != Some("bias") || r.row.bias);
                 if !needed && !some {
                     continue; // all layers lack it
                 }
@@ -397,12 +410,13 @@ impl Model {
                     if layered {
                         captures.integers.insert('i', i);
                     }
-                    if !r.in_layer(&captures) {
+                    if !r.in_layer(&captures) || (r.may_lack(&captures) && !seen.contains(&captures)) {
                         continue;
                     }
                     let target = r.row.to[0].fill(&captures);
                     let done = target.as_ref().and_then(|t| out.get(t));
-                    if done.is_none_or(|b| b.values.is_none() && (b.pieces.len() as u64) < b.stack) {
+                    let whole = |b: &Building| b.values.is_some() || b.pieces.len() as u64 >= b.stack;
+                    if !done.is_some_and(whole) && !(r.row.at.is_some() && seen.contains(&captures)) {
                         return Err(self.missing(r, captures, seen));
                     }
                 }
@@ -412,7 +426,7 @@ impl Model {
     }
 
     fn missing(&self, r: &ActiveRow<'_>, mut captures: Captures, seen: &HashSet<Captures>) -> Error {
-        if r.row.stack.is_some() {
+        if r.row.stack.is_some() && r.row.at.is_none() {
             let lacking = (0..r.stack).find(|e| {
                 captures.integers.insert('e', *e);
                 !seen.contains(&captures)
@@ -428,6 +442,18 @@ impl Model {
             error.hint("other layers or experts have it: a shard may be missing, or config.json counts more than there are")
         }
     }
+}
+
+/// The sizes that a rearrangement names.
+pub(super) fn sizes(given: &BTreeMap<String, Expr>, scope: &dyn Scope) -> Result<HashMap<String, u64>> {
+    given
+        .iter()
+        .map(|(name, e)| {
+            let v = e.eval(scope)?;
+            let n = v.as_u64().filter(|n| *n > 0);
+            Ok((name.clone(), n.ok_or_else(|| Error::malformed(format!("{name} = {v} is no size")))?))
+        })
+        .collect()
 }
 
 /// `model.layers.3.x` -> `model.layers.{i}.x`
@@ -470,7 +496,7 @@ impl Building {
             }
             (Some(_), _) => {
                 shape.insert(0, active.stack);
-                let e = captures.integers.get(&'e').copied().unwrap_or(0);
+                let e = active.row.at.or(captures.integers.get(&'e').copied()).unwrap_or(0);
                 if e >= active.stack {
                     return Err(Error::malformed(format!(
                         "is number {e}, config.json says there are {}",

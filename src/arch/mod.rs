@@ -10,6 +10,7 @@ mod expr;
 mod inverse;
 mod mapping;
 mod rope;
+mod rows;
 mod schema;
 mod scope;
 mod template;

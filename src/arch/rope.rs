@@ -3,7 +3,7 @@
 use serde_json::{Value as Json, json};
 
 use super::Model;
-use super::schema::GenerateFn;
+use super::schema::{Generate, GenerateFn};
 use crate::error::{Error, Result};
 
 const MAX_DIM: u64 = 1 << 16;
@@ -76,11 +76,12 @@ impl Llama3 {
 }
 
 /// Shape and values of a generated tensor.
-pub(super) fn generate(function: GenerateFn, model: &Model) -> Result<(Vec<u64>, Vec<f32>)> {
-    match function {
-        GenerateFn::RopeLong => listed(model, "long_factor"),
-        GenerateFn::RopeShort => listed(model, "short_factor"),
-        GenerateFn::RopeLlama3 => {
+pub(super) fn generate(rule: &Generate, model: &Model) -> Result<(Vec<u64>, Vec<f32>)> {
+    match rule.function {
+        None => computed(rule, model),
+        Some(GenerateFn::RopeLong) => listed(model, "long_factor"),
+        Some(GenerateFn::RopeShort) => listed(model, "short_factor"),
+        Some(GenerateFn::RopeLlama3) => {
             let rope = model.var("rope")?;
             let get = |key: &str, default: f64| match rope.get(key).filter(|v| !v.is_null()) {
                 None => Ok(default),
@@ -100,6 +101,16 @@ pub(super) fn generate(function: GenerateFn, model: &Model) -> Result<(Vec<u64>,
             Ok((vec![dim / 2], parameters.factors(dim)))
         }
     }
+}
+
+/// What an expression gives.
+fn computed(rule: &Generate, model: &Model) -> Result<(Vec<u64>, Vec<f32>)> {
+    let fail = |why: &str| Error::malformed(format!("generated {}: {why}", rule.name));
+    let list = rule.values.as_ref().map(|e| e.eval(&model.scope)).transpose()?;
+    let list = list.as_ref().and_then(Json::as_array).ok_or_else(|| fail("`values` is no list"))?;
+    let values = list.iter().map(|v| v.as_f64().map(|v| v as f32)).collect::<Option<Vec<_>>>();
+    let values = values.ok_or_else(|| fail("`values` holds what is no number"))?;
+    Ok((vec![values.len() as u64], values))
 }
 
 /// LongRoPE's factors stand in config.json, one for each pair of dimensions.

@@ -8,6 +8,7 @@ use serde::Deserialize;
 use serde_json::Value as Json;
 
 use super::expr::Expr;
+use super::rows::{Row, RowSpec};
 use super::template::Template;
 use crate::container::side::read_side_file;
 use crate::error::{Error, Result};
@@ -145,136 +146,19 @@ pub struct TokenizerRule {
     pub add_space_prefix: Option<bool>,
 }
 
-#[derive(Clone, Debug, Deserialize)]
-#[serde(untagged)]
-enum RowSpec {
-    /// `false`: the base's row does not count.
-    Keep(bool),
-    Name(Template),
-    Row(Box<RowTable>),
-}
-
-#[derive(Clone, Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct RowTable {
-    to: Option<Template>,
-    #[serde(default)]
-    split: Vec<PartSpec>,
-    #[serde(default)]
-    axis: usize,
-    #[serde(default)]
-    sizes: Vec<Expr>,
-    #[serde(default)]
-    interleaved: bool,
-    #[serde(default)]
-    ops: Vec<Op>,
-    stack: Option<Expr>,
-    when: Option<Expr>,
-    layers: Option<Expr>,
-    #[serde(default)]
-    optional: bool,
-    #[serde(default)]
-    bias: bool,
-}
-
-/// A part of a split: its name, or with transforms of its own.
-#[derive(Clone, Debug, Deserialize)]
-#[serde(untagged)]
-enum PartSpec {
-    Name(Template),
-    Part { to: Template, ops: Vec<Op> },
-}
-
-/// How one kind of tensor goes from the checkpoint to GGUF.
-#[derive(Clone, Debug)]
-pub(super) struct Row {
-    /// Name in the checkpoint.
-    pub hf: Template,
-    /// Names in GGUF: one, or the parts of a split. Parts of the same name are joined along the
-    /// first axis, in this order.
-    pub to: Vec<Template>,
-    /// For a split: the axis.
-    pub axis: usize,
-    /// For a split: sizes of the parts; equal parts when empty.
-    pub sizes: Vec<Expr>,
-    /// For a split: part `k` of `n` takes every `n`-th from `k` on.
-    pub interleaved: bool,
-    /// Transforms of the whole.
-    pub ops: Vec<Op>,
-    /// Rearrangements of each part, after `ops` and the split.
-    pub part_ops: Vec<Vec<Op>>,
-    /// `{e}` runs from 0 to this, and the tensors are stacked along a new first axis.
-    pub stack: Option<Expr>,
-    /// Whether the row applies to this config at all.
-    pub when: Option<Expr>,
-    /// Whether it applies to layer `i`.
-    pub layers: Option<Expr>,
-    /// All layers may lack it.
-    pub optional: bool,
-    /// With `{p}`: the bias must be there too.
-    pub bias: bool,
-}
-
-/// A transform.
-#[derive(Clone, Debug, Deserialize)]
-#[serde(untagged)]
-pub(super) enum Op {
-    /// `{ rearrange = "(h two d) ... -> (h d two) ...", h = "n_heads", two = 2 }`
-    Rearrange(RearrangeOp),
-    /// `{ slice = 0, start = "a", stop = "b", step = "c" }`: axis and range.
-    Slice(SliceOp),
-    /// `{ fn = "neg_exp" }`: a function of each value, in f32.
-    Function(FunctionOp),
-    /// `{ mul = 2, add = 1 }`: `x * mul + add`, in f32.
-    Affine(AffineOp),
-}
-
-#[derive(Clone, Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub(super) struct FunctionOp {
-    #[serde(rename = "fn")]
-    pub function: Function,
-}
-
-/// A function of single values.
-#[derive(Clone, Copy, Debug, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub(super) enum Function {
-    /// `-exp(x)`.
-    NegExp,
-}
-
-#[derive(Clone, Debug, Deserialize)]
-pub(super) struct RearrangeOp {
-    pub rearrange: String,
-    #[serde(flatten)]
-    pub sizes: BTreeMap<String, Expr>,
-}
-
-#[derive(Clone, Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub(super) struct SliceOp {
-    pub slice: usize,
-    pub start: Option<Expr>,
-    pub stop: Option<Expr>,
-    pub step: Option<Expr>,
-}
-
-#[derive(Clone, Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub(super) struct AffineOp {
-    pub mul: Option<Expr>,
-    pub add: Option<Expr>,
-}
-
 /// A tensor that no checkpoint holds.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Generate {
     pub name: String,
     pub when: Expr,
+    /// How its values come about: a function, or an expression.
     #[serde(rename = "fn")]
-    pub function: GenerateFn,
+    pub function: Option<GenerateFn>,
+    pub values: Option<Expr>,
+    /// On the way back: what config.json says of it, as expressions of its `values`.
+    #[serde(default)]
+    pub config: IndexMap<String, Expr>,
 }
 
 #[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq)]
@@ -387,80 +271,6 @@ impl Architecture {
 
     pub(super) fn class_named(&self, name: &str) -> Option<&Class> {
         self.class.iter().find(|c| c.names().any(|n| n == name))
-    }
-}
-
-impl Row {
-    /// The parts that have the same name as part `k`, itself among them.
-    pub fn joined_with(&self, k: usize) -> impl Iterator<Item = usize> + '_ {
-        (0..self.to.len()).filter(move |&j| self.to[j] == self.to[k])
-    }
-
-    fn new(hf: Template, spec: RowSpec) -> Result<Self> {
-        let table = match spec {
-            RowSpec::Row(table) => *table,
-            RowSpec::Keep(_) => {
-                let why = format!("tensors.{:?}: a name, a table or false was expected", hf.text());
-                return Err(Error::malformed(why));
-            }
-            RowSpec::Name(to) => RowTable {
-                to: Some(to),
-                split: Vec::new(),
-                axis: 0,
-                sizes: Vec::new(),
-                interleaved: false,
-                ops: Vec::new(),
-                stack: None,
-                when: None,
-                layers: None,
-                optional: false,
-                bias: false,
-            },
-        };
-        let fail = |why: &str| Err(Error::malformed(format!("tensors.{:?}: {why}", hf.text())));
-        let (to, part_ops): (Vec<Template>, Vec<Vec<Op>>) = match (table.to, table.split) {
-            (Some(to), split) if split.is_empty() => (vec![to], vec![Vec::new()]),
-            (None, split) if !split.is_empty() => split
-                .into_iter()
-                .map(|part| match part {
-                    PartSpec::Name(to) => (to, Vec::new()),
-                    PartSpec::Part { to, ops } => (to, ops),
-                })
-                .unzip(),
-            _ => return fail("either `to` or `split` is needed"),
-        };
-        if part_ops.iter().flatten().any(|op| !matches!(op, Op::Rearrange(_))) {
-            return fail("parts of a `split` can be rearranged, and no more");
-        }
-        let is_joined = (1..to.len()).any(|k| to[..k].contains(&to[k]));
-        if is_joined && (table.sizes.is_empty() || table.interleaved) {
-            return fail("parts that are joined need `sizes`");
-        }
-        let known = |c: char| hf.has(c);
-        if to.iter().any(|t| t.letters().any(|c| !known(c)) || t.has_parameter() != hf.has_parameter()) {
-            return fail("`to` needs the same placeholders");
-        }
-        let stacked = hf.letters().any(|c| c != 'i' && !to[0].has(c));
-        if stacked != table.stack.is_some() || (stacked && !hf.has('e')) || (stacked && to.len() > 1) {
-            return fail("`stack` goes with an {e} that `to` lacks");
-        }
-        if !table.sizes.is_empty() && table.sizes.len() != to.len() {
-            return fail("`sizes` needs one size a part");
-        }
-        Ok(Self {
-            hf,
-            to,
-            axis: table.axis,
-            sizes: table.sizes,
-            interleaved: table.interleaved,
-            ops: table.ops,
-            part_ops,
-            stack: table.stack,
-            when: table.when,
-            layers: table.layers,
-            optional: table.optional,
-            bias: table.bias,
-        })
     }
 }
 

@@ -7,6 +7,7 @@ use serde_json::{Map, Value as Json, json};
 
 use super::expr::{Expr, Scope};
 use super::schema::Architecture;
+use super::template::Captures;
 use crate::error::{Error, Result};
 
 /// What the config alone does not tell.
@@ -136,11 +137,33 @@ impl Scope for ModelScope {
 }
 
 /// A scope with the shape of one tensor: `shape[0]`.
-pub(super) struct WithShape<'a>(pub &'a ModelScope, pub &'a [u64]);
+pub(super) struct WithShape<'a>(pub &'a dyn Scope, pub &'a [u64]);
 
 impl Scope for WithShape<'_> {
     fn get(&self, name: &str) -> Result<Option<Json>> {
         if name == "shape" { Ok(Some(json!(self.1))) } else { self.0.get(name) }
+    }
+}
+
+/// A scope with what the placeholders of a name stood for: `i`, and any other letter.
+pub(super) struct WithCaptures<'a>(pub &'a ModelScope, pub &'a Captures);
+
+impl Scope for WithCaptures<'_> {
+    fn get(&self, name: &str) -> Result<Option<Json>> {
+        let mut letters = name.chars();
+        match (letters.next(), letters.next()) {
+            (Some(c), None) if self.1.integers.contains_key(&c) => Ok(Some(json!(self.1.integers[&c]))),
+            _ => self.0.get(name),
+        }
+    }
+}
+
+/// A scope with the values of a generated tensor: `values`.
+pub(super) struct WithValues<'a>(pub &'a dyn Scope, pub &'a Json);
+
+impl Scope for WithValues<'_> {
+    fn get(&self, name: &str) -> Result<Option<Json>> {
+        if name == "values" { Ok(Some(self.1.clone())) } else { self.0.get(name) }
     }
 }
 

@@ -1,0 +1,214 @@
+//! Rows of `[tensors]`: where one kind of tensor goes, and its transforms.
+
+use std::collections::BTreeMap;
+
+use serde::Deserialize;
+
+use super::expr::Expr;
+use super::template::Template;
+use crate::error::{Error, Result};
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(untagged)]
+pub(super) enum RowSpec {
+    /// `false`: the base's row does not count.
+    Keep(bool),
+    Name(Template),
+    Row(Box<RowTable>),
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct RowTable {
+    to: Option<Template>,
+    #[serde(default)]
+    split: Vec<PartSpec>,
+    #[serde(default)]
+    axis: usize,
+    #[serde(default)]
+    sizes: Vec<Expr>,
+    #[serde(default)]
+    interleaved: bool,
+    #[serde(default)]
+    ops: Vec<Op>,
+    stack: Option<Expr>,
+    at: Option<u64>,
+    when: Option<Expr>,
+    layers: Option<Expr>,
+    optional: Option<Expr>,
+    #[serde(default)]
+    bias: bool,
+}
+
+/// A part of a split: its name, or with transforms of its own.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(untagged)]
+pub(super) enum PartSpec {
+    Name(Template),
+    Part { to: Template, ops: Vec<Op> },
+}
+
+/// How one kind of tensor goes from the checkpoint to GGUF.
+#[derive(Clone, Debug)]
+pub(super) struct Row {
+    /// Name in the checkpoint.
+    pub hf: Template,
+    /// Names in GGUF: one, or the parts of a split. Parts of the same name are joined along the
+    /// first axis, in this order.
+    pub to: Vec<Template>,
+    /// For a split: the axis.
+    pub axis: usize,
+    /// For a split: sizes of the parts; equal parts when empty.
+    pub sizes: Vec<Expr>,
+    /// For a split: part `k` of `n` takes every `n`-th from `k` on.
+    pub interleaved: bool,
+    /// Transforms of the whole.
+    pub ops: Vec<Op>,
+    /// Rearrangements of each part, after `ops` and the split.
+    pub part_ops: Vec<Vec<Op>>,
+    /// How many tensors are stacked along a new first axis; `{e}` runs from 0 to this.
+    pub stack: Option<Expr>,
+    /// Instead of `{e}`: the place in the stack.
+    pub at: Option<u64>,
+    /// Whether the row applies to this config at all.
+    pub when: Option<Expr>,
+    /// Whether it applies to layer `i`.
+    pub layers: Option<Expr>,
+    /// `true`: all layers may lack it, or none. An expression: layers `i` of which each may.
+    pub optional: Option<Expr>,
+    /// With `{p}`: the bias must be there too.
+    pub bias: bool,
+}
+
+/// A transform.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(untagged)]
+pub(super) enum Op {
+    /// `{ rearrange = "(h two d) ... -> (h d two) ...", h = "n_heads", two = 2 }`
+    Rearrange(RearrangeOp),
+    /// `{ slice = 0, start = "a", stop = "b", step = "c" }`: axis and range.
+    Slice(SliceOp),
+    /// `{ fn = "neg_exp" }`: a function of each value, in f32.
+    Function(FunctionOp),
+    /// `{ mul = 2, add = 1 }`: `x * mul + add`, in f32.
+    Affine(AffineOp),
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct FunctionOp {
+    #[serde(rename = "fn")]
+    pub function: Function,
+}
+
+/// A function of single values.
+#[derive(Clone, Copy, Debug, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum Function {
+    /// `-exp(x)`.
+    NegExp,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+pub(super) struct RearrangeOp {
+    pub rearrange: String,
+    #[serde(flatten)]
+    pub sizes: BTreeMap<String, Expr>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct SliceOp {
+    pub slice: usize,
+    pub start: Option<Expr>,
+    pub stop: Option<Expr>,
+    pub step: Option<Expr>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct AffineOp {
+    pub mul: Option<Expr>,
+    pub add: Option<Expr>,
+}
+
+impl Row {
+    /// The parts that have the same name as part `k`, itself among them.
+    pub fn joined_with(&self, k: usize) -> impl Iterator<Item = usize> + '_ {
+        (0..self.to.len()).filter(move |&j| self.to[j] == self.to[k])
+    }
+
+    pub fn new(hf: Template, spec: RowSpec) -> Result<Self> {
+        let table = match spec {
+            RowSpec::Row(table) => *table,
+            RowSpec::Keep(_) => {
+                let why = format!("tensors.{:?}: a name, a table or false was expected", hf.text());
+                return Err(Error::malformed(why));
+            }
+            RowSpec::Name(to) => RowTable {
+                to: Some(to),
+                split: Vec::new(),
+                axis: 0,
+                sizes: Vec::new(),
+                interleaved: false,
+                ops: Vec::new(),
+                stack: None,
+                at: None,
+                when: None,
+                layers: None,
+                optional: None,
+                bias: false,
+            },
+        };
+        let fail = |why: &str| Err(Error::malformed(format!("tensors.{:?}: {why}", hf.text())));
+        let (to, part_ops): (Vec<Template>, Vec<Vec<Op>>) = match (table.to, table.split) {
+            (Some(to), split) if split.is_empty() => (vec![to], vec![Vec::new()]),
+            (None, split) if !split.is_empty() => split
+                .into_iter()
+                .map(|part| match part {
+                    PartSpec::Name(to) => (to, Vec::new()),
+                    PartSpec::Part { to, ops } => (to, ops),
+                })
+                .unzip(),
+            _ => return fail("either `to` or `split` is needed"),
+        };
+        if part_ops.iter().flatten().any(|op| !matches!(op, Op::Rearrange(_))) {
+            return fail("parts of a `split` can be rearranged, and no more");
+        }
+        let is_joined = (1..to.len()).any(|k| to[..k].contains(&to[k]));
+        if is_joined && (table.sizes.is_empty() || table.interleaved) {
+            return fail("parts that are joined need `sizes`");
+        }
+        let known = |c: char| hf.has(c);
+        if to.iter().any(|t| t.letters().any(|c| !known(c)) || t.has_parameter() != hf.has_parameter()) {
+            return fail("`to` needs the same placeholders");
+        }
+        let lost = hf.letters().any(|c| c != 'i' && !to[0].has(c));
+        let stacked = lost || table.at.is_some();
+        if stacked != table.stack.is_some()
+            || (lost && !hf.has('e'))
+            || (lost && table.at.is_some())
+            || (stacked && to.len() > 1)
+        {
+            return fail("`stack` goes with an {e} that `to` lacks, or with `at`");
+        }
+        if !table.sizes.is_empty() && table.sizes.len() != to.len() {
+            return fail("`sizes` needs one size a part");
+        }
+        Ok(Self {
+            hf,
+            to,
+            axis: table.axis,
+            sizes: table.sizes,
+            interleaved: table.interleaved,
+            ops: table.ops,
+            part_ops,
+            stack: table.stack,
+            at: table.at,
+            when: table.when,
+            layers: table.layers,
+            optional: table.optional,
+            bias: table.bias,
+        })
+    }
+}
