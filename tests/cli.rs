@@ -127,8 +127,22 @@ fn unknown_architecture_names_the_nearest() {
     edit_json(&dir.join("config.json"), |c| c["architectures"] = json!(["LlamaForCausalLN"]));
     place.refuses(
         &["hf-to-gguf", "model", "-o", "x.gguf"],
-        &["config.json", "LlamaForCausalLN", "hint:", "nearest", "--arch llama"],
+        &["config.json", "LlamaForCausalLN", "hint:", "nearest", "take all 21 tensors", "--arch llama"],
     );
+    // A name that says nothing: the tensors do.
+    edit_json(&dir.join("config.json"), |c| c["architectures"] = json!(["ZephyrModelOfMine"]));
+    place.refuses(
+        &["hf-to-gguf", "model", "-o", "x.gguf"],
+        &["ZephyrModelOfMine", "the rules of llama, ", "--arch "],
+    );
+    place.damaged_llama("odd", 1, |t| {
+        let taken = t.remove("model.norm.weight").unwrap();
+        t.insert("model.final_layernorm_of_mine.weight".into(), taken);
+    });
+    edit_json(&place.path("odd/config.json"), |c| c["architectures"] = json!(["ZephyrModelOfMine"]));
+    place.refuses(&["hf-to-gguf", "odd", "-o", "x.gguf"], &["kinds of tensors", "--arch "]);
+    place.refuses(&["hf-to-gguf", "model", "-o", "x.gguf", "--arch", "lama"], &["lama", "llama"]);
+    edit_json(&dir.join("config.json"), |c| c["architectures"] = json!(["LlamaForCausalLN"]));
     place.refuses(&["hf-to-gguf", "model", "-o", "x.gguf", "--arch", "lama"], &["lama", "llama"]);
     place.succeeds(&["hf-to-gguf", "model", "-o", "x.gguf", "--arch", "llama"]);
 }

@@ -230,6 +230,12 @@ impl Model {
             .unwrap_or_else(|| name.to_string())
     }
 
+    /// Whether a row or a drop is about tensors of this name, in whichever layers and conditions.
+    pub(super) fn knows(&self, name: &str) -> bool {
+        let name = self.canonical(name);
+        self.arch.rows.iter().map(|r| &r.hf).chain(&self.arch.drop).any(|t| t.matches(&name).is_some())
+    }
+
     fn check_layer(&self, captures: &Captures) -> Result<()> {
         let n = self.layers()?;
         match captures.integers.get(&'i') {
@@ -457,7 +463,7 @@ pub(super) fn sizes(given: &BTreeMap<String, Expr>, scope: &dyn Scope) -> Result
 }
 
 /// `model.layers.3.x` -> `model.layers.{i}.x`
-fn pattern_of(name: &str) -> String {
+pub(super) fn pattern_of(name: &str) -> String {
     let parts: Vec<&str> = name
         .split('.')
         .map(|part| if part.bytes().all(|b| b.is_ascii_digit()) { "{i}" } else { part })

@@ -9,6 +9,7 @@ mod example;
 mod expr;
 mod inverse;
 mod mapping;
+mod recognise;
 mod rope;
 mod rows;
 mod schema;
@@ -18,6 +19,7 @@ mod template;
 pub use example::Target;
 pub use expr::{Expr, Scope, truth};
 pub use mapping::{Data, Elementwise, Generated, Mapped, Piece};
+pub use recognise::{recognise, take_for};
 pub use schema::{Architecture, TokenizerRule};
 pub use scope::Facts;
 pub use template::{Captures, Template};
@@ -55,76 +57,6 @@ pub fn all() -> Result<Vec<Architecture>> {
 /// `Io`; `Malformed`, with file and line.
 pub fn read(path: &Path, limits: &Limits) -> Result<Architecture> {
     schema::read(path, limits)
-}
-
-/// Takes a config.json for a model of this architecture: of the class that it names, or of the
-/// first.
-///
-/// # Errors
-/// What the definition's requirements say.
-pub fn take_for(arch: Architecture, config: &Json) -> Result<Model> {
-    let class = arch.class_named(class_of(config)).or(arch.class.first()).cloned();
-    let class = class.ok_or_else(|| Error::malformed(format!("{} has no [[class]]", arch.arch)))?;
-    let model = Model { scope: ModelScope::new(&arch, config.clone()), arch, class };
-    model.check()?;
-    Ok(model)
-}
-
-fn class_of(config: &Json) -> &str {
-    config.get("architectures").and_then(|a| a.get(0)).and_then(Json::as_str).unwrap_or_default()
-}
-
-/// Finds the architecture of a config.json by its `architectures` entry, or takes the one called
-/// `forced`.
-///
-/// # Errors
-/// `Unsupported` for an unknown class, with the nearest known one; what a definition's
-/// requirements say.
-pub fn recognise(config: &Json, forced: Option<&str>) -> Result<Model> {
-    let archs = all()?;
-    let class_name = class_of(config);
-    let found = archs.into_iter().find(|a| match forced {
-        Some(name) => a.arch == name,
-        None => a.class_named(class_name).is_some(),
-    });
-    take_for(found.ok_or_else(|| unknown_class(class_name, forced))?, config)
-}
-
-fn unknown_class(class: &str, forced: Option<&str>) -> Error {
-    let archs = all().unwrap_or_default();
-    if let Some(name) = forced {
-        let known: Vec<_> = archs.iter().map(|a| a.arch.as_str()).collect();
-        return Error::misuse(format!("no architecture is called {name:?}"))
-            .hint(format!("known are: {}", known.join(", ")));
-    }
-    if class.is_empty() {
-        return Error::malformed("config.json names no architecture (\"architectures\" is missing or empty)")
-            .hint("say which it is with --arch NAME");
-    }
-    // What comes before the task names the family: `Qwen3` of `Qwen3ForCausalLM`.
-    let family =
-        |name: &str| name.split("For").next().unwrap_or(name).trim_end_matches("LMHeadModel").to_lowercase();
-    let alike = |name: &str| strsim::jaro_winkler(&family(name), &family(class));
-    let nearest = archs
-        .iter()
-        .flat_map(|a| a.class.iter().flat_map(move |c| c.names().map(move |n| (n, a.arch.as_str()))))
-        .max_by(|a, b| {
-            let whole = |name: &str| strsim::jaro_winkler(name, class);
-            alike(a.0).total_cmp(&alike(b.0)).then(whole(a.0).total_cmp(&whole(b.0)))
-        });
-    let error = Error::unsupported(format!("the architecture {class} is not known"));
-    match nearest {
-        Some((name, arch)) if alike(name) > 0.7 => error.hint(format!(
-            "the nearest known one is {name}; if the model computes like it, try --arch {arch}"
-        )),
-        _ => {
-            let known: Vec<_> = archs.iter().map(|a| a.arch.as_str()).collect();
-            error.hint(format!(
-                "known are: {}; if the model computes like one of them, name it with --arch",
-                known.join(", ")
-            ))
-        }
-    }
 }
 
 impl Model {

@@ -133,7 +133,7 @@ impl HfToGguf {
         }
         let model = match &self.arch_file {
             Some(path) => arch::take_for(arch::read(path, &self.limits)?, &checkpoint.config),
-            None => arch::recognise(&checkpoint.config, self.arch.as_deref()),
+            None => arch::recognise(&checkpoint.config, checkpoint.store.tensors(), self.arch.as_deref()),
         };
         let model = model.map_err(|e| e.at(&config_path))?;
         let vocab_size = model.var("vocab_size")?.as_u64();
