@@ -36,6 +36,8 @@ pub enum Expr {
     Call(String, Vec<Expr>),
     /// `[a, ...]`
     List(Vec<Expr>),
+    /// `{ name: a, ... }`
+    Object(Vec<(String, Expr)>),
 }
 
 /// What names mean.
@@ -101,6 +103,9 @@ impl Expr {
             }
             Self::Call(f, args) => call(f, args, scope)?,
             Self::List(items) => items.iter().map(|e| e.eval(scope)).collect::<Result<Vec<_>>>()?.into(),
+            Self::Object(entries) => Json::Object(
+                entries.iter().map(|(k, e)| Ok((k.clone(), e.eval(scope)?))).collect::<Result<_>>()?,
+            ),
         })
     }
 
@@ -374,6 +379,18 @@ impl Parser<'_> {
         if self.eat("[") {
             return Ok(Expr::List(self.list("]")?));
         }
+        if self.eat("{") {
+            let mut entries = Vec::new();
+            while !self.eat("}") {
+                if !entries.is_empty() {
+                    self.expect(",")?;
+                }
+                let name = self.name()?;
+                self.expect(":")?;
+                entries.push((name, self.choice()?));
+            }
+            return Ok(Expr::Object(entries));
+        }
         if self.eat("(") {
             let e = self.choice()?;
             self.expect(")")?;
@@ -466,6 +483,7 @@ mod tests {
             ("h >= 8 && h != 9", json!(true)),
             ("contains(['x', rope.type], 'yarn')", json!(true)),
             ("rope['type']", json!("yarn")),
+            ("{ a: h, b: { c: [kv] } }", json!({"a": 8, "b": {"c": [null]}})),
             ("str(h) + 'x'", json!("8x")),
             ("pow(h, 2)", json!(64.0)),
             ("round(h * 0.4375)", json!(4)),
@@ -484,6 +502,8 @@ mod tests {
             "h / 0",
             "h % 0",
             "(1",
+            "{ a: 1",
+            "{ 1: 1 }",
             "'a",
             "list * 2",
             "f(1)",
