@@ -15,6 +15,7 @@ pub mod eval;
 pub mod ggml;
 pub mod inspect;
 pub mod limits;
+pub mod packed;
 pub mod sys;
 pub mod tensor;
 pub mod verify;

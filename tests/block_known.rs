@@ -117,7 +117,8 @@ fn implementations_agree_on_any_input() {
                 let importance = codec.needs_importance().then_some(&importance[..]);
                 // Where sums overflow no point of a grid is nearest, and ggml stops.
                 let grid = ["IQ1", "IQ2", "IQ3"].iter().any(|family| dtype.name().starts_with(family));
-                for src in [&any, &tame].into_iter().skip(usize::from(grid)) {
+                let inputs = [&any, &tame].into_iter().filter(|_| codec.can_encode());
+                for src in inputs.skip(usize::from(grid)) {
                     let (mut a, mut b) = (hostile.clone(), hostile.clone());
                     scalar.encode(src, n, importance, &mut a).unwrap();
                     codec.encode(src, n, importance, &mut b).unwrap();
@@ -142,7 +143,9 @@ fn wrong_lengths_are_misuse() {
             let (src, mut dst) = (vec![1.0; 4 * block], vec![0; 4 * bytes]);
             let importance = vec![1.0; 2 * block];
             let importance = codec.needs_importance().then_some(&importance[..]);
-            assert_eq!(kind(codec.encode(&src, 2 * block, importance, &mut dst)), Ok(()));
+            let written = kind(codec.encode(&src, 2 * block, importance, &mut dst));
+            assert_eq!(written.is_ok(), codec.can_encode());
+            assert!(matches!(written, Ok(()) | Err(ErrorKind::Unsupported)), "{dtype}");
             let mut misuse = |src: &[f32], row, importance: Option<&[f32]>, n: usize| {
                 assert_eq!(kind(codec.encode(src, row, importance, &mut dst[..n])), Err(ErrorKind::Misuse));
             };
@@ -191,7 +194,7 @@ fn importance_is_heeded_or_ignored_as_the_codec_says() {
     let src: Vec<f32> = (0..256).map(|i| (i as f32 * 0.7).sin()).collect();
     let importance: Vec<f32> = (0..256).map(|i| (i % 5) as f32).collect();
     for &dtype in DType::ALL {
-        for codec in implementations(dtype) {
+        for codec in implementations(dtype).filter(|c| c.can_encode()) {
             let bytes = |importance| {
                 let mut dst = vec![0; dtype.bytes_for(256).unwrap() as usize];
                 codec.encode(&src, 256, importance, &mut dst).map(|()| dst)

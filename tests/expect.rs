@@ -143,7 +143,9 @@ fn equal_to_llama_cpps_converter() {
         let source = common::fixture(name);
         let model = name.strip_prefix("models/").unwrap();
         let output = dir.path().join("model.gguf");
-        common::convert(&source, &output, Some("bf16"));
+        // Asked for BF16, llama.cpp keeps experts in MXFP4; we do so unasked.
+        let file_type = if *name == "models/gpt_oss-mxfp4" { None } else { Some("bf16") };
+        common::convert(&source, &output, file_type);
         let micro = format!("micro-{model}");
         let record =
             if common::fixture(&format!("expect/{micro}.json")).exists() { micro } else { model.to_string() };

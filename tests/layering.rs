@@ -16,6 +16,7 @@ const ORDER: &[&str] = &[
     "ggml",
     "vocab",
     "arch",
+    "packed",
     "block",
     "container",
     "tensor",

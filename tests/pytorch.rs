@@ -57,7 +57,7 @@ fn tensors_keep_the_order_of_the_dict_and_tied_ones_share_bytes() {
     let place = |name| store.get(name).map(|t| (t.offset, t.nbytes));
     assert_eq!(place("w"), place("tied"));
     let strided: Vec<&str> =
-        store.tensors().iter().filter(|t| store.is_strided(t)).map(|t| t.name.as_str()).collect();
+        store.tensors().iter().filter(|t| store.is_scattered(t)).map(|t| t.name.as_str()).collect();
     assert_eq!(strided, ["transposed", "stepped"]);
 }
 

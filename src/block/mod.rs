@@ -13,6 +13,7 @@
 
 mod cast;
 mod float;
+mod float8;
 mod grid;
 mod grid_search;
 mod groups;
@@ -60,6 +61,9 @@ static SCALAR: &[Codec] = &[
     float::F16,
     float::BF16,
     float::F64,
+    float8::F8_E4M3,
+    float8::F8_E5M2,
+    float8::F8_E8M0,
     q4_0::SCALAR,
     q4_1::SCALAR,
     q5_0::SCALAR,

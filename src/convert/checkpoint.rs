@@ -9,6 +9,7 @@ use crate::container::side::{read_json, read_side_file};
 use crate::container::{Store, weights};
 use crate::error::{Error, Result};
 use crate::limits::Limits;
+use crate::packed;
 
 /// Metadata that a GGUF file had and config.json cannot hold, kept beside it by `gguf-to-hf`.
 pub const GGUF_METADATA_FILE: &str = "gguf_metadata.json";
@@ -18,8 +19,10 @@ pub const GGUF_METADATA_FILE: &str = "gguf_metadata.json";
 pub struct Checkpoint {
     /// The directory.
     pub dir: PathBuf,
-    /// Its weights.
+    /// Its weights; those that are packed, joined.
     pub store: Store,
+    /// How they were quantized already, `quant_method`.
+    pub quant_method: Option<&'static str>,
     /// config.json.
     pub config: Json,
     /// generation_config.json, where there is a valid one.
@@ -52,12 +55,24 @@ impl Checkpoint {
         if !config.is_object() {
             return Err(Error::malformed("is no JSON object").at(&config_path));
         }
+        let quantization = quantization(&config, &dir, limits)?;
         let store = weights::open(path, limits)?.store;
+        let (store, quant_method) =
+            packed::unpack(store, quantization.as_ref()).map_err(|e| e.at(&config_path))?;
         let model_card = read_side_file(&dir.join("README.md"), limits.side_file_bytes)?
             .map(|text| String::from_utf8_lossy(&text).into_owned());
         let generation = read_side_file(&dir.join("generation_config.json"), limits.side_file_bytes)?
             .and_then(|text| serde_json::from_slice(&text).ok());
-        Ok(Self { dir, store, config, generation, model_card })
+        Ok(Self { dir, store, quant_method, config, generation, model_card })
+    }
+
+    /// What the user should know of the weights.
+    pub fn notes(&self) -> Option<String> {
+        let decoded = self.store.tensors().iter().filter(|t| self.store.is_joined(t) && !t.dtype.is_block());
+        let (method, n) = (self.quant_method?, decoded.count());
+        (n > 0).then(|| {
+            format!("{n} tensors of the source are quantized already ({method}): what that lost stays lost")
+        })
     }
 
     /// The directory's own name, links and dots resolved.
@@ -65,4 +80,20 @@ impl Checkpoint {
         let full = self.dir.canonicalize().unwrap_or_else(|_| self.dir.clone());
         full.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default()
     }
+}
+
+/// What the model says of its quantization: in config.json, or, of early GPTQ models, in a file of
+/// its own.
+fn quantization(config: &Json, dir: &Path, limits: &Limits) -> Result<Option<Json>> {
+    let text = config.get("text_config").unwrap_or(&Json::Null);
+    let stated =
+        [config, text].into_iter().find_map(|c| c.get("quantization_config").filter(|q| !q.is_null()));
+    if stated.is_some() {
+        return Ok(stated.cloned());
+    }
+    let mut early = read_json::<Json>(&dir.join("quantize_config.json"), limits.side_file_bytes)?;
+    if let Some(fields) = early.as_mut().and_then(Json::as_object_mut) {
+        fields.entry("quant_method").or_insert_with(|| "gptq".into());
+    }
+    Ok(early)
 }

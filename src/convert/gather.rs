@@ -88,7 +88,7 @@ impl Source {
         };
         let blocks = tied.iter().map(|(_, copy)| copy.in_blocks(dtype.block_size())).collect();
         let plain = |copy: &StridedCopy| matches!(copy.dims[..], [] | [Dim { src: 1, dst: 1, .. }]);
-        let contiguous = tied.iter().all(|(info, copy)| plain(copy) && !store.is_strided(info));
+        let contiguous = tied.iter().all(|(info, copy)| plain(copy) && !store.is_scattered(info));
         Ok(Self {
             kind: Kind::Stored { dtype, pieces: tied, blocks },
             elementwise: elementwise.clone(),

@@ -63,8 +63,12 @@ impl HfToGguf {
     pub fn plan(&self) -> Result<Job> {
         let Recognised { checkpoint, mut model, vocab } = self.recognise()?;
         let infos = checkpoint.store.tensors();
-        let file_type =
-            self.file_type.unwrap_or_else(|| FileType::of_source(infos.iter().map(|t| (t.dtype, t.nbytes))));
+        let file_type = match (self.file_type, &self.quantizer) {
+            (Some(given), _) => given,
+            (None, None) => FileType::of_source(&checkpoint.store),
+            // The recipe decides about what could be kept, too.
+            (None, Some(_)) => FileType::of_source(&checkpoint.store).main(),
+        };
         model.set_facts(Facts { n_tokens: Some(vocab.tokens.len() as u64), file_type: Some(file_type.id) });
         let mapped = model.map(infos).map_err(|e| e.at(&checkpoint.dir))?;
         let size = counts(&mapped)?;
@@ -91,7 +95,7 @@ impl HfToGguf {
         let mut plan = match &self.quantizer {
             Some(quantizer) => {
                 let unquantized = |m: Mapped| {
-                    let (dtype, _) = file_type.choose(&m.name, &m.shape);
+                    let (dtype, _) = file_type.choose(&m.name, &m.shape, None);
                     Unquantized { mapped: m, dtype, place: (0, 0) }
                 };
                 let tensors = mapped.into_iter().map(unquantized).collect();
@@ -100,7 +104,9 @@ impl HfToGguf {
             }
             None => converted(file_type, mapped, &checkpoint)?,
         };
-        plan.notes.splice(0..0, model.warnings()?.into_iter().chain(vocab.notes.iter().cloned()));
+        let notes =
+            model.warnings()?.into_iter().chain(checkpoint.notes()).chain(vocab.notes.iter().cloned());
+        plan.notes.splice(0..0, notes);
         self.edits.apply(&mut metadata)?;
         let beside = checkpoint.dir.parent().filter(|p| !p.as_os_str().is_empty());
         let type_name = self.quantizer.as_ref().map_or(file_type.name(), |q| &q.recipe.name);
@@ -125,12 +131,6 @@ impl HfToGguf {
     pub fn recognise(&self) -> Result<Recognised> {
         let checkpoint = Checkpoint::open(&self.source, &self.limits)?;
         let config_path = checkpoint.dir.join("config.json");
-        if let Some(method) = checkpoint.config.get("quantization_config").filter(|q| !q.is_null()) {
-            let name = method.get("quant_method").and_then(Json::as_str).unwrap_or("unnamed");
-            return Err(Error::unsupported(format!("weights quantized by {name} cannot be read yet"))
-                .at(&config_path)
-                .hint("convert the unquantized model that it was made from"));
-        }
         let model = match &self.arch_file {
             Some(path) => arch::take_for(arch::read(path, &self.limits)?, &checkpoint.config),
             None => arch::recognise(&checkpoint.config, checkpoint.store.tensors(), self.arch.as_deref()),
@@ -166,8 +166,8 @@ pub fn source_tensors(source: &HfToGguf) -> Result<(Store, Vec<Mapped>)> {
 fn converted(file_type: FileType, mapped: Vec<Mapped>, checkpoint: &Checkpoint) -> Result<Plan> {
     let mut plan = Plan::new(Vec::with_capacity(mapped.len()));
     for m in mapped {
-        let (dtype, wanted) = file_type.choose(&m.name, &m.shape);
         let source = Source::new(&m, &checkpoint.store).map_err(|e| e.at(&checkpoint.dir))?;
+        let (dtype, wanted) = file_type.choose(&m.name, &m.shape, source.dtype());
         plan.tensors.push(TensorPlan::new(m.name, m.shape, dtype, wanted, source)?);
     }
     plan.note_fallbacks();

@@ -1,6 +1,7 @@
 //! The file types of llama.cpp's converter, and its rules for the type of each tensor. Those of its
 //! quantizer are recipes.
 
+use crate::container::Store;
 use crate::tensor::DType;
 
 /// A file type: what `--type` names, and `general.file_type` records.
@@ -10,16 +11,26 @@ pub struct FileType {
     pub dtype: DType,
     /// `enum llama_ftype` (llama.h).
     pub id: u32,
+    /// Block type of tensors that stay as they are in the source.
+    pub keeps: Option<DType>,
+}
+
+/// File types of sources that are partly quantized already, in a block type of ggml.
+const KEPT: &[(FileType, &str)] =
+    &[(FileType { dtype: DType::BF16, id: 38, keeps: Some(DType::MXFP4) }, "MXFP4_MOE")];
+
+const fn plain(dtype: DType, id: u32) -> FileType {
+    FileType { dtype, id, keeps: None }
 }
 
 /// All that llama.cpp's converter writes.
 pub const FILE_TYPES: &[FileType] = &[
-    FileType { dtype: DType::F32, id: 0 },
-    FileType { dtype: DType::F16, id: 1 },
-    FileType { dtype: DType::BF16, id: 32 },
-    FileType { dtype: DType::Q8_0, id: 7 },
-    FileType { dtype: DType::TQ2_0, id: 37 },
-    FileType { dtype: DType::TQ1_0, id: 36 },
+    plain(DType::F32, 0),
+    plain(DType::F16, 1),
+    plain(DType::BF16, 32),
+    plain(DType::Q8_0, 7),
+    plain(DType::TQ2_0, 37),
+    plain(DType::TQ1_0, 36),
 ];
 
 /// Base names of tensors that llama.cpp keeps in F32 whatever the file type.
@@ -54,28 +65,39 @@ impl FileType {
         FILE_TYPES.iter().copied().find(|t| t.dtype.name().eq_ignore_ascii_case(name))
     }
 
-    /// The file type that keeps most of a checkpoint's tensors as they are.
-    pub fn of_source(dtypes: impl Iterator<Item = (DType, u64)>) -> Self {
+    /// The file type that keeps most of a checkpoint's tensors as they are. Those that were decoded
+    /// from another packing follow the others.
+    pub fn of_source(store: &Store) -> Self {
         let mut bytes = std::collections::BTreeMap::new();
-        for (dtype, n) in dtypes {
-            *bytes.entry(dtype).or_insert(0u64) += n;
+        for t in store.tensors().iter().filter(|t| !store.is_joined(t)) {
+            *bytes.entry(t.dtype).or_insert(0u64) += t.nbytes;
         }
         let most = bytes.into_iter().max_by_key(|(_, n)| *n).map(|(d, _)| d);
-        FILE_TYPES
-            .iter()
-            .copied()
-            .find(|t| Some(t.dtype) == most && !t.dtype.is_block())
-            .unwrap_or(FILE_TYPES[1])
+        let main = FILE_TYPES.iter().copied().find(|t| Some(t.dtype) == most && !t.dtype.is_block());
+        let main = main.unwrap_or(FILE_TYPES[1]);
+        let has = |dtype| store.tensors().iter().any(|t| Some(t.dtype) == dtype);
+        let kept = KEPT.iter().find(|(t, _)| has(t.keeps));
+        kept.map_or(main, |(kept, _)| Self { dtype: main.dtype, ..*kept })
     }
 
     /// The name in file names: `Q8_0`.
     pub fn name(self) -> &'static str {
-        self.dtype.name()
+        let kept = KEPT.iter().find(|(t, _)| t.keeps == self.keeps);
+        kept.map_or(self.dtype.name(), |(_, name)| name)
+    }
+
+    /// The same where nothing is kept.
+    pub fn main(self) -> Self {
+        FILE_TYPES.iter().copied().find(|t| t.dtype == self.dtype).unwrap_or(self)
     }
 
     /// The type of one tensor, and the wanted one where the row does not fit it.
-    /// Source: `prepare_tensors` in llama.cpp's `conversion/base.py`.
-    pub fn choose(self, name: &str, shape: &[u64]) -> (DType, Option<DType>) {
+    /// Source: `prepare_tensors` in llama.cpp's `conversion/base.py`. `stored` is the type in the
+    /// source.
+    pub fn choose(self, name: &str, shape: &[u64], stored: Option<DType>) -> (DType, Option<DType>) {
+        if let Some(kept) = self.keeps.filter(|kept| stored == Some(*kept)) {
+            return (kept, None);
+        }
         let base = base_name(name);
         if shape.len() <= 1
             || name.ends_with("_norm.weight")
@@ -111,15 +133,19 @@ mod tests {
     #[test]
     fn rules() {
         let q8 = FileType::parse("Q8_0").unwrap();
-        assert_eq!(q8.choose("blk.0.attn_q.weight", &[64, 64]), (DType::Q8_0, None));
-        assert_eq!(q8.choose("blk.0.attn_q.weight", &[64, 33]), (DType::F16, Some(DType::Q8_0)));
-        assert_eq!(q8.choose("blk.0.attn_q_norm.weight", &[4, 64]), (DType::F32, None));
-        assert_eq!(q8.choose("blk.0.ffn_gate_inp.weight", &[4, 64]), (DType::F32, None));
-        assert_eq!(q8.choose("blk.0.attn_q.bias", &[64]), (DType::F32, None));
+        assert_eq!(q8.choose("blk.0.attn_q.weight", &[64, 64], None), (DType::Q8_0, None));
+        assert_eq!(q8.choose("blk.0.attn_q.weight", &[64, 33], None), (DType::F16, Some(DType::Q8_0)));
+        assert_eq!(q8.choose("blk.0.attn_q_norm.weight", &[4, 64], None), (DType::F32, None));
+        assert_eq!(q8.choose("blk.0.ffn_gate_inp.weight", &[4, 64], None), (DType::F32, None));
+        assert_eq!(q8.choose("blk.0.attn_q.bias", &[64], None), (DType::F32, None));
         let tq = FileType::parse("tq2_0").unwrap();
-        assert_eq!(tq.choose("token_embd.weight", &[8, 256]), (DType::F16, None));
-        assert_eq!(tq.choose("blk.11.ffn_up_exps.weight", &[2, 8, 256]), (DType::TQ2_0, None));
+        assert_eq!(tq.choose("token_embd.weight", &[8, 256], None), (DType::F16, None));
+        assert_eq!(tq.choose("blk.11.ffn_up_exps.weight", &[2, 8, 256], None), (DType::TQ2_0, None));
         assert!(FileType::parse("q4_k_m").is_none());
+        let kept = KEPT[0].0;
+        assert_eq!(kept.choose("blk.1.ffn_up_exps.weight", &[2, 8, 64], Some(DType::MXFP4)).0, DType::MXFP4);
+        assert_eq!(kept.choose("blk.1.ffn_up_exps.weight", &[2, 8, 64], Some(DType::BF16)).0, DType::BF16);
+        assert_eq!((kept.name(), kept.main().name(), kept.main().id), ("MXFP4_MOE", "BF16", 32));
         assert_eq!(base_name("blk.12.ffn_up_exps.weight"), "ffn_up_exps");
         assert_eq!(base_name("output.weight"), "output");
     }

@@ -1,0 +1,252 @@
+//! The tensors of a checkpoint: those that lie in its files, and those that are made of them.
+
+use std::collections::{HashMap, HashSet};
+use std::fmt::Debug;
+
+use super::{InputFile, endian};
+use crate::error::{Error, Result};
+use crate::tensor::{DType, StridedCopy, TensorInfo};
+
+/// The tensors of a checkpoint, over one or many files, in the order of the source.
+#[derive(Debug, Default)]
+pub struct Store {
+    stored: Stored,
+    tensors: Vec<TensorInfo>,
+    by_name: HashMap<String, usize>,
+    views: HashMap<String, Box<dyn View>>,
+}
+
+/// The files behind a [`Store`], and how tensors lie in them.
+#[derive(Debug, Default)]
+pub struct Stored {
+    files: Vec<InputFile>,
+    big_endian: bool,
+    /// Tensors whose elements do not lie in order: how they do, from the tensor's offset on.
+    strided: HashMap<String, StridedCopy>,
+}
+
+/// How the data of a tensor come out of those it is made of.
+pub trait View: Debug + Send + Sync {
+    /// Fills `out` with the data from element `start` on, in the tensor's own type, little-endian
+    /// and row-major. Both ends are those of blocks, and lie within the tensor.
+    ///
+    /// # Errors
+    /// As reads fail; `Malformed` for parts that contradict each other.
+    fn read(&self, stored: &Stored, start: u64, out: &mut [u8]) -> Result<()>;
+
+    /// Whether what a row is made of lies apart, so that small reads are slow.
+    fn is_scattered(&self) -> bool {
+        false
+    }
+}
+
+/// A tensor that several stored ones make up.
+#[derive(Debug)]
+pub struct Joined {
+    /// Its name; one of its parts may have the same.
+    pub name: String,
+    /// Type of the data that `view` gives.
+    pub dtype: DType,
+    /// Its shape, outermost dimension first.
+    pub shape: Vec<u64>,
+    /// Names of the tensors that it takes the place of.
+    pub parts: Vec<String>,
+    /// Its data.
+    pub view: Box<dyn View>,
+}
+
+impl Store {
+    /// Joins files and the tensors within them.
+    ///
+    /// # Errors
+    /// `Malformed` when a name appears twice, or a tensor's bytes leave its file.
+    pub fn new(files: Vec<InputFile>, tensors: Vec<TensorInfo>) -> Result<Self> {
+        let mut by_name = HashMap::with_capacity(tensors.len());
+        for (i, t) in tensors.iter().enumerate() {
+            let file = files
+                .get(t.file)
+                .ok_or_else(|| Error::malformed(format!("tensor {:?} has no file", t.name)))?;
+            if t.offset.checked_add(t.nbytes).is_none_or(|end| end > file.len()) {
+                return Err(Error::malformed(format!(
+                    "tensor {:?} takes {} bytes at offset {}, the file has {}",
+                    t.name,
+                    t.nbytes,
+                    t.offset,
+                    file.len()
+                ))
+                .at(file.path())
+                .hint("the file is cut short: fetch it again"));
+            }
+            if by_name.insert(t.name.clone(), i).is_some() {
+                return Err(Error::malformed(format!("tensor {:?} appears twice", t.name)).at(file.path()));
+            }
+        }
+        let stored = Stored { files, ..Stored::default() };
+        Ok(Self { stored, tensors, by_name, views: HashMap::new() })
+    }
+
+    /// Declares the data big-endian: [`Self::read`] then turns every element round.
+    pub(crate) fn into_big_endian(mut self) -> Self {
+        self.stored.big_endian = true;
+        self
+    }
+
+    /// Declares how the elements of some tensors lie, by name: [`Self::read`] then brings them into
+    /// row-major order. No copy may reach beyond its file.
+    pub(crate) fn with_strided(mut self, strided: HashMap<String, StridedCopy>) -> Self {
+        self.stored.strided = strided;
+        self
+    }
+
+    /// Puts joined tensors in the place of their parts, each where the first of these was.
+    ///
+    /// # Errors
+    /// `Malformed` when a name is taken, a part is missing or has been joined already, or a shape
+    /// does not fit its type.
+    pub fn join(mut self, joined: Vec<Joined>) -> Result<Self> {
+        let mut gone = HashSet::new();
+        let mut at_place: HashMap<usize, TensorInfo> = HashMap::new();
+        for Joined { name, dtype, shape, parts, view } in joined {
+            let context = |e: Error| e.context(format!("tensor {name:?}"));
+            let nbytes = dtype.nbytes(&shape).map_err(context)?;
+            let mut place = self.tensors.len();
+            for part in &parts {
+                let at = self.by_name.get(part).copied().filter(|&at| gone.insert(at)).ok_or_else(|| {
+                    context(Error::malformed(format!("its part {part:?} is missing, or part of another")))
+                })?;
+                place = place.min(at);
+            }
+            if self.by_name.contains_key(&name) && !parts.contains(&name) || self.views.contains_key(&name) {
+                return Err(context(Error::malformed("is there, and packed as well"))
+                    .hint("one of the two is left over from another version of the model"));
+            }
+            let first = self.tensors.get(place).ok_or_else(|| context(Error::malformed("has no parts")))?;
+            let info = TensorInfo { name, dtype, shape, file: first.file, offset: first.offset, nbytes };
+            self.views.insert(info.name.clone(), view);
+            at_place.insert(place, info);
+        }
+        let tensors = std::mem::take(&mut self.tensors);
+        self.tensors = tensors
+            .into_iter()
+            .enumerate()
+            .filter_map(|(i, t)| at_place.remove(&i).or((!gone.contains(&i)).then_some(t)))
+            .collect();
+        self.by_name = self.tensors.iter().enumerate().map(|(i, t)| (t.name.clone(), i)).collect();
+        Ok(self)
+    }
+
+    /// Whether small reads of the tensor are slow: its elements lie apart in the file.
+    pub fn is_scattered(&self, tensor: &TensorInfo) -> bool {
+        match self.views.get(&tensor.name) {
+            Some(view) => view.is_scattered(),
+            None => self.stored.strided.contains_key(&tensor.name),
+        }
+    }
+
+    /// Whether the tensor is joined from others ([`Self::join`]).
+    pub fn is_joined(&self, tensor: &TensorInfo) -> bool {
+        self.views.contains_key(&tensor.name)
+    }
+
+    /// All files.
+    pub fn files(&self) -> &[InputFile] {
+        &self.stored.files
+    }
+
+    /// All tensors, in source order.
+    pub fn tensors(&self) -> &[TensorInfo] {
+        &self.tensors
+    }
+
+    /// The tensor called `name`.
+    pub fn get(&self, name: &str) -> Option<&TensorInfo> {
+        self.by_name.get(name).map(|&i| &self.tensors[i])
+    }
+
+    /// Fills `buf` from byte `offset` of the tensor's data; the data is little-endian and row-major
+    /// whatever the file's order.
+    ///
+    /// # Errors
+    /// `Malformed` when the range leaves the tensor, `Io` when the read fails. For a big-endian
+    /// file also `Unsupported` when the block type has no defined big-endian layout, and for it,
+    /// for strided and for joined tensors `Misuse` when the range is not whole blocks.
+    pub fn read(&self, tensor: &TensorInfo, offset: u64, buf: &mut [u8]) -> Result<()> {
+        let Some(view) = self.views.get(&tensor.name) else {
+            return self.stored.read(tensor, offset, buf);
+        };
+        check_range(tensor, offset, buf.len())?;
+        check_blocks(tensor, offset, buf.len())?;
+        let start = offset / tensor.dtype.type_size() * tensor.dtype.block_size();
+        view.read(&self.stored, start, buf).map_err(|e| match e.path() {
+            Some(_) => e,
+            None => e.context(format_args!("tensor {:?}", tensor.name)),
+        })
+    }
+
+    /// All bytes of a small tensor.
+    ///
+    /// # Errors
+    /// As [`Self::read`].
+    pub fn read_all(&self, tensor: &TensorInfo) -> Result<Vec<u8>> {
+        // `nbytes` lies within the file, or a small multiple of it: no file asks for more.
+        let mut buf = vec![0; tensor.nbytes as usize];
+        self.read(tensor, 0, &mut buf)?;
+        Ok(buf)
+    }
+}
+
+impl Stored {
+    /// As [`Store::read`], of a tensor that lies in a file.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn read(&self, tensor: &TensorInfo, offset: u64, buf: &mut [u8]) -> Result<()> {
+        check_range(tensor, offset, buf.len())?;
+        let file = self.files.get(tensor.file);
+        let at = tensor.offset.checked_add(offset);
+        let (Some(file), Some(at)) = (file, at) else {
+            return Err(Error::misuse(format!("tensor {:?} is not of this store", tensor.name)));
+        };
+        let size = tensor.dtype.type_size();
+        let copy = self.strided.get(&tensor.name);
+        if self.big_endian || copy.is_some() {
+            check_blocks(tensor, offset, buf.len())?;
+        }
+        match copy {
+            None => file.read_at(at, buf)?,
+            Some(copy) => {
+                let (start, mut scratch) = (offset / size, Vec::new());
+                for part in copy.clip(start, start + buf.len() as u64 / size) {
+                    let mut fetch = |unit: u64, buf: &mut [u8]| {
+                        let at = unit.checked_mul(size).and_then(|n| n.checked_add(tensor.offset));
+                        file.read_at(at.unwrap_or(u64::MAX), buf)
+                    };
+                    part.gather(start, size, buf, &mut scratch, &mut fetch)?;
+                }
+            }
+        }
+        if self.big_endian {
+            endian::swap(tensor.dtype, buf)
+                .map_err(|e| e.context(format_args!("tensor {:?}", tensor.name)))?;
+        }
+        Ok(())
+    }
+}
+
+fn check_range(tensor: &TensorInfo, offset: u64, len: usize) -> Result<()> {
+    if offset.checked_add(len as u64).is_none_or(|end| end > tensor.nbytes) {
+        return Err(Error::malformed(format!(
+            "{len} bytes at {offset} lie beyond tensor {:?} of {} bytes",
+            tensor.name, tensor.nbytes
+        )));
+    }
+    Ok(())
+}
+
+fn check_blocks(tensor: &TensorInfo, offset: u64, len: usize) -> Result<()> {
+    let size = tensor.dtype.type_size();
+    if offset.is_multiple_of(size) && (len as u64).is_multiple_of(size) {
+        return Ok(());
+    }
+    Err(Error::misuse(format!("a range within a block of {}", tensor.dtype)))
+}

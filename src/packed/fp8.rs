@@ -1,0 +1,121 @@
+//! FP8 with a scale for each block of a matrix, or one for all of it: DeepSeek V3, Qwen3-FP8,
+//! Ministral.
+//!
+//! `X` is F8_E4M3 `[.., out, in]`, `X_scale_inv` `[.., ceil(out/bh), ceil(in/bw)]` or a single value;
+//! `weight_block_size` is `[bh, bw]`. Despite its name the scale is multiplied:
+//! `W = X * X_scale_inv`, in f32. What says how activations are quantized is passed over.
+//! Source: DeepSeek V3's `inference/kernel.py` (`weight_dequant`), transformers'
+//! `integrations/finegrained_fp8.py`.
+
+use serde_json::Value as Json;
+
+use super::{FLOATS, Format, Packed, View, check, tiles, values};
+use crate::container::{Joined, Stored};
+use crate::error::{Error, Result};
+use crate::tensor::{DType, TensorInfo};
+
+pub(super) const FORMAT: Format =
+    Format { method: "fp8", name: "FP8", marks: |t| t.name.ends_with(SCALE), join };
+
+const SCALE: &str = "_scale_inv";
+const WEIGHTS: &[DType] = &[DType::F8_E4M3, DType::F8_E5M2];
+
+fn join(packed: &Packed<'_>) -> Result<Vec<Joined>> {
+    let block = block_size(packed.config)?;
+    let mut joined = Vec::new();
+    for weight in packed.store.tensors().iter().filter(|t| WEIGHTS.contains(&t.dtype)) {
+        let name = &weight.name;
+        let scale = format!("{name}{SCALE}");
+        let Some(scale) = packed.store.get(&scale) else {
+            return Err(Error::malformed(format!(
+                "tensor {name:?} is {}, but {scale:?} is missing",
+                weight.dtype
+            ))
+            .hint("a shard may be missing"));
+        };
+        let [outer @ .., rows, cols] = &weight.shape[..] else {
+            return Err(Error::malformed(format!("tensor {name:?} is {} and no matrix", weight.dtype)));
+        };
+        let (rows, cols) = (*rows, *cols);
+        let (block, grid) = match (block, scale.elements()) {
+            (None, 1) => ([rows.max(1), cols.max(1)], None),
+            (None, _) => {
+                return Err(Error::malformed(format!(
+                    "tensor {:?} has shape {:?}, but quantization_config no weight_block_size",
+                    scale.name, scale.shape
+                )));
+            }
+            (Some([bh, bw]), _) => ([bh, bw], Some([rows.div_ceil(bh), cols.div_ceil(bw)])),
+        };
+        let types = [FLOATS, &[DType::F8_E8M0]].concat();
+        let shape = grid.map_or_else(|| scale.shape.clone(), |grid| [outer, &grid[..]].concat());
+        check(scale, &types, &shape).map_err(|e| e.context(format!("blocks of {block:?}")))?;
+        // How activations were quantized says nothing about the weights.
+        let stem = name.strip_suffix(".weight").unwrap_or(name);
+        let activation = ["activation_scale", "input_scale"]
+            .into_iter()
+            .flat_map(|s| [format!("{stem}.{s}"), format!("{stem}_{s}"), format!("{name}_{s}")])
+            .filter(|part| packed.store.get(part).is_some());
+        joined.push(Joined {
+            name: name.clone(),
+            dtype: DType::F32,
+            shape: weight.shape.clone(),
+            parts: [name.clone(), scale.name.clone()].into_iter().chain(activation).collect(),
+            view: Box::new(Blocked { rows, cols, block, weight: weight.clone(), scale: scale.clone() }),
+        });
+    }
+    Ok(joined)
+}
+
+/// `weight_block_size`: rows and columns of a block.
+fn block_size(config: &Json) -> Result<Option<[u64; 2]>> {
+    match config.get("weight_block_size") {
+        None | Some(Json::Null) => Ok(None),
+        Some(sizes) => {
+            let size = |i: usize| sizes.get(i).and_then(Json::as_u64).filter(|n| *n > 0);
+            match (size(0), size(1), sizes.get(2)) {
+                (Some(bh), Some(bw), None) => Ok(Some([bh, bw])),
+                _ => Err(Error::malformed(format!(
+                    "quantization_config: weight_block_size = {sizes} are not two sizes"
+                ))),
+            }
+        }
+    }
+}
+
+#[derive(Debug)]
+struct Blocked {
+    weight: TensorInfo,
+    scale: TensorInfo,
+    /// Of one matrix.
+    rows: u64,
+    cols: u64,
+    block: [u64; 2],
+}
+
+impl View for Blocked {
+    fn read(&self, stored: &Stored, start: u64, out: &mut [u8]) -> Result<()> {
+        let [bh, bw] = self.block;
+        let (scale_rows, scale_cols) = (self.rows.div_ceil(bh), self.cols.div_ceil(bw));
+        let mut out = out.as_chunks_mut().0;
+        let mut scales = (u64::MAX, Vec::new());
+        for tile in tiles(start, start + out.len() as u64, self.cols) {
+            for row in tile.rows {
+                let n = (tile.cols.end - tile.cols.start) as usize;
+                let codes = values(stored, &self.weight, row * self.cols + tile.cols.start, n)?;
+                let scale_row = row / self.rows * scale_rows + row % self.rows / bh;
+                if scales.0 != scale_row {
+                    let all = values(stored, &self.scale, scale_row * scale_cols, scale_cols as usize)?;
+                    scales = (scale_row, all);
+                }
+                let (these, rest) = out.split_at_mut(n);
+                out = rest;
+                for ((y, x), col) in these.iter_mut().zip(codes).zip(tile.cols.clone()) {
+                    let scale = scales.1[(col / bw) as usize];
+                    *y = f32::to_le_bytes(x * scale);
+                }
+            }
+        }
+        Ok(())
+    }
+}
