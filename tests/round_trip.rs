@@ -60,7 +60,7 @@ fn back_and_forth() {
 #[test]
 fn threads_and_memory_do_not_show() {
     let dir = tempfile::tempdir().unwrap();
-    for name in ["models/mixtral", "models/gpt2", "tiny-llama"] {
+    for name in ["models/mixtral", "models/gpt2", "models/gpt_oss-mxfp4", "models/fmt-gptq4", "tiny-llama"] {
         for file_type in ["bf16", "q8_0", "tq2_0", "f32"] {
             let mut first: Option<Vec<u8>> = None;
             for (threads, memory) in [(1, 64 << 20), (2, 1 << 20), (7, 4 << 20), (3, 1 << 30)] {
