@@ -16,12 +16,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use qconv::arch::{self, Architecture, Facts, Model, Target};
+use qconv::arch::{self, Architecture, Data, Facts, Mapped, Model, Target};
 use qconv::container::gguf::{Gguf, Metadata, write};
 use qconv::container::safetensors;
 use qconv::convert::FileType;
 use qconv::convert::{GgufToHf, HfToGguf, Silent};
-use qconv::eval::logits::forward;
+use qconv::eval::embed::output;
 use qconv::ggml;
 use qconv::limits::Limits;
 use qconv::tensor::{DType, TensorInfo, elements};
@@ -85,11 +85,17 @@ impl Trial {
     fn new(path: &Path, definition: &Architecture, mut config: Json) -> Outcome<Self> {
         let dir = tempfile::tempdir().map_err(text)?;
         let kinds = &definition.tokenizer.kinds;
-        let fixture = if kinds.iter().any(|k| k == "bpe") { "models/llama" } else { "models/gemma3-spm" };
+        let has = |kind: &str| kinds.iter().any(|k| k == kind);
+        let fixture = match () {
+            () if has("wpm") => "models/bert",
+            () if has("ugm") => "models/t5",
+            () if has("bpe") => "models/llama",
+            () => "models/gemma3-spm",
+        };
         let fixture = common::fixture(fixture);
         let hf = dir.path().join("hf");
         fs::create_dir(&hf).map_err(text)?;
-        for name in ["tokenizer.json", "tokenizer.model", "tokenizer_config.json"] {
+        for name in ["tokenizer.json", "tokenizer.model", "spiece.model", "tokenizer_config.json"] {
             if fixture.join(name).exists() {
                 fs::copy(fixture.join(name), hf.join(name)).map_err(text)?;
             }
@@ -97,7 +103,7 @@ impl Trial {
         let theirs = fs::read(fixture.join("config.json")).map_err(text)?;
         let theirs: Json = serde_json::from_slice(&theirs).map_err(text)?;
         let map = config.as_object_mut().ok_or("the example is no table")?;
-        for key in ["vocab_size", "bos_token_id", "eos_token_id", "pad_token_id"] {
+        for key in ["vocab_size", "type_vocab_size", "bos_token_id", "eos_token_id", "pad_token_id"] {
             if let (false, Some(value)) = (map.contains_key(key), theirs.get(key)) {
                 map.insert(key.into(), value.clone());
             }
@@ -112,7 +118,11 @@ impl Trial {
             kinds,
         };
         let vocab = vocab::load(&source, &Limits::default()).map_err(text)?;
-        model.set_facts(Facts { n_tokens: Some(vocab.tokens.len() as u64), file_type: Some(0) });
+        model.set_facts(Facts {
+            n_tokens: Some(vocab.tokens.len() as u64),
+            file_type: Some(0),
+            pooling: None,
+        });
         let mut metadata = Metadata::default();
         metadata.set("general.architecture", definition.arch.as_str());
         for (key, value) in model.metadata().map_err(text)?.0 {
@@ -127,18 +137,19 @@ impl Trial {
         let shapes = self.shapes(&targets)?;
         let infos: Vec<TensorInfo> = shapes.iter().map(|(name, shape)| info(name, shape)).collect();
         let sources = self.model.map_back(&infos).map_err(|e| format!("backwards: {e}"))?;
-        let sources: Shapes = sources.into_iter().map(|m| (m.name, m.shape)).collect();
         let path = |name: &str| self.dir.path().join(name);
         write_checkpoint(&path("hf"), &sources);
         self.convert("hf", "a.gguf")?;
         let a = contents(&Gguf::open(path("a.gguf"), &Limits::default()).map_err(text)?.store);
-        let logits = forward(path("a.gguf"), TOKENS, 1).map_err(|e| format!("runs: {e}"))?;
-        if !logits.values.iter().all(|v| v.is_finite()) {
-            return Err("logits are not finite".into());
+        let output = ggml::Model::load(path("a.gguf"), &ggml::ModelOptions::default())
+            .and_then(|model| output(&model, TOKENS, 1))
+            .map_err(|e| format!("runs: {e}"))?;
+        let values = &output.matrix().values;
+        if !values.iter().all(|v| v.is_finite()) {
+            return Err(format!("{} are not finite", output.name()));
         }
-        let first = logits.values[0];
-        if logits.values.iter().all(|v| *v == first) {
-            return Err("all logits are the same".into());
+        if values.iter().all(|v| *v == values[0]) {
+            return Err(format!("all {} are the same", output.name()));
         }
         GgufToHf {
             source: path("a.gguf"),
@@ -262,18 +273,21 @@ fn info(name: &str, shape: &[u64]) -> TensorInfo {
     TensorInfo { name: name.into(), dtype: DType::F32, shape: shape.to_vec(), file: 0, offset: 0, nbytes }
 }
 
-/// Noise, the same for the same name.
-fn write_checkpoint(dir: &Path, shapes: &Shapes) {
+/// Noise, the same for the same name; zeros at the beginning where GGUF does not hold it.
+fn write_checkpoint(dir: &Path, sources: &[Mapped]) {
     let tensors: Vec<(&str, DType, &[u64])> =
-        shapes.iter().map(|(n, s)| (n.as_str(), DType::F32, s.as_slice())).collect();
+        sources.iter().map(|m| (m.name.as_str(), DType::F32, m.shape.as_slice())).collect();
     let layout = safetensors::write::Layout::new(&tensors, u64::MAX).unwrap();
     let file = &layout.files[0];
     let mut bytes = file.header.clone();
     bytes.resize(file.len as usize, 0);
-    for ((name, shape), (_, offset)) in shapes.iter().zip(&layout.places) {
+    for (Mapped { name, shape, data }, (_, offset)) in sources.iter().zip(&layout.places) {
+        let Data::Copied { pieces, .. } = data else { panic!("{name} is made from nothing") };
+        let held: u64 = pieces.iter().map(|p| p.copy.elements()).sum();
+        let n = shape.iter().product::<u64>();
         let mut state =
             name.bytes().fold(0x9e37_79b9u64, |h, b| (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3));
-        for i in 0..shape.iter().product::<u64>() as usize {
+        for i in (n - held) as usize..n as usize {
             state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
             let value = ((state >> 40) as f32 / (1 << 24) as f32 - 0.5) * 0.25;
             let at = *offset as usize + 4 * i;

@@ -6,7 +6,7 @@ use std::sync::atomic::AtomicBool;
 
 use qconv::ErrorKind;
 use qconv::eval::generate::{End, Options, Sampling, generate, tokenize_prompt};
-use qconv::eval::logits::{LogitMatrix, compare, forward, forward_with};
+use qconv::eval::logits::{Matrix, compare, forward, forward_with};
 use qconv::eval::parity;
 use qconv::ggml::{
     Context, ContextOptions, Logits, Model, ModelOptions, VocabType, linked, oracle, type_facts,
@@ -254,7 +254,7 @@ fn logits_do_not_depend_on_how_they_are_computed() {
     let paths = [1, 2].map(|seed| folder.write(&format!("{seed}.gguf"), &tiny_llama(seed)));
     let whole = paths.each_ref().map(|path| forward(path, &IDS, 1).unwrap());
     for logits in &whole {
-        assert_eq!((logits.rows(), logits.n_vocab), (IDS.len(), 288));
+        assert_eq!((logits.rows(), logits.columns), (IDS.len(), 288));
     }
     let apart = compare(&whole[0], &whole[1]).unwrap();
     assert!(apart.finite && apart.rel_rms > 0.5, "{apart:?}");
@@ -275,7 +275,7 @@ fn logits_do_not_depend_on_how_they_are_computed() {
     }
     let first = single[0][..288].to_vec();
     for (values, whole) in single.into_iter().zip(&whole) {
-        let agreement = compare(&LogitMatrix { n_vocab: 288, values }, whole).unwrap();
+        let agreement = compare(&Matrix { columns: 288, values }, whole).unwrap();
         assert!(agreement.rel_rms < 1e-5 && agreement.argmax_agree == IDS.len(), "{agreement:?}");
     }
     let context = &mut contexts[0];

@@ -139,7 +139,7 @@ fn compare(name: &str, output: &Path, skip: &dyn Fn(&str) -> bool) {
 #[test]
 fn equal_to_llama_cpps_converter() {
     let dir = tempfile::tempdir().unwrap();
-    for name in common::MODELS.iter().filter(|n| **n != "tiny-llama") {
+    for name in common::MODELS.iter().chain(common::ENCODERS).filter(|n| **n != "tiny-llama") {
         let source = common::fixture(name);
         let model = name.strip_prefix("models/").unwrap();
         let output = dir.path().join("model.gguf");

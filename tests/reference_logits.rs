@@ -4,7 +4,9 @@
 
 mod common;
 
-use qconv::eval::logits::{LogitMatrix, compare, forward};
+use qconv::eval::embed::{answer_logits, hidden_states};
+use qconv::eval::logits::{Matrix, compare, forward};
+use qconv::ggml::{Model, ModelOptions};
 
 /// Where llama.cpp computes something else. gpt-oss takes the ends of YaRN's ramp unrounded
 /// (`truncate: false`), llama.cpp rounds them; transformers' arithmetic with rounded ends differs from
@@ -19,7 +21,7 @@ fn logits_agree_with_transformers() {
         let output = dir.path().join("model.gguf");
         common::convert(&source, &output, Some("f32"));
         let (ids, values) = common::reference(&source);
-        let wanted = LogitMatrix { n_vocab: values.len() / ids.len(), values };
+        let wanted = Matrix { columns: values.len() / ids.len(), values };
         let found = forward(&output, &ids, 1).unwrap();
         let agreement = compare(&found, &wanted).unwrap();
         println!("{name}: {agreement:?}");
@@ -28,4 +30,42 @@ fn logits_agree_with_transformers() {
         assert!(agreement.rel_rms < bound, "{name}: {agreement:?}");
         assert_eq!(agreement.argmax_agree, agreement.rows, "{name}: {agreement:?}");
     }
+}
+
+/// The last hidden states of encoders. llama.cpp computes BERT's GELU by its tanh formula, which
+/// transformers does not: that is the difference of some 3e-4.
+#[test]
+fn hidden_states_agree_with_transformers() {
+    let dir = tempfile::tempdir().unwrap();
+    for (name, key) in common::ENCODERS.iter().zip(["last_hidden_state", "encoder_last_hidden_state"]) {
+        let source = common::fixture(name);
+        let output = dir.path().join("model.gguf");
+        common::convert(&source, &output, Some("f32"));
+        let (ids, values) = common::reference_named(&source, key);
+        let wanted = Matrix { columns: values.len() / ids.len(), values };
+        let model = Model::load(&output, &ModelOptions::default()).unwrap();
+        let agreement = compare(&hidden_states(&model, &ids, 1).unwrap(), &wanted).unwrap();
+        println!("{name}: {agreement:?}");
+        assert!(agreement.finite && agreement.rel_rms < 5e-4, "{name}: {agreement:?}");
+        assert_eq!(agreement.argmax_agree, agreement.rows, "{name}: {agreement:?}");
+    }
+}
+
+/// T5's answer to a text: both halves at work. transformers scales tied logits by 1/sqrt(d_model),
+/// llama.cpp does not.
+#[test]
+fn the_answer_of_t5_agrees_with_transformers() {
+    let dir = tempfile::tempdir().unwrap();
+    let source = common::fixture("models/t5");
+    let output = dir.path().join("model.gguf");
+    common::convert(&source, &output, Some("f32"));
+    let (ids, values) = common::reference(&source);
+    let model = Model::load(&output, &ModelOptions::default()).unwrap();
+    let start = model.decoder_start().unwrap();
+    let mut found = answer_logits(&model, &ids, &[start], 1).unwrap();
+    let scale = (model.n_embd() as f32).sqrt();
+    found.values.iter_mut().for_each(|v| *v /= scale);
+    let agreement = compare(&found, &Matrix { columns: values.len(), values }).unwrap();
+    assert!(agreement.finite && agreement.rel_rms < 5e-4, "{agreement:?}");
+    assert_eq!(agreement.argmax_agree, 1, "{agreement:?}");
 }

@@ -25,7 +25,7 @@ fn contents(path: &Path) -> (Tensors, Metadata) {
 #[test]
 fn back_and_forth() {
     let dir = tempfile::tempdir().unwrap();
-    for name in common::MODELS {
+    for name in common::MODELS.iter().chain(common::ENCODERS) {
         for file_type in ["f32", "f16", "bf16"] {
             let (there, again) = (dir.path().join("a.gguf"), dir.path().join("b.gguf"));
             common::convert(&common::fixture(name), &there, Some(file_type));

@@ -81,8 +81,9 @@ impl Expr {
                 let a = a.eval(scope)?;
                 match (&a, i.as_u64()) {
                     (Json::Array(list), Some(i)) => list.get(i as usize).cloned().unwrap_or(Json::Null),
-                    (Json::Object(map), None) => {
-                        i.as_str().and_then(|k| map.get(k)).cloned().unwrap_or(Json::Null)
+                    (Json::Object(map), n) => {
+                        let key = n.map(|n| n.to_string()).or(i.as_str().map(str::to_string));
+                        key.and_then(|k| map.get(&k)).cloned().unwrap_or(Json::Null)
                     }
                     _ => Json::Null,
                 }
@@ -252,6 +253,11 @@ fn call(name: &str, args: &[Expr], scope: &dyn Scope) -> Result<Json> {
         ("sum", [Json::Array(list)]) => list.iter().try_fold(Json::from(0), |s, v| arithmetic("+", &s, v)),
         ("len", [Json::Array(a)]) => Ok(Json::from(a.len())),
         ("len", [Json::String(s)]) => Ok(Json::from(s.len())),
+        ("len", [Json::Object(map)]) => Ok(Json::from(map.len())),
+        ("numbered", [Json::Array(list)]) => {
+            Ok(Json::Object(list.iter().enumerate().map(|(i, v)| (i.to_string(), v.clone())).collect()))
+        }
+        ("numbered", [_]) => Ok(Json::Null),
         ("contains", [Json::Array(a), v]) => Ok(Json::Bool(a.contains(v))),
         ("contains", [Json::String(s), Json::String(v)]) => Ok(Json::Bool(s.contains(v.as_str()))),
         ("contains", [_, _]) => Ok(Json::Bool(false)),

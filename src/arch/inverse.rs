@@ -1,6 +1,6 @@
 //! The way back: tensor names, shapes and config.json from GGUF, by the same rows.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use indexmap::IndexMap;
 use serde_json::{Map, Value as Json, json};
@@ -147,6 +147,8 @@ impl Model {
     pub fn map_back(&self, tensors: &[TensorInfo]) -> Result<Vec<Mapped>> {
         let rows = self.active_rows(tensors.len())?;
         let mut out: IndexMap<String, Mapped> = IndexMap::new();
+        // What a slice took away at the beginning comes back as zeros.
+        let mut cut: HashSet<&str> = HashSet::new();
         for t in tensors {
             if self.arch.generate.iter().any(|g| g.name == t.name) {
                 continue;
@@ -165,6 +167,9 @@ impl Model {
             let together = first.0.row.at.is_some();
             let others = made.filter(|other| together && other.0.row.at.is_some());
             for (active, k, captures) in std::iter::once(first).chain(others) {
+                if active.row.cuts_beginning() {
+                    cut.insert(&t.name);
+                }
                 self.unmap(t, active, k, captures, &mut out)
                     .map_err(|e| e.context(format!("tensor {:?}", t.name)))?;
             }
@@ -173,7 +178,8 @@ impl Model {
         for m in &out {
             if let Data::Copied { pieces, .. } = &m.data {
                 let copied: u64 = pieces.iter().map(|p| p.copy.elements()).sum();
-                if copied != elements(&m.shape)? {
+                let whole = !pieces.iter().all(|p| cut.contains(p.source.as_str()));
+                if whole && copied != elements(&m.shape)? {
                     return Err(Error::malformed(format!(
                         "tensor {:?}: a part of it is missing from the GGUF file",
                         m.name
@@ -366,8 +372,19 @@ impl Model {
 fn before(ops: &[Op], shape: &[u64], scope: &dyn Scope) -> Result<Vec<u64>> {
     let mut shape = shape.to_vec();
     for op in ops.iter().rev() {
-        if let Op::Rearrange(r) = op {
-            shape = Rearrange::parse(&r.rearrange)?.shape_before(&shape, &sizes(&r.sizes, scope)?)?;
+        match op {
+            Op::Rearrange(r) => {
+                shape = Rearrange::parse(&r.rearrange)?.shape_before(&shape, &sizes(&r.sizes, scope)?)?;
+            }
+            Op::Slice(s) if s.cuts_beginning() => {
+                let start = s.start.as_ref().map(|e| e.eval(scope)).transpose()?.and_then(|v| v.as_u64());
+                let n = shape.get_mut(s.slice).zip(start).and_then(|(n, start)| {
+                    *n = n.checked_add(start)?;
+                    Some(())
+                });
+                n.ok_or_else(|| Error::malformed(format!("{shape:?} cannot have been sliced")))?;
+            }
+            _ => {}
         }
     }
     Ok(shape)
@@ -375,15 +392,21 @@ fn before(ops: &[Op], shape: &[u64], scope: &dyn Scope) -> Result<Vec<u64>> {
 
 /// config.json from metadata: keys whose expression is a chain of aliases go back to the first of
 /// them, the rest comes from the definition's `[config]`.
-pub(super) fn config(arch: &Architecture, metadata: &Metadata) -> Result<(Json, Class)> {
+pub(super) fn config(
+    arch: &Architecture,
+    metadata: &Metadata,
+    tensors: &[TensorInfo],
+) -> Result<(Json, Class)> {
     let kv: Map<String, Json> = metadata
         .iter()
-        .filter(|(k, _)| !k.starts_with("tokenizer."))
+        .filter(|(k, v)| !(k.starts_with("tokenizer.") && v.as_array().is_some()))
         .filter_map(|(k, v)| Some((k.to_string(), json_of(v)?)))
         .collect();
+    let names: Json = tensors.iter().map(|t| t.name.as_str()).collect();
     let scope_of = |config: &Map<String, Json>| {
         let mut scope = ModelScope::new(arch, Json::Object(config.clone()));
         scope.kv = Json::Object(kv.clone());
+        scope.tensors = names.clone();
         scope
     };
     let mut config = Map::new();
@@ -445,7 +468,7 @@ fn config_key(expr: &Expr, arch: &Architecture, plain: bool, depth: u32) -> Opti
                 _ => config_key(inner, arch, plain, depth + 1),
             }
         }
-        Expr::Name(name) if name == "file_type" => None,
+        Expr::Name(name) if name == "file_type" || name == "pooling" => None,
         Expr::Name(name) => Some((name.clone(), plain)),
         Expr::Field(object, field) => match (&**object, field.as_str()) {
             (Expr::Name(o), "rope_theta") if o == "rope" => Some(("rope_theta".into(), plain)),

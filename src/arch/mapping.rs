@@ -178,14 +178,14 @@ impl Model {
         let mut hits: HashMap<&str, HashSet<Captures>> = HashMap::new();
         for t in tensors {
             let name = self.canonical(&t.name);
-            if self.arch.drop.iter().any(|d| d.matches(&name).is_some()) {
-                continue;
-            }
             let found = rows.iter().find_map(|r| {
                 let captures = r.row.hf.matches(&name)?;
                 r.in_layer(&captures).then_some((r, captures))
             });
             let Some((active, captures)) = found else {
+                if self.arch.drop.iter().any(|d| d.matches(&name).is_some()) {
+                    continue;
+                }
                 return Err(self.unknown_tensor(&t.name, &name, &rows));
             };
             let context = |e: Error| e.context(format!("tensor {:?}", t.name));
@@ -223,6 +223,11 @@ impl Model {
 
     /// The name in the definition's terms.
     pub(super) fn canonical(&self, name: &str) -> String {
+        // As TensorFlow calls them, and old checkpoints of BERT.
+        let tensorflow = [("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias")];
+        let old =
+            tensorflow.into_iter().find_map(|(old, new)| Some(format!("{}{new}", name.strip_suffix(old)?)));
+        let name = old.as_deref().unwrap_or(name);
         self.class
             .rename
             .iter()

@@ -29,8 +29,9 @@ use std::path::Path;
 use serde_json::Value as Json;
 
 use crate::container::gguf::{Metadata, Value};
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::limits::Limits;
+use crate::tensor::TensorInfo;
 use schema::{Class, KvType};
 use scope::ModelScope;
 
@@ -60,28 +61,33 @@ pub fn read(path: &Path, limits: &Limits) -> Result<Architecture> {
 }
 
 impl Model {
-    /// From a GGUF file's metadata: the config.json that a Hugging Face directory would have, as
-    /// far as the metadata tell.
+    /// From a GGUF file's metadata and tensors: the config.json that a Hugging Face directory would
+    /// have, as far as they tell.
     ///
     /// # Errors
     /// `Unsupported` when `general.architecture` is none that we know.
-    pub fn from_metadata(metadata: &Metadata) -> Result<Self> {
+    pub fn from_gguf(metadata: &Metadata, tensors: &[TensorInfo]) -> Result<Self> {
         let name = metadata
             .str("general.architecture")
             .ok_or_else(|| Error::malformed("general.architecture is missing or no string"))?;
-        let arch = all()?.into_iter().find(|a| a.arch == name).ok_or_else(|| {
-            let known: Vec<_> = all().unwrap_or_default().into_iter().map(|a| a.arch).collect();
-            Error::unsupported(format!("the architecture {name:?} is not known"))
-                .hint(format!("known are: {}", known.join(", ")))
-        })?;
-        Self::from_metadata_as(arch, metadata)
+        let archs = all()?;
+        let mut found = Err(Error::unsupported(format!("the architecture {name:?} is not known"))
+            .hint(format!("known are: {}", recognise::names(&archs))));
+        // Families of one architecture may have a definition each: the first with a class that fits.
+        for arch in archs.into_iter().filter(|a| a.arch == name) {
+            found = Self::from_gguf_as(arch, metadata, tensors);
+            if found.as_ref().err().is_none_or(|e| e.kind() != ErrorKind::Unsupported) {
+                break;
+            }
+        }
+        found
     }
 
     /// The same, by a definition that is given.
     ///
     /// # Errors
     /// `Unsupported` when the file is of another architecture or none of its classes fits.
-    pub fn from_metadata_as(arch: Architecture, metadata: &Metadata) -> Result<Self> {
+    pub fn from_gguf_as(arch: Architecture, metadata: &Metadata, tensors: &[TensorInfo]) -> Result<Self> {
         let name = metadata.str("general.architecture");
         if name != Some(arch.arch.as_str()) {
             return Err(Error::unsupported(format!(
@@ -89,7 +95,7 @@ impl Model {
                 arch.arch
             )));
         }
-        let (config, class) = inverse::config(&arch, metadata)?;
+        let (config, class) = inverse::config(&arch, metadata, tensors)?;
         let scope = ModelScope::new(&arch, config);
         Ok(Self { arch, class, scope })
     }
@@ -187,6 +193,11 @@ fn typed(kind: KvType, value: &Json) -> Result<Option<Value>> {
             list.iter().map(|v| v.as_bool().ok_or_else(wrong)).collect::<Result<_>>()?,
         )),
         (KvType::Bool, v) => Value::Bool(v.as_bool().ok_or_else(wrong)?),
+        (KvType::Str, Json::Array(list)) => Value::Array(Array::String(
+            list.iter()
+                .map(|v| v.as_str().map(|s| s.as_bytes().to_vec()).ok_or_else(wrong))
+                .collect::<Result<_>>()?,
+        )),
         (KvType::Str, v) => Value::from(v.as_str().ok_or_else(wrong)?),
     }))
 }

@@ -49,8 +49,12 @@ fn class_of(config: &Json) -> &str {
     config.get("architectures").and_then(|a| a.get(0)).and_then(Json::as_str).unwrap_or_default()
 }
 
-fn names(archs: &[Architecture]) -> String {
-    archs.iter().map(|a| a.arch.as_str()).collect::<Vec<_>>().join(", ")
+/// The architectures' names, each once.
+pub(super) fn names(archs: &[Architecture]) -> String {
+    let mut names: Vec<_> = archs.iter().map(|a| a.arch.as_str()).collect();
+    names.sort_unstable();
+    names.dedup();
+    names.join(", ")
 }
 
 /// A known class that an unknown one may be like.
@@ -87,7 +91,7 @@ fn unknown_class(archs: &[Architecture], class: &str, config: &Json, tensors: &[
             let scope = ModelScope::new(arch, config.clone());
             let mut model = Model { arch: arch.clone(), class: known_class.clone(), scope };
             let n_tokens = model.var("vocab_size").ok().and_then(|n| n.as_u64());
-            model.set_facts(Facts { n_tokens, file_type: None });
+            model.set_facts(Facts { n_tokens, ..Facts::default() });
             let known = kinds.values().filter(|name| model.knows(name)).count();
             let all_known = known > 0 && known == kinds.len();
             let fits = all_known && model.check().is_ok() && model.map(tensors).is_ok();

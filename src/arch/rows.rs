@@ -132,7 +132,19 @@ pub(super) struct AffineOp {
     pub add: Option<Expr>,
 }
 
+impl SliceOp {
+    /// Whether it takes away the first and nothing else.
+    pub fn cuts_beginning(&self) -> bool {
+        self.start.is_some() && self.stop.is_none() && self.step.is_none()
+    }
+}
+
 impl Row {
+    /// Whether the first rows of its sources are taken away, and nothing else.
+    pub fn cuts_beginning(&self) -> bool {
+        self.ops.iter().any(|op| matches!(op, Op::Slice(s) if s.cuts_beginning()))
+    }
+
     /// The parts that have the same name as part `k`, itself among them.
     pub fn joined_with(&self, k: usize) -> impl Iterator<Item = usize> + '_ {
         (0..self.to.len()).filter(move |&j| self.to[j] == self.to[k])

@@ -17,6 +17,8 @@ pub struct Facts {
     pub n_tokens: Option<u64>,
     /// `general.file_type` (`enum llama_ftype`).
     pub file_type: Option<u32>,
+    /// How the files of sentence-transformers pool embeddings (`enum llama_pooling_type`).
+    pub pooling: Option<u32>,
 }
 
 pub(super) struct ModelScope {
@@ -28,6 +30,8 @@ pub(super) struct ModelScope {
     rope_sliding: Json,
     /// Metadata of the GGUF, on the way back.
     pub(super) kv: Json,
+    /// Names of its tensors, likewise.
+    pub(super) tensors: Json,
     /// Variables being evaluated: within its own definition a name means config.json's key.
     active: RefCell<Vec<String>>,
 }
@@ -44,6 +48,7 @@ impl ModelScope {
             rope,
             rope_sliding,
             kv: Json::Null,
+            tensors: Json::Null,
             active: RefCell::default(),
         }
     }
@@ -118,7 +123,9 @@ impl Scope for ModelScope {
             "rope_sliding" => Some(self.rope_sliding.clone()),
             "tokenizer" => Some(json!({ "n_tokens": self.facts.n_tokens })),
             "file_type" => Some(json!(self.facts.file_type)),
+            "pooling" => Some(json!(self.facts.pooling)),
             "kv" => Some(self.kv.clone()),
+            "tensors" => Some(self.tensors.clone()),
             _ => None,
         };
         if known.is_some() {

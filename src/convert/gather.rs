@@ -16,6 +16,8 @@ pub struct Source {
     elementwise: Vec<Elementwise>,
     elements: u64,
     contiguous: bool,
+    /// Some elements have no source: they are zero.
+    has_gaps: bool,
 }
 
 #[derive(Debug)]
@@ -61,6 +63,7 @@ impl Source {
                 elementwise: Vec::new(),
                 elements,
                 contiguous: true,
+                has_gaps: false,
             });
         };
         let mut tied: Vec<(TensorInfo, StridedCopy)> = Vec::with_capacity(pieces.len());
@@ -86,6 +89,8 @@ impl Source {
         let Some(dtype) = tied.first().map(|(info, _)| info.dtype) else {
             return Err(Error::malformed(format!("tensor {:?} has no source", mapped.name)));
         };
+        let copied = tied.iter().try_fold(0u64, |n, (_, copy)| n.checked_add(copy.elements()));
+        let has_gaps = copied.is_none_or(|n| n < elements);
         let blocks = tied.iter().map(|(_, copy)| copy.in_blocks(dtype.block_size())).collect();
         let plain = |copy: &StridedCopy| matches!(copy.dims[..], [] | [Dim { src: 1, dst: 1, .. }]);
         let contiguous = tied.iter().all(|(info, copy)| plain(copy) && !store.is_scattered(info));
@@ -94,6 +99,7 @@ impl Source {
             elementwise: elementwise.clone(),
             elements,
             contiguous,
+            has_gaps,
         })
     }
 
@@ -150,6 +156,9 @@ impl Source {
         let (block, size) = (dtype.block_size(), dtype.type_size());
         let (start, end) = (start / block, end / block);
         out.resize(((end - start) * size) as usize, 0);
+        if self.has_gaps {
+            out.fill(0);
+        }
         for ((info, _), copy) in pieces.iter().zip(blocks) {
             for part in copy.clip(start, end) {
                 let mut fetch = |lo: u64, buf: &mut [u8]| store.read(info, lo * size, buf);
@@ -172,6 +181,9 @@ impl Source {
         scratch: &mut Scratch,
     ) -> Result<()> {
         out.resize((end - start) as usize, 0.0);
+        if self.has_gaps {
+            out.fill(0.0);
+        }
         match &self.kind {
             Kind::Values(values) => {
                 let range = values.get(start as usize..end as usize);

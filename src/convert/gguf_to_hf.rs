@@ -10,6 +10,7 @@ use super::checkpoint::GGUF_METADATA_FILE;
 use super::edits::format_typed;
 use super::gather::{Scratch, Source};
 use super::plan::{FilePlan, Plan, TensorPlan};
+use super::sentence;
 use crate::arch::{self, Facts, Mapped, Model};
 use crate::block::codec;
 use crate::container::Store;
@@ -52,8 +53,8 @@ impl GgufToHf {
         let Gguf { metadata, store, .. } = gguf;
         let at = |e: Error| e.at(&self.source);
         let model = match &self.arch_file {
-            Some(path) => Model::from_metadata_as(arch::read(path, &self.limits)?, &metadata),
-            None => Model::from_metadata(&metadata),
+            Some(path) => Model::from_gguf_as(arch::read(path, &self.limits)?, &metadata, store.tensors()),
+            None => Model::from_gguf(&metadata, store.tensors()),
         };
         let mut model = model.map_err(at)?;
         let vocab = Vocab::from_metadata(&metadata).map_err(at)?;
@@ -61,7 +62,7 @@ impl GgufToHf {
         if !matches!(dtype, DType::F32 | DType::F16 | DType::BF16) {
             return Err(Error::misuse(format!("--dtype {dtype}: weights are written as f32, f16 or bf16")));
         }
-        model.set_facts(Facts { n_tokens: Some(vocab.tokens.len() as u64), file_type: None });
+        model.set_facts(Facts { n_tokens: Some(vocab.tokens.len() as u64), ..Facts::default() });
         self.complete(&mut model, &vocab, &store, dtype)?;
 
         let mapped = model.map_back(store.tensors()).map_err(at)?;
@@ -136,6 +137,12 @@ impl GgufToHf {
         side(GGUF_METADATA_FILE.into(), pretty(&saved));
         for (name, bytes) in vocab.write_hf()? {
             side(name, bytes);
+        }
+        let number = |key: &str| metadata.u64(&format!("{}.{key}", model.arch.arch));
+        if let (Some(pooling), Some(n_embd)) = (number("pooling_type"), number("embedding_length")) {
+            for (name, config) in sentence::files(pooling, n_embd) {
+                side(name, pretty(&config));
+            }
         }
         Ok(())
     }

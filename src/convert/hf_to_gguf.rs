@@ -10,6 +10,7 @@ use super::gather::Source;
 use super::general::{Described, General, ParameterCounts};
 use super::plan::{Plan, TensorPlan};
 use super::quantizer::{QUANTIZATION_VERSION, Quantizer, Unquantized};
+use super::sentence::Sentence;
 use super::shards::{Sharding, lay_out};
 use super::types::FileType;
 use super::{Job, output_path};
@@ -62,6 +63,7 @@ impl HfToGguf {
     /// Everything that can be wrong with a source but its tensors' contents.
     pub fn plan(&self) -> Result<Job> {
         let Recognised { checkpoint, mut model, vocab } = self.recognise()?;
+        let sentence = Sentence::read(&checkpoint.dir, &self.limits)?;
         let infos = checkpoint.store.tensors();
         let file_type = match (self.file_type, &self.quantizer) {
             (Some(given), _) => given,
@@ -69,7 +71,11 @@ impl HfToGguf {
             // The recipe decides about what could be kept, too.
             (None, Some(_)) => FileType::of_source(&checkpoint.store).main(),
         };
-        model.set_facts(Facts { n_tokens: Some(vocab.tokens.len() as u64), file_type: Some(file_type.id) });
+        model.set_facts(Facts {
+            n_tokens: Some(vocab.tokens.len() as u64),
+            file_type: Some(file_type.id),
+            pooling: sentence.pooling,
+        });
         let mapped = model.map(infos).map_err(|e| e.at(&checkpoint.dir))?;
         let size = counts(&mapped)?;
         let described = Described {
@@ -104,9 +110,8 @@ impl HfToGguf {
             }
             None => converted(file_type, mapped, &checkpoint)?,
         };
-        let notes =
-            model.warnings()?.into_iter().chain(checkpoint.notes()).chain(vocab.notes.iter().cloned());
-        plan.notes.splice(0..0, notes);
+        let notes = model.warnings()?.into_iter().chain(sentence.notes).chain(checkpoint.notes());
+        plan.notes.splice(0..0, notes.chain(vocab.notes.iter().cloned()));
         self.edits.apply(&mut metadata)?;
         let beside = checkpoint.dir.parent().filter(|p| !p.as_os_str().is_empty());
         let type_name = self.quantizer.as_ref().map_or(file_type.name(), |q| &q.recipe.name);
@@ -157,7 +162,7 @@ impl HfToGguf {
 /// As [`HfToGguf::plan`].
 pub fn source_tensors(source: &HfToGguf) -> Result<(Store, Vec<Mapped>)> {
     let Recognised { checkpoint, mut model, vocab } = source.recognise()?;
-    model.set_facts(Facts { n_tokens: Some(vocab.tokens.len() as u64), file_type: None });
+    model.set_facts(Facts { n_tokens: Some(vocab.tokens.len() as u64), ..Facts::default() });
     let mapped = model.map(checkpoint.store.tensors()).map_err(|e| e.at(&checkpoint.dir))?;
     Ok((checkpoint.store, mapped))
 }

@@ -15,6 +15,7 @@ mod plan;
 mod quantize;
 mod quantizer;
 mod recipe;
+mod sentence;
 mod shards;
 mod stage;
 mod stream;

@@ -2,7 +2,7 @@
 //! are renamed when complete.
 
 use std::fs::{self, File, OpenOptions};
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 use crate::error::{Error, Result};
 use crate::sys;
@@ -84,15 +84,22 @@ impl Stage {
         Ok(Self { directory, files: Vec::new(), targets: Vec::new(), committed: false })
     }
 
-    /// Adds a file of `len` bytes to a directory.
+    /// Adds a file of `len` bytes to a directory, or to one in it.
     ///
     /// # Errors
-    /// `Io` when it cannot be created.
+    /// `Io` when it cannot be created, `Misuse` for a name that leads out of the directory.
     pub fn add(&mut self, name: &Path, len: u64) -> Result<()> {
         let Some((target, temporary)) = &self.directory else {
             return Err(Error::misuse("files are added to directories only"));
         };
+        if name.components().any(|c| !matches!(c, Component::Normal(_))) {
+            return Err(Error::misuse(format!("{name:?} is no name of a file in the directory")).at(target));
+        }
         let path = temporary.join(name);
+        if let Some(inner) = name.parent().filter(|p| !p.as_os_str().is_empty()) {
+            let inner = temporary.join(inner);
+            fs::create_dir_all(&inner).map_err(|e| Error::io("create", &inner, e))?;
+        }
         let file = File::create_new(&path).map_err(|e| Error::io("create", &path, e))?;
         self.targets.push(target.join(name));
         self.files.push(OutputFile { path: path.clone(), file });

@@ -1,20 +1,21 @@
-//! Logits, and how far two sets of them lie apart.
+//! Logits, and how far two sets of them (or of embeddings) lie apart.
 
 use crate::error::{Error, Result};
 
-/// Logits of a sequence: one row per token, one column per entry of the vocabulary.
+/// What a model gives for a sequence, one row per token: logits have one column per entry of the
+/// vocabulary, embeddings one per dimension.
 #[derive(Clone, Debug, PartialEq)]
-pub struct LogitMatrix {
+pub struct Matrix {
     /// Columns.
-    pub n_vocab: usize,
-    /// `rows * n_vocab` values, row by row.
+    pub columns: usize,
+    /// `rows * columns` values, row by row.
     pub values: Vec<f32>,
 }
 
-impl LogitMatrix {
+impl Matrix {
     /// Number of rows.
     pub fn rows(&self) -> usize {
-        self.values.len().checked_div(self.n_vocab).unwrap_or(0)
+        self.values.len().checked_div(self.columns).unwrap_or(0)
     }
 }
 
@@ -41,15 +42,15 @@ pub struct Agreement {
 ///
 /// # Errors
 /// `Check` when they differ in shape or are empty.
-pub fn compare(actual: &LogitMatrix, reference: &LogitMatrix) -> Result<Agreement> {
-    let shape = |m: &LogitMatrix| (m.rows(), m.n_vocab, m.values.len());
+pub fn compare(actual: &Matrix, reference: &Matrix) -> Result<Agreement> {
+    let shape = |m: &Matrix| (m.rows(), m.columns, m.values.len());
     if shape(actual) != shape(reference) || actual.rows() == 0 {
         return Err(Error::check(format!(
-            "logits of {} tokens by {} cannot be compared with {} by {}",
+            "{} tokens by {} values cannot be compared with {} by {}",
             actual.rows(),
-            actual.n_vocab,
+            actual.columns,
             reference.rows(),
-            reference.n_vocab
+            reference.columns
         )));
     }
     let n = reference.values.len() as f64;
@@ -63,7 +64,7 @@ pub fn compare(actual: &LogitMatrix, reference: &LogitMatrix) -> Result<Agreemen
         max_abs = if (a - b).is_nan() { f64::NAN } else { max_abs.max((a - b).abs()) };
     }
     let rows =
-        actual.values.chunks_exact(actual.n_vocab).zip(reference.values.chunks_exact(reference.n_vocab));
+        actual.values.chunks_exact(actual.columns).zip(reference.values.chunks_exact(reference.columns));
     let (rms, spread) = ((squares / n).sqrt(), (variance / n).sqrt());
     Ok(Agreement {
         rms,
@@ -94,7 +95,7 @@ pub fn argmax(values: &[f32]) -> Option<usize> {
 /// As [`crate::ggml::Model::load`] and [`crate::ggml::Context::decode`]; `Unsupported` for
 /// encoders, which predict no next token.
 #[cfg(feature = "ggml")]
-pub fn forward(path: impl AsRef<std::path::Path>, ids: &[i32], threads: u32) -> Result<LogitMatrix> {
+pub fn forward(path: impl AsRef<std::path::Path>, ids: &[i32], threads: u32) -> Result<Matrix> {
     let path = path.as_ref();
     let model = crate::ggml::Model::load(path, &crate::ggml::ModelOptions::default())?;
     forward_with(&model, ids, threads).map_err(|e| e.at(path))
@@ -105,12 +106,12 @@ pub fn forward(path: impl AsRef<std::path::Path>, ids: &[i32], threads: u32) -> 
 /// # Errors
 /// As [`forward`].
 #[cfg(feature = "ggml")]
-pub fn forward_with(model: &crate::ggml::Model, ids: &[i32], threads: u32) -> Result<LogitMatrix> {
+pub fn forward_with(model: &crate::ggml::Model, ids: &[i32], threads: u32) -> Result<Matrix> {
     use crate::ggml::{Context, ContextOptions, Logits};
     // A batch this long bounds the logits that llama.cpp holds beside ours.
     const BATCH: usize = 128;
     if !model.is_decoder_only() {
-        return Err(Error::unsupported("an encoder model has no next-token logits"));
+        return Err(Error::unsupported("an encoder predicts no next token"));
     }
     let n_ctx = u32::try_from(ids.len()).map_err(|_| Error::limit("too many tokens for one context"))?;
     let options = ContextOptions {
@@ -129,15 +130,15 @@ pub fn forward_with(model: &crate::ggml::Model, ids: &[i32], threads: u32) -> Re
             values.extend_from_slice(row);
         }
     }
-    Ok(LogitMatrix { n_vocab, values })
+    Ok(Matrix { columns: n_vocab, values })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn matrix(n_vocab: usize, values: &[f32]) -> LogitMatrix {
-        LogitMatrix { n_vocab, values: values.to_vec() }
+    fn matrix(columns: usize, values: &[f32]) -> Matrix {
+        Matrix { columns, values: values.to_vec() }
     }
 
     #[test]

@@ -1,6 +1,9 @@
-//! What a model does, measured: logits against a reference, token parity, generated text.
+//! What a model does, measured: logits and embeddings against a reference, token parity, generated
+//! text.
 
 pub mod chat;
+#[cfg(feature = "ggml")]
+pub mod embed;
 #[cfg(feature = "ggml")]
 pub mod generate;
 pub mod logits;

@@ -1,4 +1,4 @@
-//! The execution of a model: tokens in, logits out.
+//! The execution of a model: tokens in, logits or embeddings out.
 
 use std::marker::PhantomData;
 use std::ptr::NonNull;
@@ -39,6 +39,35 @@ pub enum Logits {
     All,
 }
 
+/// How the vectors of a text's tokens become one (`enum llama_pooling_type`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pooling {
+    /// They stay apart.
+    None,
+    /// Their mean.
+    Mean,
+    /// The first.
+    Cls,
+    /// The last.
+    Last,
+    /// A classifier on the first or their mean: one score for each label.
+    Rank,
+}
+
+impl Pooling {
+    const ALL: [(Self, sys::llama_pooling_type); 5] = [
+        (Self::None, sys::LLAMA_POOLING_TYPE_NONE),
+        (Self::Mean, sys::LLAMA_POOLING_TYPE_MEAN),
+        (Self::Cls, sys::LLAMA_POOLING_TYPE_CLS),
+        (Self::Last, sys::LLAMA_POOLING_TYPE_LAST),
+        (Self::Rank, sys::LLAMA_POOLING_TYPE_RANK),
+    ];
+
+    fn id(self) -> sys::llama_pooling_type {
+        Self::ALL.into_iter().find(|(p, _)| *p == self).map_or(sys::LLAMA_POOLING_TYPE_NONE, |(_, id)| id)
+    }
+}
+
 /// The state of one sequence under a model: what it has read, and its last logits.
 #[derive(Debug)]
 pub struct Context<'m> {
@@ -50,6 +79,12 @@ pub struct Context<'m> {
     position: usize,
     // Batch indices whose logits exist.
     logits: std::ops::Range<usize>,
+    // Batch indices whose embeddings exist.
+    embeddings: std::ops::Range<usize>,
+    // Where not `None`, the vectors of a text become one, and only that exists.
+    pooling: Pooling,
+    // Whether the encoder of an encoder-decoder has read something.
+    encoded: bool,
     // Computation uses thread-local state of the library: a context may move, not be shared.
     not_sync: PhantomData<std::cell::Cell<()>>,
 }
@@ -71,6 +106,28 @@ impl<'m> Context<'m> {
     /// `Misuse` for a vocabulary-only model, `Unsupported` with llama.cpp's reason when it cannot
     /// execute the model.
     pub fn new(model: &'m Model, options: &ContextOptions) -> Result<Self> {
+        Self::with_output(model, options, None)
+    }
+
+    /// A context for [`Self::embed`], with the pooling that the model states, or another. At most
+    /// `n_batch` tokens make a text.
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    pub fn for_embeddings(
+        model: &'m Model,
+        options: &ContextOptions,
+        pooling: Option<Pooling>,
+    ) -> Result<Self> {
+        Self::with_output(model, options, Some(pooling))
+    }
+
+    /// `embeddings`: whether they are wanted, and with which pooling.
+    fn with_output(
+        model: &'m Model,
+        options: &ContextOptions,
+        embeddings: Option<Option<Pooling>>,
+    ) -> Result<Self> {
         if model.vocab_only() {
             return Err(Error::misuse("only the vocabulary was loaded; the model cannot be executed"));
         }
@@ -84,7 +141,13 @@ impl<'m> Context<'m> {
         let mut params = unsafe { sys::llama_context_default_params() };
         params.n_ctx = options.n_ctx;
         params.n_batch = n_batch;
-        params.n_ubatch = n_batch.min(512);
+        // An encoder looks at a whole text at once, and pooling takes in one batch.
+        let at_once = embeddings.is_some() || model.has_encoder();
+        params.n_ubatch = if at_once { n_batch } else { n_batch.min(512) };
+        params.embeddings = embeddings.is_some();
+        if let Some(Some(pooling)) = embeddings {
+            params.pooling_type = pooling.id();
+        }
         params.n_seq_max = 1;
         params.n_threads = threads;
         params.n_threads_batch = threads;
@@ -104,8 +167,11 @@ impl<'m> Context<'m> {
             ))
         })?;
         // SAFETY: the context is valid. llama.cpp may have rounded what was asked for.
-        let (n_ctx, n_batch) =
-            unsafe { (sys::llama_n_ctx(context.as_ptr()), sys::llama_n_batch(context.as_ptr())) };
+        let (n_ctx, n_batch, pooling) = unsafe {
+            let context = context.as_ptr();
+            (sys::llama_n_ctx(context), sys::llama_n_batch(context), sys::llama_pooling_type(context))
+        };
+        let pooling = Pooling::ALL.into_iter().find(|(_, id)| *id == pooling);
         Ok(Self {
             context,
             model,
@@ -113,6 +179,9 @@ impl<'m> Context<'m> {
             n_batch: n_batch as usize,
             position: 0,
             logits: 0..0,
+            embeddings: 0..0,
+            pooling: pooling.map_or(Pooling::None, |(p, _)| p),
+            encoded: false,
             not_sync: PhantomData,
         })
     }
@@ -137,12 +206,73 @@ impl<'m> Context<'m> {
         self.position
     }
 
+    /// How the vectors of a text's tokens become one.
+    pub fn pooling(&self) -> Pooling {
+        self.pooling
+    }
+
     /// Reads `ids` after everything read before, and keeps the logits that `keep` asks for.
     ///
     /// # Errors
     /// `Misuse` when `ids` is empty, longer than [`Self::n_batch`], leaves the context or holds an
-    /// id outside the vocabulary; `Unsupported` with llama.cpp's reason when it fails.
+    /// id outside the vocabulary, or the model's encoder has nothing read yet; `Unsupported` with
+    /// llama.cpp's reason when it fails.
     pub fn decode(&mut self, ids: &[i32], keep: Logits) -> Result<()> {
+        if self.model.has_encoder() && !self.encoded {
+            return Err(Error::misuse("the model's decoder needs a text that its encoder has read"));
+        }
+        let n = ids.len();
+        // SAFETY: `run` gives a valid context and a valid batch.
+        self.run(ids, keep, |context, batch| unsafe { sys::llama_decode(context, batch) })?;
+        self.position += n;
+        self.logits = if keep == Logits::All { 0..n } else { n - 1..n };
+        Ok(())
+    }
+
+    /// Lets the encoder of an encoder-decoder read `ids`: what [`Self::decode`] reads after this
+    /// attends to them.
+    ///
+    /// # Errors
+    /// As [`Self::decode`]; `Misuse` for a model without such an encoder.
+    pub fn encode(&mut self, ids: &[i32]) -> Result<()> {
+        if !self.model.has_encoder() {
+            return Err(Error::misuse("the model has no encoder beside its decoder"));
+        }
+        // SAFETY: `run` gives a valid context and a valid batch.
+        self.run(ids, Logits::All, |context, batch| unsafe { sys::llama_encode(context, batch) })?;
+        self.encoded = true;
+        Ok(())
+    }
+
+    /// Forgets everything read, reads the text `ids`, and keeps its embeddings.
+    ///
+    /// # Errors
+    /// As [`Self::decode`]; `Misuse` for more tokens than the model has positions, or when the
+    /// context is not one [`Self::for_embeddings`].
+    pub fn embed(&mut self, ids: &[i32]) -> Result<()> {
+        let most = self.model.n_ctx_train() as usize;
+        if most > 0 && ids.len() > most {
+            return Err(Error::misuse(format!("the text has {} tokens, the model takes {most}", ids.len()))
+                .hint("divide the text"));
+        }
+        self.clear();
+        if self.model.has_encoder() {
+            self.encode(ids)?;
+        } else {
+            self.decode(ids, Logits::All)?;
+        }
+        self.logits = 0..0;
+        self.embeddings = 0..ids.len();
+        Ok(())
+    }
+
+    /// Checks `ids` and hands them to `function` as a batch.
+    fn run(
+        &mut self,
+        ids: &[i32],
+        keep: Logits,
+        function: impl FnOnce(*mut sys::llama_context, sys::llama_batch) -> i32,
+    ) -> Result<()> {
         if ids.is_empty() || ids.len() > self.n_batch {
             return Err(Error::misuse(format!(
                 "{} tokens given to decode at once, 1 to {} can be",
@@ -161,7 +291,7 @@ impl<'m> Context<'m> {
         for &id in ids {
             self.model.check_token(id)?;
         }
-        self.logits = 0..0;
+        (self.logits, self.embeddings) = (0..0, 0..0);
         let n = ids.len();
         let mut token = ids.to_vec();
         // Positions stay below `n_ctx`, which llama.cpp itself keeps in 32 bits.
@@ -183,24 +313,22 @@ impl<'m> Context<'m> {
             logits: output.as_mut_ptr(),
         };
         log::clear();
-        // SAFETY: the arrays hold `n` elements each and live through the call, which copies them;
-        // `n` is at most `n_batch`, and the ids are in the vocabulary.
-        let status = unsafe { sys::llama_decode(self.context.as_ptr(), batch) };
+        // The arrays hold `n` elements each and live through the call, which copies them; `n` is at
+        // most `n_batch`, and the ids are in the vocabulary.
+        let status = function(self.context.as_ptr(), batch);
         if status != 0 {
             return Err(Error::unsupported(format!(
                 "llama.cpp failed to decode (status {status}): {}",
                 log::reason("no reason given")
             )));
         }
-        self.position += n;
-        self.logits = if keep == Logits::All { 0..n } else { n - 1..n };
         Ok(())
     }
 
     /// The logits after token `i` of the last [`Self::decode`], one for every token of the
     /// vocabulary; `None` where they were not kept, or the model has none.
     pub fn logits(&self, i: usize) -> Option<&[f32]> {
-        if !self.logits.contains(&i) {
+        if !self.logits.contains(&i) || !self.model.has_logits() {
             return None;
         }
         // SAFETY: the context is valid; `i` is a batch index whose logits were asked for.
@@ -213,10 +341,37 @@ impl<'m> Context<'m> {
         Some(unsafe { std::slice::from_raw_parts(row, self.model.n_tokens()) })
     }
 
+    /// What [`Self::embed`] found: of each token, or with pooling of the whole text. Each has
+    /// [`Model::n_embd`] values, with [`Pooling::Rank`] one for each label. `None` when nothing
+    /// has been embedded, or the model has no embeddings.
+    pub fn embeddings(&self) -> Option<Vec<&[f32]>> {
+        if self.embeddings.is_empty() {
+            return None;
+        }
+        let context = self.context.as_ptr();
+        let row = |values: *mut f32, n: usize| {
+            // SAFETY: a row has `n` values, and stays as it is until the next call that needs
+            // `&mut self`.
+            (!values.is_null()).then(|| unsafe { std::slice::from_raw_parts(values.cast_const(), n) })
+        };
+        let n_embd = self.model.n_embd();
+        if self.pooling == Pooling::None {
+            let all = self.embeddings.clone();
+            // SAFETY: the context is valid; the indices are those of the last batch.
+            return all
+                .map(|i| row(unsafe { sys::llama_get_embeddings_ith(context, i as i32) }, n_embd))
+                .collect();
+        }
+        // SAFETY: the context is valid; every batch is of sequence 0.
+        let pooled = unsafe { sys::llama_get_embeddings_seq(context, 0) };
+        let n = if self.pooling == Pooling::Rank { self.model.n_labels() } else { n_embd };
+        Some(vec![row(pooled, n)?])
+    }
+
     /// Forgets everything read.
     pub fn clear(&mut self) {
         self.position = 0;
-        self.logits = 0..0;
+        (self.logits, self.embeddings) = (0..0, 0..0);
         // SAFETY: the context is valid; it may have no memory, then there is nothing to clear.
         unsafe {
             let memory = sys::llama_get_memory(self.context.as_ptr());

@@ -14,7 +14,7 @@ mod log;
 mod model;
 pub mod oracle;
 
-pub use context::{Context, ContextOptions, Logits};
+pub use context::{Context, ContextOptions, Logits, Pooling};
 pub use log::set_verbose;
 pub use model::{Model, ModelOptions, SpecialTokens, VocabType};
 

@@ -64,6 +64,23 @@ pub struct SpecialTokens {
     pub add_eos: bool,
 }
 
+/// Architectures whose graphs end without logits (`res->t_logits` in llama.cpp's `src/models`).
+const WITHOUT_LOGITS: [&str; 13] = [
+    "bert",
+    "clef",
+    "eurobert",
+    "gemma-embedding",
+    "jina-bert-v2",
+    "jina-bert-v3",
+    "llama-embed",
+    "modern-bert",
+    "neo-bert",
+    "nomic-bert",
+    "nomic-bert-moe",
+    "t5encoder",
+    "wavtokenizer-dec",
+];
+
 /// A model in memory, with its vocabulary.
 #[derive(Debug)]
 pub struct Model {
@@ -171,8 +188,43 @@ impl Model {
 
     /// Whether it predicts a next token from the tokens before, without a separate encoder.
     pub fn is_decoder_only(&self) -> bool {
+        self.has_logits() && !self.has_encoder()
+    }
+
+    /// Whether it predicts tokens at all. The library does not say: asked for the logits of an
+    /// encoder, it gives what its buffer happened to hold.
+    pub fn has_logits(&self) -> bool {
+        !self.metadata("general.architecture").is_some_and(|name| WITHOUT_LOGITS.contains(&name.as_str()))
+    }
+
+    /// Whether it has an encoder of its own, as T5 has. (BERT and the like are to llama.cpp
+    /// decoders that see the whole text.)
+    pub fn has_encoder(&self) -> bool {
         // SAFETY: the model is valid.
-        unsafe { sys::llama_model_has_decoder(self.as_ptr()) && !sys::llama_model_has_encoder(self.as_ptr()) }
+        unsafe { sys::llama_model_has_encoder(self.as_ptr()) }
+    }
+
+    /// With which token the decoder beside an encoder begins; `None` where there is no decoder, or
+    /// nobody says.
+    pub fn decoder_start(&self) -> Option<i32> {
+        // SAFETY: the model is valid.
+        let id = unsafe {
+            (sys::llama_model_has_encoder(self.as_ptr()) && sys::llama_model_has_decoder(self.as_ptr()))
+                .then(|| sys::llama_model_decoder_start_token(self.as_ptr()))
+        };
+        id.filter(|id| self.has_token(*id))
+    }
+
+    /// Size of an embedding.
+    pub fn n_embd(&self) -> usize {
+        // SAFETY: the model is valid.
+        unsafe { sys::llama_model_n_embd_out(self.as_ptr()) }.try_into().unwrap_or(0)
+    }
+
+    /// Number of a classifier's labels; 1 where the file names none.
+    pub fn n_labels(&self) -> usize {
+        // SAFETY: the model is valid.
+        unsafe { sys::llama_model_n_cls_out(self.as_ptr()) as usize }
     }
 
     /// Number of tokens in the vocabulary.

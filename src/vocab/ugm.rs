@@ -353,6 +353,14 @@ fn finish(
     let special = special::read(source, config, added, post_processor, n, limits, &mut vocab.notes)?;
     vocab.special = special.ids;
     vocab.add = special.add;
+    // Left unsaid, as it was before: llama.cpp adds EOS, and no SEP.
+    for (key, flag, default) in
+        [("add_eos_token", &mut vocab.add.eos, true), ("add_sep_token", &mut vocab.add.sep, false)]
+    {
+        if config.get(key).is_some_and(Value::is_null) && *flag == Some(default) {
+            *flag = None;
+        }
+    }
     vocab.chat_templates = special.chat_templates;
     Ok(vocab)
 }

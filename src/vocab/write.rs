@@ -235,6 +235,14 @@ fn tokenizer_config(vocab: &Vocab) -> Value {
             config.insert(key.into(), flag.into());
         }
     }
+    if vocab.kind == Kind::Ugm {
+        // Unsaid: as llama.cpp does unless told. transformers does not ask.
+        for (key, flag) in [("add_eos_token", eos), ("add_sep_token", sep)] {
+            if flag.is_none() {
+                config.insert(key.into(), Value::Null);
+            }
+        }
+    }
     let mut special = vocab.special.clone();
     if vocab.kind == Kind::Wpm {
         special.cls = special.cls.or(special.bos);

@@ -41,6 +41,9 @@ pub const MODELS: &[&str] = &[
     "tiny-llama",
 ];
 
+/// Encoders: these have hidden states for a reference.
+pub const ENCODERS: &[&str] = &["models/bert", "models/t5"];
+
 /// One thread, little memory.
 pub fn budget() -> Budget {
     Budget::new(Some(1), None).unwrap()
@@ -63,13 +66,18 @@ pub fn convert(source: &Path, output: &Path, file_type: Option<&str>) {
     plan(source, output, file_type).run(true, &budget(), &Silent).unwrap();
 }
 
-/// A tensor of a safetensors file, as f32 or as the ids it holds.
+/// The ids that the reference is about, and its logits.
 pub fn reference(source: &Path) -> (Vec<i32>, Vec<f32>) {
+    reference_named(source, "logits")
+}
+
+/// The ids that the reference is about, and one of its tensors.
+pub fn reference_named(source: &Path, name: &str) -> (Vec<i32>, Vec<f32>) {
     let store =
         safetensors::open(&source.join("reference_logits.safetensors"), &Limits::default()).unwrap().store;
     let ids = store.read_all(store.get("input_ids").unwrap()).unwrap();
     let ids = ids.as_chunks::<8>().0.iter().map(|b| i64::from_le_bytes(*b) as i32).collect();
-    let logits = store.read_all(store.get("logits").unwrap()).unwrap();
+    let logits = store.read_all(store.get(name).unwrap()).unwrap();
     let logits = logits.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
     (ids, logits)
 }
