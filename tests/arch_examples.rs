@@ -17,7 +17,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use qconv::arch::{self, Architecture, Data, Facts, Mapped, Model, Target};
-use qconv::container::gguf::{Gguf, Metadata, write};
+use qconv::container::gguf::{Gguf, Metadata, Value, write};
 use qconv::container::safetensors;
 use qconv::convert::FileType;
 use qconv::convert::{GgufToHf, HfToGguf, Silent};
@@ -220,7 +220,7 @@ impl Trial {
 
     /// Adds `names`, and what llama.cpp says is missing as far as `targets` make it, until it loads.
     fn settle(&self, shapes: &mut Shapes, names: Vec<String>, targets: &[Target]) -> Outcome<()> {
-        shapes.extend(names.into_iter().map(|name| (name, vec![1])));
+        shapes.extend(names.into_iter().map(|name| (name.clone(), self.first_guess(&name))));
         for _ in 0..4000 {
             let Err(why) = self.load(shapes) else { return Ok(()) };
             let quoted = why.split('\'').nth(1).unwrap_or_default().to_string();
@@ -244,7 +244,8 @@ impl Trial {
             } else if (why.contains("missing tensor") || why.contains("not found"))
                 && targets.iter().any(|t| t.name == quoted)
             {
-                if shapes.insert(quoted, vec![1]).is_some() {
+                let guess = self.first_guess(&quoted);
+                if shapes.insert(quoted, guess).is_some() {
                     return Err(why);
                 }
             } else {
@@ -252,6 +253,19 @@ impl Trial {
             }
         }
         Err("llama.cpp is never content".into())
+    }
+
+    /// A shape that llama.cpp corrects. One tensor it takes by its shape, and ends the process where
+    /// that is none of the two it knows.
+    fn first_guess(&self, name: &str) -> Vec<u64> {
+        let layer = name.strip_prefix("blk.").and_then(|n| n.strip_suffix(".attn_gate.weight"));
+        let heads = self.metadata.get("laguna.attention.head_count");
+        match (heads, layer.and_then(|i| i.parse().ok())) {
+            (Some(Value::Array(heads)), Some(i)) => {
+                vec![heads.get(i).and_then(|n| n.as_u64()).unwrap_or(1), 1]
+            }
+            _ => vec![1],
+        }
     }
 
     fn load(&self, shapes: &Shapes) -> Outcome<()> {
