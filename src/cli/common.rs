@@ -3,7 +3,7 @@
 use std::io::Write;
 use std::time::Instant;
 
-use qconv::convert::{Budget, Job};
+use qconv::convert::{Budget, Job, TokenCheck};
 use qconv::error::{Error, Result};
 use serde_json::json;
 
@@ -80,6 +80,11 @@ impl EditArgs {
     }
 }
 
+/// What `--allow-token-mismatch` says.
+pub fn token_check(allow_mismatch: bool) -> TokenCheck {
+    if allow_mismatch { TokenCheck::Lenient } else { TokenCheck::Required }
+}
+
 /// `64M`, `1.5G`, `1000000`: K, M, G and T count in 1024, with or without `B` or `iB`.
 pub fn parse_size(text: &str) -> std::result::Result<u64, String> {
     let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
@@ -141,7 +146,7 @@ fn show_plan(job: &Job, budget: &Budget, json: bool) -> std::io::Result<()> {
             plan.files.iter().map(|f| json!({"name": f.name.to_string_lossy(), "bytes": f.len})).collect();
         let value = json!({"output": job.output, "files": files, "bytes": plan.total_len(),
             "parameters": plan.parameters(), "bits_per_weight": plan.bits_per_weight(),
-            "peak_buffer_bytes": budget.peak(plan), "notes": plan.notes,
+            "peak_buffer_bytes": budget.peak(plan), "tokens": job.tokens, "notes": plan.notes,
             "obstacle": plan.obstacle.as_ref().map(|o| &o.message), "tensors": tensors});
         writeln!(out, "{value:#}")?;
         return out.flush();
@@ -164,6 +169,9 @@ fn show_plan(job: &Job, budget: &Budget, json: bool) -> std::io::Result<()> {
         plan.bits_per_weight(),
         ui::size(budget.peak(plan)),
     )?;
+    if let Some(tokens) = &job.tokens {
+        writeln!(out, "tokens: {tokens}")?;
+    }
     for n in &plan.notes {
         writeln!(out, "note: {n}")?;
     }
@@ -198,6 +206,7 @@ pub fn summary(job: &Job, seconds: f64) -> serde_json::Value {
         "parameters": job.plan.parameters(),
         "bits_per_weight": job.plan.bits_per_weight(),
         "seconds": seconds,
+        "tokens": job.tokens,
         "notes": job.plan.notes,
     })
 }
@@ -216,6 +225,9 @@ pub fn say_summary(job: &Job, seconds: f64) {
         job.plan.bits_per_weight(),
         ui::size((input as f64 / seconds.max(1e-9)) as u64),
     ));
+    if let Some(tokens) = &job.tokens {
+        ui::say(&format!("tokens: {tokens}"));
+    }
 }
 
 #[cfg(test)]

@@ -38,9 +38,13 @@ pub struct Args {
     #[arg(long, value_name = "FILE", conflicts_with = "arch")]
     pub arch_file: Option<PathBuf>,
 
-    /// The pre-tokenizer (tokenizer.ggml.pre), where the tokenizer's structure is unknown
-    #[arg(long)]
+    /// Take this pre-tokenizer (tokenizer.ggml.pre) instead of the one whose tokens agree
+    #[arg(long, value_name = "NAME")]
     pub pre: Option<String>,
+
+    /// Convert even if llama.cpp's tokens differ from those of tokenizer.json
+    #[arg(long)]
+    pub allow_token_mismatch: bool,
 
     /// Skip the checks of the finished file
     #[arg(long)]
@@ -85,6 +89,7 @@ pub fn run(args: &Args) -> anyhow::Result<Status> {
         arch: args.arch.clone(),
         arch_file: args.arch_file.clone(),
         pre: args.pre.clone(),
+        tokens: common::token_check(args.allow_token_mismatch),
         edits: args.edits.edits(),
         limits: Limits::default(),
     };
@@ -106,6 +111,7 @@ pub fn run(args: &Args) -> anyhow::Result<Status> {
             arch: args.arch.clone(),
             arch_file: args.arch_file.clone(),
             pre: args.pre.clone(),
+            tokens: conversion.tokens,
             limits: Limits::default(),
         };
         Some(verify::verify(&options, &work.budget()?, &ui::Progress::new("verifying", 0, true))?)

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use qconv::limits::Limits;
 use qconv::verify::{Options, Outcome, Report, verify};
 
-use super::common::WorkArgs;
+use super::common::{self, WorkArgs};
 use super::{Status, ui};
 
 /// Check a GGUF file: its structure, its tensors, its tokens, and that it runs
@@ -34,6 +34,10 @@ pub struct Args {
     #[arg(long)]
     pub pre: Option<String>,
 
+    /// Let llama.cpp's tokens differ from those of tokenizer.json
+    #[arg(long)]
+    pub allow_token_mismatch: bool,
+
     #[command(flatten)]
     pub work: WorkArgs,
 }
@@ -47,6 +51,7 @@ pub fn run(args: &Args) -> anyhow::Result<Status> {
         arch: args.arch.clone(),
         arch_file: args.arch_file.clone(),
         pre: args.pre.clone(),
+        tokens: common::token_check(args.allow_token_mismatch),
         limits: Limits::default(),
     };
     ui::catch_interrupt();

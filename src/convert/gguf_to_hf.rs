@@ -77,7 +77,7 @@ impl GgufToHf {
         }
         plan.notes.extend(vocab.notes.iter().cloned());
         self.lay_out(&mut plan, &model, &metadata, &vocab)?;
-        Ok(Job { plan, store, output: self.output.clone(), is_directory: true })
+        Ok(Job { plan, store, output: self.output.clone(), is_directory: true, tokens: None })
     }
 
     /// What config.json says beyond the metadata.

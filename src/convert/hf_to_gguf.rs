@@ -12,6 +12,7 @@ use super::plan::{Plan, TensorPlan};
 use super::quantizer::{QUANTIZATION_VERSION, Quantizer, Unquantized};
 use super::sentence::Sentence;
 use super::shards::{Sharding, lay_out};
+use super::tokens::{self, TokenCheck};
 use super::types::FileType;
 use super::{Job, output_path};
 use crate::arch::{self, Facts, Mapped, Model};
@@ -41,8 +42,10 @@ pub struct HfToGguf {
     pub arch: Option<String>,
     /// A definition outside the program that is to be used instead.
     pub arch_file: Option<PathBuf>,
-    /// Pre-tokenizer, where the tokenizer's structure is unknown.
+    /// Pre-tokenizer, instead of finding out.
     pub pre: Option<String>,
+    /// Whether llama.cpp's tokens must be those of the source's tokenizer.
+    pub tokens: TokenCheck,
     /// Changes to the metadata.
     pub edits: MetadataEdits,
     /// Bounds on what files may demand.
@@ -53,7 +56,9 @@ pub struct HfToGguf {
 pub struct Recognised {
     pub checkpoint: Checkpoint,
     pub model: Model,
+    /// Its pre-tokenizer is still to be chosen.
     pub vocab: vocab::Vocab,
+    pub candidates: vocab::Candidates,
 }
 
 impl HfToGguf {
@@ -62,7 +67,8 @@ impl HfToGguf {
     /// # Errors
     /// Everything that can be wrong with a source but its tensors' contents.
     pub fn plan(&self) -> Result<Job> {
-        let Recognised { checkpoint, mut model, vocab } = self.recognise()?;
+        let Recognised { checkpoint, mut model, vocab, candidates } = self.recognise()?;
+        let (vocab, tokens) = tokens::choose(&checkpoint.dir, vocab, candidates, self.tokens)?;
         let sentence = Sentence::read(&checkpoint.dir, &self.limits)?;
         let infos = checkpoint.store.tensors();
         let file_type = match (self.file_type, &self.quantizer) {
@@ -95,9 +101,6 @@ impl HfToGguf {
         }
         metadata.set("general.quantization_version", Value::U32(QUANTIZATION_VERSION));
         vocab.to_metadata(&mut metadata);
-        if let (Some(prefix), "llama") = (model.arch.tokenizer.add_space_prefix, vocab.kind.ggml_model()) {
-            metadata.set("tokenizer.ggml.add_space_prefix", Value::Bool(prefix));
-        }
         let mut plan = match &self.quantizer {
             Some(quantizer) => {
                 let unquantized = |m: Mapped| {
@@ -118,7 +121,7 @@ impl HfToGguf {
         let name = general.file_name(type_name);
         let output = output_path(self.output.as_deref(), beside.unwrap_or(Path::new(".")), &name);
         lay_out(&mut plan, &mut metadata, &self.sharding, &output)?;
-        Ok(Job::gguf(plan, checkpoint.store, &output))
+        Ok(Job { tokens, ..Job::gguf(plan, checkpoint.store, &output) })
     }
 
     /// The directory of the source, also where a file in it was given.
@@ -142,7 +145,7 @@ impl HfToGguf {
         };
         let model = model.map_err(|e| e.at(&config_path))?;
         let vocab_size = model.var("vocab_size")?.as_u64();
-        let vocab = vocab::load(
+        let (mut vocab, candidates) = vocab::load_undecided(
             &vocab::Source {
                 dir: &checkpoint.dir,
                 config: &checkpoint.config,
@@ -152,7 +155,10 @@ impl HfToGguf {
             },
             &self.limits,
         )?;
-        Ok(Recognised { checkpoint, model, vocab })
+        if vocab.kind == vocab::Kind::Spm {
+            vocab.add_space_prefix = model.arch.tokenizer.add_space_prefix.or(vocab.add_space_prefix);
+        }
+        Ok(Recognised { checkpoint, model, vocab, candidates })
     }
 }
 
@@ -161,7 +167,7 @@ impl HfToGguf {
 /// # Errors
 /// As [`HfToGguf::plan`].
 pub fn source_tensors(source: &HfToGguf) -> Result<(Store, Vec<Mapped>)> {
-    let Recognised { checkpoint, mut model, vocab } = source.recognise()?;
+    let Recognised { checkpoint, mut model, vocab, .. } = source.recognise()?;
     model.set_facts(Facts { n_tokens: Some(vocab.tokens.len() as u64), ..Facts::default() });
     let mapped = model.map(checkpoint.store.tensors()).map_err(|e| e.at(&checkpoint.dir))?;
     Ok((checkpoint.store, mapped))

@@ -19,6 +19,7 @@ mod sentence;
 mod shards;
 mod stage;
 mod stream;
+mod tokens;
 mod types;
 
 pub use checkpoint::{Checkpoint, GGUF_METADATA_FILE};
@@ -33,6 +34,7 @@ pub use recipe::{Choice, ModelFacts, Overrides, Recipe, Role, parse_tensor_type}
 pub use shards::{Reshard, Sharding};
 pub use stage::{OutputFile, Stage};
 pub use stream::{Observer, Silent};
+pub use tokens::{TokenCheck, Tokens};
 pub use types::{FILE_TYPES, FileType, base_name};
 
 use std::path::{Path, PathBuf};
@@ -51,6 +53,8 @@ pub struct Job {
     pub output: PathBuf,
     /// Whether `output` is a directory of `plan.files`; otherwise these lie where it lies.
     pub is_directory: bool,
+    /// How llama.cpp's tokens compare with the source's, where that was asked for.
+    pub tokens: Option<Tokens>,
 }
 
 impl Job {
@@ -58,7 +62,7 @@ impl Job {
     pub fn gguf(plan: Plan, store: Store, output: &Path) -> Self {
         let first = plan.files.first().map(|f| f.name.as_path()).filter(|n| !n.as_os_str().is_empty());
         let output = first.map_or_else(|| output.to_path_buf(), |name| output.with_file_name(name));
-        Self { plan, store, output, is_directory: false }
+        Self { plan, store, output, is_directory: false, tokens: None }
     }
 
     /// The files that will be there in the end.

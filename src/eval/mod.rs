@@ -3,11 +3,12 @@
 
 pub mod chat;
 #[cfg(feature = "ggml")]
+mod compare;
+#[cfg(feature = "ggml")]
 pub mod embed;
 #[cfg(feature = "ggml")]
 pub mod generate;
 pub mod logits;
-#[cfg(feature = "ggml")]
 pub mod parity;
 #[cfg(feature = "ggml")]
 mod probe;

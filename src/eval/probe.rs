@@ -1,8 +1,19 @@
 //! The text that token parity is measured on.
 
+use tokenizers::{AddedToken, Tokenizer};
+
+/// Special tokens probed each by itself.
+const SPECIAL_TOKENS: usize = 512;
+/// Special tokens probed between words as well.
+const SPECIAL_TOKENS_IN_TEXT: usize = 32;
+/// Entries of the vocabulary whose text is probed.
+const ENTRIES: usize = 4096;
+/// Entries joined in one probe.
+const ENTRIES_PER_PROBE: usize = 32;
+
 /// Pieces of many languages, kinds of code and kinds of white space. Each is tokenized by itself,
 /// and all of them joined.
-pub(super) const TEXTS: &[&str] = &[
+const TEXTS: &[&str] = &[
     // English, and what splits words.
     "Hello, world! The quick brown fox jumps over the lazy dog.",
     "I'm sure they've said it's what we'd've done; you're right, I'll go. He can't, won't, shan't.",
@@ -81,3 +92,61 @@ pub(super) const TEXTS: &[&str] = &[
     "\u{120}the \u{10a} \u{2581}the \u{2581}\u{2581} <0x0A> <0xE9> ##ing </w> [UNK] <unk> <s> </s> <pad>",
     "",
 ];
+
+/// The tokens beside the model's own vocabulary, in order of id.
+pub(super) fn added_tokens(tokenizer: &Tokenizer) -> Vec<AddedToken> {
+    let mut tokens: Vec<_> = tokenizer.get_added_tokens_decoder().into_iter().collect();
+    tokens.sort_unstable_by_key(|(id, _)| *id);
+    tokens.into_iter().map(|(_, token)| token).collect()
+}
+
+/// `n` of `items`, evenly spread, the first and the last among them.
+fn spread<T>(items: &[T], n: usize) -> impl Iterator<Item = &T> {
+    let n = n.min(items.len());
+    let last = items.len().saturating_sub(1);
+    (0..n).filter_map(move |i| items.get(if n > 1 { i * last / (n - 1) } else { 0 }))
+}
+
+/// All texts to compare.
+pub(super) fn probes(tokenizer: &Tokenizer) -> Vec<String> {
+    let mut probes: Vec<String> = TEXTS.iter().map(|&t| t.to_owned()).collect();
+    probes.push(TEXTS.concat());
+    probes.push(TEXTS.join(" "));
+    for n in 1..=32 {
+        probes.push(format!("a{}b", " ".repeat(n)));
+        probes.push(format!("a{}b", "\n".repeat(n)));
+        probes.push(format!("{}x", "\t".repeat(n)));
+        probes.push("1234567890".repeat(4)[..n].to_owned());
+    }
+    let specials = added_tokens(tokenizer);
+    for token in spread(&specials, SPECIAL_TOKENS) {
+        probes.push(token.content.clone());
+    }
+    for token in spread(&specials, SPECIAL_TOKENS_IN_TEXT) {
+        let t = &token.content;
+        probes.extend([format!("a{t}b"), format!("Hello {t} world"), format!("{t}\nHello\n{t}{t} {t}  x")]);
+    }
+    // What the vocabulary's own entries say, so that a wrong entry anywhere near is found.
+    let ids: Vec<u32> = (0..tokenizer.get_vocab_size(true)).filter_map(|id| id.try_into().ok()).collect();
+    let entries: Vec<String> = spread(&ids, ENTRIES)
+        .filter_map(|&id| tokenizer.decode(&[id], true).ok())
+        .filter(|text| !text.is_empty() && !text.contains('\u{fffd}'))
+        .collect();
+    probes.extend(entries.chunks(ENTRIES_PER_PROBE).map(|chunk| chunk.join(" ")));
+    probes.extend(entries.chunks(ENTRIES_PER_PROBE).map(<[String]>::concat));
+    probes
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_spread_has_both_ends() {
+        let items: Vec<u32> = (0..100).collect();
+        assert_eq!(spread(&items, 4).copied().collect::<Vec<_>>(), [0, 33, 66, 99]);
+        assert_eq!(spread(&items, 1000).count(), 100);
+        assert_eq!(spread(&items, 1).copied().collect::<Vec<_>>(), [0]);
+        assert_eq!(spread(&items[..0], 4).count(), 0);
+    }
+}

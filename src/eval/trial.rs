@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use tokenizers::Tokenizer;
 
-use super::parity::{self, Parity};
+use super::parity::{self, Parity, Reference};
 use crate::container::gguf::Metadata;
 use crate::container::gguf::write::Layout;
 use crate::error::{Error, Result};
@@ -51,4 +51,38 @@ pub fn load(vocab: &Vocab) -> Result<Model> {
 /// As [`load`] and [`parity::compare`].
 pub fn parity(vocab: &Vocab, tokenizer: &Tokenizer, user_defined: &[(u32, String)]) -> Result<Parity> {
     parity::compare(tokenizer, &load(vocab)?, user_defined)
+}
+
+/// What came of trying several vocabularies.
+#[derive(Debug)]
+pub struct Verdict {
+    /// The one that agrees, else the one that came furthest.
+    pub vocab: Vocab,
+    /// How it compares.
+    pub parity: Parity,
+    /// How many were tried.
+    pub tried: usize,
+}
+
+/// The first of `vocabs` with which llama.cpp's ids are those of `reference`, else the one that
+/// came furthest; the earlier where several came as far.
+///
+/// # Errors
+/// As [`load`], when that fails for all of them; `Misuse` where there are none.
+pub fn judge(vocabs: impl IntoIterator<Item = Vocab>, reference: &Reference) -> Result<Verdict> {
+    let mut best: Option<Verdict> = None;
+    let mut failed = Error::misuse("no vocabulary to try");
+    for (tried, vocab) in (1..).zip(vocabs) {
+        match load(&vocab).and_then(|model| reference.compare_until_difference(&model)) {
+            Ok(parity) if parity.agrees() => return Ok(Verdict { vocab, parity, tried }),
+            Ok(parity) if best.as_ref().is_none_or(|best| best.parity.probes < parity.probes) => {
+                best = Some(Verdict { vocab, parity, tried });
+            }
+            Ok(_) => {}
+            Err(e) => failed = e,
+        }
+        best.iter_mut().for_each(|best| best.tried = tried);
+    }
+    let best = best.ok_or(failed)?;
+    Ok(Verdict { parity: reference.compare(&load(&best.vocab)?)?, ..best })
 }

@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 
 use crate::container::gguf::Gguf;
-use crate::convert::{Budget, HfToGguf, Observer};
+use crate::convert::{Budget, HfToGguf, Observer, TokenCheck};
 use crate::error::{Error, ErrorKind, Result};
 use crate::limits::Limits;
 
@@ -36,6 +36,8 @@ pub struct Options {
     pub arch_file: Option<PathBuf>,
     /// See `arch`.
     pub pre: Option<String>,
+    /// Whether llama.cpp's tokens must be those of the source's tokenizer.
+    pub tokens: TokenCheck,
     /// Bounds on what files may demand.
     pub limits: Limits,
 }
@@ -171,6 +173,8 @@ impl SourceModel {
             arch: options.arch.clone(),
             arch_file: options.arch_file.clone(),
             pre: options.pre.clone(),
+            // The finished file's are looked at, not those of a conversion.
+            tokens: TokenCheck::Skipped,
             limits: options.limits.clone(),
             ..HfToGguf::default()
         })))

@@ -8,7 +8,7 @@ use tokenizers::models::bpe::BPE;
 
 use super::added::{added_form, all_added, ids_by_text};
 use super::hf::{self, Entries, TokenizerJson, merge_parts};
-use super::pre::{self, Structure, byte_of_char};
+use super::pre::{self, Candidates, Structure, byte_of_char};
 use super::{Kind, Source, TokenType, Vocab, special, vocab_size};
 use crate::error::{Error, Result};
 use crate::limits::Limits;
@@ -22,11 +22,16 @@ pub fn fits(json: &TokenizerJson) -> bool {
     json.model.kind() == "BPE" && Structure::of(&Value::Null, &json.pre_tokenizer, false).is_byte_level()
 }
 
-/// Reads the vocabulary.
+/// Reads the vocabulary, whose pre-tokenizer is left to be chosen.
 ///
 /// # Errors
 /// As [`super::load`].
-pub fn load(source: &Source, config: &Value, json: TokenizerJson, limits: &Limits) -> Result<Vocab> {
+pub fn load(
+    source: &Source,
+    config: &Value,
+    json: TokenizerJson,
+    limits: &Limits,
+) -> Result<(Vocab, Candidates)> {
     let TokenizerJson { added_tokens, normalizer, pre_tokenizer, post_processor, model } = json;
     let Entries::Map(entries) = model.vocab else {
         return Err(Error::malformed("a BPE vocabulary must map tokens to ids"));
@@ -73,18 +78,14 @@ pub fn load(source: &Source, config: &Value, json: TokenizerJson, limits: &Limit
     }
 
     let structure = Structure::of(&normalizer, &pre_tokenizer, model.ignore_merges.unwrap_or(false));
-    vocab.pre = match source.pre {
+    let candidates = match source.pre {
         Some(name) => {
             vocab.notes.push(format!("pre-tokenizer {name:?} was given, not recognised"));
-            name.to_owned()
+            Candidates::only(name)
         }
-        None => {
-            let found = pre::recognise(&structure, config.get(GGML_PRE).and_then(Value::as_str), || {
-                unmerged(&entries, &vocab)
-            })?;
-            vocab.notes.extend(found.notes);
-            found.name.to_owned()
-        }
+        None => pre::candidates(&structure, config.get(GGML_PRE).and_then(Value::as_str), || {
+            unmerged(&entries, &vocab)
+        })?,
     };
     let missing = byte_of_char().keys().filter(|c| !ids.contains_key(c.to_string().as_str())).count();
     if missing > 0 {
@@ -94,16 +95,8 @@ pub fn load(source: &Source, config: &Value, json: TokenizerJson, limits: &Limit
     vocab.special = special.ids;
     vocab.add = special.add;
     vocab.chat_templates = special.chat_templates;
-    if vocab.add.bos.is_none() && pre::adds_bos(&vocab.pre) {
-        // Nothing in the files adds BOS, but llama.cpp would, by the name alone.
-        vocab.add.bos = Some(false);
-        vocab.notes.push(format!(
-            "add_bos_token = false is stated, because {:?} alone makes llama.cpp add BOS",
-            vocab.pre
-        ));
-    }
     vocab.add_space_prefix = config.get("add_prefix_space").and_then(Value::as_bool);
-    Ok(vocab)
+    Ok((vocab, candidates))
 }
 
 /// merges.txt, where tokenizer.json has no merges.

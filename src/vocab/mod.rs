@@ -30,6 +30,7 @@ use serde_json::Value;
 use crate::error::{Error, Result};
 use crate::limits::Limits;
 
+pub use pre::Candidates;
 pub use special::{AddTokens, SpecialIds};
 
 /// Most tokens a vocabulary may have, and the bound on ids and on `vocab_size`.
@@ -214,6 +215,20 @@ impl Vocab {
         }
     }
 
+    /// With the pre-tokenizer `name`.
+    #[must_use]
+    pub fn with_pre(mut self, name: &str) -> Self {
+        self.pre = name.to_owned();
+        if self.kind == Kind::Bpe && self.add.bos.is_none() && pre::adds_bos(name) {
+            // Nothing in the files adds BOS, but llama.cpp would, by the name alone.
+            self.add.bos = Some(false);
+            self.notes.push(format!(
+                "add_bos_token = false is stated, because {name:?} alone makes llama.cpp add BOS"
+            ));
+        }
+        self
+    }
+
     /// The entries that config.json should have for this vocabulary: `ROLE_token_id`, and
     /// `type_vocab_size` of encoders.
     pub fn config_ids(&self) -> impl Iterator<Item = (String, u32)> {
@@ -266,12 +281,22 @@ fn vocab_size(source: &Source, max_id: Option<u64>) -> Result<usize> {
     Ok(size as usize)
 }
 
-/// Reads the vocabulary of a Hugging Face directory.
+/// Reads the vocabulary of a Hugging Face directory. Its pre-tokenizer is what the table says.
 ///
 /// # Errors
 /// `Unsupported` for a kind of tokenizer, or a pre-tokenizer, that is not known; `Malformed` when
 /// the files contradict themselves or the config's vocabulary size; `Limit`, `Io` from reading.
 pub fn load(source: &Source, limits: &Limits) -> Result<Vocab> {
+    let (vocab, candidates) = load_undecided(source, limits)?;
+    candidates.by_table(source.dir, vocab)
+}
+
+/// As [`load`], with the names among which the pre-tokenizer is to be chosen; until then the vocabulary
+/// has none. One that the table does not know is no error here.
+///
+/// # Errors
+/// As [`load`].
+pub fn load_undecided(source: &Source, limits: &Limits) -> Result<(Vocab, Candidates)> {
     if let Some(name) = source.pre.filter(|name| !pre::is_known(name)) {
         let near = pre::nearest(name).map(|n| format!("did you mean {n:?}?"));
         let error = Error::misuse(format!("llama.cpp knows no pre-tokenizer {name:?}"));
@@ -282,17 +307,33 @@ pub fn load(source: &Source, limits: &Limits) -> Result<Vocab> {
     let mut json = hf::tokenizer_json(source.dir, limits)?;
     let mut seen = Vec::new();
     let named: Vec<Origin> = source.kinds.iter().map(|k| Origin::from_name(k)).collect::<Result<_>>()?;
-    let order = if named.is_empty() { &Origin::ALL[..] } else { &named };
+    let mut order = if named.is_empty() { Origin::ALL.to_vec() } else { named };
+    if order.contains(&Origin::Spm) && !order.contains(&Origin::UgmFromHfJson) {
+        // What a tokenizer.model of Unigram becomes where nothing else gives its ids.
+        order.push(Origin::UgmFromHfJson);
+    }
     // Encoders say how many kinds of segments they know; decoders do not have them.
     let segments = source.config.get("type_vocab_size").and_then(Value::as_u64);
     let segments = segments.and_then(|n| u32::try_from(n).ok());
     let with_segments =
         |vocab: Vocab| Vocab { token_type_count: segments.or(vocab.token_type_count), ..vocab };
-    for origin in order {
+    let decided = |vocab: Vocab| {
+        let candidates = Candidates::only(&vocab.pre);
+        (vocab, candidates)
+    };
+    for origin in &order {
         match origin {
             Origin::Spm => match spm::read_model(&source.dir.join("tokenizer.model"), limits)? {
                 Some(spm::Found::Model(model)) => {
-                    return spm::load(source, &config, model, json.as_ref(), limits);
+                    let vocab = spm::load(source, &config, model, json.as_ref(), limits)?;
+                    let (vocab, mut candidates) = decided(vocab);
+                    if vocab.unigram
+                        && let Some(file) = ugm::read_file(source, limits)?
+                    {
+                        let other = ugm::load_file(source, &config, file, json.as_ref(), limits);
+                        candidates.instead = other.ok().map(Box::new);
+                    }
+                    return Ok((vocab, candidates));
                 }
                 Some(spm::Found::Other) => {
                     seen.push("a tokenizer.model that is not SentencePiece's".to_owned())
@@ -301,13 +342,15 @@ pub fn load(source: &Source, limits: &Limits) -> Result<Vocab> {
             },
             Origin::SpmFromHfJson => {
                 if let Some(json) = json.take_if(|json| spm_json::fits(json)) {
-                    return spm_json::load(source, &config, json, limits).map_err(|e| e.at(&json_path));
+                    let vocab = spm_json::load(source, &config, json, limits);
+                    return vocab.map(decided).map_err(|e| e.at(&json_path));
                 }
             }
             Origin::Bpe => {
                 if let Some(json) = json.take_if(|json| bpe::fits(json)) {
-                    let vocab = bpe::load(source, &config, json, limits).map_err(|e| e.at(&json_path))?;
-                    return Ok(with_segments(vocab));
+                    let (vocab, candidates) =
+                        bpe::load(source, &config, json, limits).map_err(|e| e.at(&json_path))?;
+                    return Ok((with_segments(vocab), candidates));
                 }
             }
             Origin::Wpm => {
@@ -318,19 +361,19 @@ pub fn load(source: &Source, limits: &Limits) -> Result<Vocab> {
                 };
                 if let Some(words) = words {
                     let vocab = wpm::load(source, &config, words, limits).map_err(|e| e.at(&path))?;
-                    return Ok(with_segments(vocab));
+                    return Ok(decided(with_segments(vocab)));
                 }
             }
             Origin::Ugm => {
                 if let Some(file) = ugm::read_file(source, limits)? {
                     let vocab = ugm::load_file(source, &config, file, json.as_ref(), limits);
-                    return Ok(with_segments(vocab.map_err(|e| e.at(source.dir))?));
+                    return Ok(decided(with_segments(vocab.map_err(|e| e.at(source.dir))?)));
                 }
             }
             Origin::UgmFromHfJson => {
                 if let Some(json) = json.take_if(|json| ugm::fits(json)) {
                     let vocab = ugm::load_json(source, &config, json, limits);
-                    return Ok(with_segments(vocab.map_err(|e| e.at(&json_path))?));
+                    return Ok(decided(with_segments(vocab.map_err(|e| e.at(&json_path))?)));
                 }
             }
         }

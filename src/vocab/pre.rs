@@ -5,12 +5,14 @@
 //! `formats/vocab/pre.toml`. There is no default: an unknown structure is an error that shows it.
 
 use std::collections::{BTreeMap, HashMap};
+use std::path::Path;
 use std::sync::OnceLock;
 
 use serde::Deserialize;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
+use super::Vocab;
 use crate::error::{Error, Result};
 
 const TABLE: &str = include_str!("../../formats/vocab/pre.toml");
@@ -197,48 +199,82 @@ fn split_step(json: &Value) -> String {
     }
 }
 
-/// A structure's names.
+/// Names that a vocabulary's pre-tokenizer may have.
 #[derive(Debug)]
-pub struct Recognised {
-    /// The preferred name.
-    pub name: &'static str,
-    /// All names that split the same way, the preferred one first.
-    pub candidates: &'static [String],
-    /// What should be known about the choice.
+pub struct Candidates {
+    /// The names, likeliest first, one for each way in which llama.cpp splits text. Never empty.
+    pub names: Vec<String>,
+    /// What should be known about the first.
     pub notes: Vec<String>,
+    /// The same tokens for another of llama.cpp's tokenizers, where this one is known to differ.
+    pub instead: Option<Box<Vocab>>,
+    /// Set where the table does not know the structure, so that the first name is no more likely
+    /// than the others.
+    pub unknown: Option<Error>,
 }
 
-/// Finds the names that split as `structure` does; `wanted` is taken where it is one of them.
-/// `merges_matter` says for how many tokens of
-/// this vocabulary `ignore_merges` changes the result; it is asked only when no row has the
-/// structure's own flag.
+impl Candidates {
+    /// One name, which is no guess.
+    pub fn only(name: &str) -> Self {
+        Self { names: vec![name.to_owned()], notes: Vec::new(), instead: None, unknown: None }
+    }
+
+    /// `vocab`, read from `dir`, with the first name.
+    ///
+    /// # Errors
+    /// `Unsupported` for a structure that the table does not know.
+    pub fn by_table(self, dir: &Path, mut vocab: Vocab) -> Result<Vocab> {
+        match (self.unknown, self.names.first()) {
+            (Some(unknown), _) => Err(unknown.at(dir.join("tokenizer.json"))),
+            (None, name) => {
+                vocab.notes.splice(0..0, self.notes);
+                Ok(vocab.with_pre(name.map_or("default", String::as_str)))
+            }
+        }
+    }
+}
+
+/// Finds the names that may split as `structure` does; `wanted` comes first where the table has it for
+/// this structure. `merges_matter` says for how many tokens of this vocabulary `ignore_merges`
+/// changes the result; it is asked only when no row has the structure's own flag.
 ///
 /// # Errors
-/// `Unsupported` for a structure that is not in the table, showing it.
-pub fn recognise(
+/// Those of `merges_matter`.
+pub fn candidates(
     structure: &Structure,
     wanted: Option<&str>,
     merges_matter: impl FnOnce() -> Result<usize>,
-) -> Result<Recognised> {
+) -> Result<Candidates> {
     let nfc_only = structure.normalizer.iter().all(|n| n == "nfc");
-    let rows = || table().pre.iter().filter(|row| row.steps == structure.steps && nfc_only);
-    let same_normalizer = |row: &&Row| row.normalizer == structure.normalizer;
-    let same_flag = |row: &&Row| row.ignore_merges == structure.ignore_merges;
-    let row = rows()
-        .find(|row| same_normalizer(row) && same_flag(row))
-        .or_else(|| rows().find(same_flag))
-        .or_else(|| rows().find(same_normalizer))
-        .or_else(|| rows().next());
-    let name_in = |row: &'static Row| {
-        row.names.iter().find(|n| Some(n.as_str()) == wanted).or_else(|| row.names.first())
+    // How far a row is from the structure; what splits in another way is equally far.
+    let distance = |row: &Row| match row.steps == structure.steps && nfc_only {
+        false => 4,
+        true => {
+            2 * u8::from(row.ignore_merges != structure.ignore_merges)
+                + u8::from(row.normalizer != structure.normalizer)
+        }
     };
-    let Some((row, name)) = row.and_then(|row| Some((row, name_in(row)?))) else {
-        return Err(Error::unsupported(format!(
+    let mut rows: Vec<&Row> = table().pre.iter().collect();
+    rows.sort_by_key(|row| distance(row));
+    let mut names: Vec<String> = Vec::new();
+    let mut seen: Vec<(&[String], bool)> = Vec::new();
+    for row in &rows {
+        // llama.cpp normalizes nothing: rows that differ in that alone are one to it.
+        if !seen.contains(&(&row.steps, row.ignore_merges)) {
+            seen.push((&row.steps, row.ignore_merges));
+            names
+                .extend(row.names.iter().find(|n| Some(n.as_str()) == wanted).or(row.names.first()).cloned());
+        }
+    }
+    let Some(row) = rows.first().filter(|row| distance(row) < 4) else {
+        let unknown = Error::unsupported(format!(
             "pre-tokenizer {} is not known:\n{structure}",
             structure.fingerprint()
         ))
-        .hint("if one of llama.cpp's pre-tokenizers splits text the same way, give it: --pre NAME"));
+        .hint("if one of llama.cpp's pre-tokenizers splits text the same way, give it: --pre NAME");
+        return Ok(Candidates { names, notes: Vec::new(), instead: None, unknown: Some(unknown) });
     };
+    let name = names.first().map_or("", String::as_str);
     let mut notes = vec![format!(
         "pre-tokenizer {name:?} recognised by structure {} (same splitting: {})",
         structure.fingerprint(),
@@ -260,7 +296,7 @@ pub fn recognise(
         }
     }
     notes.extend(row.note.iter().map(|n| format!("{name}: {n}")));
-    Ok(Recognised { name, candidates: &row.names, notes })
+    Ok(Candidates { names, notes, instead: None, unknown: None })
 }
 
 /// The Hugging Face side of a name: `normalizer`, `pre_tokenizer` and `ignore_merges` of a
@@ -333,6 +369,12 @@ mod tests {
         Ok(0)
     }
 
+    /// The name that is taken where nobody can try.
+    fn first(structure: &Structure) -> Result<String> {
+        let found = candidates(structure, None, no_matter).unwrap();
+        found.unknown.map_or(Ok(found.names[0].clone()), Err)
+    }
+
     #[test]
     fn rows_are_unique_and_known() {
         let t = table();
@@ -360,10 +402,12 @@ mod tests {
         for row in &table().pre {
             let (normalizer, pre, ignore) = hf_structure(&row.names[0]).unwrap();
             let s = Structure::of(&normalizer, &pre, ignore);
-            let found = recognise(&s, None, no_matter).unwrap();
-            assert!(found.candidates.contains(&row.names[0]), "{} {found:?}", row.names[0]);
-            for name in found.candidates {
-                assert_eq!(recognise(&s, Some(name), no_matter).unwrap().name, name);
+            for name in &row.names {
+                let found = candidates(&s, Some(name), no_matter).unwrap();
+                assert!(found.unknown.is_none());
+                // A name that stands in an earlier row too may have been written from that.
+                let first = hf_structure(name).unwrap() == (normalizer.clone(), pre.clone(), ignore);
+                assert!(!first || found.names[0] == *name, "{name} {found:?}");
             }
             let text = json!({"version": "1.0", "added_tokens": [], "normalizer": normalizer, "pre_tokenizer": pre,
                 "post_processor": null, "decoder": null, "truncation": null, "padding": null,
@@ -382,21 +426,16 @@ mod tests {
                 {"type": "Split", "pattern": {"Regex": regex}, "behavior": behavior, "invert": invert}, bytes]})
         };
         for pre in [split(regex, "Isolated", false), split(regex, "Removed", true)] {
-            let found = recognise(&Structure::of(&Value::Null, &pre, true), None, no_matter).unwrap();
-            assert_eq!(found.name, "llama-bpe");
-            let found = recognise(&Structure::of(&Value::Null, &pre, false), None, no_matter).unwrap();
-            assert_eq!(found.name, "smaug-bpe");
+            assert_eq!(first(&Structure::of(&Value::Null, &pre, true)).unwrap(), "llama-bpe");
+            assert_eq!(first(&Structure::of(&Value::Null, &pre, false)).unwrap(), "smaug-bpe");
         }
         for altered in [split(r"\p{N}{1,4}", "Isolated", false), split(regex, "Removed", false)] {
-            let e = recognise(&Structure::of(&Value::Null, &altered, true), None, no_matter).unwrap_err();
+            let e = first(&Structure::of(&Value::Null, &altered, true)).unwrap_err();
             assert_eq!(e.kind(), crate::ErrorKind::Unsupported);
             assert!(e.to_string().contains("split") && e.hint_text().unwrap().contains("--pre"));
         }
         let lower = json!({"type": "Lowercase"});
-        assert!(
-            recognise(&Structure::of(&lower, &split(regex, "Isolated", false), true), None, no_matter)
-                .is_err()
-        );
+        assert!(first(&Structure::of(&lower, &split(regex, "Isolated", false), true)).is_err());
     }
 
     #[test]

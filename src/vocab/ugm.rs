@@ -3,6 +3,8 @@
 //! Of all ways to spell a text in tokens llama.cpp takes the likeliest, after the compiled
 //! normalization that the file carries. It has no byte tokens here: what has no token is unknown.
 
+use std::collections::HashSet;
+
 use serde_json::{Value, json};
 
 use super::added::{added_form, all_added};
@@ -13,6 +15,8 @@ use super::{Kind, Source, TokenType, Vocab, base64, charsmap, special, vocab_siz
 use crate::error::{Error, Result};
 use crate::limits::Limits;
 
+/// By how much an unknown character is less likely than the least likely token.
+const UNKNOWN_PENALTY: f32 = 10.0;
 /// SentencePiece's sign for a space.
 const SPACE: &str = "\u{2581}";
 /// File names, first choice first.
@@ -270,6 +274,32 @@ impl Normalization {
     }
 }
 
+/// Where a character has no token, SentencePiece spells it in bytes, after all other ways have
+/// been weighed; llama.cpp's Unigram knows no bytes and takes the unknown token. For ASCII the byte's token
+/// can stand for the character itself, as unlikely as an unknown one: then the ids are the same.
+fn bytes_as_characters(vocab: &mut Vocab) {
+    let known: HashSet<Vec<u8>> = vocab.tokens.iter().filter(|t| t.len() == 1).cloned().collect();
+    let normal = vocab.token_types.iter().zip(vocab.scores.iter().flatten());
+    let lowest = normal.filter(|(t, _)| **t == TokenType::Normal).map(|(_, s)| *s).fold(0.0, f32::min);
+    for id in 0..vocab.tokens.len() {
+        let byte = match (vocab.token_types.get(id), vocab.tokens.get(id)) {
+            (Some(TokenType::Byte), Some(text)) => byte_of(text),
+            _ => None,
+        };
+        // No text holds a zero; a space is written otherwise.
+        let plain = |b: &u8| b.is_ascii() && *b != b' ' && *b != 0;
+        if let Some(byte) = byte.filter(|b| plain(b) && !known.contains(&vec![*b])) {
+            vocab.put(id, [byte], TokenType::Normal, Some(lowest - UNKNOWN_PENALTY));
+        }
+    }
+}
+
+/// The byte that `<0xNN>` stands for.
+fn byte_of(text: &[u8]) -> Option<u8> {
+    let text = std::str::from_utf8(text).ok().filter(|text| spm::is_byte(text))?;
+    u8::from_str_radix(text.get(3..5)?, 16).ok()
+}
+
 /// Builds the vocabulary from tokenizer.json.
 ///
 /// # Errors
@@ -345,8 +375,9 @@ fn finish(
         charsmap::check(&vocab.charsmap)?;
     }
     if vocab.token_types.contains(&TokenType::Byte) {
+        bytes_as_characters(&mut vocab);
         vocab.notes.push(
-            "warning: the tokenizer spells unknown characters in bytes, llama.cpp's Unigram makes them unknown".into(),
+            "warning: the tokenizer spells unknown characters in bytes, llama.cpp's Unigram only ASCII ones: others become the unknown token".into(),
         );
     }
     let n = vocab.tokens.len();
