@@ -20,7 +20,7 @@ use qconv::arch::{self, Architecture, Data, Facts, Mapped, Model, Target};
 use qconv::container::gguf::{Gguf, Metadata, Value, write};
 use qconv::container::safetensors;
 use qconv::convert::FileType;
-use qconv::convert::{GgufToHf, HfToGguf, Silent};
+use qconv::convert::{GgufToHf, HfToGguf, Silent, TokenCheck};
 use qconv::eval::embed::output;
 use qconv::ggml;
 use qconv::limits::Limits;
@@ -189,6 +189,7 @@ impl Trial {
             output: Some(self.dir.path().join(to)),
             file_type: FileType::parse("f32"),
             arch_file: Some(self.definition.clone()),
+            tokens: TokenCheck::Skipped,
             ..HfToGguf::default()
         }
         .plan()

@@ -11,7 +11,8 @@ use std::path::{Path, PathBuf};
 use qconv::container::gguf::{Gguf, Metadata};
 use qconv::container::imatrix::{self, Sums};
 use qconv::convert::{
-    Budget, HfToGguf, ImatrixChoice, Quantize, Quantizer, Recipe, Sharding, Silent, parse_tensor_type,
+    Budget, HfToGguf, ImatrixChoice, Quantize, Quantizer, Recipe, Sharding, Silent, TokenCheck,
+    parse_tensor_type,
 };
 use qconv::ggml::oracle::{QuantizeOptions, model_quantize};
 use qconv::limits::Limits;
@@ -221,6 +222,7 @@ fn one_pass_equals_two() {
                 source: common::fixture(model),
                 output: Some(one.clone()),
                 quantizer: Some(Quantizer::new(recipe(name))),
+                tokens: TokenCheck::Skipped,
                 ..HfToGguf::default()
             }
             .plan()

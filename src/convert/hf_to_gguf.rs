@@ -68,7 +68,6 @@ impl HfToGguf {
     /// Everything that can be wrong with a source but its tensors' contents.
     pub fn plan(&self) -> Result<Job> {
         let Recognised { checkpoint, mut model, vocab, candidates } = self.recognise()?;
-        let (vocab, tokens) = tokens::choose(&checkpoint.dir, vocab, candidates, self.tokens)?;
         let sentence = Sentence::read(&checkpoint.dir, &self.limits)?;
         let infos = checkpoint.store.tensors();
         let file_type = match (self.file_type, &self.quantizer) {
@@ -84,6 +83,7 @@ impl HfToGguf {
         });
         let mapped = model.map(infos).map_err(|e| e.at(&checkpoint.dir))?;
         let size = counts(&mapped)?;
+        let (vocab, tokens) = tokens::choose(&checkpoint.dir, vocab, candidates, self.tokens)?;
         let described = Described {
             dir_name: &checkpoint.dir_name(),
             config: &checkpoint.config,
