@@ -1,5 +1,5 @@
 //! Every `$ qconv ...` of README.md's console blocks works as it stands, in order, in a directory
-//! that holds the bundled model.
+//! that holds the bundled models.
 #![cfg(unix)] // the examples are written for a shell
 
 mod common;
@@ -38,19 +38,30 @@ fn commands(readme: &str) -> Vec<String> {
 fn examples_work() {
     let readme = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("README.md")).unwrap();
     let commands = commands(&readme);
-    for name in
-        ["hf-to-gguf", "gguf-to-hf", "quantize", "split", "merge", "inspect", "verify", "run", "completions"]
-    {
+    for name in [
+        "hf-to-gguf",
+        "lora-to-gguf",
+        "gguf-to-hf",
+        "quantize",
+        "split",
+        "merge",
+        "inspect",
+        "verify",
+        "run",
+        "completions",
+    ] {
         let shown = commands.iter().any(|c| c.starts_with(&format!("qconv {name}")));
         assert!(shown, "README.md shows no example of {name}");
     }
 
     let dir = tempfile::tempdir().unwrap();
-    let model = dir.path().join("fixtures/tiny-llama");
-    fs::create_dir_all(&model).unwrap();
-    for entry in fs::read_dir(common::fixture("tiny-llama")).unwrap() {
-        let path = entry.unwrap().path();
-        fs::copy(&path, model.join(path.file_name().unwrap())).unwrap();
+    for name in ["tiny-llama", "models/llama", "lora/llama"] {
+        let copy = dir.path().join("fixtures").join(name);
+        fs::create_dir_all(&copy).unwrap();
+        for entry in fs::read_dir(common::fixture(name)).unwrap() {
+            let path = entry.unwrap().path();
+            fs::copy(&path, copy.join(path.file_name().unwrap())).unwrap();
+        }
     }
     let binary = Path::new(env!("CARGO_BIN_EXE_qconv")).parent().unwrap();
     let path = env::join_paths(

@@ -241,7 +241,7 @@ impl Model {
         self.arch.rows.iter().map(|r| &r.hf).chain(&self.arch.drop).any(|t| t.matches(&name).is_some())
     }
 
-    fn check_layer(&self, captures: &Captures) -> Result<()> {
+    pub(super) fn check_layer(&self, captures: &Captures) -> Result<()> {
         let n = self.layers()?;
         match captures.integers.get(&'i') {
             Some(&i) if n > 0 && i >= n => {
@@ -252,7 +252,7 @@ impl Model {
         }
     }
 
-    fn unknown_tensor(&self, name: &str, canonical: &str, rows: &[ActiveRow<'_>]) -> Error {
+    pub(super) fn unknown_tensor(&self, name: &str, canonical: &str, rows: &[ActiveRow<'_>]) -> Error {
         let pattern = pattern_of(canonical);
         let nearest = rows
             .iter()
@@ -338,7 +338,13 @@ impl Model {
     }
 
     /// Where parts of a split have the same name: the first row of part `k`, and the rows of all.
-    fn joined(&self, row: &Row, k: usize, shape: &[u64], captures: &Captures) -> Result<Option<(u64, u64)>> {
+    pub(super) fn joined(
+        &self,
+        row: &Row,
+        k: usize,
+        shape: &[u64],
+        captures: &Captures,
+    ) -> Result<Option<(u64, u64)>> {
         let parts: Vec<usize> = row.joined_with(k).collect();
         if parts.len() == 1 {
             return Ok(None);

@@ -8,6 +8,7 @@
 mod example;
 mod expr;
 mod inverse;
+mod low_rank;
 mod mapping;
 mod recognise;
 mod rope;
@@ -18,6 +19,7 @@ mod template;
 
 pub use example::Target;
 pub use expr::{Expr, Scope, truth};
+pub use low_rank::{Placed, Placer};
 pub use mapping::{Data, Elementwise, Generated, Mapped, Piece};
 pub use recognise::{recognise, take_for};
 pub use schema::{Architecture, TokenizerRule};

@@ -1,6 +1,7 @@
 //! Options and output that several commands share.
 
 use std::io::Write;
+use std::path::PathBuf;
 use std::time::Instant;
 
 use qconv::convert::{Budget, Job, TokenCheck};
@@ -102,6 +103,16 @@ pub fn parse_size(text: &str) -> std::result::Result<u64, String> {
         Ok(bytes as u64)
     } else {
         Err("out of range".into())
+    }
+}
+
+/// `PATH` or `PATH:SCALE`; without a scale it is 1.
+pub fn parse_scaled(text: &str) -> std::result::Result<(PathBuf, f32), String> {
+    let scaled = text.rsplit_once(':').and_then(|(path, scale)| Some((path, scale.parse::<f32>().ok()?)));
+    let (path, scale) = scaled.unwrap_or((text, 1.0));
+    match (path.is_empty(), scale.is_finite()) {
+        (false, true) => Ok((path.into(), scale)),
+        _ => Err("a path was expected, perhaps with a scale: adapter:0.5".into()),
     }
 }
 
@@ -232,7 +243,21 @@ pub fn say_summary(job: &Job, seconds: f64) {
 
 #[cfg(test)]
 mod tests {
-    use super::parse_size;
+    use super::{parse_scaled, parse_size};
+
+    #[test]
+    fn scales() {
+        for (text, path, scale) in [
+            ("a", "a", 1.0),
+            ("a:0.5", "a", 0.5),
+            ("a:-1", "a", -1.0),
+            ("C:\\a", "C:\\a", 1.0),
+            ("a:b:2", "a:b", 2.0),
+        ] {
+            assert_eq!(parse_scaled(text), Ok((path.into(), scale)), "{text}");
+        }
+        assert!(parse_scaled("a:inf").is_err() && parse_scaled(":1").is_err() && parse_scaled("").is_err());
+    }
 
     #[test]
     fn sizes() {

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use qconv::convert::{FileType, HfToGguf, Quantizer, Recipe};
+use qconv::convert::{FileType, HfToGguf, MergeLora, Quantizer, Recipe};
 use qconv::limits::Limits;
 use qconv::verify;
 use serde_json::json;
@@ -46,6 +46,10 @@ pub struct Args {
     #[arg(long)]
     pub allow_token_mismatch: bool,
 
+    /// Merge a LoRA adapter (PEFT's directory) into the weights, so many times (1); can be repeated
+    #[arg(long, value_name = "ADAPTER[:SCALE]", value_parser = common::parse_scaled)]
+    pub merge_lora: Vec<(PathBuf, f32)>,
+
     /// Skip the checks of the finished file
     #[arg(long)]
     pub no_verify: bool,
@@ -80,6 +84,8 @@ const SPOT_CHECK: u64 = 16 << 10;
 
 pub fn run(args: &Args) -> anyhow::Result<Status> {
     let (file_type, quantizer) = types(args)?;
+    let merge = |(adapter, scale): &(PathBuf, f32)| MergeLora { adapter: adapter.clone(), scale: *scale };
+    let merge_lora: Vec<_> = args.merge_lora.iter().map(merge).collect();
     let conversion = HfToGguf {
         source: args.source.clone(),
         output: args.output.clone(),
@@ -90,6 +96,7 @@ pub fn run(args: &Args) -> anyhow::Result<Status> {
         arch_file: args.arch_file.clone(),
         pre: args.pre.clone(),
         tokens: common::token_check(args.allow_token_mismatch),
+        merge_lora: merge_lora.clone(),
         edits: args.edits.edits(),
         limits: Limits::default(),
     };
@@ -112,6 +119,7 @@ pub fn run(args: &Args) -> anyhow::Result<Status> {
             arch_file: args.arch_file.clone(),
             pre: args.pre.clone(),
             tokens: conversion.tokens,
+            merge_lora,
             limits: Limits::default(),
         };
         Some(verify::verify(&options, &work.budget()?, &ui::Progress::new("verifying", 0, true))?)

@@ -6,6 +6,7 @@ mod completions;
 mod gguf_to_hf;
 mod hf_to_gguf;
 mod inspect;
+mod lora_to_gguf;
 mod quantize;
 mod quantizer;
 #[cfg(feature = "ggml")]
@@ -30,6 +31,7 @@ struct Cli {
 enum Command {
     HfToGguf(hf_to_gguf::Args),
     GgufToHf(gguf_to_hf::Args),
+    LoraToGguf(lora_to_gguf::Args),
     Quantize(quantize::Args),
     Split(split::SplitArgs),
     Merge(split::MergeArgs),
@@ -100,6 +102,7 @@ pub fn main() -> ExitCode {
     let result = match cli.command {
         Command::HfToGguf(args) => hf_to_gguf::run(&args),
         Command::GgufToHf(args) => gguf_to_hf::run(&args),
+        Command::LoraToGguf(args) => lora_to_gguf::run(&args),
         Command::Quantize(args) => quantize::run(&args),
         Command::Split(args) => split::split(&args),
         Command::Merge(args) => split::merge(&args),

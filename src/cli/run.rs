@@ -32,6 +32,10 @@ pub struct Args {
     #[arg(long, requires = "chat")]
     pub system: Option<String>,
 
+    /// Add a LoRA adapter (a GGUF file), so many times (1); can be repeated
+    #[arg(long, value_name = "FILE[:SCALE]", value_parser = super::common::parse_scaled)]
+    pub lora: Vec<(PathBuf, f32)>,
+
     /// Threads; all processors by default
     #[arg(short = 'j', long)]
     pub threads: Option<u32>,
@@ -72,8 +76,12 @@ pub struct Args {
 pub fn run(args: &Args, stop: &AtomicBool) -> anyhow::Result<()> {
     set_verbose(args.log);
     // Rearranged weights compute faster, and nobody looks at them here.
-    let options =
-        ModelOptions { use_extra_bufts: true, n_gpu_layers: args.gpu_layers, ..ModelOptions::default() };
+    let options = ModelOptions {
+        use_extra_bufts: true,
+        n_gpu_layers: args.gpu_layers,
+        adapters: args.lora.clone(),
+        ..ModelOptions::default()
+    };
     let model = Model::load(&args.model, &options)?;
     let prompt = if args.chat { chat_prompt(&model, args)? } else { args.prompt.clone() };
     let ids = tokenize_prompt(&model, &prompt).map_err(|e| e.at(&args.model))?;

@@ -2,10 +2,11 @@
 
 use std::path::PathBuf;
 
+use qconv::convert::MergeLora;
 use qconv::limits::Limits;
 use qconv::verify::{Options, Outcome, Report, verify};
 
-use super::common::{self, WorkArgs};
+use super::common::{self, WorkArgs, parse_scaled};
 use super::{Status, ui};
 
 /// Check a GGUF file: its structure, its tensors, its tokens, and that it runs
@@ -38,11 +39,16 @@ pub struct Args {
     #[arg(long)]
     pub allow_token_mismatch: bool,
 
+    /// The adapters that the conversion merged into the weights
+    #[arg(long, value_name = "ADAPTER[:SCALE]", value_parser = parse_scaled, requires = "against")]
+    pub merge_lora: Vec<(PathBuf, f32)>,
+
     #[command(flatten)]
     pub work: WorkArgs,
 }
 
 pub fn run(args: &Args) -> anyhow::Result<Status> {
+    let merge = |(adapter, scale): &(PathBuf, f32)| MergeLora { adapter: adapter.clone(), scale: *scale };
     let options = Options {
         file: args.file.clone(),
         against: args.against.clone(),
@@ -52,6 +58,7 @@ pub fn run(args: &Args) -> anyhow::Result<Status> {
         arch_file: args.arch_file.clone(),
         pre: args.pre.clone(),
         tokens: common::token_check(args.allow_token_mismatch),
+        merge_lora: args.merge_lora.iter().map(merge).collect(),
         limits: Limits::default(),
     };
     ui::catch_interrupt();

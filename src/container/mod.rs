@@ -8,6 +8,7 @@
 mod endian;
 pub mod gguf;
 pub mod imatrix;
+mod low_rank;
 pub mod pytorch;
 pub mod safetensors;
 pub mod shards;
@@ -19,6 +20,7 @@ pub mod weights;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
+pub use low_rank::{Factor, LowRank};
 pub use store::{Joined, Store, Stored, View};
 
 use crate::error::{Error, Result};

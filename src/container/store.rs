@@ -3,7 +3,7 @@
 use std::collections::{HashMap, HashSet};
 use std::fmt::Debug;
 
-use super::{InputFile, endian};
+use super::{InputFile, LowRank, endian};
 use crate::error::{Error, Result};
 use crate::tensor::{DType, StridedCopy, TensorInfo};
 
@@ -14,6 +14,8 @@ pub struct Store {
     tensors: Vec<TensorInfo>,
     by_name: HashMap<String, usize>,
     views: HashMap<String, Box<dyn View>>,
+    /// What is added to the values of some tensors.
+    added: HashMap<String, Vec<LowRank>>,
 }
 
 /// The files behind a [`Store`], and how tensors lie in them.
@@ -82,7 +84,7 @@ impl Store {
             }
         }
         let stored = Stored { files, ..Stored::default() };
-        Ok(Self { stored, tensors, by_name, views: HashMap::new() })
+        Ok(Self { stored, tensors, by_name, ..Self::default() })
     }
 
     /// Declares the data big-endian: [`Self::read`] then turns every element round.
@@ -133,6 +135,17 @@ impl Store {
             .collect();
         self.by_name = self.tensors.iter().enumerate().map(|(i, t)| (t.name.clone(), i)).collect();
         Ok(self)
+    }
+
+    /// Declares that a product is to be added to the values of the tensor called `name`, by whoever
+    /// decodes them: [`Self::read`] gives the data without.
+    pub fn add(&mut self, name: &str, product: LowRank) {
+        self.added.entry(name.to_string()).or_default().push(product);
+    }
+
+    /// What is to be added to the values of the tensor called `name`, in this order.
+    pub fn added(&self, name: &str) -> &[LowRank] {
+        self.added.get(name).map_or(&[], Vec::as_slice)
     }
 
     /// Whether small reads of the tensor are slow: its elements lie apart in the file.

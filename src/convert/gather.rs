@@ -3,9 +3,10 @@
 //! A copy is cut to the span, and each part gathered from the source ([`StridedCopy::gather`]).
 //! Permuted rows, transposes and stacked experts all come down to this.
 
-use crate::arch::{Data, Elementwise, Mapped, Piece};
+use super::low_rank::{self, Held};
+use crate::arch::{self, Data, Elementwise, Mapped};
 use crate::block::{Codec, codec};
-use crate::container::Store;
+use crate::container::{LowRank, Store};
 use crate::error::{Error, Result};
 use crate::tensor::{DType, Dim, StridedCopy, TensorInfo};
 
@@ -23,7 +24,15 @@ pub struct Source {
 #[derive(Debug)]
 enum Kind {
     Values(Vec<f32>),
-    Stored { dtype: DType, pieces: Vec<(TensorInfo, StridedCopy)>, blocks: Option<Vec<StridedCopy>> },
+    Stored { dtype: DType, pieces: Vec<Piece>, blocks: Option<Vec<StridedCopy>> },
+}
+
+/// A copy from one tensor of the store, to which products may be added first.
+#[derive(Debug)]
+struct Piece {
+    info: TensorInfo,
+    copy: StridedCopy,
+    added: Vec<LowRank>,
 }
 
 /// Tensors that stay what they are.
@@ -34,7 +43,10 @@ pub fn identity(tensors: &[TensorInfo]) -> Vec<Mapped> {
             name: t.name.clone(),
             shape: t.shape.clone(),
             data: Data::Copied {
-                pieces: vec![Piece { source: t.name.clone(), copy: StridedCopy::identity(t.elements()) }],
+                pieces: vec![arch::Piece {
+                    source: t.name.clone(),
+                    copy: StridedCopy::identity(t.elements()),
+                }],
                 elementwise: Vec::new(),
             },
         })
@@ -47,6 +59,7 @@ pub struct Scratch {
     stretch: Vec<u8>,
     decoded: Vec<f32>,
     raw: Vec<u8>,
+    held: Held,
 }
 
 impl Source {
@@ -66,7 +79,7 @@ impl Source {
                 has_gaps: false,
             });
         };
-        let mut tied: Vec<(TensorInfo, StridedCopy)> = Vec::with_capacity(pieces.len());
+        let mut tied: Vec<Piece> = Vec::with_capacity(pieces.len());
         for piece in pieces {
             let info = store
                 .get(&piece.source)
@@ -76,7 +89,7 @@ impl Source {
             {
                 return Err(Error::malformed(format!("tensor {:?} is smaller than its use", info.name)));
             }
-            if let Some((first, _)) = tied.first()
+            if let Some(Piece { info: first, .. }) = tied.first()
                 && first.dtype != info.dtype
             {
                 return Err(Error::unsupported(format!(
@@ -84,16 +97,19 @@ impl Source {
                     info.name, info.dtype, first.name, first.dtype
                 )));
             }
-            tied.push((info.clone(), piece.copy.clone()));
+            let added = store.added(&info.name).to_vec();
+            tied.push(Piece { info: info.clone(), copy: piece.copy.clone(), added });
         }
-        let Some(dtype) = tied.first().map(|(info, _)| info.dtype) else {
+        let Some(dtype) = tied.first().map(|p| p.info.dtype) else {
             return Err(Error::malformed(format!("tensor {:?} has no source", mapped.name)));
         };
-        let copied = tied.iter().try_fold(0u64, |n, (_, copy)| n.checked_add(copy.elements()));
+        let copied = tied.iter().try_fold(0u64, |n, p| n.checked_add(p.copy.elements()));
         let has_gaps = copied.is_none_or(|n| n < elements);
-        let blocks = tied.iter().map(|(_, copy)| copy.in_blocks(dtype.block_size())).collect();
+        let changed = tied.iter().any(|p| !p.added.is_empty());
+        let in_blocks = || tied.iter().map(|p| p.copy.in_blocks(dtype.block_size())).collect();
+        let blocks = if changed { None } else { in_blocks() };
         let plain = |copy: &StridedCopy| matches!(copy.dims[..], [] | [Dim { src: 1, dst: 1, .. }]);
-        let contiguous = tied.iter().all(|(info, copy)| plain(copy) && !store.is_scattered(info));
+        let contiguous = tied.iter().all(|p| plain(&p.copy) && !store.is_scattered(&p.info));
         Ok(Self {
             kind: Kind::Stored { dtype, pieces: tied, blocks },
             elementwise: elementwise.clone(),
@@ -125,6 +141,18 @@ impl Source {
     /// Whether a span is one stretch of one source tensor, so that small spans cost nothing.
     pub fn is_contiguous(&self) -> bool {
         self.contiguous
+    }
+
+    /// Whether something is added to the stored values.
+    pub fn is_changed(&self) -> bool {
+        matches!(&self.kind, Kind::Stored { pieces, .. } if pieces.iter().any(|p| !p.added.is_empty()))
+    }
+
+    /// Bytes that a worker holds beside its buffers, for spans of `span` elements.
+    pub fn held_bytes(&self, span: u64) -> u64 {
+        let Kind::Stored { pieces, .. } = &self.kind else { return 0 };
+        let products = pieces.iter().flat_map(|p| &p.added);
+        products.map(|product| low_rank::held_bytes(product, span)).max().unwrap_or(0)
     }
 
     /// The codec that decodes the source, where its values are needed.
@@ -159,9 +187,9 @@ impl Source {
         if self.has_gaps {
             out.fill(0);
         }
-        for ((info, _), copy) in pieces.iter().zip(blocks) {
+        for (piece, copy) in pieces.iter().zip(blocks) {
             for part in copy.clip(start, end) {
-                let mut fetch = |lo: u64, buf: &mut [u8]| store.read(info, lo * size, buf);
+                let mut fetch = |lo: u64, buf: &mut [u8]| store.read(&piece.info, lo * size, buf);
                 part.gather(start, size, out, &mut scratch.stretch, &mut fetch)?;
             }
         }
@@ -189,24 +217,29 @@ impl Source {
                 let range = values.get(start as usize..end as usize);
                 out.copy_from_slice(range.ok_or_else(|| Error::misuse("a span beyond the tensor"))?);
             }
-            Kind::Stored { dtype, pieces, blocks } => {
+            Kind::Stored { dtype, blocks: Some(_), .. } => {
                 let codec = decoder(*dtype)?;
-                if blocks.is_some() {
-                    let mut raw = std::mem::take(&mut scratch.raw);
-                    self.raw(store, start, end, &mut raw, scratch)?;
-                    codec.decode(&raw, out)?;
-                    scratch.raw = raw;
-                } else {
-                    // Blocks fall apart (a transposed quantized matrix): decode stretch by stretch.
-                    let Scratch { stretch: buffer, decoded, raw } = scratch;
-                    for (info, copy) in pieces {
-                        for part in copy.clip(start, end) {
-                            let mut fetch = |lo: u64, buf: &mut [u8]| {
-                                decode_stretch(store, info, codec, lo, buf, raw, decoded)
-                            };
-                            let bytes = bytemuck::cast_slice_mut(out.as_mut_slice());
-                            part.gather(start, 4, bytes, buffer, &mut fetch)?;
-                        }
+                let mut raw = std::mem::take(&mut scratch.raw);
+                self.raw(store, start, end, &mut raw, scratch)?;
+                codec.decode(&raw, out)?;
+                scratch.raw = raw;
+            }
+            // Blocks fall apart (a transposed quantized matrix), or values are needed before they are
+            // moved: decode stretch by stretch.
+            Kind::Stored { pieces, blocks: None, .. } => {
+                let Scratch { stretch: buffer, decoded, raw, held } = scratch;
+                for Piece { info, copy, added } in pieces {
+                    for part in copy.clip(start, end) {
+                        let mut fetch = |lo: u64, buf: &mut [u8]| {
+                            let values = decode(store, info, lo, buf.len() / 4, raw, decoded)?;
+                            for product in added {
+                                low_rank::add(product, lo, values, held)?;
+                            }
+                            buf.copy_from_slice(bytemuck::cast_slice(values));
+                            Ok(())
+                        };
+                        let bytes = bytemuck::cast_slice_mut(out.as_mut_slice());
+                        part.gather(start, 4, bytes, buffer, &mut fetch)?;
                     }
                 }
             }
@@ -220,24 +253,25 @@ fn decoder(dtype: DType) -> Result<&'static Codec> {
     codec(dtype).ok_or_else(|| Error::unsupported(format!("values of type {dtype} cannot be read yet")))
 }
 
-/// Fills `buf` with f32 values from element `lo` on, decoding the blocks they lie in.
-fn decode_stretch(
+/// The `n` values from element `lo` on, decoded with the blocks they lie in.
+///
+/// # Errors
+/// As reads fail; `Unsupported` when nothing decodes the type.
+pub(super) fn decode<'a>(
     store: &Store,
     info: &TensorInfo,
-    codec: &Codec,
     lo: u64,
-    buf: &mut [u8],
+    n: usize,
     raw: &mut Vec<u8>,
-    decoded: &mut Vec<f32>,
-) -> Result<()> {
+    decoded: &'a mut Vec<f32>,
+) -> Result<&'a mut [f32]> {
+    let codec = decoder(info.dtype)?;
     let (block, size) = (info.dtype.block_size(), info.dtype.type_size());
-    let n = buf.len() as u64 / 4;
-    let (first, last) = (lo / block, (lo + n).div_ceil(block));
+    let (first, last) = (lo / block, (lo + n as u64).div_ceil(block));
     raw.resize(((last - first) * size) as usize, 0);
     store.read(info, first * size, raw)?;
     decoded.resize(((last - first) * block) as usize, 0.0);
     codec.decode(raw, decoded)?;
     let skip = (lo - first * block) as usize;
-    buf.copy_from_slice(bytemuck::cast_slice(&decoded[skip..skip + n as usize]));
-    Ok(())
+    Ok(&mut decoded[skip..skip + n])
 }

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value as Json;
 
+use super::adapter::Adapter;
 use super::checkpoint::{Checkpoint, GGUF_METADATA_FILE};
 use super::edits::{MetadataEdits, parse_typed};
 use super::gather::Source;
@@ -22,6 +23,15 @@ use crate::container::side::read_json;
 use crate::error::{Error, Result};
 use crate::limits::Limits;
 use crate::vocab;
+
+/// An adapter to be merged into the weights, so many times.
+#[derive(Clone, Debug, PartialEq)]
+pub struct MergeLora {
+    /// The adapter's directory.
+    pub adapter: PathBuf,
+    /// What its change is multiplied by; 1 is the adapter as it was trained.
+    pub scale: f32,
+}
 
 /// A conversion from a Hugging Face directory.
 #[derive(Clone, Debug, Default)]
@@ -46,6 +56,8 @@ pub struct HfToGguf {
     pub pre: Option<String>,
     /// Whether llama.cpp's tokens must be those of the source's tokenizer.
     pub tokens: TokenCheck,
+    /// Adapters that are merged into the weights, in this order.
+    pub merge_lora: Vec<MergeLora>,
     /// Changes to the metadata.
     pub edits: MetadataEdits,
     /// Bounds on what files may demand.
@@ -59,6 +71,8 @@ pub struct Recognised {
     /// Its pre-tokenizer is still to be chosen.
     pub vocab: vocab::Vocab,
     pub candidates: vocab::Candidates,
+    /// What was done on the way.
+    pub notes: Vec<String>,
 }
 
 impl HfToGguf {
@@ -67,7 +81,7 @@ impl HfToGguf {
     /// # Errors
     /// Everything that can be wrong with a source but its tensors' contents.
     pub fn plan(&self) -> Result<Job> {
-        let Recognised { checkpoint, mut model, vocab, candidates } = self.recognise()?;
+        let Recognised { checkpoint, mut model, vocab, candidates, notes } = self.recognise()?;
         let sentence = Sentence::read(&checkpoint.dir, &self.limits)?;
         let infos = checkpoint.store.tensors();
         let file_type = match (self.file_type, &self.quantizer) {
@@ -113,7 +127,8 @@ impl HfToGguf {
             }
             None => converted(file_type, mapped, &checkpoint)?,
         };
-        let notes = model.warnings()?.into_iter().chain(sentence.notes).chain(checkpoint.notes());
+        let notes =
+            notes.into_iter().chain(model.warnings()?).chain(sentence.notes).chain(checkpoint.notes());
         plan.notes.splice(0..0, notes.chain(vocab.notes.iter().cloned()));
         self.edits.apply(&mut metadata)?;
         let beside = checkpoint.dir.parent().filter(|p| !p.as_os_str().is_empty());
@@ -137,7 +152,7 @@ impl HfToGguf {
     /// # Errors
     /// What is no model, unknown architectures, unknown tokenizers.
     pub fn recognise(&self) -> Result<Recognised> {
-        let checkpoint = Checkpoint::open(&self.source, &self.limits)?;
+        let mut checkpoint = Checkpoint::open(&self.source, &self.limits)?;
         let config_path = checkpoint.dir.join("config.json");
         let model = match &self.arch_file {
             Some(path) => arch::take_for(arch::read(path, &self.limits)?, &checkpoint.config),
@@ -158,7 +173,14 @@ impl HfToGguf {
         if vocab.kind == vocab::Kind::Spm {
             vocab.add_space_prefix = model.arch.tokenizer.add_space_prefix.or(vocab.add_space_prefix);
         }
-        Ok(Recognised { checkpoint, model, vocab, candidates })
+        let mut notes = Vec::new();
+        for MergeLora { adapter, scale } in &self.merge_lora {
+            let adapter = Adapter::open(adapter, &self.limits)?;
+            adapter.merge(&model.placer()?, &mut checkpoint.store, *scale)?;
+            let (n, dir) = (adapter.pairs.len(), adapter.dir.display());
+            notes.push(format!("{n} weights are changed by {dir}, {scale} times"));
+        }
+        Ok(Recognised { checkpoint, model, vocab, candidates, notes })
     }
 }
 
@@ -178,7 +200,8 @@ fn converted(file_type: FileType, mapped: Vec<Mapped>, checkpoint: &Checkpoint) 
     let mut plan = Plan::new(Vec::with_capacity(mapped.len()));
     for m in mapped {
         let source = Source::new(&m, &checkpoint.store).map_err(|e| e.at(&checkpoint.dir))?;
-        let (dtype, wanted) = file_type.choose(&m.name, &m.shape, source.dtype());
+        let (dtype, wanted) =
+            file_type.choose(&m.name, &m.shape, source.dtype().filter(|_| !source.is_changed()));
         plan.tensors.push(TensorPlan::new(m.name, m.shape, dtype, wanted, source)?);
     }
     plan.note_fallbacks();

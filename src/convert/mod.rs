@@ -1,15 +1,18 @@
 //! Conversions. Each is the same six steps: open, recognise, plan, stream, finish, verify.
 //!
-//! [`HfToGguf`], [`GgufToHf`] and [`Quantize`] open their source, recognise it, and make a
+//! [`HfToGguf`], [`LoraToGguf`], [`GgufToHf`] and [`Quantize`] open their source, recognise it, and make a
 //! [`Plan`]; [`Job::run`] streams and finishes it. Verification stands in [`crate::verify`],
 //! since it reads the finished file as a stranger would.
 
+mod adapter;
 mod checkpoint;
 mod edits;
 mod gather;
 mod general;
 mod gguf_to_hf;
 mod hf_to_gguf;
+mod lora_to_gguf;
+mod low_rank;
 mod model_id;
 mod plan;
 mod quantize;
@@ -26,7 +29,8 @@ pub use checkpoint::{Checkpoint, GGUF_METADATA_FILE};
 pub use edits::MetadataEdits;
 pub use gather::{Scratch, Source, identity};
 pub use gguf_to_hf::GgufToHf;
-pub use hf_to_gguf::{HfToGguf, source_tensors};
+pub use hf_to_gguf::{HfToGguf, MergeLora, source_tensors};
+pub use lora_to_gguf::LoraToGguf;
 pub use plan::{Budget, FilePlan, Obstacle, Plan, TensorPlan};
 pub use quantize::Quantize;
 pub use quantizer::{ImatrixChoice, Quantizer};

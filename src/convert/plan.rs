@@ -147,7 +147,8 @@ impl Budget {
 
     /// Elements in each span of `tensor`; the last may be shorter.
     pub fn span(&self, tensor: &TensorPlan) -> u64 {
-        let most = self.memory / self.threads as u64 / BYTES_PER_ELEMENT;
+        let held = tensor.source.held_bytes(SCATTERED_SPAN);
+        let most = (self.memory / self.threads as u64).saturating_sub(held) / BYTES_PER_ELEMENT;
         let wish = if tensor.source.is_contiguous() { SPAN } else { SCATTERED_SPAN };
         let span = wish.min(most).max(MIN_SPAN);
         let (row, _) = tensor.rows();
@@ -164,14 +165,18 @@ impl Budget {
 
     /// Most bytes that buffers can take.
     pub fn peak(&self, plan: &Plan) -> u64 {
-        let most = plan.tensors.iter().map(|t| self.span(t).min(t.source.elements())).max().unwrap_or(0);
-        most.saturating_mul(BYTES_PER_ELEMENT).saturating_mul(self.threads as u64)
+        let of_tensor = |t: &TensorPlan| {
+            let buffers = self.span(t).min(t.source.elements()).saturating_mul(BYTES_PER_ELEMENT);
+            buffers.saturating_add(t.source.held_bytes(SCATTERED_SPAN))
+        };
+        let most = plan.tensors.iter().map(of_tensor).max().unwrap_or(0);
+        most.saturating_mul(self.threads as u64)
     }
 
     /// Whether the plan can be streamed within the memory.
     ///
     /// # Errors
-    /// `Misuse` when rows that must be in memory as a whole do not fit.
+    /// `Misuse` when what must be in memory as a whole does not fit.
     pub fn check(&self, plan: &Plan) -> Result<()> {
         let peak = self.peak(plan);
         if peak <= self.memory {
@@ -180,7 +185,7 @@ impl Budget {
         let largest = plan.tensors.iter().max_by_key(|t| self.span(t).min(t.source.elements()));
         let name = largest.map_or("", |t| t.name.as_str());
         Err(Error::misuse(format!(
-            "--max-memory {} is too little: with an importance matrix whole rows are needed, {peak} bytes for those of {name:?} on {} threads",
+            "--max-memory {} is too little: {peak} bytes are needed for {name:?} on {} threads (whole rows with an importance matrix, an adapter's factors to merge it)",
             self.memory, self.threads
         ))
         .hint("give more memory or fewer threads (-j)"))

@@ -33,6 +33,11 @@ pub const FILE_TYPES: &[FileType] = &[
     plain(DType::TQ1_0, 36),
 ];
 
+/// What the two factors of an adapter's product are called behind their tensor's name.
+pub const LORA_A: &str = ".lora_a";
+/// See [`LORA_A`].
+pub const LORA_B: &str = ".lora_b";
+
 /// Base names of tensors that llama.cpp keeps in F32 whatever the file type.
 const ALWAYS_F32: &[&str] = &[
     "ffn_gate_inp",
@@ -101,7 +106,7 @@ impl FileType {
         let base = base_name(name);
         if shape.len() <= 1
             || name.ends_with("_norm.weight")
-            || !name.ends_with(".weight")
+            || ![".weight", LORA_A, LORA_B].iter().any(|suffix| name.ends_with(suffix))
             || ALWAYS_F32.contains(&base)
         {
             return (DType::F32, None);

@@ -166,6 +166,19 @@ impl<'m> Context<'m> {
                 log::reason("no reason given")
             ))
         })?;
+        let (mut adapters, mut scales): (Vec<_>, Vec<_>) =
+            model.adapters().iter().map(|&(adapter, scale)| (adapter.as_ptr(), scale)).unzip();
+        // SAFETY: the context is valid; both arrays have so many elements, and the adapters live as
+        // long as the model. The call copies them.
+        let status = unsafe {
+            let n = adapters.len();
+            sys::llama_set_adapters_lora(context.as_ptr(), adapters.as_mut_ptr(), n, scales.as_mut_ptr())
+        };
+        if status != 0 {
+            // SAFETY: ours alone, and not used again.
+            unsafe { sys::llama_free(context.as_ptr()) };
+            return Err(Error::unsupported(format!("llama.cpp takes no adapters here (status {status})")));
+        }
         // SAFETY: the context is valid. llama.cpp may have rounded what was asked for.
         let (n_ctx, n_batch, pooling) = unsafe {
             let context = context.as_ptr();

@@ -9,6 +9,7 @@
 //! untrusted files with [`crate::container::gguf`] first; it refuses what is malformed.
 #![allow(unsafe_code)]
 
+mod adapter;
 mod context;
 mod log;
 mod model;

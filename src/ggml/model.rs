@@ -4,13 +4,13 @@ use std::collections::HashSet;
 use std::ffi::CString;
 use std::fs::File;
 use std::io::Read;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::ptr::NonNull;
 use std::sync::OnceLock;
 
 use llama_cpp_sys_2 as sys;
 
-use super::{c_path, init, log, text};
+use super::{adapter, c_path, init, log, text};
 use crate::error::{Error, Result};
 
 /// How to load a model.
@@ -25,11 +25,19 @@ pub struct ModelOptions {
     /// Let ggml rearrange weights in memory for speed. Off where activations or exact results
     /// are wanted: rearranged weights take other kernels.
     pub use_extra_bufts: bool,
+    /// LoRA adapters (GGUF files) that every context of the model adds, so many times.
+    pub adapters: Vec<(PathBuf, f32)>,
 }
 
 impl Default for ModelOptions {
     fn default() -> Self {
-        Self { vocab_only: false, use_mmap: true, n_gpu_layers: 0, use_extra_bufts: false }
+        Self {
+            vocab_only: false,
+            use_mmap: true,
+            n_gpu_layers: 0,
+            use_extra_bufts: false,
+            adapters: Vec::new(),
+        }
     }
 }
 
@@ -88,6 +96,8 @@ pub struct Model {
     vocab: NonNull<sys::llama_vocab>,
     vocab_only: bool,
     coverage: OnceLock<Coverage>,
+    // Adapters with their scales. They belong to the model, which frees them.
+    adapters: Vec<(NonNull<sys::llama_adapter_lora>, f32)>,
 }
 
 // SAFETY: after loading, llama.cpp only reads a model: tokenizing, looking up tokens and creating
@@ -132,16 +142,52 @@ impl Model {
         })?;
         // SAFETY: the model is valid; its vocabulary lives as long as it does.
         let vocab = unsafe { sys::llama_model_get_vocab(model.as_ptr()) };
-        match NonNull::new(vocab.cast_mut()) {
-            Some(vocab) => {
-                Ok(Self { model, vocab, vocab_only: options.vocab_only, coverage: OnceLock::new() })
-            }
+        let mut loaded = match NonNull::new(vocab.cast_mut()) {
+            Some(vocab) => Self {
+                model,
+                vocab,
+                vocab_only: options.vocab_only,
+                coverage: OnceLock::new(),
+                adapters: Vec::new(),
+            },
             None => {
                 // SAFETY: ours alone, and not used again.
                 unsafe { sys::llama_model_free(model.as_ptr()) };
-                Err(Error::unsupported("llama.cpp gives it no vocabulary").at(path))
+                return Err(Error::unsupported("llama.cpp gives it no vocabulary").at(path));
             }
+        };
+        for (adapter, scale) in &options.adapters {
+            loaded.load_adapter(adapter, *scale)?;
         }
+        Ok(loaded)
+    }
+
+    /// Loads an adapter into the model, before anyone else sees the model.
+    fn load_adapter(&mut self, path: &Path, scale: f32) -> Result<()> {
+        if self.vocab_only {
+            return Err(Error::misuse("only the vocabulary was loaded; there is nothing to adapt").at(path));
+        }
+        adapter::check(path)?;
+        let c_path = c_path(path)?;
+        log::clear();
+        // SAFETY: the model is valid, has weights and is ours alone; the path lives through the call;
+        // the function catches its own exceptions and returns null on failure.
+        let adapter = unsafe { sys::llama_adapter_lora_init(self.as_ptr(), c_path.as_ptr()) };
+        let adapter = NonNull::new(adapter).ok_or_else(|| {
+            Error::unsupported(format!(
+                "llama.cpp cannot load the adapter: {}",
+                log::reason("no reason given")
+            ))
+            .at(path)
+            .hint("an adapter fits the base that it was made for, converted by qconv lora-to-gguf")
+        })?;
+        self.adapters.push((adapter, scale));
+        Ok(())
+    }
+
+    /// The adapters that contexts add, with their scales.
+    pub(super) fn adapters(&self) -> &[(NonNull<sys::llama_adapter_lora>, f32)] {
+        &self.adapters
     }
 
     pub(super) fn as_ptr(&self) -> *mut sys::llama_model {

@@ -346,6 +346,51 @@ impl Axes {
         Ok(())
     }
 
+    /// Of a matrix with rows of `columns` elements, rearranged: all axes but the last, and the last,
+    /// one made of the matrix's rows alone and the other of its columns, strides counted in these;
+    /// and whether the last is the one made of rows. `None` where they mix.
+    pub fn apart(&self, columns: u64) -> Option<(Self, Self, bool)> {
+        let (last, rest) = self.axes.split_last()?;
+        let columns = columns.max(1);
+        let made_of_rows = |f: &Factor| f.n == 1 || f.stride.is_multiple_of(columns);
+        let made_of_columns = |f: &Factor| f.n == 1 || f.stride < columns;
+        let rest = rest.to_vec();
+        let all = |axes: &[Vec<Factor>], made: &dyn Fn(&Factor) -> bool| axes.iter().flatten().all(made);
+        let last = vec![last.clone()];
+        let turned = if all(&rest, &made_of_rows) && all(&last, &made_of_columns) {
+            false
+        } else if all(&rest, &made_of_columns) && all(&last, &made_of_rows) {
+            true
+        } else {
+            return None;
+        };
+        let of_rows = |axes: Vec<Vec<Factor>>| {
+            let in_rows = |f: Factor| Factor { n: f.n, stride: f.stride / columns };
+            let axes = axes.into_iter().map(|axis| axis.into_iter().map(in_rows).collect()).collect();
+            Self { axes, base: self.base / columns }
+        };
+        let of_columns = |axes| Self { axes, base: self.base % columns };
+        Some(if turned {
+            (of_columns(rest), of_rows(last), true)
+        } else {
+            (of_rows(rest), of_columns(last), false)
+        })
+    }
+
+    /// The same axes where each step is `by` times as long.
+    pub fn scaled(mut self, by: u64) -> Self {
+        self.axes.iter_mut().flatten().for_each(|f| f.stride *= by);
+        self.base *= by;
+        self
+    }
+
+    /// These axes, then those of `other`, in the same source.
+    pub fn then(mut self, other: Self) -> Self {
+        self.axes.extend(other.axes);
+        self.base += other.base;
+        self
+    }
+
     /// The copy that lays these axes out in row-major order from `dst_base`.
     pub fn into_copy(self, dst_base: u64) -> StridedCopy {
         let mut dims: Vec<Dim> = Vec::new();
@@ -380,6 +425,31 @@ mod tests {
             }
         }
         go(&copy.dims, copy.src_base, copy.dst_base, src, dst);
+    }
+
+    #[test]
+    fn rows_and_columns_come_apart() {
+        // 4 rows of 6, the rows regrouped, then turned.
+        let mut axes = Axes::new(&[4, 6]);
+        axes.regroup(&[vec![2, 2], vec![6]], &[vec![1, 0], vec![2]]).unwrap();
+        let (rows, columns, turned) = axes.apart(6).unwrap();
+        assert!(!turned);
+        assert_eq!((rows.shape(), columns.shape()), (vec![4], vec![6]));
+        let copy = rows.scaled(3).then(Axes::new(&[3])).into_copy(0);
+        let (b, mut out) = ((0..12).collect::<Vec<u32>>(), [0; 12]);
+        run(&copy, &b, &mut out);
+        assert_eq!(out, [0, 1, 2, 6, 7, 8, 3, 4, 5, 9, 10, 11]);
+        let mut axes = Axes::new(&[4, 6]);
+        axes.slice(1, 2, 6, 1).unwrap();
+        axes.slice(0, 1, 4, 1).unwrap();
+        axes.regroup(&[vec![3], vec![4]], &[vec![1], vec![0]]).unwrap();
+        let (rows, columns, turned) = axes.apart(6).unwrap();
+        assert!(turned);
+        assert_eq!((rows.shape(), columns.shape(), rows.base, columns.base), (vec![4], vec![3], 2, 1));
+        // A row that is made of both.
+        let mut axes = Axes::new(&[4, 6]);
+        axes.regroup(&[vec![4], vec![6]], &[vec![], vec![0, 1]]).unwrap();
+        assert!(axes.apart(6).is_none());
     }
 
     #[test]

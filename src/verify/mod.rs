@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 
 use crate::container::gguf::Gguf;
-use crate::convert::{Budget, HfToGguf, Observer, TokenCheck};
+use crate::convert::{Budget, HfToGguf, MergeLora, Observer, TokenCheck};
 use crate::error::{Error, ErrorKind, Result};
 use crate::limits::Limits;
 
@@ -38,6 +38,8 @@ pub struct Options {
     pub pre: Option<String>,
     /// Whether llama.cpp's tokens must be those of the source's tokenizer.
     pub tokens: TokenCheck,
+    /// Adapters that the conversion merged into the weights.
+    pub merge_lora: Vec<MergeLora>,
     /// Bounds on what files may demand.
     pub limits: Limits,
 }
@@ -175,6 +177,7 @@ impl SourceModel {
             pre: options.pre.clone(),
             // The finished file's are looked at, not those of a conversion.
             tokens: TokenCheck::Skipped,
+            merge_lora: options.merge_lora.clone(),
             limits: options.limits.clone(),
             ..HfToGguf::default()
         })))

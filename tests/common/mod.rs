@@ -1,6 +1,8 @@
 //! What several tests need: the fixtures' paths, conversion into a temporary file.
 #![allow(dead_code)] // each test uses its part
 
+pub mod expected;
+
 use std::path::{Path, PathBuf};
 
 use qconv::container::safetensors;
