@@ -81,6 +81,10 @@ impl Expr {
                 let a = a.eval(scope)?;
                 match (&a, i.as_u64()) {
                     (Json::Array(list), Some(i)) => list.get(i as usize).cloned().unwrap_or(Json::Null),
+                    (Json::String(s), Some(i)) => {
+                        let end = usize::try_from(i).ok().and_then(|i| i.checked_add(1));
+                        end.and_then(|end| s.get(end - 1..end)).map_or(Json::Null, Json::from)
+                    }
                     (Json::Object(map), n) => {
                         let key = n.map(|n| n.to_string()).or(i.as_str().map(str::to_string));
                         key.and_then(|k| map.get(&k)).cloned().unwrap_or(Json::Null)
@@ -251,6 +255,9 @@ fn call(name: &str, args: &[Expr], scope: &dyn Scope) -> Result<Json> {
             Ok(best)
         }
         ("sum", [Json::Array(list)]) => list.iter().try_fold(Json::from(0), |s, v| arithmetic("+", &s, v)),
+        ("where", [Json::Array(list)]) => {
+            Ok((0..list.len()).filter(|&i| truth(&list[i])).map(Json::from).collect::<Vec<_>>().into())
+        }
         ("len", [Json::Array(a)]) => Ok(Json::from(a.len())),
         ("len", [Json::String(s)]) => Ok(Json::from(s.len())),
         ("len", [Json::Object(map)]) => Ok(Json::from(map.len())),
@@ -261,7 +268,6 @@ fn call(name: &str, args: &[Expr], scope: &dyn Scope) -> Result<Json> {
         ("contains", [Json::Array(a), v]) => Ok(Json::Bool(a.contains(v))),
         ("contains", [Json::String(s), Json::String(v)]) => Ok(Json::Bool(s.contains(v.as_str()))),
         ("contains", [_, _]) => Ok(Json::Bool(false)),
-        ("str", [v @ Json::Number(_)]) => Ok(Json::from(v.to_string())),
         ("lower", [Json::String(s)]) => Ok(Json::from(s.to_lowercase())),
         ("lower", [v]) => Ok(v.clone()),
         _ => Err(fail("no such function with these arguments")),
@@ -490,7 +496,8 @@ mod tests {
             ("contains(['x', rope.type], 'yarn')", json!(true)),
             ("rope['type']", json!("yarn")),
             ("{ a: h, b: { c: [kv] } }", json!({"a": 8, "b": {"c": [null]}})),
-            ("str(h) + 'x'", json!("8x")),
+            ("where([0, 'x', false, true])", json!([1, 3])),
+            ("[rope.type[1], rope.type[4]]", json!(["a", null])),
             ("pow(h, 2)", json!(64.0)),
             ("round(h * 0.4375)", json!(4)),
             ("sum(per_layer(i, 4)) + sum([])", json!(6)),

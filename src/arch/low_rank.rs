@@ -1,7 +1,8 @@
 //! A matrix given as the product of two small ones (LoRA): where its rows and columns go, each by
 //! itself, so that the factors can be rearranged instead of their product.
 
-use super::mapping::{ActiveRow, Elementwise};
+use super::elementwise::Elementwise;
+use super::mapping::ActiveRow;
 use super::{Model, Template};
 use crate::error::{Error, Result};
 use crate::tensor::{Axes, TensorInfo};

@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use indexmap::IndexMap;
 
 use super::Model;
+use super::elementwise::Elementwise;
 use super::expr::{Expr, Scope, truth};
 use super::rope;
 use super::rows::{Function, Op, Row};
@@ -56,43 +57,6 @@ pub struct Piece {
     pub source: String,
     /// How its elements lie in the output.
     pub copy: StridedCopy,
-}
-
-/// Arithmetic on single values, in f32.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Elementwise {
-    /// `x * mul + add`, rounded after each step.
-    Affine {
-        /// Factor.
-        mul: f32,
-        /// Summand.
-        add: f32,
-    },
-    /// `-exp(x)`, rounded once.
-    NegExp,
-    /// `ln(-x)`, which undoes that.
-    LogNeg,
-}
-
-impl Elementwise {
-    /// What undoes it.
-    pub fn inverse(self) -> Self {
-        match self {
-            Self::Affine { mul, add } => Self::Affine { mul: 1.0 / mul, add: -add / mul },
-            Self::NegExp => Self::LogNeg,
-            Self::LogNeg => Self::NegExp,
-        }
-    }
-
-    /// Applies it.
-    pub fn apply(self, values: &mut [f32]) {
-        match self {
-            Self::Affine { mul: 1.0, add } => values.iter_mut().for_each(|x| *x += add),
-            Self::Affine { mul, add } => values.iter_mut().for_each(|x| *x = *x * mul + add),
-            Self::NegExp => values.iter_mut().for_each(|x| *x = -f64::from(*x).exp() as f32),
-            Self::LogNeg => values.iter_mut().for_each(|x| *x = (-f64::from(*x)).ln() as f32),
-        }
-    }
 }
 
 /// Rows that apply to this model, with the layers they apply to.
@@ -315,6 +279,33 @@ impl Model {
                 Op::Slice(s) => {
                     let n = scope_shape.get(s.slice).copied().unwrap_or(0);
                     axes.slice(s.slice, number(&s.start, 0)?, number(&s.stop, n)?, number(&s.step, 1)?)?;
+                }
+                Op::Scale(s) => {
+                    let (&n, rest) = scope_shape
+                        .split_first()
+                        .ok_or_else(|| Error::malformed("a scalar has no stretches"))?;
+                    let row_len = elements(rest)?;
+                    let mut start = 0u64;
+                    for (size, factor) in s.sizes.iter().zip(&s.scale) {
+                        let rows = number(&Some(size.clone()), 0)?;
+                        let end = start.checked_add(rows).filter(|end| *end <= n);
+                        let end = end.ok_or_else(|| Error::malformed("its stretches are longer than it"))?;
+                        let mul = factor.eval(&scope)?;
+                        let mul = mul
+                            .as_f64()
+                            .ok_or_else(|| Error::malformed(format!("the factor {mul} is no number")))?;
+                        elementwise.push(Elementwise::Scale {
+                            mul: mul as f32,
+                            start: start * row_len,
+                            end: end * row_len,
+                        });
+                        start = end;
+                    }
+                    if start != n {
+                        return Err(Error::malformed(format!(
+                            "shape {scope_shape:?} should begin with {start}"
+                        )));
+                    }
                 }
                 Op::Function(f) => elementwise.push(match f.function {
                     Function::NegExp => Elementwise::NegExp,
@@ -548,25 +539,5 @@ impl Building {
             }
         };
         Ok(Mapped { name, shape: self.shape, data })
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn arithmetic_is_undone() {
-        let values = [-2.5f32, -1.0, 0.0, 0.25, 3.0];
-        for op in [Elementwise::Affine { mul: 2.0, add: 1.0 }, Elementwise::NegExp] {
-            let mut changed = values;
-            op.apply(&mut changed);
-            assert!(changed != values);
-            op.inverse().apply(&mut changed);
-            assert!(changed.iter().zip(values).all(|(a, b)| (a - b).abs() < 1e-6), "{op:?}: {changed:?}");
-        }
-        let mut one = [1.0f32];
-        Elementwise::NegExp.apply(&mut one);
-        assert_eq!(one, [-std::f32::consts::E]);
     }
 }

@@ -5,6 +5,7 @@
 //! [`recognise`] matches a config.json, [`Model::map`] plans the way to GGUF, and
 //! [`Model::map_back`] the way back, from the same rows.
 
+mod elementwise;
 mod example;
 mod expr;
 mod inverse;
@@ -17,10 +18,11 @@ mod schema;
 mod scope;
 mod template;
 
+pub use elementwise::Elementwise;
 pub use example::Target;
 pub use expr::{Expr, Scope, truth};
 pub use low_rank::{Placed, Placer};
-pub use mapping::{Data, Elementwise, Generated, Mapped, Piece};
+pub use mapping::{Data, Generated, Mapped, Piece};
 pub use recognise::{recognise, take_for};
 pub use schema::{Architecture, TokenizerRule};
 pub use scope::Facts;

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde_json::Value as Json;
 
 use super::mapping::pattern_of;
-use super::schema::{Architecture, Class};
+use super::schema::{Architecture, Class, refusal};
 use super::scope::{Facts, ModelScope};
 use super::{Model, all};
 use crate::error::{Error, Result};
@@ -20,15 +20,25 @@ use crate::tensor::TensorInfo;
 pub fn recognise(config: &Json, tensors: &[TensorInfo], forced: Option<&str>) -> Result<Model> {
     let class = class_of(config);
     let archs = all()?;
-    let found = archs.iter().find(|a| match forced {
-        Some(name) => a.arch == name,
-        None => a.class_named(class).is_some(),
-    });
+    let mut found = None;
+    for arch in &archs {
+        let is_it = match forced {
+            Some(name) => arch.arch == name,
+            None => arch.class_of(config)?.is_some(),
+        };
+        if is_it {
+            found = Some(arch);
+            break;
+        }
+    }
     match (found, forced) {
         (Some(arch), _) => take_for(arch.clone(), config),
         (None, Some(name)) => Err(Error::misuse(format!("no architecture is called {name:?}"))
             .hint(format!("known are: {}", names(&archs)))),
-        (None, None) => Err(unknown_class(&archs, class, config, tensors)),
+        (None, None) => Err(match refusal(class)? {
+            Some(why) => Error::unsupported(format!("{class}: {why}")),
+            None => unknown_class(&archs, class, config, tensors),
+        }),
     }
 }
 
@@ -38,14 +48,14 @@ pub fn recognise(config: &Json, tensors: &[TensorInfo], forced: Option<&str>) ->
 /// # Errors
 /// What the definition's requirements say.
 pub fn take_for(arch: Architecture, config: &Json) -> Result<Model> {
-    let class = arch.class_named(class_of(config)).or(arch.class.first()).cloned();
+    let class = arch.class_of(config)?.or(arch.class.first()).cloned();
     let class = class.ok_or_else(|| Error::malformed(format!("{} has no [[class]]", arch.arch)))?;
     let model = Model { scope: ModelScope::new(&arch, config.clone()), arch, class };
     model.check()?;
     Ok(model)
 }
 
-fn class_of(config: &Json) -> &str {
+pub(super) fn class_of(config: &Json) -> &str {
     config.get("architectures").and_then(|a| a.get(0)).and_then(Json::as_str).unwrap_or_default()
 }
 

@@ -59,16 +59,18 @@ impl Llama3 {
     }
 
     /// The parameters that give these factors; GGUF keeps the factors alone. Released models vary
-    /// `factor` and the original context; the other two are 1 and 4 everywhere.
+    /// `factor` and the original context; the other two are 1 and 4, or both 1 (Llama 4).
     pub fn recover(factors: &[f32], theta: f64) -> Option<Self> {
         let factor = f64::from(factors.iter().copied().fold(1.0f32, f32::max));
         let dim = factors.len() as u64 * 2;
-        (6..22)
-            .map(|k| Self {
+        [4.0, 1.0]
+            .into_iter()
+            .flat_map(|high| (6..22).map(move |k| (high, k)))
+            .map(|(high_freq_factor, k)| Self {
                 theta,
                 factor,
                 low_freq_factor: 1.0,
-                high_freq_factor: 4.0,
+                high_freq_factor,
                 original_max_position_embeddings: f64::from(1u32 << k),
             })
             .find(|p| p.factors(dim).iter().zip(factors).all(|(a, b)| (a - b).abs() <= 2e-6 * b.abs()))

@@ -88,6 +88,9 @@ pub(super) enum Op {
     Rearrange(RearrangeOp),
     /// `{ slice = 0, start = "a", stop = "b", step = "c" }`: axis and range.
     Slice(SliceOp),
+    /// `{ scale = ["a", "b"], sizes = ["m", "n"] }`: a factor for each stretch of the first axis,
+    /// in f32.
+    Scale(ScaleOp),
     /// `{ fn = "neg_exp" }`: a function of each value, in f32.
     Function(FunctionOp),
     /// `{ mul = 2, add = 1 }`: `x * mul + add`, in f32.
@@ -123,6 +126,13 @@ pub(super) struct SliceOp {
     pub start: Option<Expr>,
     pub stop: Option<Expr>,
     pub step: Option<Expr>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct ScaleOp {
+    pub scale: Vec<Expr>,
+    pub sizes: Vec<Expr>,
 }
 
 #[derive(Clone, Debug, Deserialize)]
@@ -203,6 +213,14 @@ impl Row {
             || (stacked && to.len() > 1)
         {
             return fail("`stack` goes with an {e} that `to` lacks, or with `at`");
+        }
+        let scales = |op: &Op| matches!(op, Op::Scale(s) if s.sizes.len() == s.scale.len());
+        if table.ops.iter().any(|op| matches!(op, Op::Scale(_)))
+            && !(table.ops.iter().all(scales) && to.len() == 1 && table.stack.is_none())
+        {
+            return fail(
+                "`scale` needs one size a factor, and goes with neither rearrangements nor `split` nor `stack`",
+            );
         }
         if !table.sizes.is_empty() && table.sizes.len() != to.len() {
             return fail("`sizes` needs one size a part");

@@ -7,8 +7,9 @@ use indexmap::IndexMap;
 use serde::Deserialize;
 use serde_json::Value as Json;
 
-use super::expr::Expr;
+use super::expr::{Expr, truth};
 use super::rows::{Row, RowSpec};
+use super::scope::ModelScope;
 use super::template::Template;
 use crate::container::side::read_side_file;
 use crate::error::{Error, Result};
@@ -75,6 +76,10 @@ pub(super) struct Class {
     /// Names in the checkpoint -> names in `tensors`; the first that matches counts.
     #[serde(default)]
     pub rename: IndexMap<Template, Template>,
+    /// Which config.json files of this class are meant, where another definition takes the rest.
+    pub only: Option<Expr>,
+    /// Why models of this class are not converted: in `refused.toml`.
+    pub refuse: Option<String>,
     /// On the way back: whether a GGUF becomes this class.
     pub when: Option<Expr>,
 }
@@ -269,8 +274,16 @@ impl Architecture {
         self.generate.iter().map(|g| g.name.as_str())
     }
 
-    pub(super) fn class_named(&self, name: &str) -> Option<&Class> {
-        self.class.iter().find(|c| c.names().any(|n| n == name))
+    /// The class that a config.json names.
+    pub(super) fn class_of(&self, config: &Json) -> Result<Option<&Class>> {
+        let name = super::recognise::class_of(config);
+        for class in self.class.iter().filter(|c| c.names().any(|n| n == name)) {
+            let Some(only) = &class.only else { return Ok(Some(class)) };
+            if truth(&only.eval(&ModelScope::new(self, config.clone()))?) {
+                return Ok(Some(class));
+            }
+        }
+        Ok(None)
     }
 }
 
@@ -297,6 +310,14 @@ pub(super) fn read(path: &Path, limits: &Limits) -> Result<Architecture> {
     Ok(arch)
 }
 
+/// Why models of a class are not converted, where that is known.
+pub(super) fn refusal(class: &str) -> Result<Option<String>> {
+    let refused =
+        text("refused").ok_or_else(|| Error::malformed("formats/arch/refused.toml is not there"))?;
+    let refused = Architecture::parse(&refused, &text).map_err(|e| e.context("formats/arch/refused.toml"))?;
+    Ok(refused.class.into_iter().find(|c| c.names().any(|n| n == class)).and_then(|c| c.refuse))
+}
+
 /// All embedded architectures.
 pub(super) fn embedded() -> Result<Vec<Architecture>> {
     let mut archs = Vec::new();
@@ -318,7 +339,9 @@ mod tests {
     fn embedded_files_are_sound() {
         let archs = embedded().unwrap();
         assert!(archs.len() >= 6);
-        let mut names: Vec<_> = archs.iter().flat_map(|a| a.class.iter().flat_map(Class::names)).collect();
+        let whole = |c: &&Class| c.only.is_none();
+        let mut names: Vec<_> =
+            archs.iter().flat_map(|a| a.class.iter().filter(whole).flat_map(Class::names)).collect();
         let all = names.len();
         names.sort_unstable();
         names.dedup();

@@ -244,7 +244,7 @@ impl Source {
                 }
             }
         }
-        self.elementwise.iter().for_each(|e| e.apply(out));
+        self.elementwise.iter().for_each(|e| e.apply(out, start));
         Ok(())
     }
 }
