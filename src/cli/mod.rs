@@ -3,6 +3,8 @@
 
 mod common;
 mod completions;
+#[cfg(feature = "ggml")]
+mod embed;
 mod gguf_to_hf;
 mod hf_to_gguf;
 mod inspect;
@@ -39,6 +41,8 @@ enum Command {
     Verify(verify::Args),
     #[cfg(feature = "ggml")]
     Run(run::Args),
+    #[cfg(feature = "ggml")]
+    Embed(embed::Args),
     Completions(completions::Args),
 }
 
@@ -110,6 +114,8 @@ pub fn main() -> ExitCode {
         Command::Verify(args) => verify::run(&args),
         #[cfg(feature = "ggml")]
         Command::Run(args) => run::run(&args, ui::catch_interrupt()).map(|()| Status::Done),
+        #[cfg(feature = "ggml")]
+        Command::Embed(args) => embed::run(&args).map(|()| Status::Done),
         Command::Completions(args) => completions::run(&args).map(|()| Status::Done),
     };
     match result {

@@ -85,9 +85,7 @@ pub fn run(args: &Args, stop: &AtomicBool) -> anyhow::Result<()> {
     let model = Model::load(&args.model, &options)?;
     let prompt = if args.chat { chat_prompt(&model, args)? } else { args.prompt.clone() };
     let ids = tokenize_prompt(&model, &prompt).map_err(|e| e.at(&args.model))?;
-    let threads = args.threads.unwrap_or_else(|| {
-        std::thread::available_parallelism().map_or(1, |n| u32::try_from(n.get()).unwrap_or(u32::MAX))
-    });
+    let threads = super::common::threads(args.threads);
     let sampling = Sampling { temperature: args.temp, top_k: args.top_k, top_p: args.top_p, seed: args.seed };
     let options = Options { max_tokens: args.n, n_ctx: args.ctx, threads, sampling };
 

@@ -6,7 +6,7 @@ use super::{Options, Outcome, Report, SourceModel};
 use crate::container::gguf::Gguf;
 use crate::convert::{Budget, HfToGguf, Observer, TokenCheck};
 use crate::error::{Error, Result};
-use crate::eval::{logits, parity};
+use crate::eval::{embed, logits, parity};
 use crate::ggml::{Model, ModelOptions};
 use crate::tensor::DType;
 use crate::vocab::{self, Vocab};
@@ -92,18 +92,16 @@ fn forward(
     observer: &dyn Observer,
 ) -> Result<(Outcome, String)> {
     let model = Model::load(&options.file, &ModelOptions::default())?;
-    if !model.is_decoder_only() {
-        return Ok((Outcome::Skipped, "only decoders are run".into()));
-    }
     let n_tokens = model.n_tokens().max(1) as u64;
     // Fixed ids spread over the vocabulary: no tokenizer is needed to tell right from wrong.
-    let ids: Vec<i32> =
-        (0..FORWARD_TOKENS as u64).map(|i| (i.wrapping_mul(2_654_435_761) % n_tokens) as i32).collect();
+    let n = FORWARD_TOKENS.min(model.n_ctx_train().max(1) as usize);
+    let ids: Vec<i32> = (0..n as u64).map(|i| (i.wrapping_mul(2_654_435_761) % n_tokens) as i32).collect();
     let threads = budget.threads as u32;
-    let found = logits::forward_with(&model, &ids, threads)?;
+    let found = embed::output(&model, &ids, threads)?;
     drop(model);
-    if found.values.iter().any(|v| !v.is_finite()) {
-        return Ok((Outcome::Failed, "the logits hold NaN or infinities".into()));
+    let what = found.name();
+    if found.matrix().values.iter().any(|v| !v.is_finite()) {
+        return Ok((Outcome::Failed, format!("the {what} hold NaN or infinities")));
     }
     let scratch;
     let reference: &Path = match source {
@@ -124,10 +122,11 @@ fn forward(
             &scratch.0
         }
     };
-    let wanted = logits::forward(reference, &ids, threads)?;
-    let agreement = logits::compare(&found, &wanted)?;
+    let reference = Model::load(reference, &ModelOptions::default())?;
+    let wanted = embed::output(&reference, &ids, threads)?;
+    let agreement = logits::compare(found.matrix(), wanted.matrix())?;
     let detail = format!(
-        "{} tokens: logits differ from the source's by {:.2e} of their spread, same top token at {} of {}",
+        "{} tokens: {what} differ from the source's by {:.2e} of their spread, same largest at {} of {}",
         ids.len(),
         agreement.rel_rms,
         agreement.argmax_agree,
