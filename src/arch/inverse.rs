@@ -15,7 +15,7 @@ use super::scope::{ModelScope, WithCaptures, WithShape, WithValues};
 use super::template::Captures;
 use crate::container::gguf::{Metadata, Value};
 use crate::error::{Error, Result};
-use crate::tensor::{TensorInfo, elements};
+use crate::tensor::{Axes, TensorInfo, elements};
 
 /// A rearrangement in einops' notation: `(h two d) ... -> (h d two) ...`.
 pub(super) struct Rearrange {
@@ -213,7 +213,8 @@ impl Model {
         };
         for (k, one, first) in self.parts_of(active.row, k, &one, &captures)? {
             let shape = self.shape_before(active.row, k, &one, &captures)?;
-            let (axes, mut elementwise) = self.transform(active.row, k, &shape, &captures)?;
+            elements(&shape)?;
+            let (axes, mut elementwise) = self.transform(active.row, k, &Axes::new(&shape), &captures)?;
             if axes.shape() != one {
                 return Err(Error::malformed(format!("shape {one:?} cannot be undone")));
             }

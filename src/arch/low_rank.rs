@@ -69,19 +69,21 @@ impl Placer<'_> {
             return Err(Error::unsupported(format!("shape {:?} is no matrix", matrix.shape)));
         };
         let Self { model, rows } = self;
-        let name = model.canonical(&matrix.name);
-        if model.arch.drop.iter().any(|d| d.matches(&name).is_some()) {
+        let [(name, whole)] = &model.taken_for(matrix, rows)?[..] else {
+            return Err(Error::unsupported("it is several matrices in one"));
+        };
+        if model.is_dropped(name, true)? || model.is_dropped(name, false)? {
             return Err(Error::malformed(format!("the architecture {} leaves it out", model.arch.arch))
                 .hint(
                     "the adapter was made for another base, or for one whose output is no matrix of its own",
                 ));
         }
         let found = rows.iter().find_map(|r| {
-            let captures = r.row.hf.matches(&name)?;
+            let captures = r.row.hf.matches(name)?;
             r.in_layer(&captures).then_some((r, captures))
         });
         let Some((active, captures)) = found else {
-            return Err(model.unknown_tensor(&matrix.name, &name, rows));
+            return Err(model.unknown_tensor(&matrix.name, name, rows));
         };
         model.check_layer(&captures)?;
         let stack = match (&active.row.stack, captures.integers.get(&'e')) {
@@ -93,7 +95,7 @@ impl Placer<'_> {
             (None, _) => None,
         };
         let place = |(k, to): (usize, &Template)| {
-            let (axes, elementwise) = model.transform(active.row, k, &matrix.shape, &captures)?;
+            let (axes, elementwise) = model.transform(active.row, k, whole, &captures)?;
             let factor = elementwise.iter().try_fold(1.0, |product, e| match e {
                 Elementwise::Affine { mul, add: 0.0 } => Ok(product * mul),
                 _ => Err(Error::unsupported(
@@ -106,7 +108,7 @@ impl Placer<'_> {
                 )
             })?;
             let target = to.fill(&captures).ok_or_else(|| Error::malformed("no target name"))?;
-            let joined = model.joined(active.row, k, &matrix.shape, &captures)?;
+            let joined = model.joined(active.row, k, whole, &captures)?;
             Ok(Placed { target, rows, columns, turned, factor, stack, joined })
         };
         active.row.to.iter().enumerate().map(place).collect()

@@ -9,6 +9,7 @@ use super::elementwise::Elementwise;
 use super::expr::{Expr, Scope, truth};
 use super::rope;
 use super::rows::{Function, Op, Row};
+use super::schema::Drop;
 use super::scope::{WithCaptures, WithLayer, WithShape};
 use super::template::{Captures, PARAMETERS};
 use crate::error::{Error, Result};
@@ -141,30 +142,35 @@ impl Model {
         }
         let mut hits: HashMap<&str, HashSet<Captures>> = HashMap::new();
         for t in tensors {
-            let name = self.canonical(&t.name);
-            let found = rows.iter().find_map(|r| {
-                let captures = r.row.hf.matches(&name)?;
-                r.in_layer(&captures).then_some((r, captures))
-            });
-            let Some((active, captures)) = found else {
-                if self.arch.drop.iter().any(|d| d.matches(&name).is_some()) {
-                    continue;
-                }
-                return Err(self.unknown_tensor(&t.name, &name, &rows));
-            };
             let context = |e: Error| e.context(format!("tensor {:?}", t.name));
-            self.check_layer(&captures).map_err(context)?;
-            for (k, to) in active.row.to.iter().enumerate() {
-                let target = to.fill(&captures).ok_or_else(|| context(Error::malformed("no target name")))?;
-                let (axes, elementwise) =
-                    self.transform(active.row, k, &t.shape, &captures).map_err(context)?;
-                let joined = self.joined(active.row, k, &t.shape, &captures).map_err(context)?;
-                out.entry(target)
-                    .or_insert_with(|| Building { stack: active.stack, ..Building::default() })
-                    .add(t, active, &captures, axes, joined, elementwise)
-                    .map_err(context)?;
+            if self.is_dropped(&self.canonical(&t.name), true).map_err(context)? {
+                continue;
             }
-            hits.entry(active.row.hf.text()).or_default().insert(captures);
+            for (name, axes) in self.taken_for(t, &rows).map_err(context)? {
+                let found = rows.iter().find_map(|r| {
+                    let captures = r.row.hf.matches(&name)?;
+                    r.in_layer(&captures).then_some((r, captures))
+                });
+                let Some((active, captures)) = found else {
+                    if self.is_dropped(&name, false).map_err(context)? {
+                        continue;
+                    }
+                    return Err(self.unknown_tensor(&t.name, &name, &rows));
+                };
+                self.check_layer(&captures).map_err(context)?;
+                for (k, to) in active.row.to.iter().enumerate() {
+                    let target =
+                        to.fill(&captures).ok_or_else(|| context(Error::malformed("no target name")))?;
+                    let (part, elementwise) =
+                        self.transform(active.row, k, &axes, &captures).map_err(context)?;
+                    let joined = self.joined(active.row, k, &axes, &captures).map_err(context)?;
+                    out.entry(target)
+                        .or_insert_with(|| Building { stack: active.stack, ..Building::default() })
+                        .add(t, active, &captures, part, joined, elementwise)
+                        .map_err(context)?;
+                }
+                hits.entry(active.row.hf.text()).or_default().insert(captures);
+            }
         }
         self.check_complete(&rows, &hits, &out)?;
         out.into_iter().map(|(name, b)| b.finish(name)).collect()
@@ -202,7 +208,28 @@ impl Model {
     /// Whether a row or a drop is about tensors of this name, in whichever layers and conditions.
     pub(super) fn knows(&self, name: &str) -> bool {
         let name = self.canonical(name);
-        self.arch.rows.iter().map(|r| &r.hf).chain(&self.arch.drop).any(|t| t.matches(&name).is_some())
+        let also = self.arch.also.keys();
+        self.arch.rows.iter().map(|r| &r.hf).chain(also).any(|t| t.matches(&name).is_some())
+            || [true, false].iter().any(|when| self.is_dropped(&name, *when).unwrap_or(false))
+    }
+
+    /// Whether a tensor is left out: by a condition, or else by its name alone.
+    pub(super) fn is_dropped(&self, name: &str, by_condition: bool) -> Result<bool> {
+        for drop in &self.arch.drop {
+            let dropped = match drop {
+                Drop::Name(template) => !by_condition && template.matches(name).is_some(),
+                Drop::When { name: template, when } => match template.matches(name) {
+                    Some(captures) if by_condition => {
+                        truth(&when.eval(&WithCaptures(&self.scope, &captures))?)
+                    }
+                    _ => false,
+                },
+            };
+            if dropped {
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 
     pub(super) fn check_layer(&self, captures: &Captures) -> Result<()> {
@@ -230,17 +257,16 @@ impl Model {
         }
     }
 
-    /// Transforms of a row for its part `k`, for a source of this shape and name.
+    /// Transforms of a row for its part `k`, for a source of these axes and this name.
     pub(super) fn transform(
         &self,
         row: &Row,
         k: usize,
-        shape: &[u64],
+        axes: &Axes,
         captures: &Captures,
     ) -> Result<(Axes, Vec<Elementwise>)> {
-        elements(shape)?;
         let scope = WithCaptures(&self.scope, captures);
-        let mut axes = Axes::new(shape);
+        let mut axes = axes.clone();
         let mut elementwise = Vec::new();
         self.apply(&row.ops, &mut axes, &mut elementwise, &scope)?;
         if row.to.len() > 1 {
@@ -252,7 +278,7 @@ impl Model {
         Ok((axes, elementwise))
     }
 
-    fn apply(
+    pub(super) fn apply(
         &self,
         ops: &[Op],
         axes: &mut Axes,
@@ -333,7 +359,7 @@ impl Model {
         &self,
         row: &Row,
         k: usize,
-        shape: &[u64],
+        axes: &Axes,
         captures: &Captures,
     ) -> Result<Option<(u64, u64)>> {
         let parts: Vec<usize> = row.joined_with(k).collect();
@@ -346,7 +372,7 @@ impl Model {
             if j == k {
                 first = total;
             }
-            let shape = self.transform(row, j, shape, captures)?.0.shape();
+            let shape = self.transform(row, j, axes, captures)?.0.shape();
             let (rows, others) =
                 shape.split_first().ok_or_else(|| Error::malformed("a scalar has no parts"))?;
             if rest.replace(others.to_vec()).is_some_and(|r| r != others) {

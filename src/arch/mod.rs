@@ -5,6 +5,7 @@
 //! [`recognise`] matches a config.json, [`Model::map`] plans the way to GGUF, and
 //! [`Model::map_back`] the way back, from the same rows.
 
+mod also;
 mod elementwise;
 mod example;
 mod expr;

@@ -7,6 +7,7 @@ use indexmap::IndexMap;
 use serde::Deserialize;
 use serde_json::Value as Json;
 
+use super::also::Also;
 use super::expr::{Expr, truth};
 use super::rows::{Row, RowSpec};
 use super::scope::ModelScope;
@@ -34,7 +35,7 @@ pub struct Architecture {
     pub(super) config_root: Vec<String>,
     /// Source tensors that are left out.
     #[serde(default)]
-    pub(super) drop: Vec<Template>,
+    pub(super) drop: Vec<Drop>,
     #[serde(default)]
     pub(super) class: Vec<Class>,
     #[serde(default)]
@@ -50,6 +51,9 @@ pub struct Architecture {
     pub tokenizer: TokenizerRule,
     #[serde(default)]
     tensors: IndexMap<Template, RowSpec>,
+    /// Layouts that are read as well: names in the checkpoint, after the class's renaming.
+    #[serde(default)]
+    pub(super) also: IndexMap<Template, Also>,
     /// `tensors`, names resolved.
     #[serde(skip)]
     pub(super) rows: Vec<Row>,
@@ -63,6 +67,14 @@ pub struct Architecture {
     /// The example with other keys, by name; `"null"` takes a key away.
     #[serde(default)]
     pub(super) variant: IndexMap<String, IndexMap<String, Json>>,
+}
+
+/// Tensors that are left out: where no row takes them, or where a condition holds.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(untagged)]
+pub(super) enum Drop {
+    Name(Template),
+    When { name: Template, when: Expr },
 }
 
 /// A class of transformers.
@@ -199,6 +211,7 @@ impl Architecture {
                 map.insert(key, kv);
                 map
             });
+        arch.also.iter().try_for_each(|(stored, also)| also.check(stored))?;
         arch.rows = std::mem::take(&mut arch.tensors)
             .into_iter()
             .filter(|(_, spec)| !matches!(spec, RowSpec::Keep(false)))
@@ -253,6 +266,7 @@ impl Architecture {
         under(&mut self.kv, base.kv);
         under(&mut self.vars, base.vars);
         under(&mut self.tensors, base.tensors);
+        under(&mut self.also, base.also);
         under(&mut self.config, base.config);
         if let (Some(mine), Some(base)) = (&mut self.example, base.example) {
             under(mine, base);

@@ -297,6 +297,16 @@ impl Axes {
         Ok(())
     }
 
+    /// Takes index `i` of the first axis, which goes.
+    ///
+    /// # Errors
+    /// `Malformed` when there is no such index.
+    pub fn index(&mut self, i: u64) -> Result<()> {
+        self.slice(0, i, i.saturating_add(1), 1)?;
+        self.axes.remove(0);
+        Ok(())
+    }
+
     /// Regroups axes: `groups[k]` lists the sizes into which axis `k` falls apart, `order` tells
     /// for each new axis the parts it is made of, as positions in the flattened list of parts.
     ///
