@@ -224,7 +224,9 @@ impl Trial {
         shapes.extend(names.into_iter().map(|name| (name.clone(), self.first_guess(&name))));
         for _ in 0..4000 {
             let Err(why) = self.load(shapes) else { return Ok(()) };
-            let quoted = why.split('\'').nth(1).unwrap_or_default().to_string();
+            let named = why.rsplit("tensor '").next().filter(|n| n.len() < why.len());
+            let quoted = named.and_then(|n| n.split('\'').next()).or(why.split('\'').nth(1));
+            let quoted = quoted.unwrap_or_default().to_string();
             if let Some((_, expected)) = why.split_once("wrong shape; expected") {
                 let dims = expected.split(", got").next().unwrap_or_default();
                 let dims = dims.split(',').map(|d| d.trim().parse::<u64>());
