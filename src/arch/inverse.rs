@@ -398,11 +398,18 @@ pub(super) fn config(
     metadata: &Metadata,
     tensors: &[TensorInfo],
 ) -> Result<(Json, Class)> {
-    let kv: Map<String, Json> = metadata
+    let mut kv: Map<String, Json> = metadata
         .iter()
         .filter(|(k, v)| !(k.starts_with("tokenizer.") && v.as_array().is_some()))
         .filter_map(|(k, v)| Some((k.to_string(), json_of(v)?)))
         .collect();
+    // For definitions that others extend: `kv['{arch}.block_count']`.
+    let prefix = format!("{}.", arch.arch);
+    let general: Vec<_> = kv
+        .iter()
+        .filter_map(|(k, v)| Some((format!("{{arch}}.{}", k.strip_prefix(&prefix)?), v.clone())))
+        .collect();
+    kv.extend(general);
     let names: Json = tensors.iter().map(|t| t.name.as_str()).collect();
     let scope_of = |config: &Map<String, Json>| {
         let mut scope = ModelScope::new(arch, Json::Object(config.clone()));
