@@ -67,6 +67,7 @@ pub(super) struct ActiveRow<'a> {
     /// All layers may lack it, or these.
     optional: bool,
     lacking: HashSet<u64>,
+    pad: u64,
     pub stack: u64,
 }
 
@@ -124,7 +125,11 @@ impl Model {
                         context(Error::malformed("the number of tensors to stack is unknown"))
                     })?,
                 };
-            rows.push(ActiveRow { row, layers, optional, lacking, stack });
+            let pad = match &row.pad {
+                None => 0,
+                Some(e) => e.eval(&self.scope).map_err(context)?.as_u64().unwrap_or(0),
+            };
+            rows.push(ActiveRow { row, layers, optional, lacking, pad, stack });
         }
         Ok(rows)
     }
@@ -522,7 +527,12 @@ impl Building {
         let mut shape = axes.shape();
         let mut one = elements(&shape)?;
         let index = match (&active.row.stack, joined) {
-            (None, None) => 0,
+            (None, None) => {
+                if let Some(n) = shape.first_mut() {
+                    *n = (*n).max(active.pad);
+                }
+                0
+            }
             (None, Some((first, total))) => {
                 one = elements(&shape[1..])?;
                 shape[0] = total;

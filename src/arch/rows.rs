@@ -33,6 +33,7 @@ pub(super) struct RowTable {
     ops: Vec<Op>,
     stack: Option<Expr>,
     at: Option<u64>,
+    pad: Option<Expr>,
     when: Option<Expr>,
     layers: Option<Expr>,
     optional: Option<Expr>,
@@ -70,6 +71,8 @@ pub(super) struct Row {
     pub stack: Option<Expr>,
     /// Instead of `{e}`: the place in the stack.
     pub at: Option<u64>,
+    /// Rows that GGUF has at least: zeros follow those of the checkpoint.
+    pub pad: Option<Expr>,
     /// Whether the row applies to this config at all.
     pub when: Option<Expr>,
     /// Whether it applies to layer `i`.
@@ -176,6 +179,7 @@ impl Row {
                 ops: Vec::new(),
                 stack: None,
                 at: None,
+                pad: None,
                 when: None,
                 layers: None,
                 optional: None,
@@ -214,6 +218,9 @@ impl Row {
         {
             return fail("`stack` goes with an {e} that `to` lacks, or with `at`");
         }
+        if table.pad.is_some() && (to.len() > 1 || stacked) {
+            return fail("`pad` goes with neither `split` nor `stack`");
+        }
         let scales = |op: &Op| matches!(op, Op::Scale(s) if s.sizes.len() == s.scale.len());
         if table.ops.iter().any(|op| matches!(op, Op::Scale(_)))
             && !(table.ops.iter().all(scales) && to.len() == 1 && table.stack.is_none())
@@ -235,6 +242,7 @@ impl Row {
             part_ops,
             stack: table.stack,
             at: table.at,
+            pad: table.pad,
             when: table.when,
             layers: table.layers,
             optional: table.optional,
