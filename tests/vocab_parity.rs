@@ -2,6 +2,7 @@
 //! llama.cpp reads them.
 #![cfg(feature = "ggml")]
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use qconv::eval::parity::{Explanation, Parity};
@@ -145,4 +146,74 @@ fn vocabulary_files() {
         }
         assert_eq!(found.added_agree(), Some(true));
     }
+}
+
+/// A byte-level tokenizer in which splits show: every byte, and a quarter of all pairs of bytes,
+/// merged in no order that language knows.
+fn pairs_of_bytes(normalizer: &Json, pre_tokenizer: &Json, ignore_merges: bool) -> Json {
+    let mut chars: Vec<char> = vocab::pre::byte_of_char().keys().copied().collect();
+    chars.sort_unstable();
+    let mut pairs = Vec::new();
+    for (i, left) in chars.iter().enumerate() {
+        for (j, right) in chars.iter().enumerate() {
+            let rank = (i as u32 * 256 + j as u32).wrapping_mul(2_654_435_761).rotate_left(9);
+            if rank % 4 == 0 {
+                pairs.push((rank, *left, *right));
+            }
+        }
+    }
+    pairs.sort_unstable();
+    let texts = chars.iter().map(char::to_string).chain(pairs.iter().map(|(_, l, r)| format!("{l}{r}")));
+    let entries: serde_json::Map<String, Json> = texts.zip(0..).map(|(t, id)| (t, json!(id))).collect();
+    let merges: Vec<String> = pairs.iter().map(|(_, l, r)| format!("{l} {r}")).collect();
+    json!({"version": "1.0", "added_tokens": [], "normalizer": normalizer, "pre_tokenizer": pre_tokenizer,
+        "post_processor": null, "decoder": null, "truncation": null, "padding": null,
+        "model": {"type": "BPE", "ignore_merges": ignore_merges, "vocab": entries, "merges": merges}})
+}
+
+/// llama.cpp splits under each name as the table's structure for it does in the `tokenizers` library.
+#[test]
+fn llama_cpp_splits_as_the_table_says() {
+    let mut wrong = Vec::new();
+    for names in vocab::pre::rows() {
+        // A row's names differ in nothing that llama.cpp does to text; two are enough to see that.
+        for name in names.iter().take(1).chain(names.iter().skip(1).last()) {
+            let (normalizer, pre_tokenizer, ignore_merges) = vocab::pre::hf_structure(name).unwrap();
+            let dir = tempfile::tempdir().unwrap();
+            let json = pairs_of_bytes(&normalizer, &pre_tokenizer, ignore_merges);
+            std::fs::write(dir.path().join("tokenizer.json"), json.to_string()).unwrap();
+            let source =
+                Source { dir: dir.path(), config: &json!({}), vocab_size: None, pre: Some(name), kinds: &[] };
+            let vocab = vocab::load(&source, &Limits::default()).unwrap();
+            let found = trial::parity(&vocab, &vocab::reference_tokenizer(dir.path()).unwrap(), &[]).unwrap();
+            println!("{name}: {found}");
+            let known = |e: &Explanation| matches!(e, Explanation::Normalization | Explanation::Splitting);
+            if !found.agrees() || !found.explained.keys().all(known) {
+                wrong.push(format!("{name}: {found}"));
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+/// The table has exactly the names that llama.cpp's source compares with.
+#[test]
+fn the_table_has_llama_cpps_names() {
+    let lock = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("Cargo.lock")).unwrap();
+    let version =
+        lock.split("name = \"llama-cpp-sys-2\"\nversion = \"").nth(1).unwrap().split('"').next().unwrap();
+    // Where cargo unpacks what it builds.
+    let home = std::env::var_os("CARGO_HOME").map(PathBuf::from);
+    let home = home.unwrap_or_else(|| Path::new(&std::env::var_os("HOME").unwrap()).join(".cargo"));
+    let sources = std::fs::read_dir(home.join("registry/src")).unwrap();
+    let file = format!("llama-cpp-sys-2-{version}/llama.cpp/src/llama-vocab.cpp");
+    let source = sources.map(|dir| dir.unwrap().path().join(&file)).find(|path| path.exists());
+    let source = std::fs::read_to_string(source.expect("cargo has llama.cpp's source")).unwrap();
+    let compared = regex::Regex::new(r#"tokenizer_pre == "([^"]+)""#).unwrap();
+    let theirs: BTreeSet<&str> =
+        compared.captures_iter(&source).map(|c| c.get(1).unwrap().as_str()).collect();
+    let ours: BTreeSet<&str> = vocab::pre::known().collect();
+    assert!(theirs.len() > 90);
+    assert_eq!(ours.difference(&theirs).collect::<Vec<_>>(), [&""; 0], "not in llama.cpp");
+    assert_eq!(theirs.difference(&ours).collect::<Vec<_>>(), [&""; 0], "not in the table");
 }

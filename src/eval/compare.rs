@@ -4,12 +4,13 @@ use std::collections::{BTreeMap, HashSet};
 
 use regex::Regex;
 use tokenizers::models::unigram::Unigram;
-use tokenizers::{AddedToken, ModelWrapper, NormalizedString, Normalizer, Tokenizer};
+use tokenizers::{AddedToken, ModelWrapper, NormalizedString, Normalizer, PreTokenizerWrapper, Tokenizer};
 
 use super::parity::{Added, Difference, Explanation, Parity};
 use super::probe::{added_tokens, probes};
 use crate::error::{Error, Result};
 use crate::ggml::{Model, VocabType};
+use crate::vocab::pre::{self, Structure};
 
 /// Words of the longest run that is tried in place of a whole text that differs.
 const WORDS: usize = 3;
@@ -129,6 +130,8 @@ struct Sides<'m> {
     model: &'m Model,
     // The tokenizer with all tokens taken literally, if any was not.
     literal: Option<Tokenizer>,
+    // The tokenizer with the simpler splitting of llama.cpp, if the table knows of one.
+    simpler: Option<Tokenizer>,
     // The tokenizer with a SentencePiece model's user-defined pieces, if it lacked some.
     user_defined: Option<Tokenizer>,
     // The tokenizer with the tokens that llama.cpp makes of characters without one.
@@ -180,6 +183,7 @@ impl<'m> Sides<'m> {
             _ => None,
         };
         Self {
+            simpler: with_simpler_splitting(tokenizer, model),
             user_defined,
             characters,
             unlimited,
@@ -236,6 +240,7 @@ impl<'m> Sides<'m> {
             }
         }
         for (other, explanation) in [
+            (&self.simpler, Explanation::Splitting),
             (&self.literal, Explanation::Stripping),
             (&self.user_defined, Explanation::UserDefined),
             (&self.characters, Explanation::Characters),
@@ -388,6 +393,18 @@ fn made_of_characters(tokenizer: &Tokenizer, added: &[AddedToken], model: &Model
         .filter(|(_, text)| added.iter().all(|t| t.content != *text))
         .map(|(_, text)| AddedToken::from(text, false))
         .collect()
+}
+
+/// The tokenizer with what llama.cpp does for its pre-tokenizer, where that is known to be simpler.
+fn with_simpler_splitting(tokenizer: &Tokenizer, model: &Model) -> Option<Tokenizer> {
+    let name = model.metadata("tokenizer.ggml.pre")?;
+    let normalizer = serde_json::to_value(tokenizer.get_normalizer()).ok()?;
+    let own = serde_json::to_value(tokenizer.get_pre_tokenizer()?).ok()?;
+    let simpler = pre::as_llama_cpp_splits(&name, &Structure::of(&normalizer, &own, false))?;
+    let simpler: PreTokenizerWrapper = serde_json::from_value(simpler).ok()?;
+    let mut other = tokenizer.clone();
+    other.with_pre_tokenizer(Some(simpler));
+    Some(other)
 }
 
 /// Whether a piece stands for a byte.

@@ -9,6 +9,9 @@
 //!
 //! * llama.cpp applies no Unicode normalization (NFC and its kin) for byte-level vocabularies.
 //!   Explained when it gives the same ids for the text as normalized by the tokenizer.
+//! * llama.cpp's regular expressions for a few pre-tokenizers are simpler than the tokenizers' own, which
+//!   std::regex cannot run. The table of pre-tokenizers has both. Explained when the tokenizer with
+//!   llama.cpp's has the same ids.
 //! * With `add_space_prefix`, llama.cpp puts a space in front of every stretch of text that
 //!   follows a special token; newer tokenizers put one at the very beginning only. Explained when
 //!   each stretch by itself has the same ids.
@@ -43,6 +46,8 @@ pub use super::compare::{Reference, compare};
 pub enum Explanation {
     /// llama.cpp applies no Unicode normalization.
     Normalization,
+    /// llama.cpp's splitting is a simpler one, as the table of pre-tokenizers says.
+    Splitting,
     /// llama.cpp puts a space after every special token.
     SpacePrefix,
     /// GGUF cannot say that a token strips the white space around it.
@@ -65,6 +70,7 @@ impl std::fmt::Display for Explanation {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {
             Self::Normalization => "llama.cpp applies no Unicode normalization",
+            Self::Splitting => "llama.cpp splits words by a simpler pattern",
             Self::SpacePrefix => "llama.cpp puts a space after special tokens",
             Self::Stripping => "GGUF cannot say that a token strips the white space around it",
             Self::UserDefined => "tokenizer.json lost user-defined pieces of tokenizer.model",

@@ -37,6 +37,7 @@ pub struct Structure {
 struct Table {
     schema: u32,
     adds_bos: Vec<String>,
+    raw: Vec<String>,
     known: Vec<String>,
     regex: BTreeMap<String, Regex>,
     pre: Vec<Row>,
@@ -57,6 +58,9 @@ struct Row {
     steps: Vec<String>,
     #[serde(default)]
     normalizer: Vec<String>,
+    /// What llama.cpp does instead of `steps`.
+    #[serde(default)]
+    llama_cpp: Vec<String>,
     #[serde(default)]
     ignore_merges: bool,
     #[serde(default)]
@@ -71,7 +75,7 @@ fn table() -> &'static Table {
         let mut table: Table = toml::from_str(TABLE).expect("formats/vocab/pre.toml parses");
         assert_eq!(table.schema, 1, "formats/vocab/pre.toml");
         for row in &mut table.pre {
-            for step in &mut row.steps {
+            for step in row.steps.iter_mut().chain(&mut row.llama_cpp) {
                 if let Some(name) = step.strip_prefix("split $") {
                     *step = format!("split {}", table.regex[name].pattern);
                 }
@@ -86,15 +90,25 @@ fn gpt2_split() -> String {
     format!("split {}", table().regex["gpt2"].pattern)
 }
 
-/// Whether the linked llama.cpp accepts `name` for byte-level BPE.
+/// The names of each row of the table.
+pub fn rows() -> impl Iterator<Item = &'static [String]> {
+    table().pre.iter().map(|row| row.names.as_slice())
+}
+
+/// All names that the linked llama.cpp accepts.
+pub fn known() -> impl Iterator<Item = &'static str> {
+    table().known.iter().chain(&table().raw).map(String::as_str)
+}
+
+/// Whether the linked llama.cpp accepts `name`.
 pub fn is_known(name: &str) -> bool {
-    table().known.iter().any(|n| n == name)
+    known().any(|n| n == name)
 }
 
 /// The known name that looks most like `name`.
 pub fn nearest(name: &str) -> Option<&'static str> {
     let shared = |n: &str| n.bytes().zip(name.bytes()).take_while(|(a, b)| a == b).count();
-    table().known.iter().map(String::as_str).max_by_key(|n| shared(n)).filter(|n| shared(n) > 0)
+    known().max_by_key(|n| shared(n)).filter(|n| shared(n) > 0)
 }
 
 /// Whether llama.cpp adds BOS for `name` when the file does not say.
@@ -313,9 +327,22 @@ pub fn hf_structure(name: &str) -> Result<(Value, Value, bool)> {
         true => Value::Null,
         false => json!({"type": "NFC"}),
     };
+    Ok((normalizer, pre_tokenizer(&row.steps), row.ignore_merges))
+}
+
+/// The `pre_tokenizer` that splits as llama.cpp does under `name`, where the table knows that this is
+/// not quite the splitting of a tokenizer with this `structure`, which the name stands for.
+pub fn as_llama_cpp_splits(name: &str, structure: &Structure) -> Option<Value> {
+    let fits = |row: &&Row| row.names.iter().any(|n| n == name) && row.steps == structure.steps;
+    let row = table().pre.iter().find(fits)?;
+    (!row.llama_cpp.is_empty()).then(|| pre_tokenizer(&row.llama_cpp))
+}
+
+/// The `pre_tokenizer` of a tokenizer.json that takes these steps.
+fn pre_tokenizer(steps: &[String]) -> Value {
     let gpt2 = gpt2_split();
     let mut parts: Vec<Value> = Vec::new();
-    let mut steps = row.steps.iter().map(String::as_str).peekable();
+    let mut steps = steps.iter().map(String::as_str).peekable();
     while let Some(step) = steps.next() {
         let byte_level = |use_regex: bool| json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": use_regex});
         parts.push(if step == gpt2 && steps.next_if_eq(&"bytes").is_some() {
@@ -324,6 +351,8 @@ pub fn hf_structure(name: &str) -> Result<(Value, Value, bool)> {
             byte_level(false)
         } else if step == "punctuation contiguous" {
             json!({"type": "Punctuation", "behavior": "Contiguous"})
+        } else if step == "punctuation isolated" {
+            json!({"type": "Punctuation", "behavior": "Isolated"})
         } else if step == r"split \p{N}" {
             json!({"type": "Digits", "individual_digits": true})
         } else if step == r"split \p{N}+" {
@@ -333,11 +362,10 @@ pub fn hf_structure(name: &str) -> Result<(Value, Value, bool)> {
             json!({"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": false})
         });
     }
-    let pre_tokenizer = match parts.len() {
+    match parts.len() {
         1 => parts.remove(0),
         _ => json!({"type": "Sequence", "pretokenizers": parts}),
-    };
-    Ok((normalizer, pre_tokenizer, row.ignore_merges))
+    }
 }
 
 /// `char -> byte` of GPT-2's byte characters: printable Latin-1 stands for itself, the other
@@ -389,10 +417,13 @@ mod tests {
                 );
             }
         }
-        let mut known = t.known.clone();
-        known.sort();
-        known.dedup();
-        assert_eq!(known.len(), t.known.len());
+        let mut all: Vec<&str> = known().collect();
+        let n = all.len();
+        all.sort();
+        all.dedup();
+        assert_eq!(all.len(), n);
+        let in_row = |name: &&String| t.pre.iter().any(|row| row.names.contains(name));
+        assert!(t.known.iter().all(|name| in_row(&name)), "{:?}", t.known.iter().find(|n| !in_row(n)));
         assert!(t.adds_bos.iter().all(|n| is_known(n)));
     }
 
