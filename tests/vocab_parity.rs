@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use qconv::eval::parity::{Explanation, Parity};
 use qconv::eval::trial;
 use qconv::limits::Limits;
-use qconv::vocab::{self, Source, Vocab};
+use qconv::vocab::{self, Source, TokenType, Vocab};
 use serde_json::{Value as Json, json};
 
 fn model_dir(name: &str) -> PathBuf {
@@ -216,4 +216,19 @@ fn the_table_has_llama_cpps_names() {
     assert!(theirs.len() > 90);
     assert_eq!(ours.difference(&theirs).collect::<Vec<_>>(), [&""; 0], "not in llama.cpp");
     assert_eq!(theirs.difference(&ours).collect::<Vec<_>>(), [&""; 0], "not in the table");
+}
+
+/// What would end this process is found before llama.cpp sees it.
+#[test]
+fn vocabularies_that_abort_are_refused() {
+    let mut twice = load(&model_dir("llama"), &["bpe"]).unwrap();
+    twice.tokens[300] = twice.tokens[301].clone();
+    let mut bytes = load(&model_dir("bert"), &["wpm"]).unwrap();
+    bytes.token_types[300] = TokenType::Byte;
+    let mut damaged = load(&model_dir("t5"), &["ugm"]).unwrap();
+    damaged.charsmap = vec![8, 0, 0, 0, 255, 255, 255, 255, 255, 255, 255, 255, 0];
+    for (vocab, says) in [(twice, "appears twice"), (bytes, "marked as a byte"), (damaged, "normalization")] {
+        let e = trial::load(&vocab).unwrap_err();
+        assert!(e.kind() == qconv::ErrorKind::Malformed && e.to_string().contains(says), "{e}");
+    }
 }

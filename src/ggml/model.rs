@@ -11,7 +11,10 @@ use std::sync::OnceLock;
 use llama_cpp_sys_2 as sys;
 
 use super::{adapter, c_path, init, log, text};
+use crate::container::gguf::Gguf;
 use crate::error::{Error, Result};
+use crate::limits::Limits;
+use crate::vocab::check_loadable;
 
 /// How to load a model.
 #[derive(Clone, Debug)]
@@ -118,11 +121,14 @@ impl Model {
     /// `NAME-00001-of-0000N.gguf`; llama.cpp finds the others beside it.
     ///
     /// # Errors
-    /// `Io` when the file cannot be opened, `Malformed` when it is no GGUF file, `Unsupported`
-    /// with llama.cpp's reason when llama.cpp refuses it.
+    /// `Io` when the file cannot be opened, `Malformed` when it is no GGUF file or has a vocabulary that
+    /// would end the process in llama.cpp, `Unsupported` with llama.cpp's reason when that refuses it.
     pub fn load(path: impl AsRef<Path>, options: &ModelOptions) -> Result<Self> {
         let path = path.as_ref();
         check_magic(path)?;
+        let metadata = Gguf::metadata_of(path, &Limits::default())?;
+        check_loadable(&metadata).map_err(|e| e.at(path))?;
+        drop(metadata);
         init()?;
         let c_path = c_path(path)?;
         log::clear();

@@ -11,6 +11,7 @@ mod base64;
 mod bpe;
 mod charsmap;
 mod hf;
+mod loadable;
 mod metadata;
 pub mod pre;
 mod proto;
@@ -30,6 +31,7 @@ use serde_json::Value;
 use crate::error::{Error, Result};
 use crate::limits::Limits;
 
+pub use loadable::check_loadable;
 pub use pre::Candidates;
 pub use special::{AddTokens, SpecialIds};
 

@@ -58,6 +58,14 @@ struct Split {
 }
 
 impl Gguf {
+    /// The metadata of the one file `path`, whatever set it belongs to.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub fn metadata_of(path: impl AsRef<Path>, limits: &Limits) -> Result<Metadata> {
+        Header::open(path.as_ref(), limits).map(|(_, header)| header.metadata)
+    }
+
     /// Opens `path`; of a split set any shard, the others are found beside it by their names.
     ///
     /// # Errors
