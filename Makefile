@@ -17,7 +17,7 @@ PROMPT  ?= It was a fine morning, and
 ENV := if [ "$(UNAME)" = Linux ] && [ -z "$${BINDGEN_EXTRA_CLANG_ARGS:-}" ] && command -v gcc >/dev/null; then \
 	export BINDGEN_EXTRA_CLANG_ARGS="-isystem $$(gcc -print-file-name=include)"; fi; set -e;
 
-.PHONY: all build demo demo-tiny-llama demo-smollm2 demo-minilm test bench peers clean-demo help system tools
+.PHONY: all build demo demo-tiny-llama demo-smollm2 demo-minilm test bench peers peers-models clean-demo help system tools
 
 all: build
 
@@ -31,6 +31,8 @@ help:
 	@echo 'make test         formatting, clippy, documentation, all tests with and without ggml'
 	@echo 'make bench        speed of the block types and of whole conversions (needs 6 GB of disk)'
 	@echo 'make peers        read our files with the Python packages gguf and safetensors'
+	@echo 'make peers-models hold the architectures to transformers and to llama.cpp'"'"'s converter'
+	@echo '                  (downloads PyTorch, 6 GB of disk, a quarter of an hour)'
 	@echo 'make clean-demo   remove ./demo'
 
 # What building ggml needs: cmake, a C++ compiler, and libclang for its bindings.
@@ -184,3 +186,23 @@ peers: build
 		touch "$$stamp"; \
 	fi; \
 	.venv/bin/python tests/peers/check.py $(QCONV)
+
+# Each architecture beside transformers and llama.cpp's own converter. PyTorch is large: CI leaves this out.
+MODEL_PEERS := torch==2.15.0 transformers==5.23.0 safetensors==0.8.0 numpy==2.4.6 sentencepiece protobuf pyyaml requests
+LLAMA_CPP   := llama_cpp_python-0.3.36
+NAMES       ?=
+
+peers-models: build
+	@$(ENV) \
+	stamp='.venv-models/stamp $(MODEL_PEERS) $(LLAMA_CPP)'; \
+	if [ ! -f "$$stamp" ]; then \
+		$(PYTHON) -m venv --clear .venv-models; \
+		.venv-models/bin/python -m pip install -q --disable-pip-version-check $(MODEL_PEERS) </dev/null; \
+		.venv-models/bin/python -m pip download -q --disable-pip-version-check --no-deps \
+			--no-binary llama-cpp-python llama-cpp-python==0.3.36 -d .venv-models </dev/null; \
+		tar -xzf .venv-models/$(LLAMA_CPP).tar.gz -C .venv-models; \
+		touch "$$stamp"; \
+	fi; \
+	$(CARGO) build $(RELEASE) --example agreement; \
+	.venv-models/bin/python tests/peers/ARCHITECTURES.py $(QCONV) $(TARGET)/release/examples/agreement \
+		.venv-models/$(LLAMA_CPP)/vendor/llama.cpp $(NAMES)

@@ -28,7 +28,7 @@ use qconv::tensor::{DType, TensorInfo, elements};
 use qconv::vocab;
 use serde_json::Value as Json;
 
-const MAX_LAYERS: u64 = 48;
+const MAX_LAYERS: u64 = 64;
 const TOKENS: &[i32] = &[5, 17, 300, 42, 7, 99, 256, 3];
 
 type Shapes = BTreeMap<String, Vec<u64>>;
