@@ -258,9 +258,14 @@ impl Trial {
         Err("llama.cpp is never content".into())
     }
 
-    /// A shape that llama.cpp corrects. One tensor it takes by its shape, and ends the process where
-    /// that is none of the two it knows.
+    /// A shape that llama.cpp corrects. Two tensors it takes by their shapes, and ends the process
+    /// where that is none of those it knows.
     fn first_guess(&self, name: &str) -> Vec<u64> {
+        if name.ends_with(".ffn_up.weight")
+            && let Some(n) = self.metadata.u64("jina-bert-v2.feed_forward_length")
+        {
+            return vec![2 * n, 1];
+        }
         let layer = name.strip_prefix("blk.").and_then(|n| n.strip_suffix(".attn_gate.weight"));
         let heads = self.metadata.get("laguna.attention.head_count");
         match (heads, layer.and_then(|i| i.parse().ok())) {

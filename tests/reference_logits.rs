@@ -6,7 +6,7 @@ mod common;
 
 use qconv::eval::embed::{answer_logits, hidden_states};
 use qconv::eval::logits::{Matrix, compare, forward};
-use qconv::ggml::{Model, ModelOptions};
+use qconv::ggml::{Context, ContextOptions, Model, ModelOptions, Pooling};
 
 /// Where llama.cpp computes something else. gpt-oss takes the ends of YaRN's ramp unrounded
 /// (`truncate: false`), llama.cpp rounds them; transformers' arithmetic with rounded ends differs from
@@ -68,4 +68,41 @@ fn the_answer_of_t5_agrees_with_transformers() {
     let agreement = compare(&found, &Matrix { columns: values.len(), values }).unwrap();
     assert!(agreement.finite && agreement.rel_rms < 5e-4, "{agreement:?}");
     assert_eq!(agreement.argmax_agree, 1, "{agreement:?}");
+}
+
+/// Any directories of models with references of their own, among them rerankers, whose reference is a
+/// row of scores. `QCONV_REFERENCES=DIR cargo test --release --test reference_logits -- --ignored
+/// --nocapture`
+#[test]
+#[ignore = "needs directories of models with reference_logits.safetensors"]
+fn references_elsewhere() {
+    let root = std::env::var_os("QCONV_REFERENCES").expect("QCONV_REFERENCES names the directory");
+    let dir = tempfile::tempdir().unwrap();
+    let mut faults = 0;
+    let mut sources: Vec<_> = std::fs::read_dir(root).unwrap().map(|e| e.unwrap().path()).collect();
+    sources.sort();
+    for source in sources.iter().filter(|s| s.join("reference_logits.safetensors").exists()) {
+        let output = dir.path().join("model.gguf");
+        common::convert(source, &output, Some("f32"));
+        let model = Model::load(&output, &ModelOptions::default()).unwrap();
+        let keys = ["last_hidden_state", "encoder_last_hidden_state", "logits"];
+        let found = keys.iter().find_map(|key| Some((*key, common::find_reference(source, key)?)));
+        let (key, (ids, values)) = found.expect("a reference");
+        let is_rank = key == "logits" && values.len() < ids.len();
+        let found = if is_rank {
+            let options = ContextOptions { n_ctx: 512, n_batch: 512, threads: 1, exact: true };
+            let mut context = Context::for_embeddings(&model, &options, Some(Pooling::Rank)).unwrap();
+            context.embed(&ids).unwrap();
+            Matrix { columns: values.len(), values: context.embeddings().unwrap().concat() }
+        } else if key == "logits" {
+            forward(&output, &ids, 1).unwrap()
+        } else {
+            hidden_states(&model, &ids, 1).unwrap()
+        };
+        let wanted = Matrix { columns: found.columns, values };
+        println!("{} {key}: {:?}", source.file_name().unwrap().display(), compare(&found, &wanted));
+        let near = compare(&found, &wanted).is_ok_and(|a| a.finite && a.max_abs < 1e-2 && a.rms < 2e-3);
+        faults += usize::from(!near);
+    }
+    assert_eq!(faults, 0);
 }

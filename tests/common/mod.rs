@@ -77,11 +77,16 @@ pub fn reference(source: &Path) -> (Vec<i32>, Vec<f32>) {
 
 /// The ids that the reference is about, and one of its tensors.
 pub fn reference_named(source: &Path, name: &str) -> (Vec<i32>, Vec<f32>) {
+    find_reference(source, name).unwrap()
+}
+
+/// The same; `None` where there is no such tensor.
+pub fn find_reference(source: &Path, name: &str) -> Option<(Vec<i32>, Vec<f32>)> {
     let store =
         safetensors::open(&source.join("reference_logits.safetensors"), &Limits::default()).unwrap().store;
     let ids = store.read_all(store.get("input_ids").unwrap()).unwrap();
     let ids = ids.as_chunks::<8>().0.iter().map(|b| i64::from_le_bytes(*b) as i32).collect();
-    let logits = store.read_all(store.get(name).unwrap()).unwrap();
-    let logits = logits.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
-    (ids, logits)
+    let values = store.read_all(store.get(name)?).unwrap();
+    let values = values.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
+    Some((ids, values))
 }
