@@ -5,6 +5,8 @@ mod common;
 mod completions;
 #[cfg(feature = "ggml")]
 mod embed;
+#[cfg(feature = "ggml")]
+mod eval;
 mod gguf_to_hf;
 mod hf_to_gguf;
 mod inspect;
@@ -43,6 +45,8 @@ enum Command {
     Run(run::Args),
     #[cfg(feature = "ggml")]
     Embed(embed::Args),
+    #[cfg(feature = "ggml")]
+    Eval(eval::Args),
     Completions(completions::Args),
 }
 
@@ -116,6 +120,8 @@ pub fn main() -> ExitCode {
         Command::Run(args) => run::run(&args, ui::catch_interrupt()).map(|()| Status::Done),
         #[cfg(feature = "ggml")]
         Command::Embed(args) => embed::run(&args).map(|()| Status::Done),
+        #[cfg(feature = "ggml")]
+        Command::Eval(args) => eval::run(&args).map(|()| Status::Done),
         Command::Completions(args) => completions::run(&args).map(|()| Status::Done),
     };
     match result {

@@ -41,6 +41,8 @@ pub struct Progress {
     bar: Option<ProgressBar>,
     lines: bool,
     what: &'static str,
+    /// What is counted; bytes where empty.
+    unit: &'static str,
     total: u64,
     done: AtomicU64,
     begun: Instant,
@@ -50,13 +52,19 @@ pub struct Progress {
 const LINE_EVERY: Duration = Duration::from_secs(5);
 
 impl Progress {
-    /// `what` is a verb: "converting".
+    /// Progress in bytes. `what` is a verb: "converting".
     pub fn new(what: &'static str, total: u64, quiet: bool) -> Self {
+        Self::counting(what, "", total, quiet)
+    }
+
+    /// Progress in something else, such as "windows".
+    pub fn counting(what: &'static str, unit: &'static str, total: u64, quiet: bool) -> Self {
         let terminal = std::io::stderr().is_terminal();
         let bar = (!quiet && terminal).then(|| {
-            let style = ProgressStyle::with_template(
-                "{prefix} [{bar:30}] {bytes}/{total_bytes} {bytes_per_sec} {eta} {wide_msg}",
-            )
+            let style = ProgressStyle::with_template(match unit {
+                "" => "{prefix} [{bar:30}] {bytes}/{total_bytes} {bytes_per_sec} {eta} {wide_msg}",
+                _ => "{prefix} [{bar:30}] {pos}/{len} {eta} {wide_msg}",
+            })
             .unwrap_or_else(|_| ProgressStyle::default_bar())
             .progress_chars("=> ");
             let target = ProgressDrawTarget::stderr_with_hz(10);
@@ -67,6 +75,7 @@ impl Progress {
             bar,
             lines: !quiet && !terminal,
             what,
+            unit,
             total,
             done: AtomicU64::new(0),
             begun: now,
@@ -94,14 +103,17 @@ impl Observer for Progress {
         {
             *last = Instant::now();
             let rate = done as f64 / self.begun.elapsed().as_secs_f64();
-            let left = self.total.saturating_sub(done) as f64 / rate.max(1.0);
-            say(&format!(
-                "{}: {} of {}, {}/s, {left:.0} s left",
-                self.what,
-                size(done),
-                size(self.total),
-                size(rate as u64)
-            ));
+            let left = self.total.saturating_sub(done) as f64 / rate.max(1e-3);
+            say(&match self.unit {
+                "" => format!(
+                    "{}: {} of {}, {}/s, {left:.0} s left",
+                    self.what,
+                    size(done),
+                    size(self.total),
+                    size(rate as u64)
+                ),
+                unit => format!("{}: {done} of {} {unit}, {left:.0} s left, {tensor}", self.what, self.total),
+            });
         }
     }
 

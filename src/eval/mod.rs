@@ -1,6 +1,7 @@
 //! What a model does, measured: logits and embeddings against a reference, token parity, generated
 //! text.
 
+pub mod baseline;
 pub mod chat;
 #[cfg(feature = "ggml")]
 mod compare;
@@ -12,5 +13,11 @@ pub mod logits;
 pub mod parity;
 #[cfg(feature = "ggml")]
 mod probe;
+pub mod score;
 #[cfg(feature = "ggml")]
 pub mod trial;
+pub mod windows;
+
+/// What is evaluated where no text is given: the second part of Jane Austen's "Persuasion" (1817, in
+/// the public domain), 200,000 bytes of English prose.
+pub const SAMPLE_TEXT: &str = include_str!("../../fixtures/tiny-llama/evaluation.txt");

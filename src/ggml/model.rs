@@ -232,6 +232,12 @@ impl Model {
         unsafe { sys::llama_model_n_params(self.as_ptr()) }
     }
 
+    /// Bytes of all tensors.
+    pub fn tensor_bytes(&self) -> u64 {
+        // SAFETY: the model is valid.
+        unsafe { sys::llama_model_size(self.as_ptr()) }
+    }
+
     /// Context length it was trained with, in tokens.
     pub fn n_ctx_train(&self) -> u32 {
         // SAFETY: the model is valid.

@@ -1,0 +1,450 @@
+//! `qconv eval`: what a model's predictions are worth, and what a quantization did to them.
+
+use std::path::{Path, PathBuf};
+
+use qconv::container::side::read_side_file;
+use qconv::convert::Stage;
+use qconv::error::{Error, Result};
+use qconv::eval::SAMPLE_TEXT;
+use qconv::eval::baseline::{Baseline, Shape};
+use qconv::eval::score::{Base, Divergence, DivergenceSummary, Estimate, Perplexity, log_norm};
+use qconv::eval::windows::Windows;
+use qconv::ggml::{Model, ModelOptions};
+use qconv::limits::Limits;
+use serde::Serialize;
+use serde_json::json;
+
+use super::ui::{self, Progress};
+
+/// Measure what a model predicts: perplexity, and divergence from the model it was made from
+#[derive(clap::Args, Debug)]
+pub struct Args {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(clap::Subcommand, Debug)]
+enum Command {
+    /// How well a model predicts a text, by llama.cpp's definition
+    Perplexity {
+        /// The GGUF file; of a split one, the first shard
+        model: PathBuf,
+        #[command(flatten)]
+        text: TextArgs,
+    },
+    /// How far a model's predictions depart from those of the model it was made from
+    Kld {
+        /// The GGUF file; of a split one, the first shard
+        model: PathBuf,
+        /// The model to compare with, or what `eval baseline` or llama-perplexity kept of it
+        #[arg(long, value_name = "MODEL|BASELINE")]
+        base: PathBuf,
+        #[command(flatten)]
+        text: TextArgs,
+    },
+    /// Keep a model's predictions in a small file, to compare others with it later
+    Baseline {
+        /// The GGUF file; of a split one, the first shard
+        model: PathBuf,
+        /// The file to write
+        #[arg(short, long)]
+        output: PathBuf,
+        /// Tokens to keep of each prediction; by default as many as make a twentieth of the size
+        /// of 16-bit logits, 1024 at most
+        #[arg(long)]
+        top_k: Option<usize>,
+        /// Overwrite the output
+        #[arg(long)]
+        force: bool,
+        #[command(flatten)]
+        text: TextArgs,
+    },
+    /// Several models in one table, in one pass over the text
+    Compare {
+        /// GGUF files; the first is what the others are compared with
+        #[arg(required = true, num_args = 2..)]
+        models: Vec<PathBuf>,
+        /// Write the table to this file, as comma-separated values
+        #[arg(long, value_name = "FILE")]
+        csv: Option<PathBuf>,
+        #[command(flatten)]
+        text: TextArgs,
+    },
+}
+
+#[derive(clap::Args, Debug)]
+struct TextArgs {
+    /// The text, in UTF-8; by default a part of a novel by Jane Austen
+    #[arg(long, value_name = "FILE")]
+    text: Option<PathBuf>,
+
+    /// Tokens that the model reads at once, of which the second half is scored; 512 by default
+    #[arg(long, value_name = "TOKENS")]
+    ctx: Option<usize>,
+
+    /// Stop after so many times --ctx
+    #[arg(long)]
+    chunks: Option<usize>,
+
+    /// Threads; all processors by default
+    #[arg(short = 'j', long)]
+    threads: Option<u32>,
+
+    /// Layers to place on a GPU, where a GPU backend is built in; -1 for all
+    #[arg(long, default_value_t = 0, allow_negative_numbers = true)]
+    gpu_layers: i32,
+
+    /// Print the result as JSON
+    #[arg(long)]
+    json: bool,
+
+    /// No progress
+    #[arg(short, long)]
+    quiet: bool,
+}
+
+impl TextArgs {
+    fn model(&self, path: &Path) -> Result<Model> {
+        Model::load(path, &ModelOptions { n_gpu_layers: self.gpu_layers, ..ModelOptions::default() })
+    }
+
+    fn windows(&self, model: &Model) -> Result<Windows> {
+        let text = match &self.text {
+            None => SAMPLE_TEXT.to_string(),
+            Some(path) => {
+                let bytes = read_side_file(path, Limits::default().side_file_bytes)?
+                    .ok_or_else(|| Error::io("open", path, std::io::ErrorKind::NotFound.into()))?;
+                String::from_utf8(bytes).map_err(|_| Error::malformed("is not UTF-8").at(path))?
+            }
+        };
+        Windows::new(model, &text, self.ctx.unwrap_or(512), self.chunks)
+    }
+
+    fn threads(&self) -> u32 {
+        self.threads.unwrap_or_else(|| {
+            std::thread::available_parallelism().map_or(1, |n| u32::try_from(n.get()).unwrap_or(u32::MAX))
+        })
+    }
+}
+
+pub fn run(args: &Args) -> anyhow::Result<()> {
+    ui::catch_interrupt();
+    match &args.command {
+        Command::Perplexity { model, text } => perplexity(model, text),
+        Command::Kld { model, base, text } => kld(model, base, text),
+        Command::Baseline { model, output, top_k, force, text } => {
+            baseline(model, output, *top_k, *force, text)
+        }
+        Command::Compare { models, csv, text } => compare(models, csv.as_deref(), text),
+    }
+}
+
+/// Shows a window's end with a running value, and stops on Ctrl-C.
+struct Watch {
+    progress: Progress,
+    window: usize,
+}
+
+impl Watch {
+    fn new(windows: &Windows, quiet: bool) -> Self {
+        Self { progress: Progress::counting("reading", "windows", windows.count() as u64, quiet), window: 0 }
+    }
+
+    fn at(&mut self, window: usize, value: impl FnOnce() -> String) -> Result<()> {
+        use qconv::convert::Observer;
+        if self.progress.interrupted() {
+            return Err(Error::interrupted());
+        }
+        if window > self.window {
+            self.window = window;
+            self.progress.advance(1, &value());
+        }
+        Ok(())
+    }
+}
+
+fn perplexity(path: &Path, args: &TextArgs) -> anyhow::Result<()> {
+    let model = args.model(path)?;
+    let windows = args.windows(&model).map_err(|e| e.at(path))?;
+    let mut watch = Watch::new(&windows, args.quiet);
+    let mut ppl = Perplexity::default();
+    windows
+        .read(&[&model], args.threads(), |window, rows, next| {
+            watch.at(window, || format!("perplexity {:.4}", ppl.estimate().value))?;
+            for row in rows {
+                ppl.add(log_norm(row) - row.get(next).map_or(f64::NEG_INFINITY, |&x| f64::from(x)));
+            }
+            Ok(())
+        })
+        .map_err(|e| e.at(path))?;
+    watch.progress.finish();
+    let estimate = ppl.estimate();
+    if args.json {
+        println!(
+            "{:#}",
+            json!({ "perplexity": estimate, "scored": ppl.count(), "windows": windows.count(), "ctx": windows.n_ctx })
+        );
+    } else {
+        println!("perplexity {}", plus_minus(estimate, 4));
+        println!("{} predictions in {} windows of {} tokens", ppl.count(), windows.count(), windows.n_ctx);
+    }
+    Ok(())
+}
+
+fn kld(path: &Path, base: &Path, args: &TextArgs) -> anyhow::Result<()> {
+    let model = args.model(path)?;
+    let mut divergence = Divergence::default();
+    let running = |d: &Divergence| format!("KLD {:.6}", d.kld().value);
+    let note = if Baseline::is_one(base)? {
+        let mut baseline = Baseline::open(base)?;
+        if baseline.n_vocab != model.n_tokens() {
+            let found = format!("of {} tokens, the model has {}", baseline.n_vocab, model.n_tokens());
+            return Err(Error::misuse(format!("was made with a vocabulary {found}")).at(base).into());
+        }
+        if args.text.is_some() || args.chunks.is_some() || args.ctx.is_some() {
+            let message = "--text, --ctx and --chunks do not apply: the baseline holds its text";
+            return Err(Error::misuse(message).at(base).into());
+        }
+        let mut windows = baseline.windows.clone();
+        if baseline.k.is_none() {
+            // llama.cpp's file leaves this to the model.
+            let special = model.special_tokens();
+            windows.bos = special.bos.filter(|_| special.add_bos);
+        }
+        let mut watch = Watch::new(&windows, args.quiet);
+        windows
+            .read(&[&model], args.threads(), |window, rows, next| {
+                watch.at(window, || running(&divergence))?;
+                let base = baseline.next_row()?;
+                rows.iter().for_each(|row| divergence.add(row, base, next));
+                Ok(())
+            })
+            .map_err(|e| e.at(path))?;
+        watch.progress.finish();
+        baseline.k.map(|k| {
+            format!("from the {k} likeliest tokens, the rest as one: the KLD is not above the true one")
+        })
+    } else {
+        let base_model = args.model(base)?;
+        let windows = same_windows(args, &[(base, &base_model), (path, &model)])?;
+        let mut watch = Watch::new(&windows, args.quiet);
+        windows
+            .read(&[&base_model, &model], args.threads(), |window, rows, next| {
+                watch.at(window, || running(&divergence))?;
+                if let [base, row] = rows {
+                    divergence.add(row, Base::Whole(base, log_norm(base)), next);
+                }
+                Ok(())
+            })
+            .map_err(|e| e.at(path))?;
+        watch.progress.finish();
+        None
+    };
+    let s = divergence.summary();
+    if args.json {
+        println!("{:#}", json!({ "divergence": s, "note": note }));
+        return Ok(());
+    }
+    println!("perplexity          {}", plus_minus(s.perplexity, 4));
+    println!("perplexity of base  {}", plus_minus(s.base_perplexity, 4));
+    println!("ln of their ratio   {}", plus_minus(s.ln_ratio, 6));
+    println!("KLD mean            {}", plus_minus(s.kld, 6));
+    println!("KLD median          {:.6}", s.kld_median);
+    println!("KLD 99 %            {:.6}", s.kld_99);
+    println!("KLD 99.9 %          {:.6}", s.kld_999);
+    println!("KLD maximum         {:.6}", s.kld_max);
+    println!("RMS of change in p  {} %", plus_minus(percent(s.p_rms), 3));
+    println!("same top token      {} %", plus_minus(percent(s.same_top), 3));
+    println!("{} predictions{}", s.count, note.map(|n| format!(", {n}")).unwrap_or_default());
+    Ok(())
+}
+
+/// The text in windows, after a look at whether all models read the same tokens in it.
+fn same_windows(args: &TextArgs, models: &[(&Path, &Model)]) -> Result<Windows> {
+    let mut windows: Option<Windows> = None;
+    for (path, model) in models {
+        let own = args.windows(model).map_err(|e| e.at(path))?;
+        match &windows {
+            Some(first) if *first != own => {
+                return Err(Error::misuse("reads other tokens in the text than the first model")
+                    .at(path)
+                    .hint("only models with the same tokenizer can be compared"));
+            }
+            _ => windows = Some(own),
+        }
+    }
+    windows.ok_or_else(|| Error::misuse("no model is given"))
+}
+
+fn baseline(
+    path: &Path,
+    output: &Path,
+    top_k: Option<usize>,
+    force: bool,
+    args: &TextArgs,
+) -> anyhow::Result<()> {
+    let model = args.model(path)?;
+    let windows = args.windows(&model).map_err(|e| e.at(path))?;
+    let mut shape = Shape::fitting(model.n_tokens());
+    if let Some(k) = top_k {
+        if k == 0 || k > shape.n_vocab {
+            let message = format!("--top-k {k}: 1 to {} tokens can be kept", shape.n_vocab);
+            return Err(Error::misuse(message).into());
+        }
+        shape.k = k;
+    }
+    let stage = Stage::files_at(&[(output.to_path_buf(), shape.file_len(&windows))], force)?;
+    let file = stage.files().first().ok_or_else(|| Error::misuse("no output"))?;
+    let header = shape.header(&windows);
+    file.write_at(0, &header)?;
+    let mut at = header.len() as u64;
+    let mut watch = Watch::new(&windows, args.quiet);
+    let (mut rest, mut count) = (0.0, 0u64);
+    windows
+        .read(&[&model], args.threads(), |window, rows, next| {
+            watch.at(window, String::new)?;
+            for row in rows {
+                let top = shape.top(row, next);
+                rest += 1.0 - top.log_probs.iter().map(|&l| f64::from(l).exp()).sum::<f64>();
+                count += 1;
+                let bytes = shape.row_bytes(&top);
+                file.write_at(at, &bytes)?;
+                at += bytes.len() as u64;
+            }
+            Ok(())
+        })
+        .map_err(|e| e.at(path))?;
+    watch.progress.finish();
+    stage.commit()?;
+    let full = 2 * shape.n_vocab as u64 * count;
+    let (rest, share) = (rest / count.max(1) as f64, at as f64 / full.max(1) as f64);
+    if args.json {
+        println!(
+            "{:#}",
+            json!({ "output": output, "bytes": at, "top_k": shape.k, "share_of_f16_logits": share, "mean_rest": rest })
+        );
+    } else {
+        println!(
+            "{}: {}, {:.2} % of 16-bit logits; the {} likeliest tokens hold {:.3} % of the probability",
+            output.display(),
+            ui::size(at),
+            100.0 * share,
+            shape.k,
+            100.0 * (1.0 - rest)
+        );
+    }
+    Ok(())
+}
+
+/// A line of the table.
+#[derive(Serialize)]
+struct Row {
+    model: PathBuf,
+    bytes: u64,
+    bits_per_weight: f64,
+    tokens_per_second: f64,
+    #[serde(flatten)]
+    divergence: DivergenceSummary,
+}
+
+fn compare(paths: &[PathBuf], csv: Option<&Path>, args: &TextArgs) -> anyhow::Result<()> {
+    let models = paths.iter().map(|p| args.model(p)).collect::<Result<Vec<_>>>()?;
+    let named: Vec<(&Path, &Model)> = paths.iter().map(PathBuf::as_path).zip(&models).collect();
+    let windows = same_windows(args, &named)?;
+    let mut watch = Watch::new(&windows, args.quiet);
+    let mut all = vec![Divergence::default(); models.len()];
+    let references: Vec<&Model> = models.iter().collect();
+    let times = windows.read(&references, args.threads(), |window, rows, next| {
+        watch.at(window, String::new)?;
+        if let Some(base) = rows.first() {
+            let base = Base::Whole(base, log_norm(base));
+            all.iter_mut().zip(rows).for_each(|(d, row)| d.add(row, base, next));
+        }
+        Ok(())
+    })?;
+    watch.progress.finish();
+    let read = (windows.count() * (windows.n_ctx - 1)) as f64;
+    let rows: Vec<Row> = named
+        .iter()
+        .zip(&all)
+        .zip(times)
+        .map(|(((path, model), divergence), time)| {
+            let bytes = model.tensor_bytes();
+            Row {
+                model: path.to_path_buf(),
+                bytes,
+                bits_per_weight: bytes as f64 * 8.0 / model.n_params().max(1) as f64,
+                tokens_per_second: read / time.as_secs_f64().max(1e-9),
+                divergence: divergence.summary(),
+            }
+        })
+        .collect();
+    if let Some(path) = csv {
+        std::fs::write(path, table(&rows)).map_err(|e| Error::io("write", path, e))?;
+    }
+    if args.json {
+        println!("{}", serde_json::to_string_pretty(&rows)?);
+    } else {
+        say(&rows);
+    }
+    Ok(())
+}
+
+fn say(rows: &[Row]) {
+    let name = |r: &Row| r.model.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let width = rows.iter().map(|r| name(r).chars().count()).max().unwrap_or(0).max(5);
+    println!(
+        "{:width$}  {:>9}  {:>6}  {:>20}  {:>21}  {:>9}  {:>8}  {:>8}",
+        "model", "size", "bits/w", "perplexity", "KLD", "KLD 99 %", "same top", "tokens/s"
+    );
+    for r in rows {
+        let d = &r.divergence;
+        println!(
+            "{:width$}  {:>9}  {:>6.2}  {:>20}  {:>21}  {:>9.6}  {:>6.2} %  {:>8.1}",
+            name(r),
+            ui::size(r.bytes),
+            r.bits_per_weight,
+            plus_minus(d.perplexity, 4),
+            plus_minus(d.kld, 6),
+            d.kld_99,
+            100.0 * d.same_top.value,
+            r.tokens_per_second
+        );
+    }
+}
+
+fn table(rows: &[Row]) -> String {
+    let mut out = String::from(
+        "model,bytes,bits_per_weight,perplexity,perplexity_error,kld,kld_error,kld_median,kld_99,kld_999,kld_max,\
+         p_rms,same_top,tokens_per_second\n",
+    );
+    for r in rows {
+        let d = &r.divergence;
+        let quoted = r.model.to_string_lossy().replace('"', "\"\"");
+        out += &format!(
+            "\"{quoted}\",{},{:.4},{:.6},{:.6},{:.8},{:.8},{:.8},{:.8},{:.8},{:.8},{:.6},{:.6},{:.2}\n",
+            r.bytes,
+            r.bits_per_weight,
+            d.perplexity.value,
+            d.perplexity.error,
+            d.kld.value,
+            d.kld.error,
+            d.kld_median,
+            d.kld_99,
+            d.kld_999,
+            d.kld_max,
+            d.p_rms.value,
+            d.same_top.value,
+            r.tokens_per_second
+        );
+    }
+    out
+}
+
+fn plus_minus(e: Estimate, digits: usize) -> String {
+    format!("{:.digits$} ± {:.digits$}", e.value, e.error)
+}
+
+fn percent(e: Estimate) -> Estimate {
+    Estimate { value: 100.0 * e.value, error: 100.0 * e.error }
+}

@@ -1,0 +1,275 @@
+//! What predictions are worth: perplexity, and the divergence of one model from another.
+//!
+//! Definitions and error estimates are those of llama.cpp's perplexity tool
+//! (`tools/perplexity/perplexity.cpp`), so that numbers can be compared with published ones. All are
+//! over natural logarithms. Errors are standard errors of the mean.
+
+use serde::Serialize;
+
+/// A mean with its standard error.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Estimate {
+    /// The mean.
+    pub value: f64,
+    /// Its standard error; 0 where ten values or fewer are too few to tell.
+    pub error: f64,
+}
+
+/// Sums of values and their squares.
+#[derive(Clone, Copy, Debug, Default)]
+struct Moments {
+    n: u64,
+    sum: f64,
+    squares: f64,
+}
+
+impl Moments {
+    fn add(&mut self, x: f64) {
+        self.n += 1;
+        self.sum += x;
+        self.squares += x * x;
+    }
+
+    fn estimate(&self) -> Estimate {
+        let n = self.n.max(1) as f64;
+        let value = self.sum / n;
+        let variance = self.squares / n - value * value;
+        let error = if variance > 0.0 && self.n > 10 { (variance / (n - 1.0)).sqrt() } else { 0.0 };
+        Estimate { value, error }
+    }
+}
+
+/// The logarithm of what exponentials of a row of logits sum up to: `ln p_i = logits[i] - norm`.
+pub fn log_norm(logits: &[f32]) -> f64 {
+    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let sum: f64 = logits.iter().map(|&x| f64::from((x - max).exp())).sum();
+    f64::from(max) + sum.ln()
+}
+
+/// Perplexity, growing with every prediction.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Perplexity(Moments);
+
+impl Perplexity {
+    /// Counts the prediction of the token that came, by its negative log-probability.
+    pub fn add(&mut self, nll: f64) {
+        self.0.add(nll);
+    }
+
+    /// Predictions counted.
+    pub fn count(&self) -> u64 {
+        self.0.n
+    }
+
+    /// `exp` of the mean, with its error to first order.
+    pub fn estimate(&self) -> Estimate {
+        let Estimate { value, error } = self.0.estimate();
+        Estimate { value: value.exp(), error: value.exp() * error }
+    }
+}
+
+/// What the base model said of the next token.
+#[derive(Clone, Copy, Debug)]
+pub enum Base<'a> {
+    /// Logarithms of all probabilities, but for a constant, which is the second.
+    Whole(&'a [f32], f64),
+    /// Of the likeliest tokens only.
+    Top(&'a Top),
+}
+
+/// The likeliest tokens of one prediction, and what is left for all others.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Top {
+    /// Tokens, the likeliest first.
+    pub ids: Vec<u32>,
+    /// The logarithms of their probabilities.
+    pub log_probs: Vec<f32>,
+    /// That of the token that came.
+    pub log_prob_next: f32,
+}
+
+/// Below this a probability of the base does not count, as in llama.cpp.
+const LEAST_LOG_PROB: f64 = -16.0;
+
+/// How a model departs from a base, growing with every prediction.
+#[derive(Clone, Debug, Default)]
+pub struct Divergence {
+    nll: Moments,
+    base_nll: Moments,
+    products: f64,
+    kld: Moments,
+    klds: Vec<f32>,
+    p_squares: Moments,
+    same_top: u64,
+}
+
+/// The measures of a [`Divergence`].
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct DivergenceSummary {
+    /// Predictions compared.
+    pub count: u64,
+    /// Perplexity of the model.
+    pub perplexity: Estimate,
+    /// Perplexity of the base.
+    pub base_perplexity: Estimate,
+    /// `ln(perplexity / base_perplexity)`: errors of both mostly cancel.
+    pub ln_ratio: Estimate,
+    /// Mean Kullback-Leibler divergence of the model from the base, in nats.
+    pub kld: Estimate,
+    /// Its median.
+    pub kld_median: f64,
+    /// What 99 % of predictions stay below.
+    pub kld_99: f64,
+    /// What 99.9 % stay below.
+    pub kld_999: f64,
+    /// The worst.
+    pub kld_max: f64,
+    /// Root mean square of the change of the probability of the token that came.
+    pub p_rms: Estimate,
+    /// Share of predictions whose likeliest token is the base's.
+    pub same_top: Estimate,
+}
+
+impl Divergence {
+    /// Compares the logits of one prediction with the base's; `next` is the token that came.
+    pub fn add(&mut self, logits: &[f32], base: Base<'_>, next: usize) {
+        let norm = log_norm(logits);
+        let log_p = |i: usize| logits.get(i).map_or(f64::NEG_INFINITY, |&x| f64::from(x) - norm);
+        let (kld, log_base_next, top) = match base {
+            Base::Whole(base, base_norm) => {
+                let log_base = |x: f32| f64::from(x) - base_norm;
+                let likely = base.iter().enumerate().map(|(i, &x)| (i, log_base(x)));
+                let kld: f64 = likely
+                    .filter(|(_, l)| *l > LEAST_LOG_PROB)
+                    .map(|(i, l)| f64::from((l as f32).exp()) * (l - log_p(i)))
+                    .sum();
+                let next = base.get(next).map_or(f64::NEG_INFINITY, |&x| log_base(x));
+                (kld, next, super::logits::argmax(base))
+            }
+            Base::Top(top) => {
+                let pairs = top.ids.iter().map(|&i| i as usize).zip(&top.log_probs);
+                let (mut kld, mut mass, mut base_mass) = (0.0, 0.0, 0.0);
+                for (i, &l) in pairs {
+                    let (l, own) = (f64::from(l), log_p(i));
+                    kld += l.exp() * (l - own);
+                    mass += own.exp();
+                    base_mass += l.exp();
+                }
+                // All other tokens count as one.
+                let (rest, base_rest) = (1.0 - mass, 1.0 - base_mass);
+                if base_rest > 0.0 && rest > 0.0 {
+                    kld += base_rest * (base_rest / rest).ln();
+                }
+                (kld, f64::from(top.log_prob_next), top.ids.first().map(|&i| i as usize))
+            }
+        };
+        let (nll, base_nll) = (-log_p(next), -log_base_next);
+        self.nll.add(nll);
+        self.base_nll.add(base_nll);
+        self.products += nll * base_nll;
+        self.kld.add(kld);
+        self.klds.push(kld as f32);
+        self.p_squares.add(((-nll).exp() - (-base_nll).exp()).powi(2));
+        self.same_top += u64::from(super::logits::argmax(logits) == top);
+    }
+
+    /// Predictions compared.
+    pub fn count(&self) -> u64 {
+        self.nll.n
+    }
+
+    /// The mean Kullback-Leibler divergence so far, in nats.
+    pub fn kld(&self) -> Estimate {
+        self.kld.estimate()
+    }
+
+    /// The measures so far. Takes time in proportion to [`Self::count`].
+    pub fn summary(&self) -> DivergenceSummary {
+        let n = self.nll.n.max(1) as f64;
+        let (ln, base) = (self.nll.estimate(), self.base_nll.estimate());
+        let perplexity = |e: Estimate| Estimate { value: e.value.exp(), error: e.value.exp() * e.error };
+        let covariance = match self.nll.n {
+            0..10 => 0.0,
+            _ => (self.products / n - ln.value * base.value) / (n - 1.0),
+        };
+        let variance = ln.error * ln.error + base.error * base.error - 2.0 * covariance;
+        let p = self.p_squares.estimate();
+        let rms = p.value.sqrt();
+        let same = self.same_top as f64 / n;
+        let mut klds = self.klds.clone();
+        klds.sort_by(f32::total_cmp);
+        DivergenceSummary {
+            count: self.nll.n,
+            perplexity: perplexity(ln),
+            base_perplexity: perplexity(base),
+            ln_ratio: Estimate { value: ln.value - base.value, error: variance.max(0.0).sqrt() },
+            kld: self.kld.estimate(),
+            kld_median: percentile(&klds, 0.5),
+            kld_99: percentile(&klds, 0.99),
+            kld_999: percentile(&klds, 0.999),
+            kld_max: percentile(&klds, 1.0),
+            p_rms: Estimate { value: rms, error: if rms > 0.0 { 0.5 / rms * p.error } else { 0.0 } },
+            same_top: Estimate { value: same, error: (same * (1.0 - same) / (n - 1.0).max(1.0)).sqrt() },
+        }
+    }
+}
+
+/// Interpolated between neighbours; 0 of none. `sorted` ascends.
+fn percentile(sorted: &[f32], fraction: f64) -> f64 {
+    let Some(last) = sorted.len().checked_sub(1) else { return 0.0 };
+    let at = fraction.clamp(0.0, 1.0) * last as f64;
+    let (low, part) = (at.floor() as usize, at.fract());
+    let value = |i: usize| f64::from(sorted[i.min(last)]);
+    (1.0 - part) * value(low) + part * value(low + 1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn perplexity_of_known_odds() {
+        let mut ppl = Perplexity::default();
+        (0..8).for_each(|_| ppl.add(4f64.ln()));
+        assert!((ppl.estimate().value - 4.0).abs() < 1e-12 && ppl.estimate().error == 0.0);
+        // Half ln 2, half ln 8: the mean is ln 4, the deviation ln 2.
+        let mut ppl = Perplexity::default();
+        (0..50).for_each(|i| ppl.add(if i % 2 == 0 { 2f64.ln() } else { 8f64.ln() }));
+        let e = ppl.estimate();
+        assert!((e.value - 4.0).abs() < 1e-12 && (e.error - 4.0 * 2f64.ln() / 7.0).abs() < 1e-12);
+    }
+
+    #[test]
+    fn divergence_by_hand() {
+        let logits = |p: &[f32]| p.iter().map(|p| p.ln() + 3.0).collect::<Vec<f32>>();
+        let (base, own) = (logits(&[0.5, 0.25, 0.25]), logits(&[0.25, 0.5, 0.25]));
+        let expected = 0.5 * 2f64.ln() + 0.25 * 0.5f64.ln();
+        let mut d = Divergence::default();
+        d.add(&own, Base::Whole(&base, log_norm(&base)), 1);
+        let s = d.summary();
+        assert!((s.kld.value - expected).abs() < 1e-6, "{s:?}");
+        assert!((s.p_rms.value - 0.25).abs() < 1e-6 && s.same_top.value == 0.0);
+        assert!((s.perplexity.value - 2.0).abs() < 1e-5 && (s.base_perplexity.value - 4.0).abs() < 1e-5);
+        assert!((s.ln_ratio.value - 0.5f64.ln()).abs() < 1e-6);
+        // All but the last token: the rest is one token, so nothing is lost.
+        let top =
+            Top { ids: vec![0, 1], log_probs: vec![0.5f32.ln(), 0.25f32.ln()], log_prob_next: 0.25f32.ln() };
+        let mut t = Divergence::default();
+        t.add(&own, Base::Top(&top), 1);
+        let t = t.summary();
+        assert!((t.kld.value - s.kld.value).abs() < 1e-6 && (t.p_rms.value - s.p_rms.value).abs() < 1e-6);
+        // The likeliest only: never more than the whole.
+        let top = Top { ids: vec![0], log_probs: vec![0.5f32.ln()], log_prob_next: 0.25f32.ln() };
+        let mut t = Divergence::default();
+        t.add(&own, Base::Top(&top), 1);
+        assert!(t.summary().kld.value < s.kld.value && t.summary().kld.value > 0.0);
+    }
+
+    #[test]
+    fn percentiles() {
+        assert_eq!(percentile(&[], 0.5), 0.0);
+        assert_eq!(percentile(&[1.0, 2.0, 4.0], 0.5), 2.0);
+        assert_eq!(percentile(&[1.0, 2.0], 0.5), 1.5);
+        assert_eq!(percentile(&[1.0, 2.0], 1.0), 2.0);
+    }
+}

@@ -1,0 +1,131 @@
+//! A text in windows, as llama.cpp's perplexity tool reads it, through one or several models at once.
+//!
+//! The text is tokenized whole, with what the vocabulary puts before it, and cut into windows of
+//! `n_ctx` tokens, each read on its own; a rest that fills no window is left out. Where the
+//! vocabulary begins texts with a token (BOS), each window's first token is replaced by it. Of each
+//! window the predictions from position `n_ctx / 2` on are scored: before it there is too little
+//! context. Source: `tools/perplexity/perplexity.cpp`.
+
+#[cfg(feature = "ggml")]
+use std::time::{Duration, Instant};
+
+#[cfg(feature = "ggml")]
+use crate::error::{Error, Result};
+#[cfg(feature = "ggml")]
+use crate::ggml::{Context, ContextOptions, Logits, Model};
+
+/// Most bytes of the logits that are held of one model at once.
+#[cfg(feature = "ggml")]
+const LOGIT_BYTES: usize = 32 << 20;
+
+/// A tokenized text.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Windows {
+    /// Tokens of all windows, one after another.
+    pub tokens: Vec<i32>,
+    /// Tokens of a window.
+    pub n_ctx: usize,
+    /// What each window's first token is replaced by.
+    pub bos: Option<i32>,
+}
+
+impl Windows {
+    /// Windows.
+    pub fn count(&self) -> usize {
+        self.tokens.len() / self.n_ctx.max(1)
+    }
+
+    /// Predictions that are scored in each window.
+    pub fn scored(&self) -> usize {
+        self.n_ctx - 1 - self.n_ctx / 2
+    }
+}
+
+#[cfg(feature = "ggml")]
+impl Windows {
+    /// Tokenizes `text`, and takes at most `most` windows of it.
+    ///
+    /// # Errors
+    /// `Misuse` when the text is shorter than two windows, as in llama.cpp, or windows than 4 tokens.
+    pub fn new(model: &Model, text: &str, n_ctx: usize, most: Option<usize>) -> Result<Self> {
+        if n_ctx < 4 {
+            return Err(Error::misuse(format!("windows of {n_ctx} tokens: at least 4 are needed")));
+        }
+        let mut tokens = model.tokenize(text, true, false)?;
+        let count = tokens.len() / n_ctx;
+        if count < 2 {
+            return Err(Error::misuse(format!(
+                "the text has {} tokens; two windows of {n_ctx} are needed at least",
+                tokens.len()
+            ))
+            .hint("give a longer text, or shorter windows with --ctx"));
+        }
+        tokens.truncate(count.min(most.unwrap_or(count)) * n_ctx);
+        let special = model.special_tokens();
+        Ok(Self { tokens, n_ctx, bos: special.bos.filter(|_| special.add_bos) })
+    }
+
+    /// Lets every model read every window, side by side. `score` gets, for each scored prediction,
+    /// the number of the window, the logits of every model, and the token that came. Returns the
+    /// time that each model took.
+    ///
+    /// # Errors
+    /// Those of `score`, and of the models' execution; `Misuse` when vocabularies differ in size.
+    pub fn read(
+        &self,
+        models: &[&Model],
+        threads: u32,
+        mut score: impl FnMut(usize, &[&[f32]], usize) -> Result<()>,
+    ) -> Result<Vec<Duration>> {
+        let Some(first) = models.first() else { return Ok(Vec::new()) };
+        if let Some(other) = models.iter().find(|m| m.n_tokens() != first.n_tokens()) {
+            return Err(Error::misuse(format!(
+                "the vocabularies have {} and {} tokens: predictions cannot be compared",
+                first.n_tokens(),
+                other.n_tokens()
+            )));
+        }
+        if let Some(m) = models.iter().find(|m| !m.is_decoder_only()) {
+            return Err(Error::unsupported(format!("{} predicts no next token", m.description())));
+        }
+        let n_batch = (LOGIT_BYTES / 4 / first.n_tokens().max(1)).clamp(16, 512).min(self.n_ctx);
+        let options = ContextOptions {
+            n_ctx: u32::try_from(self.n_ctx).map_err(|_| Error::misuse("windows are too long"))?,
+            n_batch: n_batch as u32,
+            threads,
+            exact: false,
+        };
+        let mut contexts = models.iter().map(|m| Context::new(m, &options)).collect::<Result<Vec<_>>>()?;
+        let mut times = vec![Duration::ZERO; models.len()];
+        let half = self.n_ctx / 2;
+        for (number, window) in self.tokens.chunks_exact(self.n_ctx).enumerate() {
+            let mut read = window.to_vec();
+            if let (Some(bos), Some(first)) = (self.bos, read.first_mut()) {
+                *first = bos;
+            }
+            for (context, time) in contexts.iter_mut().zip(&mut times) {
+                let begun = Instant::now();
+                context.clear();
+                for part in read[..half].chunks(n_batch) {
+                    context.decode(part, Logits::Last)?;
+                }
+                *time += begun.elapsed();
+            }
+            // Nothing follows the last token: what it predicts cannot be scored.
+            for (k, part) in read[half..self.n_ctx - 1].chunks(n_batch).enumerate() {
+                for (context, time) in contexts.iter_mut().zip(&mut times) {
+                    let begun = Instant::now();
+                    context.decode(part, Logits::All)?;
+                    *time += begun.elapsed();
+                }
+                for i in 0..part.len() {
+                    let rows = contexts.iter().map(|c| c.logits(i)).collect::<Option<Vec<_>>>();
+                    let rows = rows.ok_or_else(|| Error::unsupported("the model gives no logits"))?;
+                    let next = window[half + k * n_batch + i + 1];
+                    score(number, &rows, usize::try_from(next).unwrap_or(usize::MAX))?;
+                }
+            }
+        }
+        Ok(times)
+    }
+}
