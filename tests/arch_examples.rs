@@ -128,6 +128,9 @@ impl Trial {
         for (key, value) in model.metadata().map_err(text)?.0 {
             metadata.set(key, value);
         }
+        for (key, value) in model.scalars(&mut |_| Ok(0.5)).map_err(text)?.0 {
+            metadata.set(key, value);
+        }
         vocab.to_metadata(&mut metadata);
         Ok(Self { definition: path.to_path_buf(), model, metadata, dir })
     }
@@ -136,7 +139,8 @@ impl Trial {
         let targets = self.model.targets(MAX_LAYERS).map_err(text)?;
         let shapes = self.shapes(&targets)?;
         let infos: Vec<TensorInfo> = shapes.iter().map(|(name, shape)| info(name, shape)).collect();
-        let sources = self.model.map_back(&infos).map_err(|e| format!("backwards: {e}"))?;
+        let mut sources = self.model.map_back(&infos).map_err(|e| format!("backwards: {e}"))?;
+        sources.extend(self.model.scalars_back(&self.metadata).map_err(text)?);
         let path = |name: &str| self.dir.path().join(name);
         write_checkpoint(&path("hf"), &sources);
         self.convert("hf", "a.gguf")?;
@@ -304,9 +308,11 @@ fn write_checkpoint(dir: &Path, sources: &[Mapped]) {
     let mut bytes = file.header.clone();
     bytes.resize(file.len as usize, 0);
     for (Mapped { name, shape, data }, (_, offset)) in sources.iter().zip(&layout.places) {
-        let Data::Copied { pieces, .. } = data else { panic!("{name} is made from nothing") };
-        let held: u64 = pieces.iter().map(|p| p.copy.elements()).sum();
         let n = shape.iter().product::<u64>();
+        let held = match data {
+            Data::Copied { pieces, .. } => pieces.iter().map(|p| p.copy.elements()).sum(),
+            Data::Values(_) => n,
+        };
         let mut state =
             name.bytes().fold(0x9e37_79b9u64, |h, b| (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3));
         for i in (n - held) as usize..n as usize {

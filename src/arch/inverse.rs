@@ -150,7 +150,7 @@ impl Model {
         // What a slice took away at the beginning comes back as zeros.
         let mut cut: HashSet<&str> = HashSet::new();
         for t in tensors {
-            if self.arch.generate.iter().any(|g| g.name == t.name) {
+            if self.arch.generate.iter().any(|g| g.name.matches(&t.name).is_some()) {
                 continue;
             }
             let mut made = rows.iter().filter_map(|r| {
@@ -289,7 +289,7 @@ impl Model {
     }
 
     /// The name in the checkpoint for a name in the definition's terms.
-    fn original(&self, name: &str) -> String {
+    pub(super) fn original(&self, name: &str) -> String {
         self.class
             .rename
             .iter()
@@ -336,7 +336,7 @@ impl Model {
                 .generate
                 .iter()
                 .find(|g| g.function == Some(function))
-                .and_then(|g| generated.get(&g.name))
+                .and_then(|g| generated.get(g.name.text()))
         };
         for (function, key) in
             [(GenerateFn::RopeLong, "long_factor"), (GenerateFn::RopeShort, "short_factor")]
@@ -356,11 +356,13 @@ impl Model {
             config.insert("rope_scaling".into(), p.config());
         }
         for g in &self.arch.generate {
-            let Some(values) = generated.get(&g.name).filter(|_| !g.config.is_empty()) else { continue };
+            let first = g.name.fill(&Captures::of_layer(0)).filter(|_| !g.config.is_empty());
+            let Some(values) = first.and_then(|name| generated.get(&name)) else { continue };
             let values = json!(values);
             let scope = WithValues(&self.scope, &values);
             for (path, e) in &g.config {
-                let value = e.eval(&scope).map_err(|e| e.context(format!("{path} from {}", g.name)))?;
+                let value =
+                    e.eval(&scope).map_err(|e| e.context(format!("{path} from {}", g.name.text())))?;
                 set(&mut config, path, value);
             }
         }

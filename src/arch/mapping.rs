@@ -15,6 +15,9 @@ use super::template::{Captures, PARAMETERS};
 use crate::error::{Error, Result};
 use crate::tensor::{Axes, StridedCopy, TensorInfo, elements};
 
+/// As many as `LLAMA_MAX_LAYERS`, where tensors are made for each.
+const MAX_LAYERS: u64 = 512;
+
 /// A tensor to be written.
 #[derive(Clone, Debug)]
 pub struct Mapped {
@@ -148,7 +151,8 @@ impl Model {
         let mut hits: HashMap<&str, HashSet<Captures>> = HashMap::new();
         for t in tensors {
             let context = |e: Error| e.context(format!("tensor {:?}", t.name));
-            if self.is_dropped(&self.canonical(&t.name), true).map_err(context)? {
+            let canonical = self.canonical(&t.name);
+            if self.is_scalar(&canonical) || self.is_dropped(&canonical, true).map_err(context)? {
                 continue;
             }
             for (name, axes) in self.taken_for(t, &rows).map_err(context)? {
@@ -184,13 +188,23 @@ impl Model {
     /// Tensors that no checkpoint holds.
     ///
     /// # Errors
-    /// As the evaluation of their conditions, and of what they are made from.
+    /// As the evaluation of their conditions, and of what they are made from; `Limit` for absurdly
+    /// many layers.
     pub fn generated(&self) -> Result<Vec<Generated>> {
         let mut tensors = Vec::new();
         for g in &self.arch.generate {
             if truth(&g.when.eval(&self.scope)?) {
                 let (shape, values) = rope::generate(g, self)?;
-                tensors.push(Generated { name: g.name.clone(), shape, values });
+                let layers = if g.name.has('i') { self.layers()? } else { 1 };
+                if layers > MAX_LAYERS {
+                    return Err(Error::limit(format!("{layers} layers, at most {MAX_LAYERS} are allowed")));
+                }
+                let names = (0..layers).filter_map(|i| g.name.fill(&Captures::of_layer(i)));
+                tensors.extend(names.map(|name| Generated {
+                    name,
+                    shape: shape.clone(),
+                    values: values.clone(),
+                }));
             }
         }
         Ok(tensors)
@@ -215,6 +229,7 @@ impl Model {
         let name = self.canonical(name);
         let also = self.arch.also.keys();
         self.arch.rows.iter().map(|r| &r.hf).chain(also).any(|t| t.matches(&name).is_some())
+            || self.is_scalar(&name)
             || [true, false].iter().any(|when| self.is_dropped(&name, *when).unwrap_or(false))
     }
 
@@ -317,20 +332,26 @@ impl Model {
                         .ok_or_else(|| Error::malformed("a scalar has no stretches"))?;
                     let row_len = elements(rest)?;
                     let mut start = 0u64;
+                    let mut stretches = Vec::new();
                     for (size, factor) in s.sizes.iter().zip(&s.scale) {
-                        let rows = number(&Some(size.clone()), 0)?;
-                        let end = start.checked_add(rows).filter(|end| *end <= n);
-                        let end = end.ok_or_else(|| Error::malformed("its stretches are longer than it"))?;
                         let mul = factor.eval(&scope)?;
                         let mul = mul
                             .as_f64()
                             .ok_or_else(|| Error::malformed(format!("the factor {mul} is no number")))?;
-                        elementwise.push(Elementwise::Scale {
-                            mul: mul as f32,
-                            start: start * row_len,
-                            end: end * row_len,
-                        });
-                        start = end;
+                        stretches.push((number(&Some(size.clone()), 0)?, mul as f32));
+                    }
+                    loop {
+                        for &(rows, mul) in &stretches {
+                            let end = start.checked_add(rows).filter(|end| *end <= n);
+                            let end =
+                                end.ok_or_else(|| Error::malformed("its stretches are longer than it"))?;
+                            let (first, last) = (start * row_len, end * row_len);
+                            elementwise.push(Elementwise::Scale { mul, start: first, end: last });
+                            start = end;
+                        }
+                        if !s.repeat || start == 0 || start == n {
+                            break;
+                        }
                     }
                     if start != n {
                         return Err(Error::malformed(format!(

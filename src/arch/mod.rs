@@ -15,6 +15,7 @@ mod mapping;
 mod recognise;
 mod rope;
 mod rows;
+mod scalars;
 mod schema;
 mod scope;
 mod template;

@@ -107,7 +107,7 @@ pub(super) fn generate(rule: &Generate, model: &Model) -> Result<(Vec<u64>, Vec<
 
 /// What an expression gives.
 fn computed(rule: &Generate, model: &Model) -> Result<(Vec<u64>, Vec<f32>)> {
-    let fail = |why: &str| Error::malformed(format!("generated {}: {why}", rule.name));
+    let fail = |why: &str| Error::malformed(format!("generated {}: {why}", rule.name.text()));
     let list = rule.values.as_ref().map(|e| e.eval(&model.scope)).transpose()?;
     let list = list.as_ref().and_then(Json::as_array).ok_or_else(|| fail("`values` is no list"))?;
     let values = list.iter().map(|v| v.as_f64().map(|v| v as f32)).collect::<Option<Vec<_>>>();

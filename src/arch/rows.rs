@@ -136,6 +136,9 @@ pub(super) struct SliceOp {
 pub(super) struct ScaleOp {
     pub scale: Vec<Expr>,
     pub sizes: Vec<Expr>,
+    /// Whether the stretches follow each other until the axis ends.
+    #[serde(default)]
+    pub repeat: bool,
 }
 
 #[derive(Clone, Debug, Deserialize)]

@@ -10,8 +10,9 @@ use serde_json::Value as Json;
 use super::also::Also;
 use super::expr::{Expr, truth};
 use super::rows::{Row, RowSpec};
+use super::scalars::ScalarRule;
 use super::scope::ModelScope;
-use super::template::Template;
+use super::template::{Captures, Template};
 use crate::container::side::read_side_file;
 use crate::error::{Error, Result};
 use crate::limits::Limits;
@@ -54,6 +55,9 @@ pub struct Architecture {
     /// Layouts that are read as well: names in the checkpoint, after the class's renaming.
     #[serde(default)]
     pub(super) also: IndexMap<Template, Also>,
+    /// Tensors of one number, which become metadata.
+    #[serde(default)]
+    pub(super) scalars: IndexMap<Template, ScalarRule>,
     /// `tensors`, names resolved.
     #[serde(skip)]
     pub(super) rows: Vec<Row>,
@@ -167,7 +171,8 @@ pub struct TokenizerRule {
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Generate {
-    pub name: String,
+    /// Its name; with `{i}` every layer has one.
+    pub name: Template,
     pub when: Expr,
     /// How its values come about: a function, or an expression.
     #[serde(rename = "fn")]
@@ -267,6 +272,7 @@ impl Architecture {
         under(&mut self.vars, base.vars);
         under(&mut self.tensors, base.tensors);
         under(&mut self.also, base.also);
+        under(&mut self.scalars, base.scalars);
         under(&mut self.config, base.config);
         if let (Some(mine), Some(base)) = (&mut self.example, base.example) {
             under(mine, base);
@@ -283,9 +289,9 @@ impl Architecture {
         }
     }
 
-    /// Names of the tensors that no checkpoint holds.
-    pub fn generates(&self) -> impl Iterator<Item = &str> {
-        self.generate.iter().map(|g| g.name.as_str())
+    /// Names of the tensors that no checkpoint holds; of those of all layers, the first's.
+    pub fn generates(&self) -> impl Iterator<Item = String> {
+        self.generate.iter().filter_map(|g| g.name.fill(&Captures::of_layer(0)))
     }
 
     /// The class that a config.json names.

@@ -37,6 +37,15 @@ pub struct Captures {
     pub rest: String,
 }
 
+impl Captures {
+    /// Of a name that holds the layer and nothing else.
+    pub fn of_layer(i: u64) -> Self {
+        let mut captures = Self::default();
+        captures.integers.insert('i', i);
+        captures
+    }
+}
+
 impl Template {
     /// Parses `text`.
     ///

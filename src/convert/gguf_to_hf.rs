@@ -65,7 +65,8 @@ impl GgufToHf {
         model.set_facts(Facts { n_tokens: Some(vocab.tokens.len() as u64), ..Facts::default() });
         self.complete(&mut model, &vocab, &store, dtype)?;
 
-        let mapped = model.map_back(store.tensors()).map_err(at)?;
+        let mut mapped = model.map_back(store.tensors()).map_err(at)?;
+        mapped.extend(model.scalars_back(&metadata).map_err(at)?);
         let mut plan = Plan::new(Vec::with_capacity(mapped.len()));
         for m in mapped {
             let source = Source::new(&m, &store)?;
@@ -100,13 +101,13 @@ impl GgufToHf {
         }
         let mut generated = HashMap::new();
         for name in model.arch.generates() {
-            let Some(t) = store.get(name).filter(|t| t.elements() <= SMALL) else { continue };
+            let Some(t) = store.get(&name).filter(|t| t.elements() <= SMALL) else { continue };
             let bytes = store.read_all(t)?;
             let mut values = vec![0.0; t.elements() as usize];
             codec(t.dtype)
                 .ok_or_else(|| Error::unsupported(format!("{name} cannot be read")))?
                 .decode(&bytes, &mut values)?;
-            generated.insert(name.to_string(), values);
+            generated.insert(name, values);
         }
         model.complete_config(extra, &generated)
     }
@@ -161,7 +162,7 @@ fn main_dtype(store: &Store) -> DType {
 /// Whether `dtype` holds a small F32 tensor without loss; of large ones it is taken as wanted.
 fn holds(m: &Mapped, source: &Source, store: &Store, dtype: DType) -> Result<bool> {
     let n = source.elements();
-    if dtype == DType::F32 || n > SMALL || source.dtype() != Some(DType::F32) {
+    if dtype == DType::F32 || n > SMALL || source.dtype().is_some_and(|d| d != DType::F32) {
         return Ok(true);
     }
     let context = |e: Error| e.context(format!("tensor {:?}", m.name));

@@ -17,6 +17,7 @@ use super::tokens::{self, TokenCheck};
 use super::types::FileType;
 use super::{Job, output_path};
 use crate::arch::{self, Facts, Mapped, Model};
+use crate::block::codec;
 use crate::container::Store;
 use crate::container::gguf::{Metadata, Value};
 use crate::container::side::read_json;
@@ -113,6 +114,10 @@ impl HfToGguf {
         for (key, value) in model.metadata()?.0 {
             metadata.set(key, value);
         }
+        let mut number_of = |name: &str| one_number(&checkpoint.store, name);
+        for (key, value) in model.scalars(&mut number_of).map_err(|e| e.at(&checkpoint.dir))?.0 {
+            metadata.set(key, value);
+        }
         metadata.set("general.quantization_version", Value::U32(QUANTIZATION_VERSION));
         vocab.to_metadata(&mut metadata);
         let mut plan = match &self.quantizer {
@@ -182,6 +187,20 @@ impl HfToGguf {
         }
         Ok(Recognised { checkpoint, model, vocab, candidates, notes })
     }
+}
+
+/// The number that a tensor holds.
+fn one_number(store: &Store, name: &str) -> Result<f32> {
+    let t = store.get(name).ok_or_else(|| Error::malformed(format!("tensor {name:?} is missing")))?;
+    let mut value = [0.0];
+    match codec(t.dtype) {
+        Some(codec) if t.elements() == 1 => codec.decode(&store.read_all(t)?, &mut value)?,
+        _ => {
+            let why = format!("tensor {name:?} is {} {:?}, one number was expected", t.dtype, t.shape);
+            return Err(Error::malformed(why));
+        }
+    }
+    Ok(value[0])
 }
 
 /// The tensors a source becomes in GGUF, tied to their store: what `verify` compares with.
