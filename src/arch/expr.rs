@@ -186,6 +186,9 @@ fn arithmetic(op: &str, a: &Json, b: &Json) -> Result<Json> {
     if let (Json::String(x), Json::String(y), "+") = (a, b, op) {
         return Ok(Json::from(format!("{x}{y}")));
     }
+    if let (Json::String(x), Json::Number(y), "+") = (a, b, op) {
+        return Ok(Json::from(format!("{x}{y}")));
+    }
     let (Some(x), Some(y)) = (a.as_f64(), b.as_f64()) else {
         return Err(fail("not numbers"));
     };
@@ -498,6 +501,7 @@ mod tests {
             ("{ a: h, b: { c: [kv] } }", json!({"a": 8, "b": {"c": [null]}})),
             ("where([0, 'x', false, true])", json!([1, 3])),
             ("[rope.type[1], rope.type[4]]", json!(["a", null])),
+            ("'blk.' + h + '.x'", json!("blk.8.x")),
             ("pow(h, 2)", json!(64.0)),
             ("round(h * 0.4375)", json!(4)),
             ("sum(per_layer(i, 4)) + sum([])", json!(6)),
