@@ -12,6 +12,8 @@ use sha2::{Digest, Sha256};
 const ON_PURPOSE: &[(&str, &str)] = &[
     // The converter forgets it for this architecture.
     ("gpt_neox-seq", "general.file_type"),
+    // It writes 2048 whatever config.json says.
+    ("falcon2", "falcon.context_length"),
 ];
 
 fn hex(bytes: &[u8]) -> String {
