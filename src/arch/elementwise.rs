@@ -23,6 +23,10 @@ pub enum Elementwise {
     NegExp,
     /// `ln(-x)`, which undoes that.
     LogNeg,
+    /// `exp(x)`, rounded once.
+    Exp,
+    /// `ln(x)`, which undoes that.
+    Ln,
 }
 
 impl Elementwise {
@@ -33,6 +37,8 @@ impl Elementwise {
             Self::Scale { mul, start, end } => Self::Scale { mul: 1.0 / mul, start, end },
             Self::NegExp => Self::LogNeg,
             Self::LogNeg => Self::NegExp,
+            Self::Exp => Self::Ln,
+            Self::Ln => Self::Exp,
         }
     }
 
@@ -47,6 +53,8 @@ impl Elementwise {
             Self::Affine { mul: 1.0, add } => values.iter_mut().for_each(|x| *x += add),
             Self::Affine { mul, add } => values.iter_mut().for_each(|x| *x = *x * mul + add),
             Self::NegExp => values.iter_mut().for_each(|x| *x = -f64::from(*x).exp() as f32),
+            Self::Exp => values.iter_mut().for_each(|x| *x = f64::from(*x).exp() as f32),
+            Self::Ln => values.iter_mut().for_each(|x| *x = f64::from(*x).ln() as f32),
             Self::LogNeg => values.iter_mut().for_each(|x| *x = (-f64::from(*x)).ln() as f32),
         }
     }
@@ -59,7 +67,7 @@ mod tests {
     #[test]
     fn arithmetic_is_undone() {
         let values = [-2.5f32, -1.0, 0.0, 0.25, 3.0];
-        for op in [Elementwise::Affine { mul: 2.0, add: 1.0 }, Elementwise::NegExp] {
+        for op in [Elementwise::Affine { mul: 2.0, add: 1.0 }, Elementwise::NegExp, Elementwise::Exp] {
             let mut changed = values;
             op.apply(&mut changed, 0);
             assert!(changed != values);

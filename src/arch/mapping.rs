@@ -361,6 +361,7 @@ impl Model {
                 }
                 Op::Function(f) => elementwise.push(match f.function {
                     Function::NegExp => Elementwise::NegExp,
+                    Function::Exp => Elementwise::Exp,
                 }),
                 Op::Affine(a) => {
                     let value = |e: &Option<Expr>, default: f32| match e {

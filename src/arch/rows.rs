@@ -113,6 +113,8 @@ pub(super) struct FunctionOp {
 pub(super) enum Function {
     /// `-exp(x)`.
     NegExp,
+    /// `exp(x)`.
+    Exp,
 }
 
 #[derive(Clone, Debug, Deserialize)]
