@@ -6,7 +6,7 @@ use std::sync::atomic::AtomicBool;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use qconv::error::Error;
-use qconv::eval::chat::{self, Message, TemplateTokens};
+use qconv::eval::chat::{self, Conversation, Message, TemplateTokens};
 use qconv::eval::generate::{End, Options, Sampling, generate, tokenize_prompt};
 use qconv::ggml::{Model, ModelOptions, set_verbose};
 
@@ -135,6 +135,6 @@ fn chat_prompt(model: &Model, args: &Args) -> qconv::Result<String> {
     messages.extend(args.system.as_deref().map(|text| Message::new("system", text)));
     messages.push(Message::new("user", &args.prompt));
     let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
-    chat::render(&template, &messages, &tokens, i64::try_from(now).unwrap_or(0))
+    chat::render(&template, &Conversation::new(&messages), &tokens, i64::try_from(now).unwrap_or(0))
         .map_err(|e| e.at(&args.model))
 }

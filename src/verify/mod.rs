@@ -3,6 +3,7 @@
 //! Each check is small and says what it found: structure, tensors against the bound their type
 //! promises, token parity, and a forward pass. Nothing here trusts what the conversion knew.
 
+mod chat;
 mod tensors;
 
 #[cfg(feature = "ggml")]
@@ -145,6 +146,9 @@ pub fn verify(options: &Options, budget: &Budget, observer: &dyn Observer) -> Re
         (outcome, detail)
     });
     report.add("tensors", compared);
+    if let Some(found) = chat::check(&gguf.metadata) {
+        report.add("chat template", Ok(found));
+    }
     #[cfg(feature = "ggml")]
     engine::check(&mut report, &gguf, source.as_ref(), options, budget, observer)?;
     #[cfg(not(feature = "ggml"))]

@@ -222,7 +222,8 @@ fn template(processor: &Value, texts: &mut Texts, add: &mut AddTokens, notes: &m
     }
 }
 
-/// All chat templates: tokenizer_config.json's own win over the files.
+/// All chat templates: files of their own come before tokenizer_config.json, as in transformers.
+/// (llama.cpp's converter has it the other way round.)
 fn chat_templates(
     dir: &Path,
     config: &Value,
@@ -235,28 +236,35 @@ fn chat_templates(
         let Some(bytes) = read_side_file(path, max)? else { return Ok(None) };
         String::from_utf8(bytes).map(Some).map_err(|_| Error::malformed("is not UTF-8").at(path))
     };
-    let inline = config.get("chat_template").filter(|t| !t.is_null());
-    if let Some(inline) = inline {
-        add_templates(inline, &mut templates, notes);
-    } else if let Some(text) = read_text(&dir.join("chat_template.jinja"))? {
+    if let Some(text) = read_text(&dir.join("chat_template.jinja"))? {
         templates.push(("default".to_owned(), text));
-        let folder = dir.join("additional_chat_templates");
-        let mut paths = Vec::new();
-        if let Ok(entries) = std::fs::read_dir(&folder) {
-            for entry in entries {
-                let path = entry.map_err(|e| Error::io("read", &folder, e))?.path();
-                if path.extension().is_some_and(|e| e == "jinja") {
-                    paths.push(path);
-                }
+    }
+    let folder = dir.join("additional_chat_templates");
+    let mut paths = Vec::new();
+    if let Ok(entries) = std::fs::read_dir(&folder) {
+        for entry in entries {
+            let path = entry.map_err(|e| Error::io("read", &folder, e))?.path();
+            if path.extension().is_some_and(|e| e == "jinja") {
+                paths.push(path);
             }
         }
-        paths.sort();
-        for path in paths {
-            let name = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
-            if let Some(text) = read_text(&path)? {
-                push_template(&name, text, &mut templates, notes);
-            }
+    }
+    paths.sort();
+    for path in paths {
+        let name = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+        if let Some(text) = read_text(&path)? {
+            push_template(&name, text, &mut templates, notes);
         }
+    }
+    let inline = config.get("chat_template").filter(|t| !t.is_null());
+    if !templates.is_empty() {
+        if inline.is_some_and(|t| t.as_str().is_none_or(|t| templates.iter().all(|(_, text)| text != t))) {
+            notes.push(
+                "the chat template is that of chat_template.jinja; tokenizer_config.json has another".into(),
+            );
+        }
+    } else if let Some(inline) = inline {
+        add_templates(inline, &mut templates, notes);
     } else if let Some(json) = read_json::<Value>(&dir.join("chat_template.json"), max)?
         && let Some(t) = json.get("chat_template")
     {
@@ -349,6 +357,11 @@ mod tests {
         std::fs::create_dir(path.join("additional_chat_templates")).unwrap();
         std::fs::write(path.join("additional_chat_templates/tool-use.jinja"), "T").unwrap();
         assert_eq!(get(json!({})), [("default".into(), "D".into()), ("tool_use".into(), "T".into())]);
+        let both = run(path, json!({}), json!({"chat_template": "C"}), Value::Null);
+        assert_eq!(both.0.chat_templates[0], ("default".into(), "D".into()));
+        assert!(both.1.iter().any(|n| n.contains("has another")), "{:?}", both.1);
+        std::fs::remove_file(path.join("chat_template.jinja")).unwrap();
+        std::fs::remove_dir_all(path.join("additional_chat_templates")).unwrap();
         assert_eq!(get(json!({"chat_template": "C"})), [("default".into(), "C".into())]);
     }
 }

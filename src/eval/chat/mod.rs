@@ -1,0 +1,101 @@
+//! Chat templates: from messages to the text that a model was trained on.
+//!
+//! A template is a program that comes with the model, written for Jinja as transformers sets it up.
+//! It runs without files, network or clock other than the time it is given, and within bounds: its
+//! steps (fuel), its time, the size and depth of its values, and its output. minijinja runs it; the
+//! operations in which Python differs, and those that make values, are ours ([`sandbox`]).
+
+mod clock;
+mod python;
+mod sandbox;
+
+use serde_json::{Map, Value as Json, json};
+
+use crate::error::{Error, Result};
+
+/// One message of a conversation.
+#[derive(Clone, Debug)]
+pub struct Message {
+    /// `system`, `user`, `assistant`.
+    pub role: String,
+    /// What was said.
+    pub content: String,
+}
+
+impl Message {
+    /// A message.
+    pub fn new(role: &str, content: &str) -> Self {
+        Self { role: role.to_owned(), content: content.to_owned() }
+    }
+}
+
+/// What a template is given.
+#[derive(Clone, Debug)]
+pub struct Conversation {
+    /// A list of messages, as transformers takes them: objects with `role`, `content` (a text or a
+    /// list of parts), `tool_calls` and what else the model knows.
+    pub messages: Json,
+    /// Tools in the form of JSON schemas, or null.
+    pub tools: Json,
+    /// Whether the text ends where the assistant begins.
+    pub add_generation_prompt: bool,
+    /// Other variables of the template, such as `enable_thinking`.
+    pub extra: Map<String, Json>,
+}
+
+impl Conversation {
+    /// These messages, up to where the assistant begins.
+    pub fn new(messages: &[Message]) -> Self {
+        let messages = messages.iter().map(|m| json!({"role": m.role, "content": m.content})).collect();
+        Self { messages, tools: Json::Null, add_generation_prompt: true, extra: Map::new() }
+    }
+}
+
+/// The special tokens that a template may name; empty where the vocabulary has none.
+#[derive(Clone, Debug, Default)]
+#[allow(missing_docs)]
+pub struct TemplateTokens {
+    pub bos: String,
+    pub eos: String,
+}
+
+/// Renders `template` as transformers' `apply_chat_template` does. `now` is the time in seconds since
+/// 1970, in UTC, for templates that print the date.
+///
+/// # Errors
+/// `Unsupported` when the template is faulty, refuses the messages (`raise_exception`), or wants
+/// more than a template may take.
+pub fn render(
+    template: &str,
+    conversation: &Conversation,
+    tokens: &TemplateTokens,
+    now: i64,
+) -> Result<String> {
+    let mut variables = conversation.extra.clone();
+    for (name, value) in [
+        ("messages", conversation.messages.clone()),
+        ("tools", conversation.tools.clone()),
+        ("documents", Json::Null),
+        ("add_generation_prompt", conversation.add_generation_prompt.into()),
+        ("bos_token", tokens.bos.as_str().into()),
+        ("eos_token", tokens.eos.as_str().into()),
+    ] {
+        variables.insert(name.into(), value);
+    }
+    // The library's frames are deep; a thread of its own has room for them, and keeps its panics.
+    let run = || sandbox::render(template, &variables, now);
+    let rendered = std::thread::scope(|scope| {
+        let thread = std::thread::Builder::new().stack_size(STACK_BYTES).spawn_scoped(scope, run);
+        match thread.map(|t| t.join()) {
+            Ok(Ok(rendered)) => rendered,
+            _ => Err("the renderer broke down".into()),
+        }
+    });
+    rendered.map_err(|why| {
+        Error::unsupported(format!("the chat template {why}"))
+            .hint("run without --chat and write the prompt in the model's own format")
+    })
+}
+
+/// Macros may nest 500 deep.
+const STACK_BYTES: usize = 64 << 20;
