@@ -183,9 +183,10 @@ fn typed(kind: KvType, value: &Json) -> Result<Option<Value>> {
     };
     let i32_of = |v: &Json| v.as_i64().and_then(|n| i32::try_from(n).ok()).ok_or_else(wrong);
     Ok(Some(match (kind, value) {
-        (KvType::U32, Json::Array(list)) => {
-            Value::Array(Array::U32(list.iter().map(u32_of).collect::<Result<_>>()?))
-        }
+        // As llama.cpp's converter writes lists of numbers.
+        (KvType::U32, Json::Array(list)) => Value::Array(Array::I32(
+            list.iter().map(|v| i32::try_from(u32_of(v)?).map_err(|_| wrong())).collect::<Result<_>>()?,
+        )),
         (KvType::U32, v) => Value::U32(u32_of(v)?),
         (KvType::I32, Json::Array(list)) => {
             Value::Array(Array::I32(list.iter().map(i32_of).collect::<Result<_>>()?))

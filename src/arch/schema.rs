@@ -165,6 +165,9 @@ pub struct TokenizerRule {
     pub kinds: Vec<String>,
     /// Overrides `tokenizer.ggml.add_space_prefix` for SentencePiece.
     pub add_space_prefix: Option<bool>,
+    /// Tokens of a role (`eot`, `eom`, ...) that no file of the tokenizer names, by their text.
+    #[serde(default)]
+    pub special: BTreeMap<String, String>,
 }
 
 /// A tensor that no checkpoint holds.

@@ -175,6 +175,9 @@ impl HfToGguf {
             },
             &self.limits,
         )?;
+        for (role, token) in &model.arch.tokenizer.special {
+            vocab.name_special(role, token)?;
+        }
         if vocab.kind == vocab::Kind::Spm {
             vocab.add_space_prefix = model.arch.tokenizer.add_space_prefix.or(vocab.add_space_prefix);
         }

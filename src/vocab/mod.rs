@@ -238,6 +238,22 @@ impl Vocab {
         self.special.iter().filter_map(|(role, _, id)| Some((format!("{role}_token_id"), id?))).chain(types)
     }
 
+    /// Gives `role` (`eot`, `eom`, ...) to the token of this text, where the vocabulary has it and
+    /// the role is free.
+    ///
+    /// # Errors
+    /// `Malformed` for a role that does not exist.
+    pub fn name_special(&mut self, role: &str, token: &str) -> Result<()> {
+        let found = self.tokens.iter().position(|t| t == token.as_bytes());
+        let (_, _, id) = self
+            .special
+            .iter_mut()
+            .find(|(name, _, _)| *name == role)
+            .ok_or_else(|| Error::malformed(format!("no token has the role {role:?}")))?;
+        *id = id.or(found.and_then(|i| u32::try_from(i).ok()));
+        Ok(())
+    }
+
     /// Appends a token with its type, and its score where there are scores.
     fn push(&mut self, text: impl Into<Vec<u8>>, kind: TokenType, score: f32) {
         self.tokens.push(text.into());

@@ -358,7 +358,16 @@ def try_case(tools, root, name, variant, class_name, example):
             traceback.print_exc()
         found = [last_line(e)]
         converter = "refuses"
-    return told(converter, found, class_name), logits_of(agreement, ours, class_name, variant)
+    cell = told(converter, found, class_name)
+    if converter == "differs" and (far := logits(agreement, theirs, directory / "reference_logits.safetensors")) > SAME:
+        cell += f" (its file: {'does not run' if far == float('inf') else f'{far:.1e}'})"
+    return cell, logits_of(agreement, ours, class_name, variant)
+
+
+def logits(agreement, model, recorded):
+    """Relative RMS, infinite when llama.cpp does not run the file."""
+    done = run(agreement, model, recorded)
+    return json.loads(done.stdout)["rel_rms"] if done.returncode == 0 else float("inf")
 
 
 def logits_of(agreement, ours, class_name, variant):

@@ -14,6 +14,8 @@ CONFIG = {
     ("DeepseekV3ForCausalLM", "v3_of_transformers"): {"n_group": 1, "topk_group": 1},
     "Mistral3ForConditionalGeneration": {"text_config": {"model_type": "ministral3"}},
     "Mamba2ForCausalLM": {"num_heads": 8},
+    # transformers keeps time steps above this, llama.cpp does not.
+    "NemotronHForCausalLM": {"time_step_min": 1e-9},
     "Olmo3ForCausalLM": {"rope_parameters": {
         kind: {"rope_type": "default", "rope_theta": 10000.0} for kind in ["full_attention", "sliding_attention"]}},
 }
@@ -75,4 +77,4 @@ SENTENCEPIECE = {"ernie4_5", "ernie4_5-moe", "gemma", "gemma2", "gemma4", "minic
 # Tokens that llama.cpp's converter looks for.
 GLM = ["<|endoftext|>", "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>", "<|system|>", "<|user|>", "<|assistant|>",
        "<|observation|>"]
-TOKENS_MORE = {"chatglm": GLM, "glm4": GLM, "glm4moe": GLM}
+TOKENS_MORE = {"chatglm": GLM, "glm-dsa": GLM, "glm4": GLM, "glm4moe": GLM}
