@@ -12,7 +12,7 @@ use checkpoint::{Made, Random, f32_bytes, i32_bytes};
 use qconv::ErrorKind::{Malformed, Unsupported};
 use qconv::container::gguf::Gguf;
 use qconv::container::{Store, safetensors};
-use qconv::convert::HfToGguf;
+use qconv::convert::{GgufToHf, HfToGguf, Silent};
 use qconv::limits::Limits;
 use qconv::packed::unpack;
 use qconv::tensor::DType;
@@ -391,6 +391,32 @@ fn mxfp4_stays_unless_asked() {
     assert_eq!(role(None), (DType::MXFP4, DType::BF16, Some(38)));
     assert_eq!(role(Some("f16")), (DType::F16, DType::F16, Some(1)));
     assert_eq!(role(Some("q8_0")), (DType::Q8_0, DType::Q8_0, Some(7)));
+}
+
+/// From MXFP4 in GGUF to a directory in BF16: which holds all its values.
+#[test]
+fn mxfp4_comes_back_in_bf16_without_loss() {
+    let dir = tempfile::tempdir().unwrap();
+    let (source, kept, plain) =
+        (common::fixture("models/gpt_oss-mxfp4"), dir.path().join("kept.gguf"), dir.path().join("f32.gguf"));
+    common::convert(&source, &kept, None);
+    let hf = dir.path().join("hf");
+    let back = GgufToHf {
+        source: kept,
+        output: hf.clone(),
+        dtype: None,
+        max_shard_size: u64::MAX,
+        arch_file: None,
+        limits: Limits::default(),
+    };
+    back.plan().unwrap().run(true, &common::budget(), &Silent).unwrap();
+    let made = Made::of(&hf);
+    assert!(made.config.get("quantization_config").is_none());
+    assert!(made.tensors.iter().any(|(n, t)| n.ends_with("experts.gate_up_proj") && t.0 == "BF16"));
+    common::convert(&source, &plain, Some("f32"));
+    let wanted = tensors(&plain);
+    common::convert(&hf, &plain, Some("f32"));
+    assert!(tensors(&plain) == wanted);
 }
 
 /// An early GPTQ model says in a file of its own how it was quantized.

@@ -477,7 +477,7 @@ impl Model {
                     let target = r.row.to[0].fill(&captures);
                     let done = target.as_ref().and_then(|t| out.get(t));
                     let whole = |b: &Building| b.values.is_some() || b.pieces.len() as u64 >= b.stack;
-                    if !done.is_some_and(whole) && !(r.row.at.is_some() && seen.contains(&captures)) {
+                    if !(done.is_some_and(whole) || r.row.at.is_some() && seen.contains(&captures)) {
                         return Err(self.missing(r, captures, seen));
                     }
                 }

@@ -246,7 +246,7 @@ mod tests {
         let mut words = [0u32; 3];
         for i in 0..32u64 {
             for bit in 0..3 {
-                words[(i * 3 + bit) as usize / 32] |= ((i % 8 >> bit & 1) as u32) << ((i * 3 + bit) % 32);
+                words[(i * 3 + bit) as usize / 32] |= (((i % 8) >> bit & 1) as u32) << ((i * 3 + bit) % 32);
             }
         }
         let codes: Vec<u32> = (0..32).map(|i| code(&words, 1, i * 3, 3)).collect();
