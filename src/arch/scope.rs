@@ -38,7 +38,9 @@ pub(super) struct ModelScope {
 
 impl ModelScope {
     pub fn new(arch: &Architecture, config: Json) -> Self {
-        let mut roots: Vec<Json> = arch.config_root.iter().filter_map(|r| config.get(r).cloned()).collect();
+        let path = |root: &String| format!("/{}", root.replace('.', "/"));
+        let mut roots: Vec<Json> =
+            arch.config_root.iter().filter_map(|r| config.pointer(&path(r)).cloned()).collect();
         roots.push(config);
         let (rope, rope_sliding) = canonical_rope(&roots);
         Self {
