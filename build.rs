@@ -5,6 +5,7 @@ use std::{env, fs};
 
 fn main() {
     embed("arch");
+    embed("mmproj");
     embed("recipe");
 }
 

@@ -118,11 +118,8 @@ impl Trial {
             kinds,
         };
         let vocab = vocab::load(&source, &Limits::default()).map_err(text)?;
-        model.set_facts(Facts {
-            n_tokens: Some(vocab.tokens.len() as u64),
-            file_type: Some(0),
-            pooling: None,
-        });
+        *model.facts_mut() =
+            Facts { n_tokens: Some(vocab.tokens.len() as u64), file_type: Some(0), ..Facts::default() };
         let mut metadata = Metadata::default();
         metadata.set("general.architecture", definition.arch.as_str());
         for (key, value) in model.metadata().map_err(text)?.0 {
@@ -307,7 +304,7 @@ fn write_checkpoint(dir: &Path, sources: &[Mapped]) {
     let file = &layout.files[0];
     let mut bytes = file.header.clone();
     bytes.resize(file.len as usize, 0);
-    for (Mapped { name, shape, data }, (_, offset)) in sources.iter().zip(&layout.places) {
+    for (Mapped { name, shape, data, .. }, (_, offset)) in sources.iter().zip(&layout.places) {
         let n = shape.iter().product::<u64>();
         let held = match data {
             Data::Copied { pieces, .. } => pieces.iter().map(|p| p.copy.elements()).sum(),

@@ -6,8 +6,8 @@
 use serde::Deserialize;
 
 use super::Model;
+use super::active::ActiveRow;
 use super::expr::{Expr, truth};
-use super::mapping::ActiveRow;
 use super::rows::Op;
 use super::scope::{WithCaptures, WithShape};
 use super::template::{Captures, Template};

@@ -55,7 +55,7 @@ impl Model {
         for active in self.active_rows(max_layers as usize)? {
             let row = active.row;
             let parameters = if row.hf.has_parameter() { PARAMETERS.map(Some).to_vec() } else { vec![None] };
-            for i in 0..if row.hf.has('i') { n_layers } else { 1 } {
+            for i in 0..if row.to[0].has('i') { n_layers } else { 1 } {
                 for &parameter in &parameters {
                     let mut captures = Captures { parameter, ..Captures::default() };
                     captures.integers.insert('i', i);

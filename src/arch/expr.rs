@@ -271,6 +271,8 @@ fn call(name: &str, args: &[Expr], scope: &dyn Scope) -> Result<Json> {
         ("contains", [Json::Array(a), v]) => Ok(Json::Bool(a.contains(v))),
         ("contains", [Json::String(s), Json::String(v)]) => Ok(Json::Bool(s.contains(v.as_str()))),
         ("contains", [_, _]) => Ok(Json::Bool(false)),
+        ("index_of", [Json::Array(a), v]) => Ok(a.iter().position(|x| x == v).map_or(Json::Null, Json::from)),
+        ("index_of", [_, _]) => Ok(Json::Null),
         ("lower", [Json::String(s)]) => Ok(Json::from(s.to_lowercase())),
         ("lower", [v]) => Ok(v.clone()),
         _ => Err(fail("no such function with these arguments")),

@@ -6,8 +6,9 @@ use indexmap::IndexMap;
 use serde_json::{Map, Value as Json, json};
 
 use super::Model;
+use super::active::ActiveRow;
 use super::expr::{Expr, Scope, truth};
-use super::mapping::{ActiveRow, Data, Mapped, Piece, sizes};
+use super::mapping::{Data, Mapped, Piece, sizes};
 use super::rope::Llama3;
 use super::rows::{Op, Row};
 use super::schema::{Architecture, Class, ConfigValue, GenerateFn};
@@ -225,7 +226,7 @@ impl Model {
                 if active.row.stack.is_some() && active.row.at.is_none() {
                     captures.integers.insert('e', e);
                 }
-                let name = active.row.hf.fill(&captures);
+                let name = active.source_name(&captures);
                 let name = name.ok_or_else(|| Error::malformed("has no name"))?;
                 let copy = axes.clone().into_copy(first + e * n).inverse();
                 let piece = Piece { source: t.name.clone(), copy };
@@ -233,7 +234,8 @@ impl Model {
                     None => {
                         let data = Data::Copied { pieces: vec![piece], elementwise: elementwise.clone() };
                         let name_out = self.original(&name);
-                        out.insert(name, Mapped { name: name_out, shape: shape.clone(), data });
+                        let mapped = Mapped { name: name_out, shape: shape.clone(), data, fixed: None };
+                        out.insert(name, mapped);
                     }
                     Some(Mapped { data: Data::Copied { pieces, .. }, shape: s, .. }) if *s == shape => {
                         pieces.push(piece);

@@ -1,8 +1,8 @@
 //! A matrix given as the product of two small ones (LoRA): where its rows and columns go, each by
 //! itself, so that the factors can be rearranged instead of their product.
 
+use super::active::ActiveRow;
 use super::elementwise::Elementwise;
-use super::mapping::ActiveRow;
 use super::{Model, Template};
 use crate::error::{Error, Result};
 use crate::tensor::{Axes, TensorInfo};
@@ -78,10 +78,7 @@ impl Placer<'_> {
                     "the adapter was made for another base, or for one whose output is no matrix of its own",
                 ));
         }
-        let found = rows.iter().find_map(|r| {
-            let captures = r.row.hf.matches(name)?;
-            r.in_layer(&captures).then_some((r, captures))
-        });
+        let found = rows.iter().find_map(|r| Some((r, r.captures(name)?)));
         let Some((active, captures)) = found else {
             return Err(model.unknown_tensor(&matrix.name, name, rows));
         };

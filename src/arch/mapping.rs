@@ -5,15 +5,16 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use indexmap::IndexMap;
 
 use super::Model;
+use super::active::ActiveRow;
 use super::elementwise::Elementwise;
 use super::expr::{Expr, Scope, truth};
 use super::rope;
 use super::rows::{Function, Op, Row};
 use super::schema::Drop;
-use super::scope::{WithCaptures, WithLayer, WithShape};
+use super::scope::{WithCaptures, WithShape};
 use super::template::{Captures, PARAMETERS};
 use crate::error::{Error, Result};
-use crate::tensor::{Axes, StridedCopy, TensorInfo, elements};
+use crate::tensor::{Axes, DType, StridedCopy, TensorInfo, elements};
 
 /// As many as `LLAMA_MAX_LAYERS`, where tensors are made for each.
 const MAX_LAYERS: u64 = 512;
@@ -27,6 +28,8 @@ pub struct Mapped {
     pub shape: Vec<u64>,
     /// Where its values come from.
     pub data: Data,
+    /// The type it has in GGUF, whatever the file type.
+    pub fixed: Option<DType>,
 }
 
 /// Where values come from.
@@ -63,80 +66,7 @@ pub struct Piece {
     pub copy: StridedCopy,
 }
 
-/// Rows that apply to this model, with the layers they apply to.
-pub(super) struct ActiveRow<'a> {
-    pub row: &'a Row,
-    layers: Option<HashSet<u64>>,
-    /// All layers may lack it, or these.
-    optional: bool,
-    lacking: HashSet<u64>,
-    pad: u64,
-    pub stack: u64,
-}
-
-impl ActiveRow<'_> {
-    pub fn in_layer(&self, captures: &Captures) -> bool {
-        match (&self.layers, captures.integers.get(&'i')) {
-            (Some(layers), Some(i)) => layers.contains(i),
-            _ => true,
-        }
-    }
-
-    pub fn may_lack(&self, captures: &Captures) -> bool {
-        self.optional || captures.integers.get(&'i').is_some_and(|i| self.lacking.contains(i))
-    }
-}
-
 impl Model {
-    /// Number of layers, if the definition has any. Bounded by nothing: compare, do not allocate.
-    pub(super) fn layers(&self) -> Result<u64> {
-        Ok(self.var("n_layers")?.as_u64().unwrap_or(0))
-    }
-
-    pub(super) fn active_rows(&self, tensors: usize) -> Result<Vec<ActiveRow<'_>>> {
-        // A layer that applies has at least one tensor: more layers than tensors are not visited.
-        let n_layers = self.layers()?.min(tensors as u64 + 1);
-        let mut rows = Vec::new();
-        for row in &self.arch.rows {
-            let context = |e: Error| e.context(format!("{}: row {:?}", self.arch.arch, row.hf.text()));
-            let holds = |e: &Option<Expr>| match e {
-                Some(e) => Ok(truth(&e.eval(&self.scope)?)),
-                None => Ok(true),
-            };
-            if !holds(&row.when).map_err(context)? {
-                continue;
-            }
-            let layers_where = |e: &Expr| {
-                let mut set = HashSet::new();
-                for i in 0..n_layers {
-                    if truth(&e.eval(&WithLayer(&self.scope, i)).map_err(context)?) {
-                        set.insert(i);
-                    }
-                }
-                Ok(set)
-            };
-            let layers = row.layers.as_ref().map(layers_where).transpose()?;
-            let (optional, lacking) = match &row.optional {
-                None => (false, HashSet::new()),
-                Some(Expr::Literal(v)) => (truth(v), HashSet::new()),
-                Some(e) => (false, layers_where(e)?),
-            };
-            let stack =
-                match &row.stack {
-                    None => 1,
-                    Some(e) => e.eval(&self.scope).map_err(context)?.as_u64().ok_or_else(|| {
-                        context(Error::malformed("the number of tensors to stack is unknown"))
-                    })?,
-                };
-            let pad = match &row.pad {
-                None => 0,
-                Some(e) => e.eval(&self.scope).map_err(context)?.as_u64().unwrap_or(0),
-            };
-            rows.push(ActiveRow { row, layers, optional, lacking, pad, stack });
-        }
-        Ok(rows)
-    }
-
     /// The way of every tensor of a checkpoint into GGUF, in the checkpoint's order.
     ///
     /// # Errors
@@ -152,14 +82,12 @@ impl Model {
         for t in tensors {
             let context = |e: Error| e.context(format!("tensor {:?}", t.name));
             let canonical = self.canonical(&t.name);
-            if self.is_scalar(&canonical) || self.is_dropped(&canonical, true).map_err(context)? {
+            let is_other = self.is_beside(&t.name) || self.is_scalar(&canonical);
+            if is_other || self.is_dropped(&canonical, true).map_err(context)? {
                 continue;
             }
             for (name, axes) in self.taken_for(t, &rows).map_err(context)? {
-                let found = rows.iter().find_map(|r| {
-                    let captures = r.row.hf.matches(&name)?;
-                    r.in_layer(&captures).then_some((r, captures))
-                });
+                let found = rows.iter().find_map(|r| Some((r, r.captures(&name)?)));
                 let Some((active, captures)) = found else {
                     if self.is_dropped(&name, false).map_err(context)? {
                         continue;
@@ -217,11 +145,13 @@ impl Model {
         let old =
             tensorflow.into_iter().find_map(|(old, new)| Some(format!("{}{new}", name.strip_suffix(old)?)));
         let name = old.as_deref().unwrap_or(name);
-        self.class
-            .rename
-            .iter()
-            .find_map(|(from, to)| to.fill(&from.matches(name)?))
-            .unwrap_or_else(|| name.to_string())
+        let within = self.around.as_ref().and_then(|a| a.within(name));
+        self.class.canonical(within.as_deref().unwrap_or(name))
+    }
+
+    /// Whether a tensor belongs to what the checkpoint holds beside this model.
+    fn is_beside(&self, name: &str) -> bool {
+        self.around.as_ref().is_some_and(|a| a.within(name).is_none())
     }
 
     /// Whether a row or a drop is about tensors of this name, in whichever layers and conditions.
@@ -235,6 +165,10 @@ impl Model {
 
     /// Whether a tensor is left out: by a condition, or else by its name alone.
     pub(super) fn is_dropped(&self, name: &str, by_condition: bool) -> Result<bool> {
+        let other = self.arch.language_model.as_ref().filter(|_| !by_condition);
+        if other.is_some_and(|l| l.tensors.matches(name).is_some()) {
+            return Ok(true);
+        }
         for drop in &self.arch.drop {
             let dropped = match drop {
                 Drop::Name(template) => !by_condition && template.matches(name).is_some(),
@@ -270,7 +204,7 @@ impl Model {
             .map(|r| r.row.hf.text())
             .max_by(|a, b| strsim::jaro_winkler(a, &pattern).total_cmp(&strsim::jaro_winkler(b, &pattern)));
         let error =
-            Error::malformed(format!("tensor {name:?} has no place in the architecture {}", self.arch.arch));
+            Error::malformed(format!("tensor {name:?} has no place in the architecture {}", self.arch.name));
         match nearest {
             Some(rule) => error.hint(format!("the nearest rule is {rule:?}")),
             None => error,
@@ -457,7 +391,7 @@ impl Model {
         let none = HashSet::new();
         for r in rows {
             let seen = hits.get(r.row.hf.text()).unwrap_or(&none);
-            let layered = r.row.hf.has('i');
+            let layered = r.row.to[0].has('i');
             let parameters: Vec<Option<&'static str>> =
                 if r.row.hf.has_parameter() { PARAMETERS.map(Some).to_vec() } else { vec![None] };
             for parameter in parameters {
@@ -494,11 +428,11 @@ impl Model {
             });
             captures.integers.insert('e', lacking.unwrap_or(0));
         }
-        let name = r.row.hf.fill(&captures).unwrap_or_else(|| r.row.hf.text().to_string());
+        let name = r.source_name(&captures).unwrap_or_else(|| r.row.hf.text().to_string());
         let error = Error::malformed(format!("tensor {name:?} is missing"));
         if seen.is_empty() {
             error
-                .hint(format!("the architecture {} needs it; is this another kind of model?", self.arch.arch))
+                .hint(format!("the architecture {} needs it; is this another kind of model?", self.arch.name))
         } else {
             error.hint("other layers or experts have it: a shard may be missing, or config.json counts more than there are")
         }
@@ -534,6 +468,7 @@ struct Building {
     pieces: BTreeMap<u64, Piece>,
     elementwise: Vec<Elementwise>,
     values: Option<Vec<f32>>,
+    fixed: Option<DType>,
 }
 
 impl Building {
@@ -582,6 +517,7 @@ impl Building {
         }
         self.shape = shape;
         self.elementwise = elementwise;
+        self.fixed = active.row.fixed;
         let piece = Piece { source: source.name.clone(), copy: axes.into_copy(index * one) };
         if let Some(other) = self.pieces.insert(index, piece) {
             return Err(Error::malformed(format!("takes the same place as {:?}", other.source)));
@@ -596,6 +532,6 @@ impl Building {
                 Data::Copied { pieces: self.pieces.into_values().collect(), elementwise: self.elementwise }
             }
         };
-        Ok(Mapped { name, shape: self.shape, data })
+        Ok(Mapped { name, shape: self.shape, data, fixed: self.fixed })
     }
 }

@@ -1,10 +1,11 @@
 //! Architectures as data: which config.json describes which model, how its tensors are called and
 //! laid out in GGUF, and which metadata llama.cpp wants.
 //!
-//! One TOML file in `formats/arch/` is one architecture; CONTRIBUTING.md describes the fields.
-//! [`recognise`] matches a config.json, [`Model::map`] plans the way to GGUF, and
-//! [`Model::map_back`] the way back, from the same rows.
+//! One TOML file in `formats/arch/` is one architecture, one in `formats/mmproj/` one projector;
+//! CONTRIBUTING.md describes the fields. [`recognise`] matches a config.json, [`Model::map`] plans
+//! the way to GGUF, and [`Model::map_back`] the way back, from the same rows.
 
+mod active;
 mod also;
 mod elementwise;
 mod example;
@@ -12,6 +13,7 @@ mod expr;
 mod inverse;
 mod low_rank;
 mod mapping;
+mod projector;
 mod recognise;
 mod rope;
 mod rows;
@@ -25,6 +27,7 @@ pub use example::Target;
 pub use expr::{Expr, Scope, truth};
 pub use low_rank::{Placed, Placer};
 pub use mapping::{Data, Generated, Mapped, Piece};
+pub use projector::{PROJECTOR, has_projector, recognise_projector, take_for_projector};
 pub use recognise::{recognise, take_for};
 pub use schema::{Architecture, TokenizerRule};
 pub use scope::Facts;
@@ -38,6 +41,7 @@ use crate::container::gguf::{Metadata, Value};
 use crate::error::{Error, ErrorKind, Result};
 use crate::limits::Limits;
 use crate::tensor::TensorInfo;
+use projector::Around;
 use schema::{Class, KvType};
 use scope::ModelScope;
 
@@ -47,6 +51,8 @@ pub struct Model {
     pub arch: Architecture,
     /// Which of its classes the config names.
     class: Class,
+    /// Where the model is only a part of the checkpoint: the whole.
+    around: Option<Around>,
     scope: ModelScope,
 }
 
@@ -56,6 +62,14 @@ pub struct Model {
 /// `Malformed` when an embedded file is faulty (a test holds them to be sound).
 pub fn all() -> Result<Vec<Architecture>> {
     schema::embedded()
+}
+
+/// All embedded definitions of projectors, by name of the file.
+///
+/// # Errors
+/// As [`all`].
+pub fn all_projectors() -> Result<Vec<Architecture>> {
+    schema::projectors()
 }
 
 /// Reads a definition from a file; what it extends lies beside it, or is embedded.
@@ -76,6 +90,9 @@ impl Model {
         let name = metadata
             .str("general.architecture")
             .ok_or_else(|| Error::malformed("general.architecture is missing or no string"))?;
+        if name == PROJECTOR {
+            return Err(projector::no_way_back());
+        }
         let archs = all()?;
         let mut found = Err(Error::unsupported(format!("the architecture {name:?} is not known"))
             .hint(format!("known are: {}", recognise::names(&archs))));
@@ -103,7 +120,7 @@ impl Model {
         }
         let (config, class) = inverse::config(&arch, metadata, tensors)?;
         let scope = ModelScope::new(&arch, config);
-        Ok(Self { arch, class, scope })
+        Ok(Self { arch, class, around: None, scope })
     }
 
     /// The class in config.json that was matched, e.g. `LlamaForCausalLM`.
@@ -116,9 +133,9 @@ impl Model {
         self.scope.config()
     }
 
-    /// Facts that only later steps know: vocabulary size, file type.
-    pub fn set_facts(&mut self, facts: Facts) {
-        self.scope.set_facts(facts);
+    /// Facts that the config does not tell, such as the vocabulary's size.
+    pub fn facts_mut(&mut self) -> &mut Facts {
+        &mut self.scope.facts
     }
 
     /// Evaluates a named variable of the definition, such as `n_layers`.
@@ -147,7 +164,7 @@ impl Model {
     fn check(&self) -> Result<()> {
         for r in &self.arch.require {
             if !expr::truth(&r.expr.eval(&self.scope)?) {
-                return Err(Error::unsupported(format!("{}: {}", self.arch.arch, r.why)));
+                return Err(Error::unsupported(format!("{}: {}", self.arch.name, r.why)));
             }
         }
         Ok(())

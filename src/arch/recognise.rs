@@ -5,8 +5,9 @@ use std::collections::BTreeMap;
 use serde_json::Value as Json;
 
 use super::mapping::pattern_of;
+use super::projector::Around;
 use super::schema::{Architecture, Class, refusal};
-use super::scope::{Facts, ModelScope};
+use super::scope::ModelScope;
 use super::{Model, all};
 use crate::error::{Error, Result};
 use crate::tensor::TensorInfo;
@@ -35,22 +36,34 @@ pub fn recognise(config: &Json, tensors: &[TensorInfo], forced: Option<&str>) ->
         (Some(arch), _) => take_for(arch.clone(), config),
         (None, Some(name)) => Err(Error::misuse(format!("no architecture is called {name:?}"))
             .hint(format!("known are: {}", names(&archs)))),
-        (None, None) => Err(match refusal(class)? {
-            Some(why) => Error::unsupported(format!("{class}: {why}")),
-            None => unknown_class(&archs, class, config, tensors),
-        }),
+        (None, None) => match (refusal(class)?, Around::of(config)?) {
+            (Some(why), _) => Err(Error::unsupported(format!("{class}: {why}"))),
+            (None, Some(around)) => match around.inner_class(&archs, config) {
+                Some((arch, _)) => take_for(arch.clone(), config),
+                None => Err(around.unknown(config)),
+            },
+            (None, None) => Err(unknown_class(&archs, class, config, tensors)),
+        },
     }
 }
 
 /// Takes a config.json for a model of this architecture: of the class that it names, or of the
-/// first.
+/// first. Where the config is of a language model and a projector, the former is taken.
 ///
 /// # Errors
 /// What the definition's requirements say.
-pub fn take_for(arch: Architecture, config: &Json) -> Result<Model> {
-    let class = arch.class_of(config)?.or(arch.class.first()).cloned();
-    let class = class.ok_or_else(|| Error::malformed(format!("{} has no [[class]]", arch.arch)))?;
-    let model = Model { scope: ModelScope::new(&arch, config.clone()), arch, class };
+pub fn take_for(mut arch: Architecture, config: &Json) -> Result<Model> {
+    let mut config = config.clone();
+    let mut named = arch.class_of(&config)?.cloned();
+    let around = if named.is_none() { Around::of(&config)? } else { None };
+    if let Some(around) = &around {
+        config = around.language_model.complete(&config);
+        named = around.inner_class(std::slice::from_ref(&arch), &config).map(|(_, class)| class.clone());
+        arch.config_root.insert(0, around.language_model.config.clone());
+    }
+    let class = named.or_else(|| arch.class.first().cloned());
+    let class = class.ok_or_else(|| Error::malformed(format!("{} has no [[class]]", arch.name)))?;
+    let model = Model { scope: ModelScope::new(&arch, config), arch, class, around };
     model.check()?;
     Ok(model)
 }
@@ -99,9 +112,9 @@ fn unknown_class(archs: &[Architecture], class: &str, config: &Json, tensors: &[
             let alike = known_class.names().map(|name| likeness(name, class)).fold(0.0, f64::max);
             let alike = if alike > 0.7 { alike } else { 0.0 };
             let scope = ModelScope::new(arch, config.clone());
-            let mut model = Model { arch: arch.clone(), class: known_class.clone(), scope };
+            let mut model = Model { arch: arch.clone(), class: known_class.clone(), around: None, scope };
             let n_tokens = model.var("vocab_size").ok().and_then(|n| n.as_u64());
-            model.set_facts(Facts { n_tokens, ..Facts::default() });
+            model.facts_mut().n_tokens = n_tokens;
             let known = kinds.values().filter(|name| model.knows(name)).count();
             let all_known = known > 0 && known == kinds.len();
             let fits = all_known && model.check().is_ok() && model.map(tensors).is_ok();

@@ -7,6 +7,7 @@ use serde::Deserialize;
 use super::expr::Expr;
 use super::template::Template;
 use crate::error::{Error, Result};
+use crate::tensor::DType;
 
 #[derive(Clone, Debug, Deserialize)]
 #[serde(untagged)]
@@ -39,6 +40,10 @@ pub(super) struct RowTable {
     optional: Option<Expr>,
     #[serde(default)]
     bias: bool,
+    #[serde(default)]
+    with: BTreeMap<char, Expr>,
+    #[serde(rename = "type")]
+    fixed: Option<FixedType>,
 }
 
 /// A part of a split: its name, or with transforms of its own.
@@ -81,6 +86,17 @@ pub(super) struct Row {
     pub optional: Option<Expr>,
     /// With `{p}`: the bias must be there too.
     pub bias: bool,
+    /// Letters of the source's name that follow from `i`. Where one is null, the row does not apply.
+    pub with: BTreeMap<char, Expr>,
+    /// The type in GGUF, whatever the file type.
+    pub fixed: Option<DType>,
+}
+
+#[derive(Clone, Copy, Debug, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum FixedType {
+    F32,
+    F16,
 }
 
 /// A transform.
@@ -189,6 +205,8 @@ impl Row {
                 layers: None,
                 optional: None,
                 bias: false,
+                with: BTreeMap::new(),
+                fixed: None,
             },
         };
         let fail = |why: &str| Err(Error::malformed(format!("tensors.{:?}: {why}", hf.text())));
@@ -210,11 +228,15 @@ impl Row {
         if is_joined && (table.sizes.is_empty() || table.interleaved) {
             return fail("parts that are joined need `sizes`");
         }
-        let known = |c: char| hf.has(c);
+        let follows = |c: char| table.with.contains_key(&c);
+        if table.with.keys().any(|c| *c == 'i' || !hf.has(*c)) {
+            return fail("`with` is about letters of the name that follow from {i}");
+        }
+        let known = |c: char| hf.has(c) || (c == 'i' && !table.with.is_empty());
         if to.iter().any(|t| t.letters().any(|c| !known(c)) || t.has_parameter() != hf.has_parameter()) {
             return fail("`to` needs the same placeholders");
         }
-        let lost = hf.letters().any(|c| c != 'i' && !to[0].has(c));
+        let lost = hf.letters().any(|c| c != 'i' && !to[0].has(c) && !follows(c));
         let stacked = lost || table.at.is_some();
         if stacked != table.stack.is_some()
             || (lost && !hf.has('e'))
@@ -252,6 +274,11 @@ impl Row {
             layers: table.layers,
             optional: table.optional,
             bias: table.bias,
+            with: table.with,
+            fixed: table.fixed.map(|t| match t {
+                FixedType::F32 => DType::F32,
+                FixedType::F16 => DType::F16,
+            }),
         })
     }
 }

@@ -65,7 +65,12 @@ impl Model {
             })?;
             for (i, value) in (0..).zip(values) {
                 let name = self.original(&name(template, i)?);
-                out.push(Mapped { name, shape: rule.shape.clone(), data: Data::Values(vec![value]) });
+                out.push(Mapped {
+                    name,
+                    shape: rule.shape.clone(),
+                    data: Data::Values(vec![value]),
+                    fixed: None,
+                });
             }
         }
         Ok(out)

@@ -18,7 +18,9 @@ use crate::error::{Error, Result};
 use crate::limits::Limits;
 
 /// Name and text of every file in `formats/arch/`.
-static EMBEDDED: &[(&str, &str)] = include!(concat!(env!("OUT_DIR"), "/arch.rs"));
+static MODELS: &[(&str, &str)] = include!(concat!(env!("OUT_DIR"), "/arch.rs"));
+/// Name and text of every file in `formats/mmproj/`.
+static PROJECTORS: &[(&str, &str)] = include!(concat!(env!("OUT_DIR"), "/mmproj.rs"));
 const SCHEMA: u32 = 1;
 const MAX_EXTENDS: u32 = 4;
 
@@ -27,7 +29,10 @@ const MAX_EXTENDS: u32 = 4;
 #[serde(deny_unknown_fields)]
 pub struct Architecture {
     schema: u32,
-    /// llama.cpp's name: `general.architecture`.
+    /// The file, without its extension.
+    #[serde(skip)]
+    pub name: String,
+    /// llama.cpp's name: `general.architecture`. All projectors have `clip`.
     #[serde(default)]
     pub arch: String,
     extends: Option<String>,
@@ -39,6 +44,8 @@ pub struct Architecture {
     pub(super) drop: Vec<Drop>,
     #[serde(default)]
     pub(super) class: Vec<Class>,
+    /// Of a projector: the other part of the checkpoint.
+    pub(super) language_model: Option<LanguageModel>,
     #[serde(default)]
     pub(super) vars: IndexMap<String, Expr>,
     #[serde(default)]
@@ -103,6 +110,41 @@ pub(super) struct Class {
 impl Class {
     pub fn names(&self) -> impl Iterator<Item = &str> {
         std::iter::once(&self.name).chain(&self.aliases).map(String::as_str)
+    }
+
+    /// The name of a tensor in the definition's terms.
+    pub fn canonical(&self, name: &str) -> String {
+        let renamed = self.rename.iter().find_map(|(from, to)| to.fill(&from.matches(name)?));
+        renamed.unwrap_or_else(|| name.to_string())
+    }
+}
+
+/// Where the language model lies in a checkpoint that holds a projector as well.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct LanguageModel {
+    /// Its object in config.json.
+    pub config: String,
+    /// Its tensors, after renaming; `{*}` is the name in a checkpoint of the language model alone.
+    pub tensors: Template,
+    /// What config.json may leave out there, by `model_type`: transformers' own values.
+    #[serde(default)]
+    defaults: BTreeMap<String, BTreeMap<String, Json>>,
+}
+
+impl LanguageModel {
+    /// The config with what it leaves out of the language model.
+    pub fn complete(&self, config: &Json) -> Json {
+        let mut config = config.clone();
+        if let Some(Json::Object(inner)) = config.get_mut(&self.config) {
+            let model_type = inner.get("model_type").and_then(Json::as_str).unwrap_or_default();
+            for (key, value) in self.defaults.get(model_type).into_iter().flatten() {
+                if inner.get(key).is_none_or(Json::is_null) {
+                    inner.insert(key.clone(), value.clone());
+                }
+            }
+        }
+        config
     }
 }
 
@@ -290,6 +332,9 @@ impl Architecture {
         if self.tokenizer.kinds.is_empty() {
             self.tokenizer = base.tokenizer;
         }
+        if self.language_model.is_none() {
+            self.language_model = base.language_model;
+        }
     }
 
     /// Names of the tensors that no checkpoint holds; of those of all layers, the first's.
@@ -312,7 +357,7 @@ impl Architecture {
 
 /// Text of an embedded file.
 fn text(name: &str) -> Option<String> {
-    EMBEDDED.iter().find(|(n, _)| *n == name).map(|(_, t)| t.to_string())
+    MODELS.iter().chain(PROJECTORS).find(|(n, _)| *n == name).map(|(_, t)| t.to_string())
 }
 
 /// A definition outside the program; what it extends lies beside it, or is embedded.
@@ -326,7 +371,8 @@ pub(super) fn read(path: &Path, limits: &Limits) -> Result<Architecture> {
         let read = if is_name { read_side_file(&base, limits.side_file_bytes).ok().flatten() } else { None };
         read.and_then(|bytes| String::from_utf8(bytes).ok()).or_else(|| text(name))
     };
-    let arch = Architecture::parse(&toml, &beside).map_err(|e| e.at(path))?;
+    let mut arch = Architecture::parse(&toml, &beside).map_err(|e| e.at(path))?;
+    arch.name = path.file_stem().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
     if arch.arch.is_empty() || arch.class.is_empty() {
         return Err(Error::malformed("needs `arch` and at least one [[class]]").at(path));
     }
@@ -341,13 +387,24 @@ pub(super) fn refusal(class: &str) -> Result<Option<String>> {
     Ok(refused.class.into_iter().find(|c| c.names().any(|n| n == class)).and_then(|c| c.refuse))
 }
 
-/// All embedded architectures.
+/// All embedded architectures of models.
 pub(super) fn embedded() -> Result<Vec<Architecture>> {
+    parse_all("arch", MODELS)
+}
+
+/// All embedded projectors.
+pub(super) fn projectors() -> Result<Vec<Architecture>> {
+    parse_all("mmproj", PROJECTORS)
+}
+
+fn parse_all(folder: &str, files: &[(&str, &str)]) -> Result<Vec<Architecture>> {
     let mut archs = Vec::new();
-    for (name, toml) in EMBEDDED {
-        let arch =
-            Architecture::parse(toml, &text).map_err(|e| e.context(format!("formats/arch/{name}.toml")))?;
+    let beside = |name: &str| files.iter().find(|(n, _)| *n == name).map(|(_, t)| t.to_string());
+    for (name, toml) in files {
+        let mut arch = Architecture::parse(toml, &beside)
+            .map_err(|e| e.context(format!("formats/{folder}/{name}.toml")))?;
         if !arch.arch.is_empty() {
+            arch.name = name.to_string();
             archs.push(arch);
         }
     }
@@ -360,15 +417,18 @@ mod tests {
 
     #[test]
     fn embedded_files_are_sound() {
-        let archs = embedded().unwrap();
-        assert!(archs.len() >= 6);
-        let whole = |c: &&Class| c.only.is_none();
-        let mut names: Vec<_> =
-            archs.iter().flat_map(|a| a.class.iter().filter(whole).flat_map(Class::names)).collect();
-        let all = names.len();
-        names.sort_unstable();
-        names.dedup();
-        assert_eq!(names.len(), all, "a class belongs to two architectures");
+        let (archs, projectors) = (embedded().unwrap(), projectors().unwrap());
+        assert!(archs.len() >= 6 && projectors.len() >= 6);
+        for archs in [&archs, &projectors] {
+            let whole = |c: &&Class| c.only.is_none();
+            let mut names: Vec<_> =
+                archs.iter().flat_map(|a| a.class.iter().filter(whole).flat_map(Class::names)).collect();
+            let all = names.len();
+            names.sort_unstable();
+            names.dedup();
+            assert_eq!(names.len(), all, "a class belongs to two architectures");
+        }
+        assert!(projectors.iter().all(|a| a.language_model.is_some() && !a.rows.is_empty()));
         assert!(archs.iter().all(|a| !a.tokenizer.kinds.is_empty() && !a.rows.is_empty()));
     }
 

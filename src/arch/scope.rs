@@ -19,13 +19,17 @@ pub struct Facts {
     pub file_type: Option<u32>,
     /// How the files of sentence-transformers pool embeddings (`enum llama_pooling_type`).
     pub pooling: Option<u32>,
+    /// Ids of the tokens that tokenizer.json and tokenizer_config.json add, by text.
+    pub added_tokens: Json,
+    /// How images and sound are prepared: preprocessor_config.json and processor_config.json.
+    pub preprocessor: Json,
 }
 
 pub(super) struct ModelScope {
     vars: IndexMap<String, Expr>,
     /// Searched in order; the last is the root of config.json.
     roots: Vec<Json>,
-    facts: Facts,
+    pub(super) facts: Facts,
     rope: Json,
     rope_sliding: Json,
     /// Metadata of the GGUF, on the way back.
@@ -62,10 +66,6 @@ impl ModelScope {
     /// The same facts about another config.
     pub fn with_config(&self, arch: &Architecture, config: Json) -> Self {
         Self { facts: self.facts.clone(), kv: self.kv.clone(), ..Self::new(arch, config) }
-    }
-
-    pub fn set_facts(&mut self, facts: Facts) {
-        self.facts = facts;
     }
 }
 
@@ -123,7 +123,8 @@ impl Scope for ModelScope {
         let known = match name {
             "rope" => Some(self.rope.clone()),
             "rope_sliding" => Some(self.rope_sliding.clone()),
-            "tokenizer" => Some(json!({ "n_tokens": self.facts.n_tokens })),
+            "preprocessor" => Some(self.facts.preprocessor.clone()),
+            "tokenizer" => Some(json!({ "n_tokens": self.facts.n_tokens, "added": self.facts.added_tokens })),
             "file_type" => Some(json!(self.facts.file_type)),
             "pooling" => Some(json!(self.facts.pooling)),
             "kv" => Some(self.kv.clone()),

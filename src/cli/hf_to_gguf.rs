@@ -30,6 +30,11 @@ pub struct Args {
     #[arg(short = 't', long = "type", value_name = "TYPE", default_value = "auto")]
     pub file_type: String,
 
+    /// Write the part that sees or hears instead of the language model: what llama.cpp takes as
+    /// --mmproj
+    #[arg(long)]
+    pub mmproj: bool,
+
     /// Take the model for this architecture, whatever config.json says
     #[arg(long)]
     pub arch: Option<String>,
@@ -92,6 +97,7 @@ pub fn run(args: &Args) -> anyhow::Result<Status> {
         file_type,
         quantizer,
         sharding: args.shards.sharding()?,
+        mmproj: args.mmproj,
         arch: args.arch.clone(),
         arch_file: args.arch_file.clone(),
         pre: args.pre.clone(),

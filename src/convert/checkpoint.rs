@@ -75,6 +75,29 @@ impl Checkpoint {
         })
     }
 
+    /// How images and sound are prepared for the model: preprocessor_config.json, and what
+    /// processor_config.json says in its place. What either keeps in an object of its own
+    /// (`media_proc_cfg`, `image_processor`) is found at its root too.
+    ///
+    /// # Errors
+    /// `Malformed` for what is no JSON object, `Limit`, `Io`.
+    pub fn preprocessor(&self, limits: &Limits) -> Result<Json> {
+        let mut merged = serde_json::Map::new();
+        for (name, object) in
+            [("preprocessor_config.json", "media_proc_cfg"), ("processor_config.json", "image_processor")]
+        {
+            let path = self.dir.join(name);
+            let Some(config) = read_json::<Json>(&path, limits.side_file_bytes)? else { continue };
+            let Json::Object(config) = config else {
+                return Err(Error::malformed("is no JSON object").at(&path));
+            };
+            let inner = config.get(object).and_then(Json::as_object).cloned();
+            merged.extend(config);
+            merged.extend(inner.unwrap_or_default());
+        }
+        Ok(Json::Object(merged))
+    }
+
     /// The directory's own name, links and dots resolved.
     pub fn dir_name(&self) -> String {
         let full = self.dir.canonicalize().unwrap_or_else(|_| self.dir.clone());

@@ -49,6 +49,7 @@ pub fn identity(tensors: &[TensorInfo]) -> Vec<Mapped> {
                 }],
                 elementwise: Vec::new(),
             },
+            fixed: None,
         })
         .collect()
 }

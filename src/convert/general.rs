@@ -167,8 +167,9 @@ impl General {
         }
     }
 
-    /// The name of the GGUF file: `{base}-{size}-{finetune}-{version}-{TYPE}.gguf`.
-    pub fn file_name(&self, type_name: &str) -> String {
+    /// The name of the GGUF file: `{base}-{size}-{finetune}-{version}-{TYPE}.gguf`; a projector's
+    /// begins with `mmproj-` and has no size.
+    pub fn file_name(&self, type_name: &str, mmproj: bool) -> String {
         let plain = |text: &str| {
             let dashed: String = text
                 .trim()
@@ -178,7 +179,12 @@ impl General {
             dashed.trim_start_matches('.').to_string()
         };
         let mut parts = vec![plain(self.get("basename").or(self.get("name")).unwrap_or("ggml-model"))];
-        parts.extend(["size_label", "finetune", "version"].iter().filter_map(|k| self.get(k)).map(plain));
+        let further =
+            if mmproj { &["finetune", "version"][..] } else { &["size_label", "finetune", "version"] };
+        parts.extend(further.iter().filter_map(|k| self.get(k)).map(plain));
+        if mmproj {
+            parts.insert(0, "mmproj".into());
+        }
         parts.push(type_name.to_uppercase());
         format!("{}.gguf", parts.join("-"))
     }
@@ -412,7 +418,7 @@ mod tests {
                 (base, finetune, version, Some(size)),
                 "{dir}"
             );
-            assert_eq!(g.file_name("f16"), file);
+            assert_eq!(g.file_name("f16", false), file);
         }
     }
 

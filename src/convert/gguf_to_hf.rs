@@ -11,7 +11,7 @@ use super::edits::format_typed;
 use super::gather::{Scratch, Source};
 use super::plan::{FilePlan, Plan, TensorPlan};
 use super::sentence;
-use crate::arch::{self, Facts, Mapped, Model};
+use crate::arch::{self, Mapped, Model};
 use crate::block::codec;
 use crate::container::Store;
 use crate::container::gguf::{Gguf, Metadata};
@@ -62,7 +62,7 @@ impl GgufToHf {
         if !matches!(dtype, DType::F32 | DType::F16 | DType::BF16) {
             return Err(Error::misuse(format!("--dtype {dtype}: weights are written as f32, f16 or bf16")));
         }
-        model.set_facts(Facts { n_tokens: Some(vocab.tokens.len() as u64), ..Facts::default() });
+        model.facts_mut().n_tokens = Some(vocab.tokens.len() as u64);
         self.complete(&mut model, &vocab, &store, dtype)?;
 
         let mut mapped = model.map_back(store.tensors()).map_err(at)?;

@@ -49,6 +49,8 @@ pub struct HfToGguf {
     pub quantizer: Option<Quantizer>,
     /// How the output is divided into files.
     pub sharding: Sharding,
+    /// Whether to write the projector of a model that sees or hears, and not its language model.
+    pub mmproj: bool,
     /// Architecture, where the config's class is unknown.
     pub arch: Option<String>,
     /// A definition outside the program that is to be used instead.
@@ -69,9 +71,8 @@ pub struct HfToGguf {
 pub struct Recognised {
     pub checkpoint: Checkpoint,
     pub model: Model,
-    /// Its pre-tokenizer is still to be chosen.
-    pub vocab: vocab::Vocab,
-    pub candidates: vocab::Candidates,
+    /// Its pre-tokenizer is still to be chosen. A projector has none.
+    pub vocab: Option<(vocab::Vocab, vocab::Candidates)>,
     /// What was done on the way.
     pub notes: Vec<String>,
 }
@@ -82,7 +83,7 @@ impl HfToGguf {
     /// # Errors
     /// Everything that can be wrong with a source but its tensors' contents.
     pub fn plan(&self) -> Result<Job> {
-        let Recognised { checkpoint, mut model, vocab, candidates, notes } = self.recognise()?;
+        let Recognised { checkpoint, mut model, vocab, notes } = self.recognise()?;
         let sentence = Sentence::read(&checkpoint.dir, &self.limits)?;
         let infos = checkpoint.store.tensors();
         let file_type = match (self.file_type, &self.quantizer) {
@@ -91,14 +92,17 @@ impl HfToGguf {
             // The recipe decides about what could be kept, too.
             (None, Some(_)) => FileType::of_source(&checkpoint.store).main(),
         };
-        model.set_facts(Facts {
-            n_tokens: Some(vocab.tokens.len() as u64),
-            file_type: Some(file_type.id),
-            pooling: sentence.pooling,
-        });
+        let facts = model.facts_mut();
+        (facts.file_type, facts.pooling) = (Some(file_type.id), sentence.pooling);
         let mapped = model.map(infos).map_err(|e| e.at(&checkpoint.dir))?;
         let size = counts(&mapped)?;
-        let (vocab, tokens) = tokens::choose(&checkpoint.dir, vocab, candidates, self.tokens)?;
+        let (vocab, tokens) = match vocab {
+            Some((vocab, candidates)) => {
+                let (vocab, tokens) = tokens::choose(&checkpoint.dir, vocab, candidates, self.tokens)?;
+                (Some(vocab), tokens)
+            }
+            None => (None, None),
+        };
         let described = Described {
             dir_name: &checkpoint.dir_name(),
             config: &checkpoint.config,
@@ -108,7 +112,7 @@ impl HfToGguf {
         let general = General::derive(&described, size, self.edits.name.as_deref());
         let mut metadata = Metadata::default();
         metadata.set("general.architecture", model.arch.arch.as_str());
-        metadata.set("general.type", "model");
+        metadata.set("general.type", if self.mmproj { "mmproj" } else { "model" });
         general.write(&mut metadata);
         restore(&mut metadata, &checkpoint.dir, &self.limits)?;
         for (key, value) in model.metadata()?.0 {
@@ -119,11 +123,13 @@ impl HfToGguf {
             metadata.set(key, value);
         }
         metadata.set("general.quantization_version", Value::U32(QUANTIZATION_VERSION));
-        vocab.to_metadata(&mut metadata);
+        if let Some(vocab) = &vocab {
+            vocab.to_metadata(&mut metadata);
+        }
         let mut plan = match &self.quantizer {
             Some(quantizer) => {
                 let unquantized = |m: Mapped| {
-                    let (dtype, _) = file_type.choose(&m.name, &m.shape, None);
+                    let (dtype, _) = file_type.choose(&m.name, &m.shape, None, m.fixed);
                     Unquantized { mapped: m, dtype, place: (0, 0) }
                 };
                 let tensors = mapped.into_iter().map(unquantized).collect();
@@ -134,11 +140,13 @@ impl HfToGguf {
         };
         let notes =
             notes.into_iter().chain(model.warnings()?).chain(sentence.notes).chain(checkpoint.notes());
-        plan.notes.splice(0..0, notes.chain(vocab.notes.iter().cloned()));
+        let other = (!self.mmproj && arch::has_projector(&checkpoint.config))
+            .then(|| "this is the language model; what sees or hears is written by --mmproj".to_string());
+        plan.notes.splice(0..0, notes.chain(vocab.into_iter().flat_map(|v| v.notes)).chain(other));
         self.edits.apply(&mut metadata)?;
         let beside = checkpoint.dir.parent().filter(|p| !p.as_os_str().is_empty());
         let type_name = self.quantizer.as_ref().map_or(file_type.name(), |q| &q.recipe.name);
-        let name = general.file_name(type_name);
+        let name = general.file_name(type_name, self.mmproj);
         let output = output_path(self.output.as_deref(), beside.unwrap_or(Path::new(".")), &name);
         lay_out(&mut plan, &mut metadata, &self.sharding, &output)?;
         Ok(Job { tokens, ..Job::gguf(plan, checkpoint.store, &output) })
@@ -152,18 +160,23 @@ impl HfToGguf {
         }
     }
 
-    /// Opens the source, and recognises architecture and vocabulary.
+    /// Opens the source, and recognises architecture and vocabulary. What the model may ask about
+    /// the source is known to it then, but for the file type.
     ///
     /// # Errors
     /// What is no model, unknown architectures, unknown tokenizers.
     pub fn recognise(&self) -> Result<Recognised> {
         let mut checkpoint = Checkpoint::open(&self.source, &self.limits)?;
         let config_path = checkpoint.dir.join("config.json");
+        if self.mmproj {
+            let model = self.recognise_projector(&checkpoint).map_err(|e| e.at(&config_path))?;
+            return Ok(Recognised { checkpoint, model, vocab: None, notes: Vec::new() });
+        }
         let model = match &self.arch_file {
             Some(path) => arch::take_for(arch::read(path, &self.limits)?, &checkpoint.config),
             None => arch::recognise(&checkpoint.config, checkpoint.store.tensors(), self.arch.as_deref()),
         };
-        let model = model.map_err(|e| e.at(&config_path))?;
+        let mut model = model.map_err(|e| e.at(&config_path))?;
         let vocab_size = model.var("vocab_size")?.as_u64();
         let (mut vocab, candidates) = vocab::load_undecided(
             &vocab::Source {
@@ -181,6 +194,7 @@ impl HfToGguf {
         if vocab.kind == vocab::Kind::Spm {
             vocab.add_space_prefix = model.arch.tokenizer.add_space_prefix.or(vocab.add_space_prefix);
         }
+        model.facts_mut().n_tokens = Some(vocab.tokens.len() as u64);
         let mut notes = Vec::new();
         for MergeLora { adapter, scale } in &self.merge_lora {
             let adapter = Adapter::open(adapter, &self.limits)?;
@@ -188,7 +202,24 @@ impl HfToGguf {
             let (n, dir) = (adapter.pairs.len(), adapter.dir.display());
             notes.push(format!("{n} weights are changed by {dir}, {scale} times"));
         }
-        Ok(Recognised { checkpoint, model, vocab, candidates, notes })
+        Ok(Recognised { checkpoint, model, vocab: Some((vocab, candidates)), notes })
+    }
+
+    fn recognise_projector(&self, checkpoint: &Checkpoint) -> Result<Model> {
+        if !self.merge_lora.is_empty() {
+            return Err(Error::misuse("adapters change the language model, and not a projector"));
+        }
+        let facts = Facts {
+            added_tokens: vocab::added_token_ids(&checkpoint.dir, &self.limits)?,
+            preprocessor: checkpoint.preprocessor(&self.limits)?,
+            ..Facts::default()
+        };
+        match &self.arch_file {
+            Some(path) => {
+                arch::take_for_projector(arch::read(path, &self.limits)?, &checkpoint.config, facts)
+            }
+            None => arch::recognise_projector(&checkpoint.config, self.arch.as_deref(), facts),
+        }
     }
 }
 
@@ -211,8 +242,7 @@ fn one_number(store: &Store, name: &str) -> Result<f32> {
 /// # Errors
 /// As [`HfToGguf::plan`].
 pub fn source_tensors(source: &HfToGguf) -> Result<(Store, Vec<Mapped>)> {
-    let Recognised { checkpoint, mut model, vocab, .. } = source.recognise()?;
-    model.set_facts(Facts { n_tokens: Some(vocab.tokens.len() as u64), ..Facts::default() });
+    let Recognised { checkpoint, model, .. } = source.recognise()?;
     let mapped = model.map(checkpoint.store.tensors()).map_err(|e| e.at(&checkpoint.dir))?;
     Ok((checkpoint.store, mapped))
 }
@@ -222,8 +252,8 @@ fn converted(file_type: FileType, mapped: Vec<Mapped>, checkpoint: &Checkpoint) 
     let mut plan = Plan::new(Vec::with_capacity(mapped.len()));
     for m in mapped {
         let source = Source::new(&m, &checkpoint.store).map_err(|e| e.at(&checkpoint.dir))?;
-        let (dtype, wanted) =
-            file_type.choose(&m.name, &m.shape, source.dtype().filter(|_| !source.is_changed()));
+        let stored = source.dtype().filter(|_| !source.is_changed());
+        let (dtype, wanted) = file_type.choose(&m.name, &m.shape, stored, m.fixed);
         plan.tensors.push(TensorPlan::new(m.name, m.shape, dtype, wanted, source)?);
     }
     plan.note_fallbacks();

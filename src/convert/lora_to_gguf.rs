@@ -20,7 +20,7 @@ use super::quantizer::QUANTIZATION_VERSION;
 use super::shards::{Sharding, lay_out};
 use super::types::{FileType, LORA_A, LORA_B};
 use super::{Job, MetadataEdits, output_path};
-use crate::arch::{self, Data, Elementwise, Facts, Mapped, Model, Piece, Placed, Placer};
+use crate::arch::{self, Data, Elementwise, Mapped, Model, Piece, Placed, Placer};
 use crate::container::gguf::{Array, Gguf, Metadata, Value};
 use crate::container::side::read_json;
 use crate::container::{Factor, InputFile, Store};
@@ -108,7 +108,7 @@ impl LoraToGguf {
                 elementwise.push(Elementwise::Affine { mul: factor, add: 0.0 });
             }
             for m in [a, b] {
-                let (dtype, wanted) = file_type.choose(&m.name, &m.shape, None);
+                let (dtype, wanted) = file_type.choose(&m.name, &m.shape, None, m.fixed);
                 let source = Source::new(&m, &adapter.store).map_err(|e| e.at(&adapter.dir))?;
                 plan.tensors.push(TensorPlan::new(m.name, m.shape, dtype, wanted, source)?);
             }
@@ -138,7 +138,7 @@ impl LoraToGguf {
         metadata.set("general.quantization_version", Value::U32(QUANTIZATION_VERSION));
         self.edits.apply(&mut metadata)?;
         let beside = adapter.dir.parent().filter(|p| !p.as_os_str().is_empty());
-        let name = general.file_name(file_type.name()).replace(".gguf", "-LoRA.gguf");
+        let name = general.file_name(file_type.name(), false).replace(".gguf", "-LoRA.gguf");
         let output = output_path(self.output.as_deref(), beside.unwrap_or(Path::new(".")), &name);
         lay_out(&mut plan, &mut metadata, &Sharding::default(), &output)?;
         let store = std::sync::Arc::into_inner(adapter.store);
@@ -184,7 +184,7 @@ impl LoraToGguf {
         };
         let mut model = model.map_err(|e| e.at(&config_path))?;
         // Unless more tokens are known than there are, embeddings are taken over whole.
-        model.set_facts(Facts { n_tokens: model.var("vocab_size")?.as_u64(), ..Facts::default() });
+        model.facts_mut().n_tokens = model.var("vocab_size")?.as_u64();
         Ok(Base { model, weights })
     }
 }
@@ -259,6 +259,7 @@ fn add(
         name: format!("{}{suffix}", placed.target),
         shape: shape.to_vec(),
         data: Data::Copied { pieces: Vec::new(), elementwise: Vec::new() },
+        fixed: None,
     };
     let target = targets.entry(placed.target.clone()).or_insert_with(|| Target {
         a: empty(LORA_A, &a_shape),

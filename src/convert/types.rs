@@ -43,6 +43,8 @@ const ALWAYS_F32: &[&str] = &[
     "ffn_gate_inp",
     "ffn_gate_inp_shexp",
     "position_embd",
+    "v.position_embd",
+    "a.position_embd",
     "token_types",
     "ssm_conv1d",
     "ssm_conv1d_q",
@@ -97,18 +99,30 @@ impl FileType {
     }
 
     /// The type of one tensor, and the wanted one where the row does not fit it.
-    /// Source: `prepare_tensors` in llama.cpp's `conversion/base.py`. `stored` is the type in the
-    /// source.
-    pub fn choose(self, name: &str, shape: &[u64], stored: Option<DType>) -> (DType, Option<DType>) {
+    /// Source: `prepare_tensors` and `tensor_force_quant` in llama.cpp's `conversion/base.py`. `stored`
+    /// is the type in the source, `fixed` what its definition says.
+    pub fn choose(
+        self,
+        name: &str,
+        shape: &[u64],
+        stored: Option<DType>,
+        fixed: Option<DType>,
+    ) -> (DType, Option<DType>) {
         if let Some(kept) = self.keeps.filter(|kept| stored == Some(*kept)) {
             return (kept, None);
         }
+        if shape.len() <= 1 || name.ends_with("_norm.weight") {
+            return (DType::F32, None);
+        }
+        // Convolutions, which ggml computes in F16 or F32.
+        let is_convolution = name.contains(".patch_embd.weight") || name.contains(".patch_merger.weight");
+        let convolution = if self.dtype == DType::F16 { DType::F16 } else { DType::F32 };
+        if let Some(dtype) = fixed.or(is_convolution.then_some(convolution)) {
+            return (dtype, None);
+        }
         let base = base_name(name);
-        if shape.len() <= 1
-            || name.ends_with("_norm.weight")
-            || ![".weight", LORA_A, LORA_B].iter().any(|suffix| name.ends_with(suffix))
-            || ALWAYS_F32.contains(&base)
-        {
+        let is_matrix = [".weight", LORA_A, LORA_B].iter().any(|suffix| name.ends_with(suffix));
+        if !is_matrix || ALWAYS_F32.contains(&base) {
             return (DType::F32, None);
         }
         let ternary = matches!(self.dtype, DType::TQ1_0 | DType::TQ2_0);
@@ -138,18 +152,34 @@ mod tests {
     #[test]
     fn rules() {
         let q8 = FileType::parse("Q8_0").unwrap();
-        assert_eq!(q8.choose("blk.0.attn_q.weight", &[64, 64], None), (DType::Q8_0, None));
-        assert_eq!(q8.choose("blk.0.attn_q.weight", &[64, 33], None), (DType::F16, Some(DType::Q8_0)));
-        assert_eq!(q8.choose("blk.0.attn_q_norm.weight", &[4, 64], None), (DType::F32, None));
-        assert_eq!(q8.choose("blk.0.ffn_gate_inp.weight", &[4, 64], None), (DType::F32, None));
-        assert_eq!(q8.choose("blk.0.attn_q.bias", &[64], None), (DType::F32, None));
+        assert_eq!(q8.choose("blk.0.attn_q.weight", &[64, 64], None, None), (DType::Q8_0, None));
+        assert_eq!(q8.choose("blk.0.attn_q.weight", &[64, 33], None, None), (DType::F16, Some(DType::Q8_0)));
+        assert_eq!(q8.choose("blk.0.attn_q_norm.weight", &[4, 64], None, None), (DType::F32, None));
+        assert_eq!(q8.choose("blk.0.ffn_gate_inp.weight", &[4, 64], None, None), (DType::F32, None));
+        assert_eq!(q8.choose("blk.0.attn_q.bias", &[64], None, None), (DType::F32, None));
         let tq = FileType::parse("tq2_0").unwrap();
-        assert_eq!(tq.choose("token_embd.weight", &[8, 256], None), (DType::F16, None));
-        assert_eq!(tq.choose("blk.11.ffn_up_exps.weight", &[2, 8, 256], None), (DType::TQ2_0, None));
+        assert_eq!(tq.choose("token_embd.weight", &[8, 256], None, None), (DType::F16, None));
+        assert_eq!(tq.choose("blk.11.ffn_up_exps.weight", &[2, 8, 256], None, None), (DType::TQ2_0, None));
+        for (file_type, conv) in [("f16", DType::F16), ("bf16", DType::F32), ("q8_0", DType::F32)] {
+            let t = FileType::parse(file_type).unwrap();
+            assert_eq!(t.choose("v.patch_embd.weight.1", &[8, 3, 14, 14], None, None).0, conv);
+            assert_eq!(t.choose("v.position_embd.weight", &[8, 64], None, None).0, DType::F32);
+            assert_eq!(
+                t.choose("mm.input_projection.weight", &[8, 64], None, Some(DType::F16)).0,
+                DType::F16
+            );
+            assert_eq!(t.choose("v.post_ln.weight", &[8], None, Some(DType::F16)).0, DType::F32);
+        }
         assert!(FileType::parse("q4_k_m").is_none());
         let kept = KEPT[0].0;
-        assert_eq!(kept.choose("blk.1.ffn_up_exps.weight", &[2, 8, 64], Some(DType::MXFP4)).0, DType::MXFP4);
-        assert_eq!(kept.choose("blk.1.ffn_up_exps.weight", &[2, 8, 64], Some(DType::BF16)).0, DType::BF16);
+        assert_eq!(
+            kept.choose("blk.1.ffn_up_exps.weight", &[2, 8, 64], Some(DType::MXFP4), None).0,
+            DType::MXFP4
+        );
+        assert_eq!(
+            kept.choose("blk.1.ffn_up_exps.weight", &[2, 8, 64], Some(DType::BF16), None).0,
+            DType::BF16
+        );
         assert_eq!((kept.name(), kept.main().name(), kept.main().id), ("MXFP4_MOE", "BF16", 32));
         assert_eq!(base_name("blk.12.ffn_up_exps.weight"), "ffn_up_exps");
         assert_eq!(base_name("output.weight"), "output");

@@ -34,7 +34,9 @@ pub(super) fn check(
     if observer.interrupted() {
         return Err(Error::interrupted());
     }
-    if options.forward {
+    if super::is_projector(gguf) {
+        report.add("forward", Ok((Outcome::Skipped, "projectors are not run".into())));
+    } else if options.forward {
         let found = forward(gguf, source, options, budget, observer);
         report.add("forward", found);
     }

@@ -15,6 +15,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
+use crate::arch::PROJECTOR;
 use crate::container::gguf::Gguf;
 use crate::convert::{Budget, HfToGguf, MergeLora, Observer, TokenCheck};
 use crate::error::{Error, ErrorKind, Result};
@@ -132,7 +133,7 @@ pub fn verify(options: &Options, budget: &Budget, observer: &dyn Observer) -> Re
     );
 
     let source = match &options.against {
-        Some(path) => Some(SourceModel::open(path, options)?),
+        Some(path) => Some(SourceModel::open(path, options, is_projector(&gguf))?),
         None => None,
     };
     let compared = tensors::compare(&gguf, source.as_ref(), options.sample, observer);
@@ -159,6 +160,10 @@ pub fn verify(options: &Options, budget: &Budget, observer: &dyn Observer) -> Re
     Ok(report)
 }
 
+fn is_projector(gguf: &Gguf) -> bool {
+    gguf.metadata.str("general.architecture") == Some(PROJECTOR)
+}
+
 /// The source to compare with.
 enum SourceModel {
     /// A Hugging Face directory.
@@ -168,7 +173,7 @@ enum SourceModel {
 }
 
 impl SourceModel {
-    fn open(path: &Path, options: &Options) -> Result<Self> {
+    fn open(path: &Path, options: &Options, mmproj: bool) -> Result<Self> {
         if path.is_file()
             && let Ok(gguf) = Gguf::open(path, &options.limits)
         {
@@ -176,6 +181,7 @@ impl SourceModel {
         }
         Ok(Self::HuggingFace(Box::new(HfToGguf {
             source: path.to_path_buf(),
+            mmproj,
             arch: options.arch.clone(),
             arch_file: options.arch_file.clone(),
             pre: options.pre.clone(),

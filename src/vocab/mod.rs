@@ -299,6 +299,18 @@ fn vocab_size(source: &Source, max_id: Option<u64>) -> Result<usize> {
     Ok(size as usize)
 }
 
+/// Ids of the tokens that were added to a trained vocabulary, by text, as tokenizer.json and
+/// tokenizer_config.json list them.
+///
+/// # Errors
+/// `Malformed`, `Limit`, `Io` from reading.
+pub fn added_token_ids(dir: &Path, limits: &Limits) -> Result<Value> {
+    let json = hf::tokenizer_json(dir, limits)?;
+    let listed = hf::added_tokens_decoder(&hf::tokenizer_config(dir, limits)?)?;
+    let added = json.map(|j| j.added_tokens).unwrap_or_default().into_iter().chain(listed);
+    Ok(added.map(|t| (t.content, Value::from(t.id))).collect::<serde_json::Map<_, _>>().into())
+}
+
 /// Reads the vocabulary of a Hugging Face directory. Its pre-tokenizer is what the table says.
 ///
 /// # Errors

@@ -16,7 +16,7 @@ const ON_PURPOSE: &[(&str, &str)] = &[
     ("falcon2", "falcon.context_length"),
 ];
 
-fn hex(bytes: &[u8]) -> String {
+pub fn hex(bytes: &[u8]) -> String {
     Sha256::digest(bytes).iter().map(|b| format!("{b:02x}")).collect()
 }
 
@@ -71,7 +71,7 @@ fn scalar(v: &Value) -> Json {
 }
 
 /// A value in the form of `fixtures/expect`.
-fn recorded(v: &Value) -> Json {
+pub fn recorded(v: &Value) -> Json {
     match v {
         Value::Array(a) => {
             let items: Vec<Json> = (0..a.len()).map(|i| scalar(&a.get(i).unwrap())).collect();
