@@ -27,10 +27,16 @@ pub enum Elementwise {
     Exp,
     /// `ln(x)`, which undoes that.
     Ln,
+    /// Each stretch of `row` elements divided by its Euclidean norm, which is not less than 1e-12.
+    /// Only whole stretches can be given to [`Self::apply`].
+    UnitRows {
+        /// Length of a stretch.
+        row: u64,
+    },
 }
 
 impl Elementwise {
-    /// What undoes it.
+    /// What undoes it. What the norm was is lost: rows of norm 1 stay so.
     pub fn inverse(self) -> Self {
         match self {
             Self::Affine { mul, add } => Self::Affine { mul: 1.0 / mul, add: -add / mul },
@@ -39,6 +45,7 @@ impl Elementwise {
             Self::LogNeg => Self::NegExp,
             Self::Exp => Self::Ln,
             Self::Ln => Self::Exp,
+            Self::UnitRows { row } => Self::UnitRows { row },
         }
     }
 
@@ -55,6 +62,13 @@ impl Elementwise {
             Self::NegExp => values.iter_mut().for_each(|x| *x = -f64::from(*x).exp() as f32),
             Self::Exp => values.iter_mut().for_each(|x| *x = f64::from(*x).exp() as f32),
             Self::Ln => values.iter_mut().for_each(|x| *x = f64::from(*x).ln() as f32),
+            Self::UnitRows { row } => {
+                for row in values.chunks_mut(row.max(1) as usize) {
+                    let norm = row.iter().map(|x| f64::from(*x) * f64::from(*x)).sum::<f64>().sqrt();
+                    let norm = norm.max(1e-12) as f32;
+                    row.iter_mut().for_each(|x| *x /= norm);
+                }
+            }
             Self::LogNeg => values.iter_mut().for_each(|x| *x = (-f64::from(*x)).ln() as f32),
         }
     }
@@ -81,6 +95,9 @@ mod tests {
         let mut beyond = values;
         scale.apply(&mut beyond, 13);
         assert_eq!(beyond, values);
+        let mut rows = [3.0f32, 4.0, 0.0, -2.0, 0.0, 0.0];
+        Elementwise::UnitRows { row: 2 }.apply(&mut rows, 0);
+        assert_eq!(rows, [0.6, 0.8, 0.0, -1.0, 0.0, 0.0]);
         let mut one = [1.0f32];
         Elementwise::NegExp.apply(&mut one, 0);
         assert_eq!(one, [-std::f32::consts::E]);

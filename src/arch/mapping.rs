@@ -296,6 +296,9 @@ impl Model {
                 Op::Function(f) => elementwise.push(match f.function {
                     Function::NegExp => Elementwise::NegExp,
                     Function::Exp => Elementwise::Exp,
+                    Function::UnitRows => {
+                        Elementwise::UnitRows { row: scope_shape.last().copied().unwrap_or(1).max(1) }
+                    }
                 }),
                 Op::Affine(a) => {
                     let value = |e: &Option<Expr>, default: f32| match e {

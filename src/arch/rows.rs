@@ -110,7 +110,7 @@ pub(super) enum Op {
     /// `{ scale = ["a", "b"], sizes = ["m", "n"] }`: a factor for each stretch of the first axis,
     /// in f32.
     Scale(ScaleOp),
-    /// `{ fn = "neg_exp" }`: a function of each value, in f32.
+    /// `{ fn = "neg_exp" }`: a function of each value, or row, in f32.
     Function(FunctionOp),
     /// `{ mul = 2, add = 1 }`: `x * mul + add`, in f32.
     Affine(AffineOp),
@@ -123,7 +123,7 @@ pub(super) struct FunctionOp {
     pub function: Function,
 }
 
-/// A function of single values.
+/// A function of single values, or of rows.
 #[derive(Clone, Copy, Debug, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(super) enum Function {
@@ -131,6 +131,8 @@ pub(super) enum Function {
     NegExp,
     /// `exp(x)`.
     Exp,
+    /// Each row divided by its Euclidean norm.
+    UnitRows,
 }
 
 #[derive(Clone, Debug, Deserialize)]

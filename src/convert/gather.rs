@@ -209,6 +209,20 @@ impl Source {
         out: &mut Vec<f32>,
         scratch: &mut Scratch,
     ) -> Result<()> {
+        // Arithmetic on rows needs whole ones.
+        let row = self.elementwise.iter().find_map(|e| match e {
+            Elementwise::UnitRows { row } => Some(*row),
+            _ => None,
+        });
+        let row = row.unwrap_or(1);
+        if !start.is_multiple_of(row) || (!end.is_multiple_of(row) && end < self.elements) {
+            let first = start - start % row;
+            let whole = end.checked_next_multiple_of(row).map_or(self.elements, |e| e.min(self.elements));
+            self.values(store, first, whole, out, scratch)?;
+            out.truncate((end - first) as usize);
+            out.drain(..(start - first) as usize);
+            return Ok(());
+        }
         out.resize((end - start) as usize, 0.0);
         if self.has_gaps {
             out.fill(0.0);
@@ -275,4 +289,39 @@ pub(super) fn decode<'a>(
     codec.decode(raw, decoded)?;
     let skip = (lo - first * block) as usize;
     Ok(&mut decoded[skip..skip + n])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::container::safetensors;
+    use crate::limits::Limits;
+
+    #[test]
+    fn arithmetic_on_rows_sees_whole_ones_whatever_the_span() {
+        let layout = safetensors::write::Layout::new(&[("w", DType::F32, &[3, 4])], u64::MAX).unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("w.safetensors");
+        let mut bytes = layout.files[0].header.clone();
+        bytes.extend((0..12).flat_map(|i: u8| f32::from(i).to_le_bytes()));
+        std::fs::write(&path, bytes).unwrap();
+        let store = safetensors::open(&path, &Limits::default()).unwrap().store;
+        let mut mapped = identity(store.tensors()).remove(0);
+        let Data::Copied { elementwise, .. } = &mut mapped.data else { panic!("copied") };
+        elementwise.push(Elementwise::UnitRows { row: 4 });
+        let source = Source::new(&mapped, &store).unwrap();
+        let read = |start, end| {
+            let mut values = Vec::new();
+            source.values(&store, start, end, &mut values, &mut Scratch::default()).unwrap();
+            values
+        };
+        let whole = read(0, 12);
+        for row in whole.chunks(4) {
+            let norm: f32 = row.iter().map(|x| x * x).sum();
+            assert!((norm - 1.0).abs() < 1e-6, "{row:?}");
+        }
+        for (start, end) in (0..12).flat_map(|a| (a..12).map(move |b| (a, b + 1))) {
+            assert_eq!(read(start, end), whole[start as usize..end as usize], "{start}..{end}");
+        }
+    }
 }
