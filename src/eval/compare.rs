@@ -134,6 +134,8 @@ struct Sides<'m> {
     simpler: Option<Tokenizer>,
     // The tokenizer with a SentencePiece model's user-defined pieces, if it lacked some.
     user_defined: Option<Tokenizer>,
+    // The tokenizer with the tokens that llama.cpp takes for control tokens by their names.
+    special_names: Option<Tokenizer>,
     // The tokenizer with the tokens that llama.cpp makes of characters without one.
     characters: Option<Tokenizer>,
     // The tokenizer of Unigram that does not take `<0x0A>`, written out, for the piece.
@@ -171,6 +173,7 @@ impl<'m> Sides<'m> {
             })
         };
         let user_defined = with(lacking_user_defined(tokenizer, &added, model, pieces));
+        let special_names = with(named_special(tokenizer, &added, model));
         let characters = with(made_of_characters(tokenizer, &added, model));
         let unlimited = match tokenizer.get_model() {
             ModelWrapper::WordPiece(words) => {
@@ -185,6 +188,7 @@ impl<'m> Sides<'m> {
         Self {
             simpler: with_simpler_splitting(tokenizer, model),
             user_defined,
+            special_names,
             characters,
             unlimited,
             without_byte_pieces: without_byte_pieces(tokenizer),
@@ -243,6 +247,7 @@ impl<'m> Sides<'m> {
             (&self.simpler, Explanation::Splitting),
             (&self.literal, Explanation::Stripping),
             (&self.user_defined, Explanation::UserDefined),
+            (&self.special_names, Explanation::SpecialNames),
             (&self.characters, Explanation::Characters),
             (&self.unlimited, Explanation::LongWord),
         ] {
@@ -370,6 +375,17 @@ fn lacking_user_defined(
         .filter(|(id, text)| tokenizer.token_to_id(text) == Some(*id) && found(*id, text))
         .filter(|(_, text)| added.iter().all(|t| t.content != *text))
         .map(|(_, text)| AddedToken::from(text, false))
+        .collect()
+}
+
+/// The tokens that are control tokens in llama.cpp, and ordinary entries in the tokenizer.
+fn named_special(tokenizer: &Tokenizer, added: &[AddedToken], model: &Model) -> Vec<AddedToken> {
+    (0..i32::try_from(model.n_tokens()).unwrap_or(i32::MAX))
+        .filter(|&id| model.is_control(id))
+        .filter_map(|id| Some((u32::try_from(id).ok()?, model.token_text(id)?)))
+        .filter(|(id, text)| tokenizer.token_to_id(text) == Some(*id))
+        .filter(|(_, text)| added.iter().all(|t| t.content != *text))
+        .map(|(_, text)| AddedToken::from(text, true))
         .collect()
 }
 

@@ -18,6 +18,8 @@
 //! * A token that swallows the white space around it (`lstrip`, `rstrip`), or stands as a word of
 //!   its own only (`single_word`): GGUF has no field for it. Explained when the same tokenizer
 //!   without those flags has the same ids.
+//! * llama.cpp takes tokens of certain names (`</s>`, `<|endoftext|>`) for control tokens, also where the
+//!   tokenizer has them as ordinary ones. Explained when the tokenizer with these added has the same ids.
 //! * A tokenizer.json that transformers made from a SentencePiece model may have lost that some
 //!   pieces are user-defined (found before all others). The GGUF file follows the SentencePiece
 //!   model. Explained when the tokenizer with these tokens added has the same ids.
@@ -52,6 +54,8 @@ pub enum Explanation {
     SpacePrefix,
     /// GGUF cannot say that a token strips the white space around it.
     Stripping,
+    /// llama.cpp takes some names for control tokens, whatever the file says.
+    SpecialNames,
     /// tokenizer.json does not know that a SentencePiece piece is user-defined.
     UserDefined,
     /// llama.cpp's SentencePiece makes a token of characters that have none.
@@ -73,6 +77,7 @@ impl std::fmt::Display for Explanation {
             Self::Splitting => "llama.cpp splits words by a simpler pattern",
             Self::SpacePrefix => "llama.cpp puts a space after special tokens",
             Self::Stripping => "GGUF cannot say that a token strips the white space around it",
+            Self::SpecialNames => "llama.cpp takes tokens such as </s> for control tokens by their names",
             Self::UserDefined => "tokenizer.json lost user-defined pieces of tokenizer.model",
             Self::Characters => "llama.cpp's SentencePiece makes tokens of characters that have none",
             Self::Bytes => "llama.cpp's Unigram takes the unknown token instead of spelling in bytes",

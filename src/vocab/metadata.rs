@@ -48,7 +48,10 @@ impl Vocab {
     /// Adds the `tokenizer.*` entries.
     pub fn to_metadata(&self, metadata: &mut Metadata) {
         metadata.set(MODEL, self.kind.ggml_model());
-        metadata.set(PRE, self.pre.as_str());
+        // This one is its own pre-tokenizer.
+        if self.kind != Kind::Gemma4 {
+            metadata.set(PRE, self.pre.as_str());
+        }
         metadata.set(TOKENS, Value::Array(Array::String(self.tokens.clone())));
         if let Some(scores) = &self.scores {
             metadata.set(SCORES, Value::Array(Array::F32(scores.clone())));
@@ -107,7 +110,7 @@ impl Vocab {
     /// Reads the `tokenizer.*` entries of a GGUF file.
     ///
     /// # Errors
-    /// `Unsupported` for a tokenizer model other than `gpt2`, `llama`, `bert` and `t5`; `Malformed` when
+    /// `Unsupported` for a tokenizer model other than `gpt2`, `llama`, `bert`, `t5` and `gemma4`; `Malformed` when
     /// entries are missing, of another type, or of different lengths.
     pub fn from_metadata(metadata: &Metadata) -> Result<Self> {
         let missing = |key: &str| Error::malformed(format!("metadata has no {key} of the right type"));
@@ -116,11 +119,15 @@ impl Vocab {
             "llama" => Kind::Spm,
             "bert" => Kind::Wpm,
             "t5" => Kind::Ugm,
+            "gemma4" => Kind::Gemma4,
             other => {
                 return Err(Error::unsupported(format!("tokenizer model {other:?} is not supported")));
             }
         };
-        let mut vocab = Self::new(kind, metadata.str(PRE).unwrap_or("default"));
+        let mut vocab = Self::new(
+            kind,
+            metadata.str(PRE).unwrap_or(if kind == Kind::Gemma4 { "gemma4" } else { "default" }),
+        );
         let array =
             |key: &str| metadata.get(key).map(|v| v.as_array().ok_or_else(|| missing(key))).transpose();
         vocab.tokens = match array(TOKENS)? {
@@ -183,7 +190,7 @@ impl Vocab {
                 vocab.special.unk = vocab.special.unk.or(given(100));
             }
             Kind::Ugm => vocab.special.eos = vocab.special.eos.or(given(1)),
-            Kind::Bpe | Kind::Spm => {}
+            Kind::Bpe | Kind::Spm | Kind::Gemma4 => {}
         }
         for (key, flag) in add_flags(&mut vocab.add) {
             *flag = metadata.get(key).and_then(Value::as_bool);

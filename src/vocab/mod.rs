@@ -10,6 +10,7 @@ mod added;
 mod base64;
 mod bpe;
 mod charsmap;
+mod gemma4;
 mod hf;
 mod loadable;
 mod metadata;
@@ -45,6 +46,8 @@ enum Origin {
     Spm,
     /// SentencePiece, recovered from tokenizer.json.
     SpmFromHfJson,
+    /// BPE on text, from tokenizer.json.
+    Gemma4,
     /// Byte-level BPE, from tokenizer.json.
     Bpe,
     /// WordPiece, from tokenizer.json or vocab.txt.
@@ -56,14 +59,15 @@ enum Origin {
 }
 
 impl Origin {
-    const ALL: [Self; 6] =
-        [Self::Spm, Self::SpmFromHfJson, Self::Bpe, Self::Wpm, Self::UgmFromHfJson, Self::Ugm];
+    const ALL: [Self; 7] =
+        [Self::Spm, Self::SpmFromHfJson, Self::Gemma4, Self::Bpe, Self::Wpm, Self::UgmFromHfJson, Self::Ugm];
 
     /// What an architecture file calls `name`.
     fn from_name(name: &str) -> Result<Self> {
         Ok(match name {
             "spm" => Self::Spm,
             "spm_from_hf_json" => Self::SpmFromHfJson,
+            "gemma4" => Self::Gemma4,
             "bpe" => Self::Bpe,
             "wpm" => Self::Wpm,
             "ugm" => Self::Ugm,
@@ -86,7 +90,7 @@ pub struct Source<'a> {
     pub pre: Option<&'a str>,
     /// What to try, first choice first: `spm` (tokenizer.model, tokenized by llama.cpp's `llama`
     /// model even where it is Unigram), `spm_from_hf_json` (the same, recovered from
-    /// tokenizer.json), `bpe` (byte-level BPE), `wpm` (WordPiece), `ugm_from_hf_json` (Unigram in
+    /// tokenizer.json), `gemma4` (the same, with its merges), `bpe` (byte-level BPE), `wpm` (WordPiece), `ugm_from_hf_json` (Unigram in
     /// tokenizer.json), `ugm` (Unigram in tokenizer.model, spiece.model or, in the order of
     /// XLM-RoBERTa, sentencepiece.bpe.model). Empty for all, in this order.
     pub kinds: &'a [String],
@@ -103,6 +107,8 @@ pub enum Kind {
     Wpm,
     /// Unigram.
     Ugm,
+    /// BPE on text with SentencePiece's sign for spaces.
+    Gemma4,
 }
 
 impl Kind {
@@ -113,6 +119,7 @@ impl Kind {
             Self::Spm => "llama",
             Self::Wpm => "bert",
             Self::Ugm => "t5",
+            Self::Gemma4 => "gemma4",
         }
     }
 }
@@ -373,6 +380,12 @@ pub fn load_undecided(source: &Source, limits: &Limits) -> Result<(Vocab, Candid
             Origin::SpmFromHfJson => {
                 if let Some(json) = json.take_if(|json| spm_json::fits(json)) {
                     let vocab = spm_json::load(source, &config, json, limits);
+                    return vocab.map(decided).map_err(|e| e.at(&json_path));
+                }
+            }
+            Origin::Gemma4 => {
+                if let Some(json) = json.take_if(|json| spm_json::fits(json)) {
+                    let vocab = gemma4::load(source, &config, json, limits);
                     return vocab.map(decided).map_err(|e| e.at(&json_path));
                 }
             }

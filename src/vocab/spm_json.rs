@@ -11,29 +11,48 @@ use std::collections::HashMap;
 use serde_json::Value;
 
 use super::added::added_form;
-use super::hf::{Entries, TokenizerJson, merge_parts};
+use super::hf::{AddedToken, Entries, TokenizerJson, merge_parts};
 use super::spm::{ADDED_SCORE, PAD_SCORE, finish, is_byte};
-use super::{Kind, Source, TokenType, Vocab, vocab_size};
-use crate::error::{Error, Result};
+use super::{Kind, Source, TokenType, Vocab, gemma4, vocab_size};
+use crate::error::{Error, ErrorKind, Result};
 use crate::limits::Limits;
 
 /// SentencePiece's sign for a space.
-const SPACE: char = '\u{2581}';
+pub const SPACE: char = '\u{2581}';
 
 /// Whether a tokenizer.json holds this kind.
 pub fn fits(json: &TokenizerJson) -> bool {
     json.model.kind() == "BPE" && json.model.byte_fallback == Some(true) && !super::bpe::fits(json)
 }
 
-/// Builds the vocabulary.
+/// What is left of a tokenizer.json when its tokens are taken.
+pub struct Rest {
+    /// Whether a space is put before a text.
+    pub prefix: bool,
+    added: Vec<AddedToken>,
+    post_processor: Value,
+}
+
+impl Rest {
+    /// Ids, flags and templates.
+    ///
+    /// # Errors
+    /// As [`finish`].
+    pub fn finish(self, source: &Source, config: &Value, vocab: Vocab, limits: &Limits) -> Result<Vocab> {
+        finish(source, config, &self.added, &self.post_processor, vocab, limits)
+    }
+}
+
+/// The tokens with their types, the merges, and the rest.
+pub type Parts = (Vocab, Vec<String>, Rest);
+
+/// Takes a tokenizer.json apart.
 ///
 /// # Errors
-/// As [`super::load`]; `Unsupported` when scores cannot express the merges, or the normalizer
-/// does more than llama.cpp can.
-pub fn load(source: &Source, config: &Value, json: TokenizerJson, limits: &Limits) -> Result<Vocab> {
-    let mut vocab = Vocab::new(Kind::Spm, source.pre.unwrap_or("default"));
+/// As [`super::load`]; `Unsupported` when the normalizer does more than llama.cpp can.
+pub fn entries(source: &Source, kind: Kind, json: TokenizerJson) -> Result<Parts> {
+    let mut vocab = Vocab::new(kind, source.pre.unwrap_or("default"));
     vocab.scores = Some(Vec::new());
-    let forced = source.pre.is_some();
     let prefix = space_prefix(&json, &mut vocab.notes)?;
     let Entries::Map(entries) = json.model.vocab else {
         return Err(Error::malformed("a BPE vocabulary must map tokens to ids"));
@@ -68,12 +87,29 @@ pub fn load(source: &Source, config: &Value, json: TokenizerJson, limits: &Limit
             }
         }
     }
-    let merges: Vec<&str> = json.model.merges.iter().map(|m| m.0.as_str()).collect();
-    score(&mut vocab, &merges, forced)?;
+    let merges = json.model.merges.into_iter().map(|m| m.0).collect();
+    let rest = Rest { prefix, added: json.added_tokens, post_processor: json.post_processor };
+    Ok((vocab, merges, rest))
+}
+
+/// Builds the vocabulary; as [`super::gemma4`] where scores cannot express the merges.
+///
+/// # Errors
+/// As [`super::load`]; `Unsupported` when that cannot do it either, or the normalizer does more
+/// than llama.cpp can.
+pub fn load(source: &Source, config: &Value, json: TokenizerJson, limits: &Limits) -> Result<Vocab> {
+    let (mut vocab, merges, rest) = entries(source, Kind::Spm, json)?;
+    if let Err(e) = score(&mut vocab, &merges, source.pre.is_some()) {
+        if e.kind() != ErrorKind::Unsupported {
+            return Err(e);
+        }
+        vocab.notes.push(format!("tokenizer \"gemma4\", which has merges: {e}"));
+        return gemma4::complete(source, config, (vocab, merges, rest), limits).map_err(|_| e);
+    }
     vocab.notes.push("SentencePiece BPE recovered from the merges of tokenizer.json".into());
     let stated = config.get("add_prefix_space").and_then(Value::as_bool);
-    vocab.add_space_prefix = stated.or((!prefix).then_some(false));
-    finish(source, config, &json.added_tokens, &json.post_processor, vocab, limits)
+    vocab.add_space_prefix = stated.or((!rest.prefix).then_some(false));
+    rest.finish(source, config, vocab, limits)
 }
 
 /// Whether a space is put before a text. Accepts what llama.cpp can do too: escape spaces, put
@@ -143,7 +179,7 @@ fn space_prefix(json: &TokenizerJson, notes: &mut Vec<String>) -> Result<bool> {
 }
 
 /// Sets the scores of the normal tokens from the ranks of the merges.
-fn score(vocab: &mut Vocab, merges: &[&str], forced: bool) -> Result<()> {
+fn score(vocab: &mut Vocab, merges: &[String], forced: bool) -> Result<()> {
     let mut id_of: HashMap<&str, usize> = HashMap::new();
     for (id, (text, kind)) in vocab.tokens.iter().zip(&vocab.token_types).enumerate() {
         if let (Ok(text), TokenType::Normal) = (std::str::from_utf8(text), kind) {
@@ -225,7 +261,6 @@ fn score(vocab: &mut Vocab, merges: &[&str], forced: bool) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ErrorKind;
     use serde_json::json;
 
     fn run(vocab: &[&str], merges: Value, pre: Option<&str>) -> Result<Vocab> {
@@ -254,18 +289,18 @@ mod tests {
     }
 
     #[test]
-    fn what_scores_cannot_say_is_refused() {
+    fn what_scores_cannot_say_keeps_its_merges() {
         let tokens = ["<unk>", "a", "b", "c", "ab", "bc", "abc", "cc"];
         // a bc is missing.
-        let e = run(&tokens, json!(["a b", "b c", "c c", "ab c"]), None).unwrap_err();
-        assert_eq!(e.kind(), ErrorKind::Unsupported);
-        assert!(e.to_string().contains("\"abc\""), "{e}");
+        let v = run(&tokens, json!(["a b", "b c", "c c", "ab c"]), None).unwrap();
+        assert_eq!((v.kind, v.merges.len(), v.pre.as_str()), (Kind::Gemma4, 4, "gemma4"));
+        assert!(v.notes.iter().any(|n| n.contains("\"abc\"")), "{:?}", v.notes);
         // The merges of abc straddle that of cc.
         let merges = json!(["a b", "b c", "ab c", "c c", "a bc"]);
-        assert_eq!(run(&tokens, merges.clone(), None).unwrap_err().kind(), ErrorKind::Unsupported);
-        assert!(
-            run(&tokens, merges, Some("default")).unwrap().notes.iter().any(|n| n.starts_with("warning"))
-        );
-        assert!(run(&tokens, json!(["a b", "b c", "c c", "ab c", "a bc"]), None).is_ok());
+        assert_eq!(run(&tokens, merges.clone(), None).unwrap().kind, Kind::Gemma4);
+        let v = run(&tokens, merges, Some("default")).unwrap();
+        assert!(v.kind == Kind::Spm && v.notes.iter().any(|n| n.starts_with("warning")));
+        let v = run(&tokens, json!(["a b", "b c", "c c", "ab c", "a bc"]), None).unwrap();
+        assert_eq!(v.kind, Kind::Spm);
     }
 }

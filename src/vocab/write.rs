@@ -6,7 +6,7 @@ use serde::Serialize;
 use serde_json::{Map, Value, json};
 
 use super::hf::{AddedToken, VocabOut, merge_parts};
-use super::{AddTokens, Kind, TokenType, Vocab, bpe, pad, pre, write_spm, write_wpm};
+use super::{AddTokens, Kind, TokenType, Vocab, bpe, gemma4, pad, pre, write_spm, write_wpm};
 use crate::error::{Error, Result};
 
 /// tokenizer.json, in the order in which the `tokenizers` library writes it.
@@ -66,7 +66,7 @@ impl Vocab {
         match self.kind {
             Kind::Spm => files.push(("tokenizer.model".to_owned(), write_spm::model_proto(self))),
             Kind::Ugm => files.push(("spiece.model".to_owned(), write_spm::model_proto(self))),
-            Kind::Bpe | Kind::Wpm => {}
+            Kind::Bpe | Kind::Wpm | Kind::Gemma4 => {}
         }
         let mut config = serde_json::to_vec_pretty(&tokenizer_config(self))
             .map_err(|e| Error::malformed(e.to_string()))?;
@@ -86,6 +86,7 @@ pub fn tokenizer_json(vocab: &Vocab) -> Result<Vec<u8>> {
     let plain: Vec<&str>;
     let tokenizer = match vocab.kind {
         Kind::Bpe => byte_level(vocab, &texts)?,
+        Kind::Gemma4 => gemma4::tokenizer(vocab, &texts)?,
         Kind::Spm | Kind::Ugm => write_spm::tokenizer(vocab, &texts),
         Kind::Wpm => {
             written = write_wpm::texts(vocab, &texts);
@@ -148,7 +149,7 @@ pub fn added_tokens(
 fn adds(vocab: &Vocab) -> (bool, bool) {
     let default = match vocab.kind {
         Kind::Bpe => (pre::adds_bos(&vocab.pre), false),
-        Kind::Spm => (true, false),
+        Kind::Spm | Kind::Gemma4 => (true, false),
         // Always, whatever the flags say.
         Kind::Wpm => return (true, true),
         Kind::Ugm => (false, true),
