@@ -64,7 +64,7 @@ fn compare(templates: &Path, expected: &Path) -> (usize, Vec<String>) {
                         .any(|w| text.contains(w)) => {}
                 (false, Ok(rendered)) if rendered == text => {}
                 (_, rendered) => {
-                    let found = rendered.map_or_else(|e| format!("ERROR {e}"), |r| r);
+                    let found = rendered.unwrap_or_else(|e| format!("ERROR {e}"));
                     let same = found.bytes().zip(text.bytes()).take_while(|(a, b)| a == b).count();
                     let cut = |s: &str| {
                         String::from_utf8_lossy(&s.as_bytes()[same.saturating_sub(30).min(s.len())..])

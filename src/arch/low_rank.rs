@@ -73,7 +73,7 @@ impl Placer<'_> {
             return Err(Error::unsupported("it is several matrices in one"));
         };
         if model.is_dropped(name, true)? || model.is_dropped(name, false)? {
-            return Err(Error::malformed(format!("the architecture {} leaves it out", model.arch.arch))
+            return Err(Error::malformed(format!("the architecture {} leaves it out", model.arch.name))
                 .hint(
                     "the adapter was made for another base, or for one whose output is no matrix of its own",
                 ));

@@ -186,31 +186,6 @@ impl Model {
         Ok(false)
     }
 
-    pub(super) fn check_layer(&self, captures: &Captures) -> Result<()> {
-        let n = self.layers()?;
-        match captures.integers.get(&'i') {
-            Some(&i) if n > 0 && i >= n => {
-                Err(Error::malformed(format!("belongs to layer {i}, config.json says there are {n}"))
-                    .hint("config.json and the weights are not of the same model"))
-            }
-            _ => Ok(()),
-        }
-    }
-
-    pub(super) fn unknown_tensor(&self, name: &str, canonical: &str, rows: &[ActiveRow<'_>]) -> Error {
-        let pattern = pattern_of(canonical);
-        let nearest = rows
-            .iter()
-            .map(|r| r.row.hf.text())
-            .max_by(|a, b| strsim::jaro_winkler(a, &pattern).total_cmp(&strsim::jaro_winkler(b, &pattern)));
-        let error =
-            Error::malformed(format!("tensor {name:?} has no place in the architecture {}", self.arch.name));
-        match nearest {
-            Some(rule) => error.hint(format!("the nearest rule is {rule:?}")),
-            None => error,
-        }
-    }
-
     /// Transforms of a row for its part `k`, for a source of these axes and this name.
     pub(super) fn transform(
         &self,
@@ -415,30 +390,12 @@ impl Model {
                     let done = target.as_ref().and_then(|t| out.get(t));
                     let whole = |b: &Building| b.values.is_some() || b.pieces.len() as u64 >= b.stack;
                     if !(done.is_some_and(whole) || r.row.at.is_some() && seen.contains(&captures)) {
-                        return Err(self.missing(r, captures, seen));
+                        return Err(self.missing(r, captures, hits));
                     }
                 }
             }
         }
         Ok(())
-    }
-
-    fn missing(&self, r: &ActiveRow<'_>, mut captures: Captures, seen: &HashSet<Captures>) -> Error {
-        if r.row.stack.is_some() && r.row.at.is_none() {
-            let lacking = (0..r.stack).find(|e| {
-                captures.integers.insert('e', *e);
-                !seen.contains(&captures)
-            });
-            captures.integers.insert('e', lacking.unwrap_or(0));
-        }
-        let name = r.source_name(&captures).unwrap_or_else(|| r.row.hf.text().to_string());
-        let error = Error::malformed(format!("tensor {name:?} is missing"));
-        if seen.is_empty() {
-            error
-                .hint(format!("the architecture {} needs it; is this another kind of model?", self.arch.name))
-        } else {
-            error.hint("other layers or experts have it: a shard may be missing, or config.json counts more than there are")
-        }
     }
 }
 

@@ -13,6 +13,7 @@ mod expr;
 mod inverse;
 mod low_rank;
 mod mapping;
+mod misfit;
 mod projector;
 mod recognise;
 mod rope;

@@ -449,8 +449,11 @@ pub fn trim(value: &Value, characters: Option<String>) -> Made {
     }))
 }
 
+/// A test of one value.
+type Test = fn(&Value) -> bool;
+
 /// Tests that call more things sequences and iterables than minijinja does.
-pub const TESTS: &[(&str, fn(&Value) -> bool)] = &[
+pub const TESTS: &[(&str, Test)] = &[
     ("sequence", |v| matches!(v.kind(), ValueKind::Seq | ValueKind::Map | ValueKind::String)),
     ("iterable", |v| {
         matches!(v.kind(), ValueKind::Seq | ValueKind::Map | ValueKind::String | ValueKind::Iterable)

@@ -126,7 +126,7 @@ pub(super) fn render(template: &str, variables: &Map<String, Json>, now: i64) ->
 fn run(source: &str, variables: &Map<String, Json>, now: i64) -> Result<String, Error> {
     let ws_config = WhitespaceConfig { keep_trailing_newline: true, lstrip_blocks: true, trim_blocks: true };
     check_products(source, ws_config)?;
-    let syntax_config = SyntaxConfig::default();
+    let syntax_config = SyntaxConfig;
     let config =
         TemplateConfig { syntax_config, ws_config, default_auto_escape: Arc::new(|_| AutoEscape::None) };
     let mut compiled = CompiledTemplate::new("chat_template", source, &config)?;
@@ -304,7 +304,7 @@ fn named(error: Error, name: &str) -> Error {
 /// counts them; those of texts and lists are refused, but for a line such as `'-' * 40`.
 fn check_products(source: &str, ws_config: WhitespaceConfig) -> Result<(), Error> {
     let mut tokens = Vec::new();
-    for token in tokenize(source, false, SyntaxConfig::default(), ws_config) {
+    for token in tokenize(source, false, SyntaxConfig, ws_config) {
         tokens.push(token?.0);
     }
     for (i, token) in tokens.iter().enumerate() {
