@@ -39,6 +39,14 @@ pub use special::{AddTokens, SpecialIds};
 /// Most tokens a vocabulary may have, and the bound on ids and on `vocab_size`.
 const MAX_TOKENS: u64 = 1 << 22;
 
+/// Vocabularies in forms of their own, which are named but not read.
+const UNREAD: [(&str, &str); 4] = [
+    ("qwen.tiktoken", "a list of ranks for tiktoken"),
+    ("tiktoken.model", "a list of ranks for tiktoken"),
+    ("rwkv_vocab_v20230424.txt", "RWKV's list"),
+    ("tokenizer.jsonl", "PLaMo's list"),
+];
+
 /// Where a vocabulary can come from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Origin {
@@ -424,6 +432,11 @@ pub fn load_undecided(source: &Source, limits: &Limits) -> Result<(Vocab, Candid
     if let Some(json) = &json {
         seen.push(format!("a tokenizer.json with model {}", json.model.kind()));
     }
+    for (name, what) in UNREAD {
+        if source.dir.join(name).exists() {
+            seen.push(format!("{name}, {what}, which is not read"));
+        }
+    }
     if seen.is_empty() {
         return Err(Error::unsupported("has no tokenizer.model, tokenizer.json or vocab.txt")
             .at(source.dir)
@@ -433,7 +446,8 @@ pub fn load_undecided(source: &Source, limits: &Limits) -> Result<(Vocab, Candid
         "the vocabulary is none of the kinds this architecture can have ({order:?}): there is {}",
         seen.join(" and ")
     ))
-    .at(source.dir))
+    .at(source.dir)
+    .hint("a tokenizer.json of the same model, as transformers saves it, is read"))
 }
 
 /// The `tokenizers` library's own tokenizer for a directory: the reference for token ids. Where
