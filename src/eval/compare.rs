@@ -229,7 +229,9 @@ impl<'m> Sides<'m> {
             let mut normalized = NormalizedString::from(text);
             if normalizer.normalize(&mut normalized).is_ok() && normalized.get() != text {
                 let ids = self.model.tokenize(normalized.get(), false, true)?;
-                if same(expected, &ids) {
+                // Both at once is what a long text has.
+                let named = self.special_names.as_ref().map(|t| encode(t, text, false)).transpose()?;
+                if same(expected, &ids) || named.is_some_and(|named| same(&named, &ids)) {
                     return Ok(Some(Explanation::Normalization));
                 }
             }
