@@ -18,6 +18,7 @@ FOLDER, RECORDS = ROOT / "formats/mmproj", ROOT / "fixtures/mmproj"
 FILE_TYPES = ("f16", "q8_0")
 # What transformers 5 writes, and how published checkpoints have it, of which llama.cpp's converter knows.
 PUBLISHED = {
+    "Lfm2VlForConditionalGeneration": {"model.vision_tower.": "model.vision_tower.vision_model."},
     "Gemma3ForConditionalGeneration": {"vision_tower.": "vision_tower.vision_model."},
     "InternVLForConditionalGeneration": {
         "vision_tower.": "model.vision_tower.", "multi_modal_projector.": "model.multi_modal_projector.",
