@@ -433,6 +433,19 @@ mod tests {
     }
 
     #[test]
+    fn refused_classes_have_a_reason_and_no_definition() {
+        let refused = Architecture::parse(&text("refused").unwrap(), &text).unwrap();
+        let archs = embedded().unwrap();
+        assert!(refused.class.len() > 5);
+        for name in refused.class.iter().flat_map(Class::names) {
+            assert!(refusal(name).unwrap().is_some_and(|why| !why.is_empty()), "{name}");
+            let known = archs.iter().flat_map(|a| &a.class).flat_map(Class::names).any(|n| n == name);
+            assert!(!known, "{name} is refused and has a definition");
+        }
+        assert!(refusal("LlamaForCausalLM").unwrap().is_none());
+    }
+
+    #[test]
     fn faults_name_the_line() {
         let none = |_: &str| None;
         let e = Architecture::parse("schema = 1\nunknown = 2\n", &none).unwrap_err();
