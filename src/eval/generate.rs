@@ -106,7 +106,11 @@ pub fn generate(
         return Err(Error::misuse("the prompt has no tokens").hint("give some text with -p"));
     }
     if !model.is_decoder_only() {
-        return Err(Error::unsupported("this model is an encoder; it generates no text"));
+        return Err(Error::unsupported(match model.decoder_start() {
+            Some(_) => "a model with an encoder and a decoder, such as T5, is not run here",
+            None => "this model is an encoder; it generates no text",
+        })
+        .hint("`qconv embed` prints the embeddings of texts"));
     }
     let n_ctx = match options.n_ctx {
         0 => {
