@@ -17,7 +17,7 @@ PROMPT  ?= It was a fine morning, and
 ENV := if [ "$(UNAME)" = Linux ] && [ -z "$${BINDGEN_EXTRA_CLANG_ARGS:-}" ] && command -v gcc >/dev/null; then \
 	export BINDGEN_EXTRA_CLANG_ARGS="-isystem $$(gcc -print-file-name=include)"; fi; set -e;
 
-.PHONY: all build demo demo-tiny-llama demo-smollm2 demo-minilm test bench peers peers-models clean-demo help system tools
+.PHONY: architectures all build demo demo-tiny-llama demo-smollm2 demo-minilm test bench peers peers-models clean-demo help system tools
 
 all: build
 
@@ -31,6 +31,7 @@ help:
 	@echo 'make test         formatting, clippy, documentation, all tests with and without ggml'
 	@echo 'make bench        speed of the block types and of whole conversions (needs 6 GB of disk)'
 	@echo 'make peers        read our files with the Python packages gguf and safetensors'
+	@echo 'make architectures write docs/architectures.md anew: what is shown of each class of models'
 	@echo 'make peers-models hold the architectures to transformers and to llama.cpp'"'"'s converter'
 	@echo '                  (downloads PyTorch, 6 GB of disk, a quarter of an hour)'
 	@echo 'make clean-demo   remove ./demo'
@@ -168,6 +169,11 @@ test: system tools
 	echo '== documentation'; RUSTDOCFLAGS='-D warnings' $(CARGO) doc $(RELEASE) --no-deps; \
 	echo '== tests'; $(CARGO) test $(RELEASE); \
 	echo 'make test: format, clippy, documentation and all tests passed, with and without ggml'
+
+# What is shown of each class of models, from the tests that show it.
+architectures: system
+	@$(ENV) \
+	QCONV_WRITE_TABLE=1 $(CARGO) test $(RELEASE) --test arch_examples
 
 bench: system
 	@$(ENV) \

@@ -10,6 +10,8 @@
 //! `QCONV_ARCH=NAME` tries one; the table of results goes to stdout (`-- --nocapture`).
 #![cfg(feature = "ggml")]
 
+#[path = "common/arch_table.rs"]
+mod arch_table;
 mod common;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -44,7 +46,7 @@ fn every_definition_runs_on_its_example() {
     let only = std::env::var("QCONV_ARCH").ok();
     let mut files: Vec<PathBuf> = fs::read_dir(folder).unwrap().map(|e| e.unwrap().path()).collect();
     files.sort();
-    let (mut tried, mut faults) = (0, Vec::new());
+    let (mut tried, mut faults) = (arch_table::Examples::new(), Vec::new());
     for path in files {
         let name = path.file_stem().unwrap().to_str().unwrap();
         let is_base =
@@ -52,12 +54,12 @@ fn every_definition_runs_on_its_example() {
         if is_base || only.as_deref().is_some_and(|only| only != name) {
             continue;
         }
-        tried += 1;
         let definition = arch::read(&path, &Limits::default()).unwrap();
         let Some(examples) = definition.examples() else {
             faults.push(format!("{name}: has no [example]"));
             continue;
         };
+        tried.push((definition.clone(), examples.iter().map(|(name, _)| name.clone()).collect()));
         for (example, config) in examples {
             match Trial::new(&path, &definition, config).and_then(|t| t.run()) {
                 Ok(tensors) => {
@@ -70,8 +72,11 @@ fn every_definition_runs_on_its_example() {
             }
         }
     }
-    assert!(tried > 0);
+    assert!(!tried.is_empty());
     assert!(faults.is_empty(), "{}", faults.join("\n"));
+    if only.is_none() {
+        arch_table::check(&tried);
+    }
 }
 
 struct Trial {

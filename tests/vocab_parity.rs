@@ -214,7 +214,7 @@ fn pairs_of_bytes(normalizer: &Json, pre_tokenizer: &Json, ignore_merges: bool) 
     for (i, left) in chars.iter().enumerate() {
         for (j, right) in chars.iter().enumerate() {
             let rank = (i as u32 * 256 + j as u32).wrapping_mul(2_654_435_761).rotate_left(9);
-            if rank % 4 == 0 {
+            if rank.is_multiple_of(4) {
                 pairs.push((rank, *left, *right));
             }
         }

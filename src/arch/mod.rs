@@ -73,6 +73,15 @@ pub fn all_projectors() -> Result<Vec<Architecture>> {
     schema::projectors()
 }
 
+/// Names of classes that are known and not converted, each with the reason.
+///
+/// # Errors
+/// As [`all`].
+pub fn refused() -> Result<Vec<(String, String)>> {
+    let refused = schema::refused()?;
+    Ok(refused.iter().flat_map(|(c, why)| c.names().map(|n| (n.to_string(), why.clone()))).collect())
+}
+
 /// Reads a definition from a file; what it extends lies beside it, or is embedded.
 ///
 /// # Errors

@@ -6,7 +6,7 @@ use serde_json::Value as Json;
 
 use super::mapping::pattern_of;
 use super::projector::Around;
-use super::schema::{Architecture, Class, refusal};
+use super::schema::{self, Architecture, Class};
 use super::scope::ModelScope;
 use super::{Model, all};
 use crate::error::{Error, Result};
@@ -66,6 +66,11 @@ pub fn take_for(mut arch: Architecture, config: &Json) -> Result<Model> {
     let model = Model { scope: ModelScope::new(&arch, config), arch, class, around };
     model.check()?;
     Ok(model)
+}
+
+/// Why models of a class are not converted, where that is known.
+pub(super) fn refusal(class: &str) -> Result<Option<String>> {
+    Ok(schema::refused()?.into_iter().find(|(c, _)| c.names().any(|n| n == class)).map(|(_, why)| why))
 }
 
 pub(super) fn class_of(config: &Json) -> &str {

@@ -342,6 +342,11 @@ impl Architecture {
         self.generate.iter().filter_map(|g| g.name.fill(&Captures::of_layer(0)))
     }
 
+    /// Every class that a config.json may name, other names of it included.
+    pub fn class_names(&self) -> impl Iterator<Item = &str> {
+        self.class.iter().flat_map(Class::names)
+    }
+
     /// The class that a config.json names.
     pub(super) fn class_of(&self, config: &Json) -> Result<Option<&Class>> {
         let name = super::recognise::class_of(config);
@@ -379,12 +384,12 @@ pub(super) fn read(path: &Path, limits: &Limits) -> Result<Architecture> {
     Ok(arch)
 }
 
-/// Why models of a class are not converted, where that is known.
-pub(super) fn refusal(class: &str) -> Result<Option<String>> {
+/// Classes that are not converted, with all their names, and why not.
+pub(super) fn refused() -> Result<Vec<(Class, String)>> {
     let refused =
         text("refused").ok_or_else(|| Error::malformed("formats/arch/refused.toml is not there"))?;
     let refused = Architecture::parse(&refused, &text).map_err(|e| e.context("formats/arch/refused.toml"))?;
-    Ok(refused.class.into_iter().find(|c| c.names().any(|n| n == class)).and_then(|c| c.refuse))
+    Ok(refused.class.into_iter().filter_map(|c| c.refuse.clone().map(|why| (c, why))).collect())
 }
 
 /// All embedded architectures of models.
@@ -413,6 +418,7 @@ fn parse_all(folder: &str, files: &[(&str, &str)]) -> Result<Vec<Architecture>> 
 
 #[cfg(test)]
 mod tests {
+    use super::super::recognise::refusal;
     use super::*;
 
     #[test]
