@@ -10,6 +10,8 @@ use sha2::{Digest, Sha256};
 
 /// Differences that are on purpose; README.md gives the reasons.
 const ON_PURPOSE: &[(&str, &str)] = &[
+    // transformers 5 does not write which function chooses the experts, and the converter then lacks it.
+    ("deepseek_v3", "deepseek2.expert_gating_func"),
     // The converter forgets it for this architecture.
     ("gpt_neox-seq", "general.file_type"),
     // It writes 2048 whatever config.json says.

@@ -43,6 +43,13 @@ pub const MODELS: &[&str] = &[
     "models/phi_3",
     "models/qwen2_moe",
     "models/deepseek_v2-qlora",
+    "models/cohere",
+    "models/deepseek_v3",
+    "models/glm4",
+    "models/lfm2_moe",
+    "models/llama4",
+    "models/nemotron_h",
+    "models/qwen3_next",
     "tiny-llama",
 ];
 

@@ -73,7 +73,10 @@ def cases(name):
     if "arch" not in own or not classes:
         return
     first = {"architectures": [classes[0]["name"]], "model_type": classes[0]["model_type"]}
+    names = {n for entry in classes for n in [entry["name"], *entry.get("aliases", [])]}
     example = without_null(first | own["example"])
+    if example["architectures"][0] not in names:    # the base's
+        example |= first
     tried = set()
     for variant, changes in [("example", {})] + list(own.get("variant", {}).items()):
         config = without_null(example | changes)
@@ -237,19 +240,19 @@ def make(directory, name, variant, class_name, example):
 
 # --- llama.cpp's converter ------------------------------------------------------------------------
 
-def their_conversion(tree, directory, output, pre):
+def run_converter(tree, directory, output, pre, file_type="ALL_F32"):
     """Raises where the converter refuses. `pre`: these vocabularies are in no list of hashes."""
     sys.path[:0] = [p for p in [str(tree), str(tree / "gguf-py")] if p not in sys.path]
     gguf = importlib.import_module("gguf")
     conversion = importlib.import_module("conversion")
     base = importlib.import_module("conversion.base")
     base.TextModel.get_vocab_base_pre = lambda self, tokenizer: pre
-    kind = conversion.ModelType.TEXT
     with torch.inference_mode(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         hparams = conversion.ModelBase.load_hparams(directory, False)
-        architecture = conversion.get_model_architecture(hparams, kind)
-        cls = conversion.get_model_class(architecture)
-        cls(directory, gguf.LlamaFileType.ALL_F32, output).write()
+        cls = conversion.get_model_class(conversion.get_model_architecture(hparams, conversion.ModelType.TEXT))
+        if cls.supports_mtp_export:
+            cls.no_mtp = True    # transformers leaves out the layers that predict further tokens
+        cls(directory, gguf.LlamaFileType[file_type], output).write()
 
 
 def contents(path):
@@ -350,7 +353,7 @@ def try_case(tools, root, name, variant, class_name, example):
         return "", f"qconv refuses: {' '.join(done.stderr.replace(f'{directory}', 'micro').split())[:300]}"
     pre = contents_pre(ours)
     try:
-        their_conversion(tree, directory, theirs, pre)
+        run_converter(tree, directory, theirs, pre)
         found = differences(ours, theirs)
         converter = "differs" if found else "equal"
     except (Exception, SystemExit) as e:

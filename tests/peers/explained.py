@@ -10,6 +10,9 @@ CONFIG = {
     # llama.cpp reads no epsilon for this architecture and takes 0.
     "Qwen2VLForConditionalGeneration": {"rms_norm_eps": 1e-12},
     "Qwen2_5_VLForConditionalGeneration": {"rms_norm_eps": 1e-12},
+    # With few heads many keys have the score 0, and which of them an indexer chooses is chance.
+    "DeepseekV32ForCausalLM": {"index_n_heads": 16},
+    "GlmMoeDsaForCausalLM": {"index_n_heads": 16},
     # transformers divides experts into groups by default.
     ("DeepseekV3ForCausalLM", "v3_of_transformers"): {"n_group": 1, "topk_group": 1},
     "Mistral3ForConditionalGeneration": {"text_config": {"model_type": "ministral3"}},
@@ -23,12 +26,30 @@ CONFIG = {
 # Class, or `*` -> (pattern of differences, why). A difference that no pattern knows is shown as it is.
 EXPLAINED = {
     "*": [
+        (r"Architecture .* not supported", "it does not know this class"),
+        (r"tokenizer.model$", "it wants a tokenizer.model"),
         (r"tokenizer.ggml.add_space_prefix .* only here", "it leaves out what tokenizer.model says of the space in front"),
         (r"tensor blk.\d+.ssm_a differs \(up to .*e-07\)", "the last bit of exp"),
         (r"(expert_gating_func = 2|expert_weights_norm = true).* only here",
          "transformers does not write the kind of the router, and the converter then lacks it"),
         (r"rope.freq_base = 10000.0 .* only here", "it leaves out a value that is llama.cpp's default"),
     ],
+    "BambaForCausalLM": [(r"attn_[qk]|rope.dimension_count", "it turns whole heads, Bamba a part of them")],
+    "GraniteMoeHybridForCausalLM": [
+        (r"attn_[qk]|head_count_kv", "it does not find the layers with attention in transformers 5's layer_types"),
+        (r"expert_", "it writes experts of models that have none")],
+    "GraniteSWAForCausalLM": [(r"rope_pattern", "it leaves out which layers turn")],
+    "GraniteMoeSWAForCausalLM": [(r"rope_pattern", "it leaves out which layers turn")],
+    "FalconH1ForCausalLM": [(r"KeyError: 'head_dim'", "it wants head_dim, which config.json need not have")],
+    "LagunaForCausalLM": [(r"sliding_window_pattern", "it leaves out the pattern of windows")],
+    "Gemma4ForCausalLM": [
+        (r"tokenizer.ggml|size_label|per_layer_token_embd", "it takes tokenizer.json first, and does not cut surplus rows"),
+        (r"head_count_kv", "it writes one number where all layers have the same")],
+    "Gemma4ForConditionalGeneration": [
+        (r"tokenizer.ggml|size_label|per_layer_token_embd", "it takes tokenizer.json first, and does not cut surplus rows")],
+    "NemotronHForCausalLM": [
+        (r"nemotron_h|general.architecture", "it takes every model for one with experts, as transformers 5 writes their keys")],
+    "Qwen3VLMoeForConditionalGeneration": [(r"_exps", "it takes transformers 5's layout of the experts for the older one")],
     "BertForSequenceClassification": [
         (r"cls\.|pooling_type|size_label", "it drops the classifier of a class that is no reranker")],
     "DbrxForCausalLM": [(r"rope.freq_base", "it reads an older place, where transformers 5 leaves the default")],
@@ -56,23 +77,22 @@ EXPLAINED = {
     "T5ForConditionalGeneration": [
         (r"KeyError: 'decoder_start_token_id'", "it wants decoder_start_token_id, which transformers 5 does not write")],
 }
-for name in ["Qwen3NextForCausalLM", "Qwen3_5ForCausalLM", "Qwen3_5ForConditionalGeneration",
-             "Qwen3_5MoeForCausalLM", "Qwen3_5MoeForConditionalGeneration"]:
-    EXPLAINED[name] = [(r"opt_num_mtp_layers", "it wants the layers that predict further tokens, which transformers leaves out")]
-
 # Class, or class and variant -> why llama.cpp computes something else.
 LLAMA_CPP = {
     "PhimoeForCausalLM": "llama.cpp normalises without subtracting the mean and weighs experts otherwise",
 }
 
 # Class -> why transformers' model is not made.
-NOT_RUN = {}
+NOT_RUN = {
+    "ChameleonForConditionalGeneration": "it needs a vocabulary with image tokens",
+}
 
 # Definitions whose models give hidden states instead of logits.
-ENCODERS = {"bert", "nomic-bert", "modern-bert", "eurobert", "neo-bert", "gemma-embedding", "t5encoder"}
+ENCODERS = {"bert", "distilbert", "eurobert", "gemma-embedding", "jina-bert-v2", "jina-bert-v3", "llama-embed",
+            "modern-bert", "neo-bert", "nomic-bert", "nomic-bert-moe", "roberta", "t5encoder", "xlm-roberta"}
 
 # Definitions that are tried with tokenizer.model, without which llama.cpp's converter refuses them.
-SENTENCEPIECE = {"ernie4_5", "ernie4_5-moe", "gemma", "gemma2", "gemma4", "minicpm3", "nemotron", "phi3"}
+SENTENCEPIECE = {"ernie4_5", "ernie4_5-moe", "gemma", "gemma2", "gemma4", "minicpm3", "nemotron", "paddleocr", "phi3"}
 
 # Tokens that llama.cpp's converter looks for.
 GLM = ["<|endoftext|>", "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>", "<|system|>", "<|user|>", "<|assistant|>",
