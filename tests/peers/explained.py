@@ -27,7 +27,10 @@ CONFIG = {
 EXPLAINED = {
     "*": [
         (r"Architecture .* not supported", "it does not know this class"),
-        (r"tokenizer.model$", "it wants a tokenizer.model"),
+        (r"tokenizer.model$|Llama BPE tokenizer", "it wants another kind of vocabulary than the fixtures have"),
+        (r"add_bos_token to true", "it insists on add_bos_token"),
+        (r"KeyError: '(moe_intermediate_size|n_positions)'", "it wants a key that transformers 5 does not write"),
+        (r"Duplicated tensor name 'cls.bias'|classifier_pooling", "it does not know this head"),
         (r"tokenizer.ggml.add_space_prefix .* only here", "it leaves out what tokenizer.model says of the space in front"),
         (r"tensor blk.\d+.ssm_a differs \(up to .*e-07\)", "the last bit of exp"),
         (r"(expert_gating_func = 2|expert_weights_norm = true).* only here",
