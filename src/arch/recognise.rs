@@ -115,7 +115,7 @@ fn unknown_class(archs: &[Architecture], class: &str, config: &Json, tensors: &[
     for arch in archs {
         for known_class in &arch.class {
             let alike = known_class.names().map(|name| likeness(name, class)).fold(0.0, f64::max);
-            let alike = if alike > 0.7 { alike } else { 0.0 };
+            let alike = if alike > 0.8 { alike } else { 0.0 };
             let scope = ModelScope::new(arch, config.clone());
             let mut model = Model { arch: arch.clone(), class: known_class.clone(), around: None, scope };
             let n_tokens = model.var("vocab_size").ok().and_then(|n| n.as_u64());
@@ -135,14 +135,14 @@ fn unknown_class(archs: &[Architecture], class: &str, config: &Json, tensors: &[
     let mut fitting: Vec<&str> = candidates.iter().filter(|c| c.fits).map(|c| c.arch.arch.as_str()).collect();
     fitting.dedup();
     let named = candidates.iter().filter(|c| c.alike > 0.0).max_by(|a, b| a.alike.total_cmp(&b.alike));
-    let partly = candidates.first().filter(|c| 2 * c.known > kinds.len());
+    let partly = candidates.first().filter(|c| 4 * c.known > 3 * kinds.len());
     let hint = match (fitting.first(), named, partly) {
         (Some(arch), ..) => format!(
             "the rules of {} take all {} tensors; if the model computes like the nearest, try --arch {arch}",
             fitting[..fitting.len().min(5)].join(", "),
             tensors.len(),
         ),
-        (None, _, Some(c)) if c.alike > 0.0 || named.is_none() => format!(
+        (None, _, Some(c)) => format!(
             "the nearest known one is {}, which has {} of the {} kinds of tensors; if the model computes like it, \
              try --arch {}",
             c.class.name,
@@ -150,7 +150,7 @@ fn unknown_class(archs: &[Architecture], class: &str, config: &Json, tensors: &[
             kinds.len(),
             c.arch.arch
         ),
-        (None, Some(c), _) => format!(
+        (None, Some(c), None) => format!(
             "the nearest known one by name is {}; if the model computes like it, try --arch {}",
             c.class.name, c.arch.arch
         ),
