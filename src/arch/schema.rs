@@ -319,7 +319,9 @@ impl Architecture {
         under(&mut self.also, base.also);
         under(&mut self.scalars, base.scalars);
         under(&mut self.config, base.config);
-        if let (Some(mine), Some(base)) = (&mut self.example, base.example) {
+        if let (Some(mine), Some(mut base)) = (&mut self.example, base.example) {
+            // Which class it is of, the base does not know.
+            base.retain(|key, _| key != "architectures" && key != "model_type");
             under(mine, base);
         }
         self.require.splice(0..0, base.require);
