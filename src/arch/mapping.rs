@@ -285,8 +285,10 @@ impl Model {
                                 .ok_or_else(|| Error::malformed(format!("{v} is no number")))
                         }
                     };
-                    elementwise
-                        .push(Elementwise::Affine { mul: value(&a.mul, 1.0)?, add: value(&a.add, 0.0)? });
+                    let (mul, add) = (value(&a.mul, 1.0)?, value(&a.add, 0.0)?);
+                    if (mul, add) != (1.0, 0.0) {
+                        elementwise.push(Elementwise::Affine { mul, add });
+                    }
                 }
             }
         }

@@ -326,6 +326,28 @@ fn rounded(n: u64) -> String {
     format!("{value:.*}{unit}", 2usize.saturating_sub(digits))
 }
 
+/// llama.cpp looks for Phi 3's tokens in every model that is called so, and does not load one that
+/// lacks them (`llama_vocab::impl::load`). Such a model is called `phi_3`; returns a note that says so.
+pub(super) fn avoid_phi3(metadata: &mut Metadata, tokens: &[Vec<u8>]) -> Option<String> {
+    const NAMES: [&str; 2] = ["phi-3", "phi3"];
+    const TOKENS: [&str; 4] = ["</s>", "<unk>", "<s>", "<|endoftext|>"];
+    let name = metadata.str("general.name")?.to_string();
+    let place = |name: &str| {
+        let lower = name.to_ascii_lowercase();
+        NAMES.iter().find_map(|n| Some((lower.find(n)?, n.len())))
+    };
+    place(&name)?;
+    let lacking = TOKENS.iter().find(|wanted| !tokens.iter().any(|t| t == wanted.as_bytes()))?;
+    let mut new = name.clone();
+    while let Some((at, len)) = place(&new) {
+        new.replace_range(at + 3..at + len, "_3");
+    }
+    metadata.set("general.name", new.as_str());
+    Some(format!(
+        "general.name is {new:?} instead of {name:?}: llama.cpp loads no model of that name whose vocabulary lacks {lacking:?}"
+    ))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -435,6 +457,18 @@ mod tests {
         }
         let moe = ParameterCounts { total: 9, shared: 200_000, expert: 129_000, expert_count: 4 };
         assert_eq!(size_label(moe), "4x329K");
+    }
+
+    #[test]
+    fn a_name_that_llama_cpp_stumbles_over() {
+        let mut m = Metadata::default();
+        m.set("general.name", "My Phi-3 of phi3");
+        let all = ["</s>", "<unk>", "<s>", "<|endoftext|>"].map(|t| t.as_bytes().to_vec());
+        assert_eq!(avoid_phi3(&mut m, &all), None);
+        let note = avoid_phi3(&mut m, &all[..3]).unwrap();
+        assert_eq!(m.str("general.name"), Some("My Phi_3 of phi_3"));
+        assert!(note.contains("<|endoftext|>"), "{note}");
+        assert_eq!(avoid_phi3(&mut m, &all[..3]), None);
     }
 
     #[test]

@@ -8,7 +8,7 @@ use super::adapter::Adapter;
 use super::checkpoint::{Checkpoint, GGUF_METADATA_FILE};
 use super::edits::{MetadataEdits, parse_typed};
 use super::gather::Source;
-use super::general::{Described, General, ParameterCounts};
+use super::general::{self, Described, General, ParameterCounts};
 use super::plan::{Plan, TensorPlan};
 use super::quantizer::{QUANTIZATION_VERSION, Quantizer, Unquantized};
 use super::sentence::Sentence;
@@ -142,7 +142,9 @@ impl HfToGguf {
             notes.into_iter().chain(model.warnings()?).chain(sentence.notes).chain(checkpoint.notes());
         let other = (!self.mmproj && arch::has_projector(&checkpoint.config))
             .then(|| "this is the language model; what sees or hears is written by --mmproj".to_string());
-        plan.notes.splice(0..0, notes.chain(vocab.into_iter().flat_map(|v| v.notes)).chain(other));
+        let renamed = vocab.as_ref().and_then(|v| general::avoid_phi3(&mut metadata, &v.tokens));
+        let of_vocab = vocab.into_iter().flat_map(|v| v.notes);
+        plan.notes.splice(0..0, notes.chain(of_vocab).chain(renamed).chain(other));
         self.edits.apply(&mut metadata)?;
         let beside = checkpoint.dir.parent().filter(|p| !p.as_os_str().is_empty());
         let type_name = self.quantizer.as_ref().map_or(file_type.name(), |q| &q.recipe.name);
