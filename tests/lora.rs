@@ -6,13 +6,16 @@ mod common;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use common::{budget, fixture, reference};
+#[cfg(feature = "ggml")]
+use common::reference;
+use common::{budget, fixture};
 use qconv::convert::{FileType, HfToGguf, LoraToGguf, MergeLora, Silent, TokenCheck};
 use qconv::error::{Error, ErrorKind};
 use qconv::verify::{self, Outcome};
 use serde_json::{Value as Json, json};
 
 /// Each has an adapter in `fixtures/lora`.
+#[cfg(feature = "ggml")]
 const BASES: &[&str] = &["llama", "qwen2", "gpt2", "mixtral", "qwen3_moe", "phi_3", "gemma3-spm"];
 
 fn base(name: &str) -> PathBuf {

@@ -70,7 +70,8 @@ fn examples_work() {
     )
     .unwrap();
     for command in &commands {
-        if !cfg!(feature = "ggml") && command.starts_with("qconv run") {
+        let needs_ggml = ["qconv run", "qconv embed", "qconv eval"].iter().any(|c| command.starts_with(c));
+        if !cfg!(feature = "ggml") && needs_ggml {
             continue; // needs the engine
         }
         let output = Command::new("sh")

@@ -3,7 +3,7 @@
 //! A template is a program that comes with the model, written for Jinja as transformers sets it up.
 //! It runs without files, network or clock other than the time it is given, and within bounds: its
 //! steps (fuel), its time, the size and depth of its values, and its output. minijinja runs it; the
-//! operations in which Python differs, and those that make values, are ours ([`sandbox`]).
+//! operations in which Python differs, and those that make values, are ours (`sandbox.rs`).
 
 mod clock;
 mod python;
