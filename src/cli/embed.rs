@@ -3,8 +3,7 @@
 use std::io::Write;
 use std::path::PathBuf;
 
-use qconv::container::side::read_side_file;
-use qconv::error::Error;
+use qconv::container::side::read_text;
 use qconv::eval::embed::{Embedding, texts};
 use qconv::ggml::{Model, ModelOptions, Pooling, set_verbose};
 use qconv::limits::Limits;
@@ -74,9 +73,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     set_verbose(args.log);
     let mut given = args.prompts.clone();
     if let Some(path) = &args.file {
-        let bytes = read_side_file(path, Limits::default().side_file_bytes)?
-            .ok_or_else(|| Error::misuse("there is no such file").at(path))?;
-        let text = String::from_utf8(bytes).map_err(|_| Error::malformed("is no UTF-8 text").at(path))?;
+        let text = read_text(path, Limits::default().side_file_bytes)?;
         given.extend(text.lines().map(str::to_string));
     }
     let options =

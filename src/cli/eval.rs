@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use qconv::container::side::read_side_file;
+use qconv::container::side::read_text;
 use qconv::convert::Stage;
 use qconv::error::{Error, Result};
 use qconv::eval::SAMPLE_TEXT;
@@ -111,19 +111,13 @@ impl TextArgs {
     fn windows(&self, model: &Model) -> Result<Windows> {
         let text = match &self.text {
             None => SAMPLE_TEXT.to_string(),
-            Some(path) => {
-                let bytes = read_side_file(path, Limits::default().side_file_bytes)?
-                    .ok_or_else(|| Error::io("open", path, std::io::ErrorKind::NotFound.into()))?;
-                String::from_utf8(bytes).map_err(|_| Error::malformed("is not UTF-8").at(path))?
-            }
+            Some(path) => read_text(path, Limits::default().side_file_bytes)?,
         };
         Windows::new(model, &text, self.ctx.unwrap_or(512), self.chunks)
     }
 
     fn threads(&self) -> u32 {
-        self.threads.unwrap_or_else(|| {
-            std::thread::available_parallelism().map_or(1, |n| u32::try_from(n.get()).unwrap_or(u32::MAX))
-        })
+        super::common::threads(self.threads)
     }
 }
 
@@ -208,8 +202,7 @@ fn kld(path: &Path, base: &Path, args: &TextArgs) -> anyhow::Result<()> {
         let mut windows = baseline.windows.clone();
         if baseline.k.is_none() {
             // llama.cpp's file leaves this to the model.
-            let special = model.special_tokens();
-            windows.bos = special.bos.filter(|_| special.add_bos);
+            windows.bos = Windows::bos_of(&model);
         }
         let mut watch = Watch::new(&windows, args.quiet);
         windows

@@ -2,9 +2,9 @@
 
 use std::path::PathBuf;
 
-use qconv::container::side::read_side_file;
+use qconv::container::side::read_text;
 use qconv::convert::{ImatrixChoice, Overrides, Quantizer, Recipe, Sharding, parse_tensor_type};
-use qconv::error::{Error, Result};
+use qconv::error::Result;
 use qconv::limits::Limits;
 use qconv::tensor::DType;
 
@@ -99,9 +99,7 @@ impl QuantizerArgs {
         let mut tensor_types =
             self.tensor_type.iter().map(|e| parse_tensor_type(e)).collect::<Result<Vec<_>>>()?;
         if let Some(path) = &self.tensor_type_file {
-            let text = read_side_file(path, Limits::default().side_file_bytes)?
-                .ok_or_else(|| Error::io("read", path, std::io::ErrorKind::NotFound.into()))?;
-            let text = std::str::from_utf8(&text).map_err(|_| Error::malformed("is not UTF-8").at(path))?;
+            let text = read_text(path, Limits::default().side_file_bytes)?;
             for entry in text.split_whitespace() {
                 tensor_types.push(parse_tensor_type(entry).map_err(|e| e.at(path))?);
             }

@@ -34,6 +34,16 @@ pub fn read_side_file(path: &Path, max_bytes: u64) -> Result<Option<Vec<u8>>> {
     Ok(Some(bytes))
 }
 
+/// A text file that the user named.
+///
+/// # Errors
+/// As [`read_side_file`]; `Io` when there is none, `Malformed` when it is not UTF-8.
+pub fn read_text(path: &Path, max_bytes: u64) -> Result<String> {
+    let bytes = read_side_file(path, max_bytes)?
+        .ok_or_else(|| Error::io("open", path, std::io::ErrorKind::NotFound.into()))?;
+    String::from_utf8(bytes).map_err(|_| Error::malformed("is no UTF-8 text").at(path))
+}
+
 /// A JSON file beside the weights; `None` when there is none.
 ///
 /// # Errors

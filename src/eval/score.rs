@@ -30,6 +30,12 @@ impl Moments {
         self.squares += x * x;
     }
 
+    /// `exp` of the mean, with its error to first order.
+    fn exp(&self) -> Estimate {
+        let Estimate { value, error } = self.estimate();
+        Estimate { value: value.exp(), error: value.exp() * error }
+    }
+
     fn estimate(&self) -> Estimate {
         let n = self.n.max(1) as f64;
         let value = self.sum / n;
@@ -63,8 +69,7 @@ impl Perplexity {
 
     /// `exp` of the mean, with its error to first order.
     pub fn estimate(&self) -> Estimate {
-        let Estimate { value, error } = self.0.estimate();
-        Estimate { value: value.exp(), error: value.exp() * error }
+        self.0.exp()
     }
 }
 
@@ -187,7 +192,6 @@ impl Divergence {
     pub fn summary(&self) -> DivergenceSummary {
         let n = self.nll.n.max(1) as f64;
         let (ln, base) = (self.nll.estimate(), self.base_nll.estimate());
-        let perplexity = |e: Estimate| Estimate { value: e.value.exp(), error: e.value.exp() * e.error };
         let covariance = match self.nll.n {
             0..10 => 0.0,
             _ => (self.products / n - ln.value * base.value) / (n - 1.0),
@@ -200,8 +204,8 @@ impl Divergence {
         klds.sort_by(f32::total_cmp);
         DivergenceSummary {
             count: self.nll.n,
-            perplexity: perplexity(ln),
-            base_perplexity: perplexity(base),
+            perplexity: self.nll.exp(),
+            base_perplexity: self.base_nll.exp(),
             ln_ratio: Estimate { value: ln.value - base.value, error: variance.max(0.0).sqrt() },
             kld: self.kld.estimate(),
             kld_median: percentile(&klds, 0.5),

@@ -1,5 +1,7 @@
 //! A vocabulary tried in the linked llama.cpp before there is a model file.
 
+use std::fs::File;
+use std::io::Write;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -41,7 +43,10 @@ pub fn load(vocab: &Vocab) -> Result<Model> {
     vocab.to_metadata(&mut metadata);
     let scratch = Scratch::new();
     let header = Layout::new(&metadata, &[])?.header;
-    std::fs::write(&scratch.0, header).map_err(|e| Error::io("write", &scratch.0, e))?;
+    // Anew: where others may write, a link could lie under that name.
+    File::create_new(&scratch.0)
+        .and_then(|mut file| file.write_all(&header))
+        .map_err(|e| Error::io("write", &scratch.0, e))?;
     Model::load(&scratch.0, &ModelOptions { vocab_only: true, ..ModelOptions::default() })
 }
 

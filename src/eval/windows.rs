@@ -61,8 +61,13 @@ impl Windows {
             .hint("give a longer text, or shorter windows with --ctx"));
         }
         tokens.truncate(count.min(most.unwrap_or(count)) * n_ctx);
+        Ok(Self { tokens, n_ctx, bos: Self::bos_of(model) })
+    }
+
+    /// What each window's first token is replaced by: the token that the vocabulary begins texts with.
+    pub fn bos_of(model: &Model) -> Option<i32> {
         let special = model.special_tokens();
-        Ok(Self { tokens, n_ctx, bos: special.bos.filter(|_| special.add_bos) })
+        special.bos.filter(|_| special.add_bos)
     }
 
     /// Lets every model read every window, side by side. `score` gets, for each scored prediction,

@@ -107,8 +107,9 @@ impl Report {
 /// # Errors
 /// Only what keeps the checks from being made: no such file, an unreadable source, an interrupt.
 /// What is wrong with the file itself is in the report.
-#[cfg_attr(not(feature = "ggml"), allow(unused_variables))] // the budget is the engine's
 pub fn verify(options: &Options, budget: &Budget, observer: &dyn Observer) -> Result<Report> {
+    #[cfg(not(feature = "ggml"))]
+    let _ = budget; // the engine's
     let mut report = Report {
         file: options.file.clone(),
         against: options.against.clone(),

@@ -59,15 +59,7 @@ pub fn all_added(
             continue;
         }
         match ids.get(content.as_str()) {
-            Some(&id) => added.push(AddedToken {
-                id,
-                content,
-                single_word: false,
-                lstrip: false,
-                rstrip: false,
-                normalized: false,
-                special: true,
-            }),
+            Some(&id) => added.push(AddedToken::special(id, content)),
             None => notes.push(format!("the {role} token {content:?} is not in the vocabulary")),
         }
     }

@@ -9,7 +9,7 @@ use tokenizers::models::bpe::BPE;
 use super::added::{added_form, all_added, ids_by_text};
 use super::hf::{self, Entries, TokenizerJson, merge_parts};
 use super::pre::{self, Candidates, Structure, byte_of_char};
-use super::{Kind, Source, TokenType, Vocab, special, vocab_size};
+use super::{Kind, Source, TokenType, Vocab, special, vocab_size_for_all};
 use crate::error::{Error, Result};
 use crate::limits::Limits;
 
@@ -53,14 +53,7 @@ pub fn load(
     let added = all_added(added_tokens, config, &ids, &mut vocab.notes)?;
 
     let max_id = entries.iter().map(|e| e.1).chain(added.iter().map(|t| t.id)).max().map(u64::from);
-    let size = vocab_size(source, max_id)?;
-    if max_id.is_some_and(|id| id >= size as u64) {
-        return Err(Error::malformed(format!(
-            "has a token with id {}, the config says vocab_size {size}",
-            max_id.unwrap_or_default()
-        ))
-        .hint("the tokenizer and the config belong to different models"));
-    }
+    let size = vocab_size_for_all(source, max_id)?;
     vocab.pad_to(size, 0.0);
     let mut taken = vec![false; size];
     for (text, id) in &entries {

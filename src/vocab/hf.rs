@@ -46,6 +46,21 @@ pub struct AddedToken {
     pub special: bool,
 }
 
+impl AddedToken {
+    /// A special token that is found wherever its text stands.
+    pub fn special(id: u32, content: String) -> Self {
+        Self {
+            id,
+            content,
+            single_word: false,
+            lstrip: false,
+            rstrip: false,
+            normalized: false,
+            special: true,
+        }
+    }
+}
+
 /// `model` of tokenizer.json. Merges are `left right`; a space inside a part is U+0120, as
 /// llama.cpp's converter writes it.
 #[derive(Deserialize)]

@@ -314,6 +314,18 @@ fn vocab_size(source: &Source, max_id: Option<u64>) -> Result<usize> {
     Ok(size as usize)
 }
 
+/// The same, where every token up to `max_id` has to have a place.
+fn vocab_size_for_all(source: &Source, max_id: Option<u64>) -> Result<usize> {
+    let size = vocab_size(source, max_id)?;
+    match max_id {
+        Some(id) if id >= size as u64 => {
+            Err(Error::malformed(format!("has a token with id {id}, the config says vocab_size {size}"))
+                .hint("the tokenizer and the config belong to different models"))
+        }
+        _ => Ok(size),
+    }
+}
+
 /// Ids of the tokens that were added to a trained vocabulary, by text, as tokenizer.json and
 /// tokenizer_config.json list them.
 ///

@@ -11,7 +11,7 @@ use super::added::{added_form, all_added};
 use super::hf::{self, AddedToken, Entries, TokenizerJson};
 use super::proto::{ModelProto, SentencePiece, UNIGRAM};
 use super::spm::{self, ADDED_SCORE, Found, PAD_SCORE};
-use super::{Kind, Source, TokenType, Vocab, base64, charsmap, special, vocab_size};
+use super::{Kind, Source, TokenType, Vocab, base64, charsmap, special, vocab_size, vocab_size_for_all};
 use crate::error::{Error, Result};
 use crate::limits::Limits;
 
@@ -328,14 +328,7 @@ pub fn load_json(source: &Source, config: &Value, json: TokenizerJson, limits: &
     let added = all_added(added_tokens, config, &ids, &mut vocab.notes)?;
     let last = (list.len() as u64).checked_sub(1);
     let max_id = added.iter().map(|t| u64::from(t.id)).chain(last).max();
-    let size = vocab_size(source, max_id)?;
-    if max_id.is_some_and(|id| id >= size as u64) {
-        return Err(Error::malformed(format!(
-            "has a token with id {}, the config says vocab_size {size}",
-            max_id.unwrap_or_default()
-        ))
-        .hint("the tokenizer and the config belong to different models"));
-    }
+    let size = vocab_size_for_all(source, max_id)?;
     let byte_fallback = model.byte_fallback == Some(true);
     for (id, (text, score)) in list.iter().enumerate() {
         let (kind, score) = match text {

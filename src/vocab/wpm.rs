@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use super::added::{all_added, ids_by_text};
 use super::bpe::GGML_PRE;
 use super::hf::{self, AddedToken, Entries, Model, TokenizerJson};
-use super::{Kind, Source, TokenType, Vocab, special, vocab_size};
+use super::{Kind, Source, TokenType, Vocab, special, vocab_size_for_all};
 use crate::error::{Error, Result};
 use crate::limits::Limits;
 
@@ -56,15 +56,7 @@ pub fn vocab_txt(source: &Source, config: &Value, limits: &Limits) -> Result<Opt
         let Some(content) = hf::token_text(&config, &format!("{role}_token")) else { continue };
         let Some(&id) = ids.get(content.as_str()) else { continue };
         if added_tokens.iter().all(|t: &AddedToken| t.id != id) {
-            added_tokens.push(AddedToken {
-                id,
-                content,
-                single_word: false,
-                lstrip: false,
-                rstrip: false,
-                normalized: false,
-                special: true,
-            });
+            added_tokens.push(AddedToken::special(id, content));
         }
     }
     let flag = |key: &str| config.get(key).and_then(Value::as_bool);
@@ -191,14 +183,7 @@ pub fn load(source: &Source, config: &Value, json: TokenizerJson, limits: &Limit
     let config = &with_roles(config, |text| ids.contains_key(text));
     let added = all_added(added_tokens, config, &ids, &mut vocab.notes)?;
     let max_id = entries.iter().map(|e| e.1).chain(added.iter().map(|t| t.id)).max().map(u64::from);
-    let size = vocab_size(source, max_id)?;
-    if max_id.is_some_and(|id| id >= size as u64) {
-        return Err(Error::malformed(format!(
-            "has a token with id {}, the config says vocab_size {size}",
-            max_id.unwrap_or_default()
-        ))
-        .hint("the tokenizer and the config belong to different models"));
-    }
+    let size = vocab_size_for_all(source, max_id)?;
     vocab.pad_to(size, 0.0);
     for (text, id) in &entries {
         if vocab.token_types.get(*id as usize) != Some(&TokenType::Unused) {
