@@ -9,7 +9,8 @@ use qconv::eval::generate::{End, Options, Sampling, generate, tokenize_prompt};
 use qconv::eval::logits::{Matrix, compare, forward, forward_with};
 use qconv::eval::parity;
 use qconv::ggml::{
-    Context, ContextOptions, Logits, Model, ModelOptions, VocabType, linked, oracle, type_facts,
+    Context, ContextOptions, Logits, Model, ModelOptions, Node, Observer, Op, VocabType, linked, oracle,
+    type_facts,
 };
 use tokenizers::Tokenizer;
 
@@ -441,4 +442,92 @@ fn token_parity_sees_agreement_and_faults() {
     adding.set("tokenizer.ggml.add_bos_token", 7, vec![1]);
     let adding = check(&adding);
     assert!(adding.agrees() && adding.found_added.before == [0] && adding.found_added.after.is_empty());
+}
+
+/// Sums up what it is shown of one kind of node.
+struct Inputs {
+    seen: Vec<(String, [usize; 4])>,
+    inputs: Vec<f32>,
+    fail_at: Option<&'static str>,
+    panic_at: Option<&'static str>,
+}
+
+impl Observer for Inputs {
+    fn wants(&mut self, node: &Node<'_>) -> bool {
+        node.op() == Op::MulMat && node.source(0).is_some_and(|w| w.name().ends_with(".weight"))
+    }
+
+    fn see(&mut self, node: &Node<'_>) -> qconv::Result<()> {
+        let (weight, input) = (node.source(0).unwrap(), node.source(1).unwrap());
+        let name = weight.name().into_owned();
+        assert!(self.panic_at != Some(name.as_str()), "as told");
+        if self.fail_at == Some(name.as_str()) {
+            return Err(qconv::Error::check("enough seen"));
+        }
+        let mut scratch = Vec::new();
+        // A product is what its sources say it is.
+        let (mut w, mut x) = (Vec::new(), Vec::new());
+        let (w, x) = (weight.values(&mut w)?, input.values(&mut x)?);
+        let ([columns, rows, ..], tokens) = (weight.shape(), input.shape()[1]);
+        let y = node.values(&mut scratch)?;
+        assert_eq!((node.shape()[0], node.shape()[1]), (rows, tokens));
+        let dot: f32 = w[..columns].iter().zip(&x[x.len() - columns..]).map(|(a, b)| a * b).sum();
+        let last = y[(tokens - 1) * rows];
+        assert!((dot - last).abs() <= 1e-3 * (1.0 + last.abs()), "{name}: {dot} {last}");
+        if name == "blk.0.attn_q.weight" {
+            self.inputs.extend_from_slice(x);
+        }
+        self.seen.push((name, input.shape()));
+        Ok(())
+    }
+}
+
+#[test]
+fn the_computation_can_be_watched() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("m.gguf");
+    let config = tiny_llama(7);
+    config.write(&path);
+    let model = Model::load(&path, &ModelOptions::default()).unwrap();
+    let observed = ContextOptions { n_ctx: 16, exact: true, observed: true, ..ContextOptions::default() };
+    let plain = ContextOptions { observed: false, ..observed.clone() };
+    let ids = [1, 4, 2, 5, 3];
+    let mut reference = Context::new(&model, &plain).unwrap();
+    reference.decode(&ids, Logits::All).unwrap();
+    let mut inputs = Inputs { seen: Vec::new(), inputs: Vec::new(), fail_at: None, panic_at: None };
+    let error = reference.decode_observed(&ids, Logits::All, &mut inputs).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Misuse);
+
+    let mut context = Context::new(&model, &observed).unwrap();
+    context.decode_observed(&ids, Logits::All, &mut inputs).unwrap();
+    // Watching changes nothing, and every matrix of every layer has seen every token.
+    for i in 0..ids.len() {
+        assert_eq!(context.logits(i), reference.logits(i));
+    }
+    let per_layer = ["attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"];
+    for layer in 0..model.n_layer() {
+        for matrix in per_layer {
+            let name = format!("blk.{layer}.{matrix}.weight");
+            let found = inputs.seen.iter().filter(|(n, _)| *n == name).collect::<Vec<_>>();
+            assert_eq!(found.len(), 1, "{name}");
+            assert_eq!(found[0].1[1], ids.len(), "{name}");
+        }
+    }
+    assert!(inputs.inputs.iter().any(|x| *x != 0.0));
+
+    // An error of the observer is the error of the decode; afterwards the context works again.
+    inputs.fail_at = Some("blk.0.ffn_down.weight");
+    context.clear();
+    let error = context.decode_observed(&ids, Logits::All, &mut inputs).unwrap_err();
+    assert!(error.to_string().contains("enough seen"), "{error}");
+    // A panic of the observer does not cross C++ and comes out here.
+    (inputs.fail_at, inputs.panic_at) = (None, Some("blk.0.ffn_up.weight"));
+    context.clear();
+    let caught = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+        context.decode_observed(&ids, Logits::All, &mut inputs)
+    }));
+    assert!(caught.is_err());
+    context.clear();
+    context.decode(&ids, Logits::All).unwrap();
+    assert_eq!(context.logits(4), reference.logits(4));
 }

@@ -94,7 +94,8 @@ fn references_elsewhere() {
         let (key, (ids, values)) = found.expect("a reference");
         let is_rank = key == "logits" && values.len() < ids.len();
         let found = if is_rank {
-            let options = ContextOptions { n_ctx: 512, n_batch: 512, threads: 1, exact: true };
+            let options =
+                ContextOptions { n_ctx: 512, n_batch: 512, exact: true, ..ContextOptions::default() };
             let mut context = Context::for_embeddings(&model, &options, Some(Pooling::Rank)).unwrap();
             context.embed(&ids).unwrap();
             Matrix { columns: values.len(), values: context.embeddings().unwrap().concat() }

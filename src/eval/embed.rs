@@ -7,7 +7,7 @@ use crate::ggml::{Context, ContextOptions, Logits, Model, Pooling};
 /// A context that takes `n` tokens at once.
 fn options(n: usize, threads: u32, exact: bool) -> Result<ContextOptions> {
     let n = u32::try_from(n.max(1)).map_err(|_| Error::limit("too many tokens for one context"))?;
-    Ok(ContextOptions { n_ctx: n, n_batch: n, threads, exact })
+    Ok(ContextOptions { n_ctx: n, n_batch: n, threads, exact, ..ContextOptions::default() })
 }
 
 fn none() -> Error {

@@ -123,7 +123,8 @@ pub fn generate(
         return Err(Error::misuse(format!("the prompt has {} tokens, the context {n_ctx}", prompt.len()))
             .hint("shorten the prompt or raise --ctx"));
     }
-    let context_options = ContextOptions { n_ctx, n_batch: BATCH, threads: options.threads, exact: false };
+    let context_options =
+        ContextOptions { n_ctx, n_batch: BATCH, threads: options.threads, ..ContextOptions::default() };
     let mut context = Context::new(model, &context_options)?;
     let mut sampler = Sampler::new(&options.sampling);
     let mut text = Utf8Stream::default();

@@ -119,6 +119,7 @@ pub fn forward_with(model: &crate::ggml::Model, ids: &[i32], threads: u32) -> Re
         n_batch: ids.len().clamp(1, BATCH) as u32,
         threads,
         exact: true,
+        ..ContextOptions::default()
     };
     let mut context = Context::new(model, &options)?;
     let n_vocab = model.n_tokens();

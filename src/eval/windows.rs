@@ -98,7 +98,7 @@ impl Windows {
             n_ctx: u32::try_from(self.n_ctx).map_err(|_| Error::misuse("windows are too long"))?,
             n_batch: n_batch as u32,
             threads,
-            exact: false,
+            ..ContextOptions::default()
         };
         let mut contexts = models.iter().map(|m| Context::new(m, &options)).collect::<Result<Vec<_>>>()?;
         let mut times = vec![Duration::ZERO; models.len()];

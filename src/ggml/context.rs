@@ -5,6 +5,7 @@ use std::ptr::NonNull;
 
 use llama_cpp_sys_2 as sys;
 
+use super::observe::{Observer, SlotBox, on_eval, watch};
 use super::{Model, log};
 use crate::error::{Error, Result};
 
@@ -22,11 +23,13 @@ pub struct ContextOptions {
     /// Keep keys and values in F32 and compute attention without the fused kernel, to compare
     /// results with an exact reference. Off means F16, as users run it.
     pub exact: bool,
+    /// Whether the computation can be looked at, see [`Context::decode_observed`].
+    pub observed: bool,
 }
 
 impl Default for ContextOptions {
     fn default() -> Self {
-        Self { n_ctx: 0, n_batch: 512, threads: 1, exact: false }
+        Self { n_ctx: 0, n_batch: 512, threads: 1, exact: false, observed: false }
     }
 }
 
@@ -85,6 +88,8 @@ pub struct Context<'m> {
     pooling: Pooling,
     // Whether the encoder of an encoder-decoder has read something.
     encoded: bool,
+    // Whom the library's callback finds. Freed after `drop` has freed the context.
+    slot: Option<SlotBox>,
     // Computation uses thread-local state of the library: a context may move, not be shared.
     not_sync: PhantomData<std::cell::Cell<()>>,
 }
@@ -157,8 +162,13 @@ impl<'m> Context<'m> {
             params.type_v = sys::GGML_TYPE_F32;
             params.flash_attn_type = sys::LLAMA_FLASH_ATTN_TYPE_DISABLED;
         }
-        // SAFETY: the model is valid, has weights and outlives the context (`'m`); the parameters
-        // hold no pointers of ours; the function catches its exceptions and returns null.
+        let slot = options.observed.then(SlotBox::new);
+        if let Some(slot) = &slot {
+            params.cb_eval = Some(on_eval);
+            params.cb_eval_user_data = slot.user_data();
+        }
+        // SAFETY: the model is valid, has weights and outlives the context (`'m`); the one pointer of
+        // ours in the parameters is to the slot, which outlives the context too; the function catches its exceptions and returns null.
         let context = unsafe { sys::llama_init_from_model(model.as_ptr(), params) };
         let context = NonNull::new(context).ok_or_else(|| {
             Error::unsupported(format!(
@@ -195,6 +205,7 @@ impl<'m> Context<'m> {
             embeddings: 0..0,
             pooling: pooling.map_or(Pooling::None, |(p, _)| p),
             encoded: false,
+            slot,
             not_sync: PhantomData,
         })
     }
@@ -240,6 +251,19 @@ impl<'m> Context<'m> {
         self.position += n;
         self.logits = if keep == Logits::All { 0..n } else { n - 1..n };
         Ok(())
+    }
+
+    /// As [`Self::decode`], and shows `observer` what it wants of the computation.
+    ///
+    /// # Errors
+    /// As [`Self::decode`], and what `observer` returns: the computation is then incomplete, and the
+    /// context has to be cleared. `Misuse` unless the context was made with
+    /// [`ContextOptions::observed`].
+    pub fn decode_observed(&mut self, ids: &[i32], keep: Logits, observer: &mut dyn Observer) -> Result<()> {
+        let slot = self.slot.as_ref().map(SlotBox::address);
+        let slot = slot.ok_or_else(|| Error::misuse("the context was not made to be observed"))?;
+        // SAFETY: the slot belongs to `self`, which is borrowed for the whole call.
+        unsafe { watch(slot, observer, || self.decode(ids, keep)) }
     }
 
     /// Lets the encoder of an encoder-decoder read `ids`: what [`Self::decode`] reads after this

@@ -13,11 +13,13 @@ mod adapter;
 mod context;
 mod log;
 mod model;
+mod observe;
 pub mod oracle;
 
 pub use context::{Context, ContextOptions, Logits, Pooling};
 pub use log::set_verbose;
 pub use model::{Model, ModelOptions, SpecialTokens, VocabType};
+pub use observe::{Node, Observer, Op};
 
 use std::ffi::{CStr, CString, c_char, c_int};
 use std::path::Path;

@@ -273,6 +273,12 @@ impl Model {
         id.filter(|id| self.has_token(*id))
     }
 
+    /// Layers.
+    pub fn n_layer(&self) -> usize {
+        // SAFETY: the model is valid.
+        usize::try_from(unsafe { sys::llama_model_n_layer(self.as_ptr()) }).unwrap_or(0)
+    }
+
     /// Size of an embedding.
     pub fn n_embd(&self) -> usize {
         // SAFETY: the model is valid.
