@@ -7,6 +7,7 @@
 
 pub mod arch;
 pub mod block;
+pub mod calibrate;
 pub mod container;
 pub mod convert;
 pub mod error;

@@ -12,6 +12,7 @@ const ORDER: &[&str] = &[
     "verify",
     "inspect",
     "convert",
+    "calibrate",
     "eval",
     "ggml",
     "vocab",

@@ -1,6 +1,9 @@
 //! The command line: one file per command. Data goes to stdout, everything else to stderr.
 //! Exit codes: 0 done, 1 a check failed, 2 it could not be done.
 
+#[cfg(feature = "ggml")]
+#[allow(dead_code)] // until imatrix and calibrate use it
+mod calibration;
 mod common;
 mod completions;
 #[cfg(feature = "ggml")]

@@ -128,9 +128,7 @@ fn chat_prompt(model: &Model, args: &Args) -> qconv::Result<String> {
             .at(&args.model)
             .hint("run without --chat to continue the prompt as plain text")
     })?;
-    let special = model.special_tokens();
-    let name = |id: Option<i32>| id.and_then(|id| model.token_text(id)).unwrap_or_default();
-    let tokens = TemplateTokens { bos: name(special.bos), eos: name(special.eos) };
+    let tokens = TemplateTokens::of(model);
     let mut messages = Vec::new();
     messages.extend(args.system.as_deref().map(|text| Message::new("system", text)));
     messages.push(Message::new("user", &args.prompt));

@@ -35,6 +35,17 @@ impl Windows {
         self.tokens.len() / self.n_ctx.max(1)
     }
 
+    /// The tokens of each window as a model reads them.
+    pub fn each(&self) -> impl Iterator<Item = Vec<i32>> + '_ {
+        self.tokens.chunks_exact(self.n_ctx.max(1)).map(|window| {
+            let mut read = window.to_vec();
+            if let (Some(bos), Some(first)) = (self.bos, read.first_mut()) {
+                *first = bos;
+            }
+            read
+        })
+    }
+
     /// Predictions that are scored in each window.
     pub fn scored(&self) -> usize {
         self.n_ctx - 1 - self.n_ctx / 2
@@ -103,11 +114,8 @@ impl Windows {
         let mut contexts = models.iter().map(|m| Context::new(m, &options)).collect::<Result<Vec<_>>>()?;
         let mut times = vec![Duration::ZERO; models.len()];
         let half = self.n_ctx / 2;
-        for (number, window) in self.tokens.chunks_exact(self.n_ctx).enumerate() {
-            let mut read = window.to_vec();
-            if let (Some(bos), Some(first)) = (self.bos, read.first_mut()) {
-                *first = bos;
-            }
+        let windows = self.tokens.chunks_exact(self.n_ctx).zip(self.each());
+        for (number, (window, read)) in windows.enumerate() {
             for (context, time) in contexts.iter_mut().zip(&mut times) {
                 let begun = Instant::now();
                 context.clear();

@@ -59,6 +59,16 @@ pub struct TemplateTokens {
     pub eos: String,
 }
 
+#[cfg(feature = "ggml")]
+impl TemplateTokens {
+    /// Those of a model's vocabulary.
+    pub fn of(model: &crate::ggml::Model) -> Self {
+        let special = model.special_tokens();
+        let name = |id: Option<i32>| id.and_then(|id| model.token_text(id)).unwrap_or_default();
+        Self { bos: name(special.bos), eos: name(special.eos) }
+    }
+}
+
 /// Renders `template` as transformers' `apply_chat_template` does. `now` is the time in seconds since
 /// 1970, in UTC, for templates that print the date.
 ///
@@ -93,7 +103,7 @@ pub fn render(
     });
     rendered.map_err(|why| {
         Error::unsupported(format!("the chat template {why}"))
-            .hint("run without --chat and write the prompt in the model's own format")
+            .hint("write the text in the model's own format, and give it without the template")
     })
 }
 
