@@ -82,7 +82,9 @@ impl<'a> Node<'a> {
 
     /// The type of its elements; `None` for one that only ggml has.
     pub fn dtype(&self) -> Option<DType> {
-        DType::from_ggml_id(self.0.type_ as u32)
+        // The library's enumerations are signed on Windows.
+        let id = i64::from(self.0.type_);
+        DType::ALL.iter().copied().find(|t| t.ggml_id().map(i64::from) == Some(id))
     }
 
     /// What it is computed from.
