@@ -95,7 +95,7 @@ demo-tiny-llama: build
 		$(QCONV) verify demo/tiny-llama-$$type.gguf --against fixtures/tiny-llama; \
 	done; \
 	echo; echo "== the model, trained on Jane Austen's novels, goes on from: $(PROMPT)"; \
-	$(QCONV) run demo/tiny-llama-q4_0.gguf -p '$(PROMPT)' -n 40
+	$(QCONV) run demo/tiny-llama-q4_0.gguf -p '$(PROMPT)' -n 40 --temp 0
 
 SMOLLM2 := demo/SmolLM2-135M-Instruct
 QUESTION := What is the capital of France?
@@ -122,7 +122,7 @@ demo-smollm2: build
 	echo; echo '== verify every tensor, the tokens, and a forward pass'; \
 	$(QCONV) verify $(SMOLLM2)-BF16.gguf --against $(SMOLLM2); \
 	echo; echo '== $(QUESTION)'; \
-	$(QCONV) run $(SMOLLM2)-BF16.gguf --chat -p '$(QUESTION)' -n 64 > demo/answer.txt; \
+	$(QCONV) run $(SMOLLM2)-BF16.gguf --chat -p '$(QUESTION)' -n 64 --temp 0 > demo/answer.txt; \
 	cat demo/answer.txt; \
 	grep -q Paris demo/answer.txt || { echo 'the answer does not name Paris' >&2; exit 1; }
 

@@ -5,9 +5,10 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
 use qconv::ErrorKind;
-use qconv::eval::generate::{End, Options, Sampling, generate, tokenize_prompt};
+use qconv::eval::generate::{End, Options, Session, tokenize_prompt};
 use qconv::eval::logits::{Matrix, compare, forward, forward_with};
 use qconv::eval::parity;
+use qconv::eval::sample::Sampling;
 use qconv::ggml::{
     Context, ContextOptions, Logits, Model, ModelOptions, Node, Observer, Op, VocabType, linked, oracle,
     type_facts,
@@ -349,24 +350,27 @@ fn generation_ends_when_it_should() {
     let folder = Folder::new();
     let model = load(&folder.write("m.gguf", &tiny_llama(3)));
     let prompt = tokenize_prompt(&model, "the the").unwrap();
-    let options = |max_tokens, n_ctx| {
-        let sampling = Sampling { temperature: 0.0, ..Sampling::default() };
-        Options { max_tokens, n_ctx, threads: 1, sampling }
-    };
-    let run = |options: &Options, stop: bool| {
+    let run = |max_tokens, n_ctx, sampling: Sampling, stop: bool| {
+        let options = Options { max_tokens: Some(max_tokens), stop: Vec::new(), sampling };
         let mut text = String::new();
-        let summary = generate(&model, &prompt, options, &AtomicBool::new(stop), &mut |piece| {
-            text.push_str(piece);
-            Ok(())
-        });
+        let summary = Session::new(&model, n_ctx, 1)?.generate(
+            &prompt,
+            &options,
+            &AtomicBool::new(stop),
+            &mut |piece| {
+                text.push_str(piece);
+                Ok(())
+            },
+        );
         summary.map(|summary| (summary, text))
     };
-    let (first, text) = run(&options(10, 0), false).unwrap();
+    let greedy = |max_tokens, n_ctx| run(max_tokens, n_ctx, Sampling::greedy(), false);
+    let (first, text) = greedy(10, 64).unwrap();
     assert!(first.end == End::Length && first.generated.len() == 10, "{first:?}");
     let bytes: Vec<u8> =
         first.generated.iter().flat_map(|&id| model.token_to_piece(id, false).unwrap()).collect();
     assert_eq!(text, String::from_utf8_lossy(&bytes));
-    assert_eq!(run(&options(10, 0), false).unwrap().0.generated, first.generated);
+    assert_eq!(greedy(10, 64).unwrap().0.generated, first.generated);
     // The likeliest tokens by the logits of the whole sequence at once.
     let ids = [&prompt[..], &first.generated].concat();
     let logits = forward_with(&model, &ids, 1).unwrap();
@@ -374,16 +378,22 @@ fn generation_ends_when_it_should() {
         let row = &logits.values[(prompt.len() - 1 + i) * 288..][..288];
         assert_eq!(qconv::eval::logits::argmax(row), Some(*id as usize), "token {i}");
     }
-    let stopped = run(&options(10, 0), true).unwrap().0;
-    assert!(stopped.end == End::Stopped && stopped.generated.is_empty());
-    assert_eq!(run(&options(0, 0), false).unwrap().0.end, End::Length);
-    assert_eq!(run(&options(9, 2), false).unwrap_err().kind(), ErrorKind::Misuse);
-    // The model's own context of 64 tokens is what llama.cpp rounds up from.
-    let full = run(&options(100_000, 0), false).unwrap().0;
+    let stopped = run(10, 64, Sampling::greedy(), true).unwrap().0;
+    assert!(stopped.end == End::Interrupted && stopped.generated.is_empty());
+    assert_eq!(greedy(0, 64).unwrap().0.end, End::Length);
+    // llama.cpp rounds the context up to 256 tokens.
+    let long = vec![5; 257];
+    let options = Options { sampling: Sampling::greedy(), ..Options::default() };
+    let refused =
+        Session::new(&model, 64, 1)
+            .unwrap()
+            .generate(&long, &options, &AtomicBool::new(false), &mut |_| Ok(()));
+    assert_eq!(refused.unwrap_err().kind(), ErrorKind::Misuse);
+    let full = greedy(100_000, 64).unwrap().0;
     assert!([End::ContextFull, End::EndOfGeneration(2)].contains(&full.end), "{:?}", full.end);
-    let sampling = Sampling { temperature: 1.0, seed: 5, ..Sampling::default() };
-    let sampled = Options { max_tokens: 10, n_ctx: 0, threads: 1, sampling };
-    assert_eq!(run(&sampled, false).unwrap().1, run(&sampled, false).unwrap().1);
+    assert_eq!(text, first.text);
+    let sampled = || run(10, 64, Sampling { seed: 5, ..Sampling::default() }, false).unwrap().1;
+    assert_eq!(sampled(), sampled());
 }
 
 /// The byte-level vocabulary of a fixture as a GGUF file without tensors.

@@ -19,6 +19,8 @@ mod quantizer;
 #[cfg(feature = "ggml")]
 mod run;
 mod split;
+#[cfg(feature = "ggml")]
+mod talk;
 mod ui;
 mod verify;
 

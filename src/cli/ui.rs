@@ -2,19 +2,39 @@
 
 use std::io::{IsTerminal, Write};
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use qconv::convert::Observer;
 
 static INTERRUPTED: AtomicBool = AtomicBool::new(false);
+static PATIENCE: AtomicUsize = AtomicUsize::new(usize::MAX);
 
 /// Lets the first Ctrl-C stop the work cleanly.
 pub fn catch_interrupt() -> &'static AtomicBool {
     // A second handler cannot be set; the first one is ours.
-    let _ = ctrlc::set_handler(|| INTERRUPTED.store(true, Ordering::Relaxed));
+    let _ = ctrlc::set_handler(|| {
+        if PATIENCE.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| n.checked_sub(1)).is_err() {
+            // As a shell reports a program that Ctrl-C ended.
+            std::process::exit(130);
+        }
+        INTERRUPTED.store(true, Ordering::Relaxed);
+    });
     &INTERRUPTED
+}
+
+/// How many Ctrl-C are taken from now on before one ends the program at once.
+#[cfg(feature = "ggml")]
+pub fn patience(n: usize) {
+    PATIENCE.store(n, Ordering::Relaxed);
+}
+
+/// The sign that it is the user's turn, on stderr.
+#[cfg(feature = "ggml")]
+pub fn ask(sign: &str) {
+    let mut err = std::io::stderr().lock();
+    let _ = write!(err, "{sign}").and_then(|()| err.flush());
 }
 
 /// Prints an error with its hint.

@@ -6,6 +6,8 @@ pub mod chat;
 #[cfg(feature = "ggml")]
 mod compare;
 #[cfg(feature = "ggml")]
+pub mod dialogue;
+#[cfg(feature = "ggml")]
 pub mod embed;
 #[cfg(feature = "ggml")]
 pub mod generate;
@@ -13,7 +15,9 @@ pub mod logits;
 pub mod parity;
 #[cfg(feature = "ggml")]
 mod probe;
+pub mod sample;
 pub mod score;
+pub mod stop;
 #[cfg(feature = "ggml")]
 pub mod trial;
 pub mod windows;

@@ -378,6 +378,11 @@ impl<'m> Context<'m> {
         Some(unsafe { std::slice::from_raw_parts(row, self.model.n_tokens()) })
     }
 
+    /// The logits after the last token read.
+    pub fn last_logits(&self) -> Option<&[f32]> {
+        self.logits(self.logits.end.checked_sub(1)?)
+    }
+
     /// What [`Self::embed`] found: of each token, or with pooling of the whole text. Each has
     /// [`Model::n_embd`] values, with [`Pooling::Rank`] one for each label. `None` when nothing
     /// has been embedded, or the model has no embeddings.
@@ -403,6 +408,31 @@ impl<'m> Context<'m> {
         let pooled = unsafe { sys::llama_get_embeddings_seq(context, 0) };
         let n = if self.pooling == Pooling::Rank { self.model.n_labels() } else { n_embd };
         Some(vec![row(pooled, n)?])
+    }
+
+    /// Forgets all but the first `keep` tokens, or all where the model's memory cannot be cut there:
+    /// a recurrent state, or a window that has moved on. Returns how many remain.
+    pub fn truncate(&mut self, keep: usize) -> usize {
+        if keep >= self.position {
+            return self.position;
+        }
+        // SAFETY: the context is valid; without a memory nothing is asked of it. Positions stay below
+        // `n_ctx`, which llama.cpp itself keeps in 32 bits.
+        let cut = keep > 0
+            && unsafe {
+                let memory = sys::llama_get_memory(self.context.as_ptr());
+                !memory.is_null()
+                // Tokens that left the window are needed again, and are gone.
+                && sys::llama_memory_seq_pos_min(memory, 0) == 0
+                && sys::llama_memory_seq_rm(memory, 0, keep as i32, -1)
+            };
+        if !cut {
+            self.clear();
+            return 0;
+        }
+        self.position = keep;
+        (self.logits, self.embeddings) = (0..0, 0..0);
+        keep
     }
 
     /// Forgets everything read.
