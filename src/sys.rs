@@ -88,6 +88,14 @@ pub fn free_space(dir: &std::path::Path) -> Option<u64> {
     fs4::available_space(dir).ok()
 }
 
+/// Memory that programs may still take without others being swapped out; `None` when the system does
+/// not tell.
+pub fn available_memory() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
+}
+
 /// Makes a rename in `dir` durable, where the system needs that to be said.
 pub fn sync_directory(dir: &std::path::Path) {
     // A directory that cannot be opened or flushed costs durability across a power cut only.

@@ -345,6 +345,7 @@ fn verify_renders_the_templates() {
             against: None,
             sample: Some(16),
             forward: false,
+            logits: None,
             arch: None,
             arch_file: None,
             pre: None,

@@ -144,6 +144,7 @@ fn assert_verified(file: &Path, source: &Path) {
         against: Some(source.to_path_buf()),
         sample: None,
         forward: true,
+        logits: None,
         arch: None,
         arch_file: None,
         pre: None,

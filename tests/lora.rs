@@ -182,6 +182,7 @@ fn merging_is_streamed_and_verified() {
                 against: Some(base(name)),
                 sample: None,
                 forward: false,
+                logits: None,
                 arch: None,
                 arch_file: None,
                 pre: None,

@@ -244,6 +244,7 @@ fn verify_compares_with_the_source_and_runs_nothing() {
         against: Some(against.to_path_buf()),
         sample: None,
         forward: true,
+        logits: None,
         arch: None,
         arch_file: None,
         pre: None,

@@ -121,6 +121,7 @@ pub fn run(args: &Args) -> anyhow::Result<Status> {
             against: args.quantizer.prune_layers.is_empty().then(|| args.source.clone()),
             sample: Some(SPOT_CHECK),
             forward: false,
+            logits: None,
             arch: args.arch.clone(),
             arch_file: args.arch_file.clone(),
             pre: args.pre.clone(),

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use qconv::convert::MergeLora;
 use qconv::limits::Limits;
-use qconv::verify::{Options, Outcome, Report, verify};
+use qconv::verify::{LogitsOptions, Options, Outcome, Report, verify};
 
 use super::common::{self, WorkArgs, parse_scaled};
 use super::{Status, ui};
@@ -22,6 +22,15 @@ pub struct Args {
     /// Skip the forward pass
     #[arg(long)]
     pub no_forward: bool,
+
+    /// Compare the logits with those of the source, computed by candle from the source's own weights;
+    /// where they differ, say in which layer first, and by which tensor
+    #[arg(long, requires = "against", conflicts_with = "no_forward")]
+    pub logits: bool,
+
+    /// Tokens of the text for --logits
+    #[arg(long, value_name = "N", default_value_t = 128, requires = "logits", value_parser = clap::value_parser!(u16).range(1..))]
+    pub tokens: u16,
 
     /// The architecture that the conversion was told
     #[arg(long)]
@@ -54,6 +63,9 @@ pub fn run(args: &Args) -> anyhow::Result<Status> {
         against: args.against.clone(),
         sample: None,
         forward: !args.no_forward,
+        logits: args
+            .logits
+            .then(|| LogitsOptions { tokens: args.tokens.into(), memory: args.work.max_memory }),
         arch: args.arch.clone(),
         arch_file: args.arch_file.clone(),
         pre: args.pre.clone(),

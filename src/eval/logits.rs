@@ -107,6 +107,30 @@ pub fn forward(path: impl AsRef<std::path::Path>, ids: &[i32], threads: u32) -> 
 /// As [`forward`].
 #[cfg(feature = "ggml")]
 pub fn forward_with(model: &crate::ggml::Model, ids: &[i32], threads: u32) -> Result<Matrix> {
+    run(model, ids, threads, None)
+}
+
+/// As [`forward_with`], under the eyes of `observer`.
+///
+/// # Errors
+/// As [`forward`], and those of the observer.
+#[cfg(feature = "ggml")]
+pub fn observed(
+    model: &crate::ggml::Model,
+    ids: &[i32],
+    threads: u32,
+    observer: &mut dyn crate::ggml::Observer,
+) -> Result<Matrix> {
+    run(model, ids, threads, Some(observer))
+}
+
+#[cfg(feature = "ggml")]
+fn run(
+    model: &crate::ggml::Model,
+    ids: &[i32],
+    threads: u32,
+    mut observer: Option<&mut dyn crate::ggml::Observer>,
+) -> Result<Matrix> {
     use crate::ggml::{Context, ContextOptions, Logits};
     // A batch this long bounds the logits that llama.cpp holds beside ours.
     const BATCH: usize = 128;
@@ -119,13 +143,16 @@ pub fn forward_with(model: &crate::ggml::Model, ids: &[i32], threads: u32) -> Re
         n_batch: ids.len().clamp(1, BATCH) as u32,
         threads,
         exact: true,
-        ..ContextOptions::default()
+        observed: observer.is_some(),
     };
     let mut context = Context::new(model, &options)?;
     let n_vocab = model.n_tokens();
     let mut values = Vec::new();
     for chunk in ids.chunks(context.n_batch()) {
-        context.decode(chunk, Logits::All)?;
+        match &mut observer {
+            Some(observer) => context.decode_observed(chunk, Logits::All, *observer)?,
+            None => context.decode(chunk, Logits::All)?,
+        }
         for i in 0..chunk.len() {
             let row = context.logits(i).ok_or_else(|| Error::unsupported("the model gives no logits"))?;
             values.extend_from_slice(row);

@@ -15,6 +15,8 @@ pub mod logits;
 pub mod parity;
 #[cfg(feature = "ggml")]
 mod probe;
+#[cfg(feature = "reference")]
+pub mod reference;
 pub mod sample;
 pub mod score;
 pub mod stop;

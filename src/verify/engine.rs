@@ -34,7 +34,9 @@ pub(super) fn check(
     if observer.interrupted() {
         return Err(Error::interrupted());
     }
-    if super::is_projector(gguf) {
+    if let (Some(how), Some(source)) = (&options.logits, source) {
+        super::logits::check(report, gguf, source, options, how, budget, observer)?;
+    } else if super::is_projector(gguf) {
         report.add("forward", Ok((Outcome::Skipped, "projectors are not run".into())));
     } else if options.forward {
         let found = forward(gguf, source, options, budget, observer);
@@ -76,7 +78,7 @@ fn rebuilt(vocab: &Vocab) -> Result<tokenizers::Tokenizer> {
 
 /// How far logits may stray from the source's, as root mean square over their spread; beyond, the
 /// layout is wrong rather than the precision low. `None`: the type promises nothing.
-fn tolerance(dtypes: impl Iterator<Item = DType>) -> Option<f64> {
+pub(super) fn tolerance(dtypes: impl Iterator<Item = DType>) -> Option<f64> {
     let bits = dtypes.map(DType::bits_per_weight).fold(f64::INFINITY, f64::min);
     match bits {
         b if b >= 16.0 => Some(0.02),
@@ -143,10 +145,10 @@ fn forward(
 }
 
 /// A file that goes away again.
-struct TempFile(std::path::PathBuf);
+pub(super) struct TempFile(pub std::path::PathBuf);
 
 impl TempFile {
-    fn beside(file: &Path) -> Self {
+    pub fn beside(file: &Path) -> Self {
         let name = file.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
         Self(file.with_file_name(format!(".{name}.{}.qconv-source.gguf", std::process::id())))
     }

@@ -8,7 +8,11 @@ mod tensors;
 
 #[cfg(feature = "ggml")]
 mod engine;
+#[cfg(feature = "ggml")]
+mod logits;
 
+#[cfg(feature = "ggml")]
+pub use logits::{Comparison, Departure, Place, Proof};
 pub use tensors::TensorCheck;
 
 use std::path::{Path, PathBuf};
@@ -32,6 +36,8 @@ pub struct Options {
     pub sample: Option<u64>,
     /// Whether to run a forward pass.
     pub forward: bool,
+    /// Whether to compare logits with the source's, instead of the forward pass.
+    pub logits: Option<LogitsOptions>,
     /// Architecture and pre-tokenizer that the conversion was told.
     pub arch: Option<String>,
     /// See `arch`.
@@ -44,6 +50,15 @@ pub struct Options {
     pub merge_lora: Vec<MergeLora>,
     /// Bounds on what files may demand.
     pub limits: Limits,
+}
+
+/// How logits are compared.
+#[derive(Clone, Debug)]
+pub struct LogitsOptions {
+    /// Tokens of the text, at most.
+    pub tokens: usize,
+    /// Bytes that the source's forward pass may take; `None`: what is free.
+    pub memory: Option<u64>,
 }
 
 /// How a check ended.
@@ -80,6 +95,10 @@ pub struct Report {
     pub checks: Vec<Check>,
     /// Each tensor compared.
     pub tensors: Vec<TensorCheck>,
+    /// The logits beside the source's.
+    #[cfg(feature = "ggml")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub proof: Option<Proof>,
 }
 
 impl Report {
@@ -115,6 +134,8 @@ pub fn verify(options: &Options, budget: &Budget, observer: &dyn Observer) -> Re
         against: options.against.clone(),
         checks: Vec::new(),
         tensors: Vec::new(),
+        #[cfg(feature = "ggml")]
+        proof: None,
     };
     let gguf = match Gguf::open(&options.file, &options.limits) {
         Ok(gguf) => gguf,
