@@ -72,15 +72,13 @@ fn importance(gguf: &Path) -> Entries {
 
 /// Writes it as llama.cpp's imatrix tool does today; the counts are those of every entry's experts.
 fn write_imatrix(path: &Path, entries: &Entries, experts: usize, count: f32) {
-    let sums: Vec<Sums> = entries
-        .iter()
-        .map(|(name, values)| Sums {
-            name: name.clone(),
-            squares: values.iter().map(|v| v * count).collect(),
-            counts: vec![count; if name.contains("_exps") { experts } else { 1 }],
-        })
-        .collect();
-    fs::write(path, imatrix::to_gguf(&sums, "calibration.txt", 10, 512).unwrap()).unwrap();
+    let sums = entries.iter().map(|(name, values)| {
+        let squares = values.iter().map(|v| f64::from(v * count)).collect();
+        let counts = vec![count as u64; if name.contains("_exps") { experts } else { 1 }];
+        (name.clone(), Sums { squares, counts })
+    });
+    let datasets = ["calibration.txt".to_string()];
+    fs::write(path, imatrix::to_gguf(&sums.collect(), &datasets, 10, 512).unwrap()).unwrap();
 }
 
 /// The older flat format: sums over calls.

@@ -43,6 +43,7 @@ fn examples_work() {
         "lora-to-gguf",
         "gguf-to-hf",
         "quantize",
+        "imatrix",
         "split",
         "merge",
         "inspect",
@@ -70,7 +71,8 @@ fn examples_work() {
     )
     .unwrap();
     for command in &commands {
-        let needs_ggml = ["qconv run", "qconv embed", "qconv eval"].iter().any(|c| command.contains(c));
+        let engine = ["qconv run", "qconv embed", "qconv eval", "qconv imatrix"];
+        let needs_ggml = engine.iter().any(|c| command.contains(c));
         if !cfg!(feature = "ggml") && needs_ggml {
             continue; // needs the engine
         }

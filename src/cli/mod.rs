@@ -2,7 +2,6 @@
 //! Exit codes: 0 done, 1 a check failed, 2 it could not be done.
 
 #[cfg(feature = "ggml")]
-#[allow(dead_code)] // until imatrix and calibrate use it
 mod calibration;
 mod common;
 mod completions;
@@ -12,6 +11,7 @@ mod embed;
 mod eval;
 mod gguf_to_hf;
 mod hf_to_gguf;
+mod imatrix;
 mod inspect;
 mod lora_to_gguf;
 mod quantize;
@@ -42,6 +42,7 @@ enum Command {
     GgufToHf(gguf_to_hf::Args),
     LoraToGguf(lora_to_gguf::Args),
     Quantize(quantize::Args),
+    Imatrix(imatrix::Args),
     Split(split::SplitArgs),
     Merge(split::MergeArgs),
     Inspect(inspect::Args),
@@ -117,6 +118,7 @@ pub fn main() -> ExitCode {
         Command::GgufToHf(args) => gguf_to_hf::run(&args),
         Command::LoraToGguf(args) => lora_to_gguf::run(&args),
         Command::Quantize(args) => quantize::run(&args),
+        Command::Imatrix(args) => imatrix::run(&args).map(|()| Status::Done),
         Command::Split(args) => split::split(&args),
         Command::Merge(args) => split::merge(&args),
         Command::Inspect(args) => inspect::run(&args).map(|()| Status::Done),

@@ -7,6 +7,7 @@
 //! those of a model with many experts are larger than many a model. Source: `imatrix-loader.cpp`,
 //! `tools/quantize`.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use indexmap::IndexMap;
@@ -229,13 +230,48 @@ impl ImportanceMatrix {
 
     /// The mean squares from value `first` of an entry on, as many as `out` takes and there are.
     fn read_means(&self, entry: &Entry, first: u64, out: &mut [f32]) -> Result<()> {
-        self.file.read_at(entry.offset + first * 4, bytemuck::cast_slice_mut(out))?;
+        self.read_stored(entry, first, out)?;
         for (i, value) in (first..).zip(out.iter_mut()) {
-            let bytes = value.to_ne_bytes();
-            let sum = if self.big_endian { f32::from_be_bytes(bytes) } else { f32::from_le_bytes(bytes) };
-            *value = entry.mean(i, sum);
+            *value = entry.mean(i, *value);
         }
         Ok(())
+    }
+
+    /// The values from `first` of an entry on as the file has them.
+    fn read_stored(&self, entry: &Entry, first: u64, out: &mut [f32]) -> Result<()> {
+        self.file.read_at(entry.offset + first * 4, bytemuck::cast_slice_mut(out))?;
+        for value in out {
+            let bytes = value.to_ne_bytes();
+            *value = if self.big_endian { f32::from_be_bytes(bytes) } else { f32::from_le_bytes(bytes) };
+        }
+        Ok(())
+    }
+
+    /// An entry as it was collected: sums of squares, and tokens. The flat format has only their ratio,
+    /// and how many windows there were: of `window` tokens each, as its maker is told by the same
+    /// option.
+    ///
+    /// # Errors
+    /// `Io`; `Malformed` for counts that are no numbers of tokens.
+    pub fn sums(&self, name: &str, entry: &Entry, window: u32) -> Result<Sums> {
+        let factor = if entry.ones_where_unseen { 1.0 } else { f64::from(window) };
+        let mut counts = Vec::with_capacity(entry.counts.len());
+        for &count in &entry.counts {
+            if !(0.0..9e15).contains(&count) {
+                let message = format!("the entry of {name:?} has a count of {count}");
+                return Err(Error::malformed(message).at(self.path()));
+            }
+            counts.push((f64::from(count) * factor) as u64);
+        }
+        let len = usize::try_from(entry.values()).map_err(|_| Error::limit("too many values"))?;
+        let mut stored = [0f32; BUFFER / 4];
+        let mut squares = Vec::with_capacity(len);
+        while squares.len() < len {
+            let part = &mut stored[..(len - squares.len()).min(BUFFER / 4)];
+            self.read_stored(entry, squares.len() as u64, part)?;
+            squares.extend(part.iter().map(|&v| f64::from(v) * factor));
+        }
+        Ok(Sums { squares, counts })
     }
 
     /// Looks at every value of an entry.
@@ -264,14 +300,12 @@ impl ImportanceMatrix {
 }
 
 /// What an importance matrix is made of: the sums of one matrix.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Sums {
-    /// The matrix, such as `blk.0.ffn_down.weight`.
-    pub name: String,
     /// Sums of the squares of each input column, expert after expert.
-    pub squares: Vec<f32>,
-    /// Tokens behind them, for each expert.
-    pub counts: Vec<f32>,
+    pub squares: Vec<f64>,
+    /// Tokens behind them, for each expert; a single one where all have the same.
+    pub counts: Vec<u64>,
 }
 
 /// The bytes of an importance matrix in GGUF, as llama.cpp's imatrix tool writes it. `chunk_size` is in
@@ -279,32 +313,94 @@ pub struct Sums {
 ///
 /// # Errors
 /// `Misuse` when sums are not the same number of columns for each count; what GGUF cannot hold.
-pub fn to_gguf(sums: &[Sums], dataset: &str, chunks: u32, chunk_size: u32) -> Result<Vec<u8>> {
+pub fn to_gguf(
+    sums: &BTreeMap<String, Sums>,
+    datasets: &[String],
+    chunks: u32,
+    chunk_size: u32,
+) -> Result<Vec<u8>> {
     let mut metadata = Metadata::default();
     metadata.set("general.type", "imatrix");
-    metadata.set("imatrix.datasets", Value::Array(Array::String(vec![dataset.into()])));
+    let datasets = datasets.iter().map(|d| d.as_bytes().to_vec()).collect();
+    metadata.set("imatrix.datasets", Value::Array(Array::String(datasets)));
     metadata.set("imatrix.chunk_count", Value::U32(chunks));
     metadata.set("imatrix.chunk_size", Value::U32(chunk_size));
     let mut tensors = Vec::with_capacity(2 * sums.len());
-    for s in sums {
-        let experts = s.counts.len();
-        if experts == 0 || !s.squares.len().is_multiple_of(experts) {
-            let message = format!("{} sums for {experts} experts of {:?}", s.squares.len(), s.name);
-            return Err(Error::misuse(message));
-        }
-        let columns = (s.squares.len() / experts) as u64;
-        tensors.push((format!("{}.in_sum2", s.name), [experts as u64, columns], &s.squares));
-        tensors.push((format!("{}.counts", s.name), [experts as u64, 1], &s.counts));
+    for (name, s) in sums {
+        let experts = s.counts.len() as u64;
+        let columns = s.columns(name)? as u64;
+        tensors.push((format!("{name}.in_sum2"), [experts, columns]));
+        tensors.push((format!("{name}.counts"), [experts, 1]));
     }
-    let infos: Vec<_> = tensors.iter().map(|(n, s, _)| (n.as_str(), DType::F32, &s[..])).collect();
+    // Of a single expert there is only one dimension.
+    let shape = |s: &'_ [u64; 2]| if s[0] == 1 { 1..2 } else { 0..2 };
+    let infos: Vec<_> = tensors.iter().map(|(n, s)| (n.as_str(), DType::F32, &s[shape(s)])).collect();
     let layout = Layout::new(&metadata, &infos)?;
     let mut file = layout.header;
-    for ((_, _, values), at) in tensors.iter().zip(&layout.offsets) {
-        file.resize(*at as usize, 0);
-        values.iter().for_each(|v| file.extend(v.to_le_bytes()));
+    let mut offsets = layout.offsets.iter();
+    let mut next = |file: &mut Vec<u8>| {
+        file.resize(offsets.next().map_or(file.len(), |at| *at as usize), 0);
+    };
+    for s in sums.values() {
+        next(&mut file);
+        s.squares.iter().for_each(|v| file.extend((*v as f32).to_le_bytes()));
+        next(&mut file);
+        s.counts.iter().for_each(|n| file.extend((*n as f32).to_le_bytes()));
     }
     file.resize(layout.total_len as usize, 0);
     Ok(file)
+}
+
+/// The bytes of an importance matrix in the older flat format, which holds means and the number of
+/// windows behind them; what no token reached is 1.
+///
+/// # Errors
+/// `Misuse` when sums are not the same number of columns for each count; `Limit` for what 32 bits
+/// cannot hold.
+pub fn to_flat(
+    sums: &BTreeMap<String, Sums>,
+    datasets: &[String],
+    chunks: u32,
+    chunk_size: u32,
+) -> Result<Vec<u8>> {
+    let mut file = Vec::new();
+    let put = |file: &mut Vec<u8>, n: u64| -> Result<()> {
+        let n = i32::try_from(n).map_err(|_| Error::limit(format!("{n} does not fit the .dat format")))?;
+        file.extend(n.to_le_bytes());
+        Ok(())
+    };
+    let seen = || sums.iter().filter(|(_, s)| s.counts.iter().any(|&n| n > 0));
+    put(&mut file, seen().count() as u64)?;
+    for (name, s) in seen() {
+        let columns = s.columns(name)?;
+        let windows = s.counts.iter().max().copied().unwrap_or(0).div_ceil(u64::from(chunk_size).max(1));
+        put(&mut file, name.len() as u64)?;
+        file.extend(name.bytes());
+        put(&mut file, windows)?;
+        put(&mut file, s.squares.len() as u64)?;
+        for (squares, &count) in s.squares.chunks(columns.max(1)).zip(&s.counts) {
+            for &square in squares {
+                let mean = if count == 0 { 1.0 } else { square / count as f64 };
+                file.extend(((mean * windows as f64) as f32).to_le_bytes());
+            }
+        }
+    }
+    put(&mut file, u64::from(chunks))?;
+    let dataset = datasets.last().map_or("", String::as_str);
+    put(&mut file, dataset.len() as u64)?;
+    file.extend(dataset.bytes());
+    Ok(file)
+}
+
+impl Sums {
+    /// Columns of one expert.
+    fn columns(&self, name: &str) -> Result<usize> {
+        let (values, experts) = (self.squares.len(), self.counts.len());
+        if experts == 0 || !values.is_multiple_of(experts) {
+            return Err(Error::misuse(format!("{values} sums for {experts} experts of {name:?}")));
+        }
+        Ok(values / experts)
+    }
 }
 
 impl Entry {

@@ -57,6 +57,16 @@ pub fn log_norm(logits: &[f32]) -> f64 {
 pub struct Perplexity(Moments);
 
 impl Perplexity {
+    /// What it consists of: how many predictions, the sum of their values, and that of the squares.
+    pub fn parts(&self) -> (u64, f64, f64) {
+        (self.0.n, self.0.sum, self.0.squares)
+    }
+
+    /// The one of these [`Self::parts`].
+    pub fn from_parts((n, sum, squares): (u64, f64, f64)) -> Self {
+        Self(Moments { n, sum, squares })
+    }
+
     /// Counts the prediction of the token that came, by its negative log-probability.
     pub fn add(&mut self, nll: f64) {
         self.0.add(nll);
