@@ -1,5 +1,7 @@
 //! `qconv eval`: what a model's predictions are worth, and what a quantization did to them.
 
+use std::borrow::Cow;
+use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use qconv::container::side::read_text;
@@ -7,6 +9,8 @@ use qconv::convert::Stage;
 use qconv::error::{Error, Result};
 use qconv::eval::SAMPLE_TEXT;
 use qconv::eval::baseline::{Baseline, Shape};
+use qconv::eval::picture::Picture;
+use qconv::eval::plot::{Point, kld_over_size};
 use qconv::eval::score::{Base, Divergence, DivergenceSummary, Estimate, Perplexity, log_norm};
 use qconv::eval::windows::Windows;
 use qconv::ggml::{Model, ModelOptions};
@@ -67,6 +71,12 @@ enum Command {
         /// Write the table to this file, as comma-separated values
         #[arg(long, value_name = "FILE")]
         csv: Option<PathBuf>,
+        /// Draw KLD over size to this file, .svg or .png; may be given twice
+        #[arg(long, value_name = "FILE")]
+        plot: Vec<PathBuf>,
+        /// Overwrite these files
+        #[arg(long)]
+        force: bool,
         #[command(flatten)]
         text: TextArgs,
     },
@@ -74,7 +84,7 @@ enum Command {
 
 #[derive(clap::Args, Debug)]
 struct TextArgs {
-    /// The text, in UTF-8; by default a part of a novel by Jane Austen
+    /// The text, in UTF-8, or - for stdin; by default a part of a novel by Jane Austen
     #[arg(long, value_name = "FILE")]
     text: Option<PathBuf>,
 
@@ -108,12 +118,30 @@ impl TextArgs {
         Model::load(path, &ModelOptions { n_gpu_layers: self.gpu_layers, ..ModelOptions::default() })
     }
 
+    fn text(&self) -> Result<Cow<'static, str>> {
+        let most = Limits::default().side_file_bytes;
+        match &self.text {
+            None => Ok(SAMPLE_TEXT.into()),
+            Some(path) if path.as_os_str() == "-" => {
+                let mut bytes = Vec::new();
+                let mut input = std::io::stdin().lock().take(most + 1);
+                input.read_to_end(&mut bytes).map_err(|e| Error::io("read", "stdin", e))?;
+                if bytes.len() as u64 > most {
+                    return Err(Error::limit(format!("has more than {most} bytes")).at("stdin"));
+                }
+                let text = String::from_utf8(bytes);
+                text.map(Cow::Owned).map_err(|_| Error::malformed("is no UTF-8 text").at("stdin"))
+            }
+            Some(path) => read_text(path, most).map(Cow::Owned),
+        }
+    }
+
     fn windows(&self, model: &Model) -> Result<Windows> {
-        let text = match &self.text {
-            None => SAMPLE_TEXT.to_string(),
-            Some(path) => read_text(path, Limits::default().side_file_bytes)?,
-        };
-        Windows::new(model, &text, self.ctx.unwrap_or(512), self.chunks)
+        self.windows_of(model, &self.text()?)
+    }
+
+    fn windows_of(&self, model: &Model, text: &str) -> Result<Windows> {
+        Windows::new(model, text, self.ctx.unwrap_or(512), self.chunks)
     }
 
     fn threads(&self) -> u32 {
@@ -129,7 +157,9 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         Command::Baseline { model, output, top_k, force, text } => {
             baseline(model, output, *top_k, *force, text)
         }
-        Command::Compare { models, csv, text } => compare(models, csv.as_deref(), text),
+        Command::Compare { models, csv, plot, force, text } => {
+            compare(models, &files(csv.as_deref(), plot)?, *force, text)
+        }
     }
 }
 
@@ -200,7 +230,7 @@ fn kld(path: &Path, base: &Path, args: &TextArgs) -> anyhow::Result<()> {
             return Err(Error::misuse(message).at(base).into());
         }
         let mut windows = baseline.windows.clone();
-        if baseline.k.is_none() {
+        if baseline.shape.is_none() {
             // llama.cpp's file leaves this to the model.
             windows.bos = Windows::bos_of(&model);
         }
@@ -214,8 +244,12 @@ fn kld(path: &Path, base: &Path, args: &TextArgs) -> anyhow::Result<()> {
             })
             .map_err(|e| e.at(path))?;
         watch.progress.finish();
-        baseline.k.map(|k| {
-            format!("from the {k} likeliest tokens, the rest as one: the KLD is not above the true one")
+        baseline.shape.map(|s| {
+            let error = divergence.summary().kld_sampling_error;
+            format!(
+                "the base's {} likeliest tokens and {} drawn of the rest: this adds ± {error:.6} to the KLD",
+                s.k, s.drawn
+            )
         })
     } else {
         let base_model = args.model(base)?;
@@ -254,9 +288,10 @@ fn kld(path: &Path, base: &Path, args: &TextArgs) -> anyhow::Result<()> {
 
 /// The text in windows, after a look at whether all models read the same tokens in it.
 fn same_windows(args: &TextArgs, models: &[(&Path, &Model)]) -> Result<Windows> {
+    let text = args.text()?;
     let mut windows: Option<Windows> = None;
     for (path, model) in models {
-        let own = args.windows(model).map_err(|e| e.at(path))?;
+        let own = args.windows_of(model, &text).map_err(|e| e.at(path))?;
         match &windows {
             Some(first) if *first != own => {
                 return Err(Error::misuse("reads other tokens in the text than the first model")
@@ -284,7 +319,7 @@ fn baseline(
             let message = format!("--top-k {k}: 1 to {} tokens can be kept", shape.n_vocab);
             return Err(Error::misuse(message).into());
         }
-        shape.k = k;
+        shape = Shape::with_top(shape.n_vocab, k);
     }
     let stage = Stage::files_at(&[(output.to_path_buf(), shape.file_len(&windows))], force)?;
     let file = stage.files().first().ok_or_else(|| Error::misuse("no output"))?;
@@ -297,10 +332,10 @@ fn baseline(
         .read(&[&model], args.threads(), |window, rows, next| {
             watch.at(window, String::new)?;
             for row in rows {
-                let top = shape.top(row, next);
-                rest += 1.0 - top.log_probs.iter().map(|&l| f64::from(l).exp()).sum::<f64>();
+                let sampled = shape.sample(row, next, count);
+                rest += f64::from(sampled.log_rest).exp();
                 count += 1;
-                let bytes = shape.row_bytes(&top);
+                let bytes = shape.row_bytes(&sampled);
                 file.write_at(at, &bytes)?;
                 at += bytes.len() as u64;
             }
@@ -314,16 +349,18 @@ fn baseline(
     if args.json {
         println!(
             "{:#}",
-            json!({ "output": output, "bytes": at, "top_k": shape.k, "share_of_f16_logits": share, "mean_rest": rest })
+            json!({ "output": output, "bytes": at, "top_k": shape.k, "drawn": shape.drawn, "share_of_f16_logits": share, "mean_rest": rest })
         );
     } else {
         println!(
-            "{}: {}, {:.2} % of 16-bit logits; the {} likeliest tokens hold {:.3} % of the probability",
+            "{}: {}, {:.2} % of 16-bit logits; the {} likeliest tokens hold {:.3} % of the probability, \
+             {} drawn stand for the rest",
             output.display(),
             ui::size(at),
             100.0 * share,
             shape.k,
-            100.0 * (1.0 - rest)
+            100.0 * (1.0 - rest),
+            shape.drawn
         );
     }
     Ok(())
@@ -340,7 +377,53 @@ struct Row {
     divergence: DivergenceSummary,
 }
 
-fn compare(paths: &[PathBuf], csv: Option<&Path>, args: &TextArgs) -> anyhow::Result<()> {
+/// How the table is written to a file.
+#[derive(Clone, Copy)]
+enum Form {
+    Csv,
+    Svg,
+    Png,
+}
+
+impl Form {
+    fn bytes(self, rows: &[Row]) -> Vec<u8> {
+        match self {
+            Self::Csv => table(rows).into_bytes(),
+            Self::Svg => picture(rows).to_svg().into_bytes(),
+            Self::Png => picture(rows).to_png(),
+        }
+    }
+}
+
+fn files(csv: Option<&Path>, plots: &[PathBuf]) -> Result<Vec<(PathBuf, Form)>> {
+    let mut files: Vec<_> = csv.map(|path| (path.to_path_buf(), Form::Csv)).into_iter().collect();
+    for path in plots {
+        let form = match path.extension().map(|e| e.to_ascii_lowercase()) {
+            Some(e) if e == "svg" => Form::Svg,
+            Some(e) if e == "png" => Form::Png,
+            _ => return Err(Error::misuse("a picture's name ends in .svg or .png").at(path)),
+        };
+        files.push((path.clone(), form));
+    }
+    Ok(files)
+}
+
+fn picture(rows: &[Row]) -> Picture {
+    let point = |r: &Row| Point {
+        name: r.model.file_stem().unwrap_or_default().to_string_lossy().into_owned(),
+        bytes: r.bytes,
+        bits_per_weight: r.bits_per_weight,
+        kld: r.divergence.kld,
+    };
+    let points: Vec<Point> = rows.iter().map(point).collect();
+    // There are at least two models; the first is the base.
+    kld_over_size(&points[0], &points[1..])
+}
+
+fn compare(paths: &[PathBuf], files: &[(PathBuf, Form)], force: bool, args: &TextArgs) -> anyhow::Result<()> {
+    // What cannot be written shall show before the work.
+    let outputs: Vec<_> = files.iter().map(|(path, _)| (path.clone(), 0)).collect();
+    let stage = Stage::files_at(&outputs, force)?;
     let models = paths.iter().map(|p| args.model(p)).collect::<Result<Vec<_>>>()?;
     let named: Vec<(&Path, &Model)> = paths.iter().map(PathBuf::as_path).zip(&models).collect();
     let windows = same_windows(args, &named)?;
@@ -372,9 +455,10 @@ fn compare(paths: &[PathBuf], csv: Option<&Path>, args: &TextArgs) -> anyhow::Re
             }
         })
         .collect();
-    if let Some(path) = csv {
-        std::fs::write(path, table(&rows)).map_err(|e| Error::io("write", path, e))?;
+    for (file, (_, form)) in stage.files().iter().zip(files) {
+        file.write_at(0, &form.bytes(&rows))?;
     }
+    stage.commit()?;
     if args.json {
         println!("{}", serde_json::to_string_pretty(&rows)?);
     } else {

@@ -13,12 +13,15 @@ pub mod embed;
 pub mod generate;
 pub mod logits;
 pub mod parity;
+pub mod picture;
+pub mod plot;
 #[cfg(feature = "ggml")]
 mod probe;
 #[cfg(feature = "reference")]
 pub mod reference;
 pub mod sample;
 pub mod score;
+mod softmax;
 pub mod stop;
 #[cfg(feature = "ggml")]
 pub mod trial;

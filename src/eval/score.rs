@@ -6,6 +6,8 @@
 
 use serde::Serialize;
 
+use super::softmax;
+
 /// A mean with its standard error.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Estimate {
@@ -36,10 +38,17 @@ impl Moments {
         Estimate { value: value.exp(), error: value.exp() * error }
     }
 
+    fn mean(&self) -> f64 {
+        self.sum / self.n.max(1) as f64
+    }
+
+    fn variance(&self) -> f64 {
+        self.squares / self.n.max(1) as f64 - self.mean() * self.mean()
+    }
+
     fn estimate(&self) -> Estimate {
         let n = self.n.max(1) as f64;
-        let value = self.sum / n;
-        let variance = self.squares / n - value * value;
+        let (value, variance) = (self.mean(), self.variance());
         let error = if variance > 0.0 && self.n > 10 { (variance / (n - 1.0)).sqrt() } else { 0.0 };
         Estimate { value, error }
     }
@@ -47,9 +56,8 @@ impl Moments {
 
 /// The logarithm of what exponentials of a row of logits sum up to: `ln p_i = logits[i] - norm`.
 pub fn log_norm(logits: &[f32]) -> f64 {
-    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let sum: f64 = logits.iter().map(|&x| f64::from((x - max).exp())).sum();
-    f64::from(max) + sum.ln()
+    let max = softmax::max(logits);
+    f64::from(max) + softmax::sum_exp(logits, max).ln()
 }
 
 /// Perplexity, growing with every prediction.
@@ -88,19 +96,65 @@ impl Perplexity {
 pub enum Base<'a> {
     /// Logarithms of all probabilities, but for a constant, which is the second.
     Whole(&'a [f32], f64),
-    /// Of the likeliest tokens only.
-    Top(&'a Top),
+    /// Of some tokens only.
+    Sampled(&'a Sampled),
 }
 
-/// The likeliest tokens of one prediction, and what is left for all others.
+/// The likeliest tokens of one prediction, and some of the others, drawn by their probability.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub struct Top {
-    /// Tokens, the likeliest first.
-    pub ids: Vec<u32>,
-    /// The logarithms of their probabilities.
-    pub log_probs: Vec<f32>,
+pub struct Sampled {
+    /// The likeliest tokens, the first before the second.
+    pub top: Vec<Choice>,
+    /// Tokens drawn of the rest; one may be there several times.
+    pub drawn: Vec<Choice>,
+    /// The logarithm of the rest's probability: all but `top`.
+    pub log_rest: f32,
     /// That of the token that came.
     pub log_prob_next: f32,
+}
+
+/// A token and the logarithm of its probability.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Choice {
+    /// The token.
+    pub id: u32,
+    /// `ln p`.
+    pub log_prob: f32,
+}
+
+impl Sampled {
+    /// The divergence of `logits` from it, and the variance of this estimate.
+    ///
+    /// Over any partition the divergence is the sum of `p ln(p / q) - p + q`, as both sum up to 1.
+    /// The likeliest tokens and the rest as one are such a partition; the rest adds its probability
+    /// times its own divergence, whose mean is estimated from the tokens drawn: with
+    /// `r = q / p`, both relative to the rest, the mean of `r - 1 - ln r` is the divergence, and no
+    /// term of it is negative (Schulman, "Approximating KL divergence", 2020).
+    fn divergence(&self, logits: &[f32]) -> (f64, f64) {
+        let max = softmax::max(logits);
+        let all = softmax::sum_exp(logits, max);
+        let weight = |c: &Choice| logits.get(c.id as usize).map_or(0.0, |&x| f64::from(x - max).exp());
+        let term = |p: f64, q: f64| if p > 0.0 { q - p - p * (q / p).ln() } else { q };
+        let (mut sum, mut own) = (0.0, 0.0);
+        for c in &self.top {
+            let w = weight(c);
+            own += w;
+            sum += term(f64::from(c.log_prob).exp(), w / all);
+        }
+        // Rounding may leave less than nothing.
+        let own_rest = (all - own).max(f64::MIN_POSITIVE);
+        let rest = f64::from(self.log_rest).exp();
+        sum += term(rest, own_rest / all);
+        let mut drawn = Moments::default();
+        for c in &self.drawn {
+            let log_r = (weight(c) / own_rest).ln() - f64::from(c.log_prob - self.log_rest);
+            drawn.add(log_r.exp_m1() - log_r);
+        }
+        if drawn.n == 0 {
+            return (sum, 0.0);
+        }
+        (sum + rest * drawn.mean(), rest * rest * drawn.variance() / drawn.n as f64)
+    }
 }
 
 /// Below this a probability of the base does not count, as in llama.cpp.
@@ -116,6 +170,7 @@ pub struct Divergence {
     klds: Vec<f32>,
     p_squares: Moments,
     same_top: u64,
+    sampling_variance: f64,
 }
 
 /// The measures of a [`Divergence`].
@@ -131,6 +186,8 @@ pub struct DivergenceSummary {
     pub ln_ratio: Estimate,
     /// Mean Kullback-Leibler divergence of the model from the base, in nats.
     pub kld: Estimate,
+    /// What the base's sampling alone adds to its error: 0 where the base is known as a whole.
+    pub kld_sampling_error: f64,
     /// Its median.
     pub kld_median: f64,
     /// What 99 % of predictions stay below.
@@ -153,29 +210,14 @@ impl Divergence {
         let (kld, log_base_next, top) = match base {
             Base::Whole(base, base_norm) => {
                 let log_base = |x: f32| f64::from(x) - base_norm;
-                let likely = base.iter().enumerate().map(|(i, &x)| (i, log_base(x)));
-                let kld: f64 = likely
-                    .filter(|(_, l)| *l > LEAST_LOG_PROB)
-                    .map(|(i, l)| f64::from((l as f32).exp()) * (l - log_p(i)))
-                    .sum();
+                let kld = softmax::divergence(base, base_norm, logits, norm, LEAST_LOG_PROB);
                 let next = base.get(next).map_or(f64::NEG_INFINITY, |&x| log_base(x));
                 (kld, next, super::logits::argmax(base))
             }
-            Base::Top(top) => {
-                let pairs = top.ids.iter().map(|&i| i as usize).zip(&top.log_probs);
-                let (mut kld, mut mass, mut base_mass) = (0.0, 0.0, 0.0);
-                for (i, &l) in pairs {
-                    let (l, own) = (f64::from(l), log_p(i));
-                    kld += l.exp() * (l - own);
-                    mass += own.exp();
-                    base_mass += l.exp();
-                }
-                // All other tokens count as one.
-                let (rest, base_rest) = (1.0 - mass, 1.0 - base_mass);
-                if base_rest > 0.0 && rest > 0.0 {
-                    kld += base_rest * (base_rest / rest).ln();
-                }
-                (kld, f64::from(top.log_prob_next), top.ids.first().map(|&i| i as usize))
+            Base::Sampled(sampled) => {
+                let (kld, variance) = sampled.divergence(logits);
+                self.sampling_variance += variance;
+                (kld, f64::from(sampled.log_prob_next), sampled.top.first().map(|c| c.id as usize))
             }
         };
         let (nll, base_nll) = (-log_p(next), -log_base_next);
@@ -218,6 +260,7 @@ impl Divergence {
             base_perplexity: self.base_nll.exp(),
             ln_ratio: Estimate { value: ln.value - base.value, error: variance.max(0.0).sqrt() },
             kld: self.kld.estimate(),
+            kld_sampling_error: self.sampling_variance.sqrt() / n,
             kld_median: percentile(&klds, 0.5),
             kld_99: percentile(&klds, 0.99),
             kld_999: percentile(&klds, 0.999),
@@ -265,18 +308,19 @@ mod tests {
         assert!((s.p_rms.value - 0.25).abs() < 1e-6 && s.same_top.value == 0.0);
         assert!((s.perplexity.value - 2.0).abs() < 1e-5 && (s.base_perplexity.value - 4.0).abs() < 1e-5);
         assert!((s.ln_ratio.value - 0.5f64.ln()).abs() < 1e-6);
-        // All but the last token: the rest is one token, so nothing is lost.
-        let top =
-            Top { ids: vec![0, 1], log_probs: vec![0.5f32.ln(), 0.25f32.ln()], log_prob_next: 0.25f32.ln() };
-        let mut t = Divergence::default();
-        t.add(&own, Base::Top(&top), 1);
-        let t = t.summary();
-        assert!((t.kld.value - s.kld.value).abs() < 1e-6 && (t.p_rms.value - s.p_rms.value).abs() < 1e-6);
-        // The likeliest only: never more than the whole.
-        let top = Top { ids: vec![0], log_probs: vec![0.5f32.ln()], log_prob_next: 0.25f32.ln() };
-        let mut t = Divergence::default();
-        t.add(&own, Base::Top(&top), 1);
-        assert!(t.summary().kld.value < s.kld.value && t.summary().kld.value > 0.0);
+        // The rest is one token: nothing is lost. Then two, of which each is drawn once.
+        let choice = |id: u32| Choice { id, log_prob: [0.5f32, 0.25, 0.25][id as usize].ln() };
+        for (top, drawn, log_rest) in
+            [(vec![0, 1], vec![2], 0.25f32.ln()), (vec![0], vec![1, 2], 0.5f32.ln())]
+        {
+            let [top, drawn] = [top, drawn].map(|ids| ids.into_iter().map(choice).collect());
+            let sampled = Sampled { top, drawn, log_rest, log_prob_next: 0.25f32.ln() };
+            let mut t = Divergence::default();
+            t.add(&own, Base::Sampled(&sampled), 1);
+            let t = t.summary();
+            assert!((t.kld.value - s.kld.value).abs() < 1e-6, "{t:?}");
+            assert!((t.p_rms.value - s.p_rms.value).abs() < 1e-6);
+        }
     }
 
     #[test]

@@ -135,10 +135,26 @@ impl Windows {
                     let rows = contexts.iter().map(|c| c.logits(i)).collect::<Option<Vec<_>>>();
                     let rows = rows.ok_or_else(|| Error::unsupported("the model gives no logits"))?;
                     let next = window[half + k * n_batch + i + 1];
+                    if let Some(bad) = rows.iter().position(|row| !super::softmax::is_sound(row)) {
+                        return Err(no_numbers(models, bad, number, half + k * n_batch + i));
+                    }
                     score(number, &rows, usize::try_from(next).unwrap_or(usize::MAX))?;
                 }
             }
         }
         Ok(times)
     }
+}
+
+#[cfg(feature = "ggml")]
+fn no_numbers(models: &[&Model], bad: usize, window: usize, token: usize) -> Error {
+    let which = match models.len() {
+        1 => String::new(),
+        n => format!(" of model {} of {n}", bad + 1),
+    };
+    Error::check(format!(
+        "the logits{which} are no numbers (NaN or infinite) after token {token} of window {window}: \
+         its predictions cannot be scored"
+    ))
+    .hint("qconv inspect and qconv verify tell whether its tensors are sound")
 }
