@@ -105,3 +105,33 @@ pub fn sync_directory(dir: &std::path::Path) {
         let _ = dir.sync_all();
     }
 }
+
+/// The most memory in bytes that this process had in use at once, mapped files included as far as
+/// they were read; `None` when the system does not tell.
+pub fn peak_memory() -> Option<u64> {
+    // proc(5): `VmHWM:     1772 kB`.
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
+}
+
+/// Lets [`peak_memory`] begin anew; returns whether the system can.
+pub fn reset_peak_memory() -> bool {
+    // proc(5): 5 sets the peak to what is in use now.
+    std::fs::write("/proc/self/clear_refs", "5").is_ok()
+}
+
+#[cfg(all(test, target_os = "linux"))]
+mod tests {
+    #[test]
+    fn the_peak_is_seen_and_reset() {
+        let before = super::peak_memory().unwrap();
+        let block = std::hint::black_box(vec![1u8; 256 << 20]);
+        let peak = super::peak_memory().unwrap();
+        drop(block);
+        assert!(peak >= 256 << 20 && peak >= before);
+        if super::reset_peak_memory() {
+            assert!(super::peak_memory().unwrap() < peak);
+        }
+    }
+}

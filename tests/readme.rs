@@ -50,6 +50,7 @@ fn examples_work() {
         "verify",
         "run",
         "embed",
+        "bench",
         "completions",
     ] {
         let shown = commands.iter().any(|c| c.starts_with(&format!("qconv {name}")));
@@ -71,7 +72,7 @@ fn examples_work() {
     )
     .unwrap();
     for command in &commands {
-        let engine = ["qconv run", "qconv embed", "qconv eval", "qconv imatrix"];
+        let engine = ["qconv run", "qconv embed", "qconv eval", "qconv imatrix", "qconv bench"];
         let needs_ggml = engine.iter().any(|c| command.contains(c));
         if !cfg!(feature = "ggml") && needs_ggml {
             continue; // needs the engine

@@ -2,6 +2,8 @@
 //! Exit codes: 0 done, 1 a check failed, 2 it could not be done.
 
 #[cfg(feature = "ggml")]
+mod bench;
+#[cfg(feature = "ggml")]
 mod calibration;
 mod common;
 mod completions;
@@ -53,6 +55,8 @@ enum Command {
     Embed(embed::Args),
     #[cfg(feature = "ggml")]
     Eval(eval::Args),
+    #[cfg(feature = "ggml")]
+    Bench(bench::Args),
     Completions(completions::Args),
 }
 
@@ -127,6 +131,8 @@ pub fn main() -> ExitCode {
         Command::Run(args) => run::run(&args, ui::catch_interrupt()).map(|()| Status::Done),
         #[cfg(feature = "ggml")]
         Command::Embed(args) => embed::run(&args).map(|()| Status::Done),
+        #[cfg(feature = "ggml")]
+        Command::Bench(args) => bench::run(&args).map(|()| Status::Done),
         #[cfg(feature = "ggml")]
         Command::Eval(args) => eval::run(&args).map(|()| Status::Done),
         Command::Completions(args) => completions::run(&args).map(|()| Status::Done),

@@ -2,6 +2,8 @@
 //! text.
 
 pub mod baseline;
+#[cfg(feature = "ggml")]
+pub mod bench;
 pub mod chat;
 #[cfg(feature = "ggml")]
 mod compare;

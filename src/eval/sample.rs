@@ -77,7 +77,7 @@ pub struct Candidate {
 #[derive(Clone, Debug)]
 pub struct Sampler {
     sampling: Sampling,
-    state: u64,
+    random: Random,
     // Between calls only their memory is kept.
     candidates: Candidates,
     penalized: Vec<f32>,
@@ -88,7 +88,7 @@ impl Sampler {
     pub fn new(sampling: &Sampling) -> Self {
         Self {
             sampling: sampling.clone(),
-            state: sampling.seed,
+            random: Random(sampling.seed),
             candidates: Candidates::default(),
             penalized: Vec::new(),
         }
@@ -102,7 +102,7 @@ impl Sampler {
     /// Draws a token. `logits` has one value for each token of the vocabulary, `before` the tokens
     /// that came before. `None` when every logit is NaN.
     pub fn choose(&mut self, logits: &[f32], before: &[i32]) -> Option<i32> {
-        let point = if self.sampling.temperature > 0.0 { self.uniform() } else { 0.0 };
+        let point = if self.sampling.temperature > 0.0 { self.random.uniform() } else { 0.0 };
         let candidates = self.candidates(logits, before);
         let mut reached = 0.0;
         let drawn = candidates.iter().find(|c| {
@@ -142,14 +142,25 @@ impl Sampler {
         c.set_probabilities(if s.temperature > 0.0 { s.temperature.into() } else { 1.0 });
         &c.list
     }
+}
 
-    /// The next number of SplitMix64, in [0, 1).
-    fn uniform(&mut self) -> f64 {
-        self.state = self.state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.state;
+/// Steele, Lea and Flood's SplitMix64.
+#[derive(Clone, Debug)]
+pub(super) struct Random(pub u64);
+
+impl Random {
+    /// The next number.
+    pub fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        ((z ^ (z >> 31)) >> 11) as f64 / (1u64 << 53) as f64
+        z ^ (z >> 31)
+    }
+
+    /// The next number, in [0, 1).
+    fn uniform(&mut self) -> f64 {
+        (self.next() >> 11) as f64 / (1u64 << 53) as f64
     }
 }
 

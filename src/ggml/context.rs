@@ -86,6 +86,7 @@ pub struct Context<'m> {
     embeddings: std::ops::Range<usize>,
     // Where not `None`, the vectors of a text become one, and only that exists.
     pooling: Pooling,
+    buffers: log::Buffers,
     // Whether the encoder of an encoder-decoder has read something.
     encoded: bool,
     // Whom the library's callback finds. Freed after `drop` has freed the context.
@@ -204,6 +205,7 @@ impl<'m> Context<'m> {
             logits: 0..0,
             embeddings: 0..0,
             pooling: pooling.map_or(Pooling::None, |(p, _)| p),
+            buffers: log::buffers(),
             encoded: false,
             slot,
             not_sync: PhantomData,
@@ -228,6 +230,17 @@ impl<'m> Context<'m> {
     /// Tokens read so far.
     pub fn position(&self) -> usize {
         self.position
+    }
+
+    /// Memory taken when it was made.
+    pub fn buffers(&self) -> log::Buffers {
+        self.buffers
+    }
+
+    /// Waits until a device has computed what was given to it; the logits do so themselves.
+    pub fn synchronize(&mut self) {
+        // SAFETY: the context is valid.
+        unsafe { sys::llama_synchronize(self.context.as_ptr()) }
     }
 
     /// How the vectors of a text's tokens become one.

@@ -1,6 +1,6 @@
 //! What the library says: kept for error messages, shown only on request.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::ffi::{CStr, c_char, c_void};
 use std::io::Write;
@@ -18,6 +18,41 @@ thread_local! {
     // Warnings and errors of this thread, oldest first. The library reports a failed load or
     // decode on the calling thread, so calls on different threads do not mix their reasons.
     static LINES: RefCell<VecDeque<String>> = const { RefCell::new(VecDeque::new()) };
+    // Buffers that this thread was told of.
+    static BUFFERS: Cell<Buffers> = const { Cell::new(Buffers { weights: 0, cache: 0, compute: 0 }) };
+}
+
+/// Bytes that the library took, on all devices together. It tells them in its log only, to a hundredth
+/// of a MiB.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Buffers {
+    /// Weights: mapped, read, or rearranged.
+    pub weights: u64,
+    /// What is kept of the tokens read: keys and values, or the state of a recurrent model.
+    pub cache: u64,
+    /// The computation's intermediate results, and its output.
+    pub compute: u64,
+}
+
+impl Buffers {
+    /// Adds what a line of the log says: `llama_kv_cache:  CPU KV buffer size =  5.62 MiB`.
+    fn add(&mut self, line: &str) {
+        let Some((what, size)) = line.split_once(" buffer size = ") else { return };
+        let Some(mib) = size.trim().strip_suffix("MiB").and_then(|n| n.trim().parse::<f64>().ok()) else {
+            return;
+        };
+        let field = match what.split_whitespace().last() {
+            Some("model" | "LoRA") => &mut self.weights,
+            Some("compute" | "output") => &mut self.compute,
+            _ => &mut self.cache,
+        };
+        *field = field.saturating_add((mib * f64::from(1 << 20)) as u64);
+    }
+}
+
+/// The buffers that were announced on this thread since [`clear`].
+pub(super) fn buffers() -> Buffers {
+    BUFFERS.get()
 }
 
 /// Whether everything the library says goes to stderr. Off at first.
@@ -38,6 +73,7 @@ pub(super) fn install() {
 /// Forgets this thread's lines, before a call whose reason of failure will be asked for.
 pub(super) fn clear() {
     LINES.with_borrow_mut(VecDeque::clear);
+    BUFFERS.set(Buffers::default());
 }
 
 /// What the library gave as reason on this thread since [`clear`]: its lines, without the names
@@ -76,6 +112,13 @@ unsafe extern "C" fn on_log(level: sys::ggml_log_level, message: *const c_char, 
         if VERBOSE.load(Ordering::Relaxed) {
             let _ = std::io::stderr().write_all(message.as_bytes());
         }
+        if level == sys::GGML_LOG_LEVEL_INFO {
+            let _ = BUFFERS.try_with(|buffers| {
+                let mut sum = buffers.get();
+                sum.add(&message);
+                buffers.set(sum);
+            });
+        }
         if matches!(level, sys::GGML_LOG_LEVEL_WARN | sys::GGML_LOG_LEVEL_ERROR) {
             // `try_with` and `try_borrow_mut`: the thread may be ending, or be here already.
             let _ = LINES.try_with(|lines| {
@@ -107,6 +150,22 @@ unsafe extern "C" fn on_abort(message: *const c_char) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn buffers_add_up() {
+        let mut sum = Buffers::default();
+        for line in [
+            "load_tensors:   CPU_Mapped model buffer size =    98.50 MiB\n",
+            "load_tensors:   CPU_REPACK model buffer size =     7.50 MiB\n",
+            "llama_context:        CPU  output buffer size =     0.25 MiB\n",
+            "llama_kv_cache:        CPU KV buffer size =     5.00 MiB\n",
+            "sched_reserve:        CPU compute buffer size =     0.50 MiB\n",
+            "~llama_context:        CPU compute buffer size is   0.3982 MiB, matches expectation\n",
+        ] {
+            sum.add(line);
+        }
+        assert_eq!(sum, Buffers { weights: 106 << 20, cache: 5 << 20, compute: 3 << 18 });
+    }
 
     #[test]
     fn reasons_lose_function_names_and_repetition() {

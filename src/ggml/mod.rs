@@ -17,7 +17,7 @@ mod observe;
 pub mod oracle;
 
 pub use context::{Context, ContextOptions, Logits, Pooling};
-pub use log::set_verbose;
+pub use log::{Buffers, set_verbose};
 pub use model::{Model, ModelOptions, SpecialTokens, VocabType};
 pub use observe::{Node, Observer, Op};
 

@@ -99,6 +99,7 @@ pub struct Model {
     vocab: NonNull<sys::llama_vocab>,
     vocab_only: bool,
     coverage: OnceLock<Coverage>,
+    buffers: log::Buffers,
     // Adapters with their scales. They belong to the model, which frees them.
     adapters: Vec<(NonNull<sys::llama_adapter_lora>, f32)>,
 }
@@ -154,6 +155,7 @@ impl Model {
                 vocab,
                 vocab_only: options.vocab_only,
                 coverage: OnceLock::new(),
+                buffers: log::buffers(),
                 adapters: Vec::new(),
             },
             None => {
@@ -236,6 +238,11 @@ impl Model {
     pub fn tensor_bytes(&self) -> u64 {
         // SAFETY: the model is valid.
         unsafe { sys::llama_model_size(self.as_ptr()) }
+    }
+
+    /// Memory taken when it was loaded.
+    pub fn buffers(&self) -> log::Buffers {
+        self.buffers
     }
 
     /// Context length it was trained with, in tokens.
