@@ -81,7 +81,8 @@ fn statistics_are_llama_cpps() {
                 }
                 rows += 1;
             } else {
-                let l = layers.iter().find(|l| l["layer"].to_string() == cells[0]).unwrap();
+                let layer: u64 = cells[0].parse().unwrap();
+                let l = layers.iter().find(|l| l["layer"] == layer).unwrap();
                 close(&l["sum"], 1.0, cells[1], "sum");
                 close(&l["outliers"], 100.0, cells[2], "outliers");
                 close(&l["similarity"], 1.0, cells[3], "similarity");
