@@ -14,6 +14,7 @@
 mod cast;
 mod float;
 mod float8;
+pub mod gram;
 mod grid;
 mod grid_search;
 mod groups;

@@ -5,6 +5,14 @@
 pub mod checkpoint;
 #[cfg(feature = "ggml")]
 pub mod collect;
+pub mod gram;
 pub mod importance;
+#[cfg(feature = "ggml")]
+pub mod inputs;
+pub mod merge;
+#[cfg(feature = "ggml")]
+pub mod moments;
+pub mod plan;
+pub mod resume;
 pub mod statistics;
 pub mod text;

@@ -4,6 +4,8 @@
 #[cfg(feature = "ggml")]
 mod bench;
 #[cfg(feature = "ggml")]
+mod calibrate;
+#[cfg(feature = "ggml")]
 mod calibration;
 mod common;
 mod completions;
@@ -57,6 +59,8 @@ enum Command {
     Eval(eval::Args),
     #[cfg(feature = "ggml")]
     Bench(bench::Args),
+    #[cfg(feature = "ggml")]
+    Calibrate(calibrate::Args),
     Completions(completions::Args),
 }
 
@@ -135,6 +139,8 @@ pub fn main() -> ExitCode {
         Command::Bench(args) => bench::run(&args).map(|()| Status::Done),
         #[cfg(feature = "ggml")]
         Command::Eval(args) => eval::run(&args).map(|()| Status::Done),
+        #[cfg(feature = "ggml")]
+        Command::Calibrate(args) => calibrate::run(&args).map(|()| Status::Done),
         Command::Completions(args) => completions::run(&args).map(|()| Status::Done),
     };
     match result {

@@ -9,6 +9,7 @@ mod endian;
 pub mod gguf;
 pub mod imatrix;
 mod low_rank;
+pub mod moments;
 pub mod pytorch;
 pub mod safetensors;
 pub mod shards;

@@ -15,6 +15,7 @@
 mod avx2;
 mod avx512;
 mod float4;
+mod gram;
 mod grid;
 mod iq1;
 mod iq4;
@@ -25,6 +26,9 @@ mod signs;
 use super::{Codec, float, mxfp4, nvfp4, q1_0, q2_0, q4_0, q4_1, q5_0, q5_1, q8_0, tq1_0, tq2_0, weighed};
 use core::arch::x86_64::__m256i;
 use float4::*;
+#[cfg(test)]
+pub(super) use gram::PRODUCTS;
+pub(super) use gram::product;
 use kernels::*;
 use signs::*;
 
