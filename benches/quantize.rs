@@ -9,6 +9,7 @@
 
 mod common;
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::io::{BufReader, Read};
 use std::path::{Path, PathBuf};
@@ -162,15 +163,15 @@ fn write_imatrix(full: &Path, path: &Path) {
         (state >> 40) as f32 / (1 << 24) as f32
     };
     let matrices = gguf.store.tensors().iter().filter(|t| t.shape.len() > 1);
-    let sums: Vec<Sums> = matrices
+    let sums: BTreeMap<String, Sums> = matrices
         .map(|t| {
             let experts = if t.shape.len() > 2 { t.shape[0] } else { 1 };
             let values = experts * t.shape[t.shape.len() - 1];
-            let squares = (0..values).map(|_| random().powi(3)).collect();
-            Sums { name: t.name.clone(), squares, counts: vec![1.0; experts as usize] }
+            let squares = (0..values).map(|_| f64::from(random().powi(3))).collect();
+            (t.name.clone(), Sums { squares, counts: vec![1; experts as usize] })
         })
         .collect();
-    fs::write(path, imatrix::to_gguf(&sums, "made up", 1, 1).unwrap()).unwrap();
+    fs::write(path, imatrix::to_gguf(&sums, &["made up".to_string()], 1, 1).unwrap()).unwrap();
 }
 
 fn same_files(a: &Path, b: &Path) -> &'static str {

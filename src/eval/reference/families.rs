@@ -164,8 +164,10 @@ fn mixtral(config: Config) -> Result<Config> {
 
 fn qwen(config: Config) -> Result<Config> {
     let windowed = config.is("use_sliding_window");
+    let some_dense = config.get("mlp_only_layers").as_array().is_some_and(|layers| !layers.is_empty());
     let experts = config.get("num_local_experts").clone();
     let config = plain(config)?.or("num_experts", experts).without(windowed, "the sliding window")?;
+    let config = config.without(some_dense, "mlp_only_layers")?;
     // Not used then.
     let config = config.with("sliding_window", i32::MAX).with("use_sliding_window", false);
     Ok(config.or("max_window_layers", 0).or("decoder_sparse_step", 1).or("norm_topk_prob", false))

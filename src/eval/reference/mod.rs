@@ -48,10 +48,8 @@ impl Reference {
         let config = Config::read(config);
         let model_type = config.text("model_type").unwrap_or_default();
         let family = FAMILIES.iter().find(|f| f.model_type == model_type);
-        let family = family.ok_or_else(|| {
-            let known: Vec<_> = FAMILIES.iter().map(|f| f.model_type).collect();
-            Error::unsupported(format!("candle has no {model_type:?} ({} are used)", known.join(", ")))
-        })?;
+        let family = family
+            .ok_or_else(|| Error::unsupported(format!("no model of candle's is known for {model_type:?}")))?;
         let config = (family.prepare)(config)?;
         Ok(Self { family, config })
     }

@@ -79,16 +79,18 @@ impl Weights for Replaced {
 /// A source that candle can compute.
 pub(super) struct Candle {
     reference: Reference,
+    /// The text, as far as candle computes it rightly.
+    ids: Vec<i32>,
     source: Arc<dyn Weights>,
     output: Arc<MappedWeights>,
 }
 
 impl Candle {
-    /// Recognises the source, and shortens the text to what candle computes rightly.
+    /// Recognises the source.
     ///
     /// # Errors
     /// `Unsupported` where candle lacks the family; `Limit` where memory does not suffice.
-    pub fn open(case: &mut Case<'_>, source: &SourceModel, how: &LogitsOptions) -> Result<Self> {
+    pub fn open(case: &Case<'_>, source: &SourceModel, how: &LogitsOptions) -> Result<Self> {
         let SourceModel::HuggingFace(hf) = source else {
             return Err(Error::unsupported("the source is a GGUF file"));
         };
@@ -104,9 +106,10 @@ impl Candle {
         let logits = (case.ids.len() as u64).saturating_mul(case.model.n_tokens() as u64).saturating_mul(3);
         let values = elements.saturating_add(embedding.saturating_mul(2)).saturating_add(logits);
         check_memory("the source's forward pass in F32", values.saturating_mul(4), how)?;
-        case.ids.truncate(reference.most_tokens());
+        let ids = case.ids[..case.ids.len().min(reference.most_tokens())].to_vec();
         Ok(Self {
             reference,
+            ids,
             source: Arc::new(MappedWeights::new(store, own)),
             output: Arc::new(MappedWeights::new(output, back)),
         })
@@ -120,7 +123,7 @@ impl Candle {
         let own: Arc<dyn Weights> = self.output.clone();
         let wanted = self.logits(case, &self.source, self.reference.n_layers())?;
         let mut layers = LayerOutputs::default();
-        let found = logits::observed(case.model, &case.ids, case.threads, &mut layers)?;
+        let found = logits::observed(case.model, &self.ids, case.threads, &mut layers)?;
         let source = Comparison::new(&found, &wanted)?;
         let (tolerance, is_exact) = case.tolerance();
         let own_weights = match is_exact {
@@ -138,7 +141,7 @@ impl Candle {
         Ok(Proof {
             reference: format!("candle's {}", self.reference.name()),
             no_candle: None,
-            tokens: case.ids.len(),
+            tokens: self.ids.len(),
             source,
             own_weights,
             tolerance: Some(tolerance),
@@ -147,7 +150,7 @@ impl Candle {
     }
 
     fn logits(&self, case: &Case<'_>, weights: &Arc<dyn Weights>, n_layers: usize) -> Result<Matrix> {
-        self.reference.logits(weights, &case.ids, n_layers, &|| case.observer.interrupted())
+        self.reference.logits(weights, &self.ids, n_layers, &|| case.observer.interrupted())
     }
 
     /// The first layer whose output departs, and the tensors that explain it.

@@ -72,7 +72,9 @@ pub(super) struct Suspects(HashMap<String, f64>);
 
 impl Suspects {
     pub fn new(checks: &[TensorCheck]) -> Self {
-        let is_other = |c: &&TensorCheck| c.non_finite > 0 || !(c.relative_rmse <= rounding(c.dtype));
+        let is_other = |c: &&TensorCheck| {
+            c.non_finite > 0 || c.relative_rmse.is_nan() || c.relative_rmse > rounding(c.dtype)
+        };
         Self(checks.iter().filter(is_other).map(|c| (c.name.clone(), c.relative_rmse)).collect())
     }
 

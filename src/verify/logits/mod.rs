@@ -21,7 +21,7 @@ pub use self::departure::{Departure, Place};
 use super::{Check, LogitsOptions, Options, Outcome, Report, SourceModel};
 use crate::container::gguf::Gguf;
 use crate::convert::{Budget, Observer};
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::eval::SAMPLE_TEXT;
 use crate::eval::logits::{self, Agreement, Matrix};
 use crate::eval::score::log_norm;
@@ -183,19 +183,24 @@ pub(super) fn check(
     let ids = text(&model, how.tokens)?;
     let suspects = Suspects::new(&report.tensors);
     let threads = budget.threads as u32;
-    let mut case = Case { gguf, options, model: &model, ids, threads, suspects, observer };
+    let case = Case { gguf, options, model: &model, ids, threads, suspects, observer };
     #[cfg(feature = "reference")]
-    let candle = candle::Candle::open(&mut case, source, how);
+    let by_candle = candle::Candle::open(&case, source, how).and_then(|candle| candle.prove(&case));
     #[cfg(not(feature = "reference"))]
-    let candle: Result<std::convert::Infallible> =
+    let by_candle: Result<Proof> =
         Err(Error::unsupported("this program was built without the feature reference"));
-    let proof = match candle {
-        #[cfg(feature = "reference")]
-        Ok(candle) => candle.prove(&case)?,
-        #[cfg(not(feature = "reference"))]
-        Ok(never) => match never {},
-        Err(e) if e.kind() == crate::ErrorKind::Unsupported => {
-            nodes::prove(&mut case, source, how, budget, &e.to_string())?
+    let proof = match by_candle {
+        Err(e) if e.kind() == ErrorKind::Unsupported => {
+            nodes::prove(&case, source, how, budget, &e.to_string())
+        }
+        by_candle => by_candle,
+    };
+    let proof = match proof {
+        Ok(proof) => proof,
+        // The file's own fault: a tensor without a place, another vocabulary.
+        Err(e) if matches!(e.kind(), ErrorKind::Malformed | ErrorKind::Check) => {
+            report.add("logits", Err(e));
+            return Ok(());
         }
         Err(e) => return Err(e),
     };

@@ -62,7 +62,7 @@ impl ggml::Observer for LayerNodes<'_> {
 /// # Errors
 /// As the conversion, and where a model does not run.
 pub(super) fn prove(
-    case: &mut Case<'_>,
+    case: &Case<'_>,
     source: &SourceModel,
     how: &LogitsOptions,
     budget: &Budget,
