@@ -77,6 +77,11 @@ pub fn compare(actual: &Matrix, reference: &Matrix) -> Result<Agreement> {
     })
 }
 
+/// Whether no value is NaN or above all numbers; such a row has no probabilities.
+pub fn is_sound(values: &[f32]) -> bool {
+    values.iter().fold(0, |bad, &x| bad | u32::from(x.is_nan() || x == f32::INFINITY)) == 0
+}
+
 /// Index of the largest value, the first of equals; NaN never wins. `None` when nothing can.
 pub fn argmax(values: &[f32]) -> Option<usize> {
     let mut best: Option<(usize, f32)> = None;

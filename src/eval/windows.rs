@@ -135,7 +135,7 @@ impl Windows {
                     let rows = contexts.iter().map(|c| c.logits(i)).collect::<Option<Vec<_>>>();
                     let rows = rows.ok_or_else(|| Error::unsupported("the model gives no logits"))?;
                     let next = window[half + k * n_batch + i + 1];
-                    if let Some(bad) = rows.iter().position(|row| !super::softmax::is_sound(row)) {
+                    if let Some(bad) = rows.iter().position(|row| !super::logits::is_sound(row)) {
                         return Err(no_numbers(models, bad, number, half + k * n_batch + i));
                     }
                     score(number, &rows, usize::try_from(next).unwrap_or(usize::MAX))?;
