@@ -44,6 +44,8 @@ fn examples_work() {
         "gguf-to-hf",
         "quantize",
         "imatrix",
+        "calibrate",
+        "eval",
         "split",
         "merge",
         "inspect",
@@ -72,7 +74,8 @@ fn examples_work() {
     )
     .unwrap();
     for command in &commands {
-        let engine = ["qconv run", "qconv embed", "qconv eval", "qconv imatrix", "qconv bench"];
+        let engine =
+            ["qconv run", "qconv embed", "qconv eval", "qconv imatrix", "qconv calibrate", "qconv bench"];
         let needs_ggml = engine.iter().any(|c| command.contains(c));
         if !cfg!(feature = "ggml") && needs_ggml {
             continue; // needs the engine
