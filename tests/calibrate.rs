@@ -408,7 +408,8 @@ fn memory_stays_within_the_budget() {
     let within = peak(&["-o", "within", "--max-memory", "32M", "--save-every", "0"]);
     let whole = peak(&["-o", "whole"]);
     println!("{without} without, {within} within {budget}, {whole} whole");
-    assert!(whole > without + (120 << 20), "the moments are not what takes the memory: {whole}");
+    // Less than the 134 MB: what the system takes back meanwhile is not counted.
+    assert!(whole > within + (80 << 20), "the moments are not what takes the memory: {whole}");
     // Activations of a whole window instead of a few tokens are llama.cpp's.
     let slack = 12 << 20;
     assert!(within < without + budget + slack, "{within} of {without} + {budget}");
