@@ -2,6 +2,7 @@
 
 use super::cast::{extreme, inverse};
 use super::kquant::{NOTHING, pack_halves, unpack_halves};
+use super::lattice::Latticed;
 use super::{Codec, decode_pairs, encode_pairs, f16_from_f32, f32_from_f16};
 use crate::tensor::DType;
 
@@ -34,6 +35,20 @@ pub(super) const NUMERATORS: [f32; LANES] = {
     }
     steps
 };
+
+impl Latticed<32> for Block {
+    const GROUP: usize = 32;
+    const LEVELS: &'static [i8] = &LEVELS;
+
+    fn lines(&self, lines: &mut [(f32, f32)]) {
+        let d = f32_from_f16(u16::from_le_bytes(self.d));
+        lines.fill((d, 0.0));
+    }
+
+    fn put(&mut self, codes: &[u8; 32]) {
+        pack_halves::<16>(codes, &mut self.qs);
+    }
+}
 
 pub(super) const SCALAR: Codec = Codec {
     dtype: DType::IQ4_NL,

@@ -1,8 +1,9 @@
 //! IQ4_XS: 256 weights in 136 bytes, 8 groups with a scale of 6 bits, the levels of IQ4_NL.
 
 use super::cast::{extreme, inverse};
-use super::iq4_nl::{dequantize, deviation, quantize, search, squares, weigh};
-use super::kquant::nearest;
+use super::iq4_nl::{LEVELS, dequantize, deviation, quantize, search, squares, weigh};
+use super::kquant::{nearest, pack_halves};
+use super::lattice::Latticed;
 use super::{Codec, decode_pairs, encode_pairs, f16_from_f32, f32_from_f16};
 use crate::tensor::DType;
 
@@ -20,6 +21,22 @@ pub(super) struct Block {
     pub qs: [u8; 128],
 }
 const _: () = assert!(size_of::<Block>() as u64 == DType::IQ4_XS.type_size());
+
+impl Latticed<256> for Block {
+    const GROUP: usize = 32;
+    const LEVELS: &'static [i8] = &LEVELS;
+
+    fn lines(&self, lines: &mut [(f32, f32)]) {
+        let d = f32_from_f16(u16::from_le_bytes(self.d));
+        for (line, scale) in lines.iter_mut().zip(self.scales(d)) {
+            *line = (scale, 0.0);
+        }
+    }
+
+    fn put(&mut self, codes: &[u8; 256]) {
+        pack_halves::<16>(codes, &mut self.qs);
+    }
+}
 
 pub(super) const SCALAR: Codec = Codec {
     dtype: DType::IQ4_XS,

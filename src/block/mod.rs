@@ -9,7 +9,8 @@
 //! ggml stops). Conversions refuse weights that are not finite before they come here.
 //!
 //! Adding a type: one file here with a `SCALAR` codec, one row in the table `SCALAR`, one section of the
-//! specification. A SIMD path is a row in the table of its family in `simd/`.
+//! specification; where its codes are independent of each other, one row in the table of `lattice.rs`. A
+//! SIMD path is a row in the table of its family in `simd/`.
 
 mod cast;
 mod float;
@@ -29,6 +30,7 @@ mod iq3_xxs;
 mod iq4_nl;
 mod iq4_xs;
 mod kquant;
+mod lattice;
 mod lines;
 mod mxfp4;
 mod nvfp4;
@@ -50,6 +52,8 @@ mod simd;
 mod tq1_0;
 mod tq2_0;
 mod weighed;
+
+pub use lattice::{Lattice, lattice};
 
 pub use float::{bf16_from_f32, f16_from_f32, f32_from_bf16, f32_from_f16};
 

@@ -2,6 +2,7 @@
 
 use super::groups::LANES;
 use super::kquant::{Lined, encode_lines, pack_pairs, unpack_pairs};
+use super::lattice::{Latticed, whole};
 use super::lines::{Affine, Weight};
 use super::{Codec, decode_pairs, f32_from_f16};
 use crate::tensor::DType;
@@ -20,6 +21,21 @@ pub(super) struct Block {
     pub dmin: [u8; 2],
 }
 const _: () = assert!(size_of::<Block>() as u64 == DType::Q2_K.type_size());
+
+impl Latticed<256> for Block {
+    const GROUP: usize = 16;
+    const LEVELS: &'static [i8] = &whole::<4>(0);
+
+    fn lines(&self, lines: &mut [(f32, f32)]) {
+        for (line, (scale, min)) in lines.iter_mut().zip(self.values()) {
+            *line = (scale, -min);
+        }
+    }
+
+    fn put(&mut self, codes: &[u8; 256]) {
+        Lined::<16, 16>::pack(self, codes);
+    }
+}
 
 pub(super) const SCALAR: Codec = Codec {
     dtype: DType::Q2_K,

@@ -3,6 +3,7 @@
 use super::cast::extreme;
 use super::groups::{Groups, LANES, Scales, at_rest, byte, descend, side_by_side, symmetric};
 use super::kquant::{nearest, pack_bits, pack_pairs, requantize, spreads, unpack_bits, unpack_pairs};
+use super::lattice::{Latticed, whole};
 use super::{Codec, decode_pairs, f16_from_f32, f32_from_f16};
 use crate::tensor::DType;
 
@@ -21,6 +22,23 @@ pub(super) struct Block {
     pub d: [u8; 2],
 }
 const _: () = assert!(size_of::<Block>() as u64 == DType::Q3_K.type_size());
+
+impl Latticed<256> for Block {
+    const GROUP: usize = 16;
+    const LEVELS: &'static [i8] = &whole::<8>(-4);
+
+    fn lines(&self, lines: &mut [(f32, f32)]) {
+        let d = f32_from_f16(u16::from_le_bytes(self.d));
+        for (line, scale) in lines.iter_mut().zip(unpack_scales(&self.scales)) {
+            *line = (d * f32::from(scale as i8 - 32), 0.0);
+        }
+    }
+
+    fn put(&mut self, codes: &[u8; 256]) {
+        self.hmask = pack_bits(codes, 2);
+        self.qs = pack_pairs(codes, 0);
+    }
+}
 
 pub(super) const SCALAR: Codec = Codec {
     dtype: DType::Q3_K,

@@ -1,6 +1,7 @@
 //! Q4_0: 32 weights in 18 bytes, one scale, codes of 4 bits around 8.
 
 use super::cast::{extreme, has_inverse, inverse, round_up, scale_error, truncate};
+use super::lattice::{Latticed, whole};
 use super::{Codec, decode_pairs, encode_pairs, f16_from_f32, f32_from_f16, weighed};
 use crate::tensor::DType;
 
@@ -22,6 +23,20 @@ impl weighed::Weighed for Block {
     #[inline(always)]
     fn pack(d: [u8; 2], _: [u8; 2], codes: &[u8; 32]) -> Self {
         Self { d, qs: pack(codes) }
+    }
+}
+
+impl Latticed<32> for Block {
+    const GROUP: usize = 32;
+    const LEVELS: &'static [i8] = &whole::<16>(-8);
+
+    fn lines(&self, lines: &mut [(f32, f32)]) {
+        let d = f32_from_f16(u16::from_le_bytes(self.d));
+        lines.fill((d, 0.0));
+    }
+
+    fn put(&mut self, codes: &[u8; 32]) {
+        self.qs = pack(codes);
     }
 }
 

@@ -1,6 +1,7 @@
 //! Q4_1: 32 weights in 20 bytes, a scale and a minimum, codes of 4 bits.
 
 use super::cast::{f16_error, has_inverse, inverse, min_max, round_up, scale_error, truncate};
+use super::lattice::{Latticed, whole};
 use super::q4_0::pack;
 use super::{Codec, decode_pairs, encode_pairs, f16_from_f32, f32_from_f16, weighed};
 use crate::tensor::DType;
@@ -25,6 +26,21 @@ impl weighed::Weighed for Block {
     #[inline(always)]
     fn pack(d: [u8; 2], m: [u8; 2], codes: &[u8; 32]) -> Self {
         Self { d, m, qs: pack(codes) }
+    }
+}
+
+impl Latticed<32> for Block {
+    const GROUP: usize = 32;
+    const LEVELS: &'static [i8] = &whole::<16>(0);
+
+    fn lines(&self, lines: &mut [(f32, f32)]) {
+        let d = f32_from_f16(u16::from_le_bytes(self.d));
+        let m = f32_from_f16(u16::from_le_bytes(self.m));
+        lines.fill((d, m));
+    }
+
+    fn put(&mut self, codes: &[u8; 32]) {
+        self.qs = pack(codes);
     }
 }
 

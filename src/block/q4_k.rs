@@ -2,6 +2,7 @@
 
 use super::groups::LANES;
 use super::kquant::{Lined, encode_lines, pack_halves, unpack_halves};
+use super::lattice::{Latticed, whole};
 use super::lines::{Affine, Weight};
 use super::{Codec, decode_pairs, f32_from_f16};
 use crate::tensor::DType;
@@ -28,6 +29,21 @@ pub(super) struct Scales {
     /// to 7: bits 0 to 3 of scale and minimum in the halves of byte `j + 4`, bits 4 and 5 at the
     /// top of the bytes `j - 4` and `j`.
     pub packed: [u8; 12],
+}
+
+impl Latticed<256> for Block {
+    const GROUP: usize = 32;
+    const LEVELS: &'static [i8] = &whole::<16>(0);
+
+    fn lines(&self, lines: &mut [(f32, f32)]) {
+        for (line, (scale, min)) in lines.iter_mut().zip(self.scales.values()) {
+            *line = (scale, -min);
+        }
+    }
+
+    fn put(&mut self, codes: &[u8; 256]) {
+        Lined::<32, 8>::pack(self, codes);
+    }
 }
 
 pub(super) const SCALAR: Codec = Codec {

@@ -1,6 +1,7 @@
 //! Q5_0: 32 weights in 22 bytes, one scale, codes of 5 bits around 16.
 
 use super::cast::{extreme, inverse, truncate};
+use super::lattice::{Latticed, whole};
 use super::{Codec, decode_pairs, encode_pairs, f16_from_f32, f32_from_f16, weighed};
 use crate::tensor::DType;
 
@@ -25,6 +26,20 @@ impl weighed::Weighed for Block {
     fn pack(d: [u8; 2], _: [u8; 2], codes: &[u8; 32]) -> Self {
         let (qh, qs) = pack(codes);
         Self { d, qh, qs }
+    }
+}
+
+impl Latticed<32> for Block {
+    const GROUP: usize = 32;
+    const LEVELS: &'static [i8] = &whole::<32>(-16);
+
+    fn lines(&self, lines: &mut [(f32, f32)]) {
+        let d = f32_from_f16(u16::from_le_bytes(self.d));
+        lines.fill((d, 0.0));
+    }
+
+    fn put(&mut self, codes: &[u8; 32]) {
+        (self.qh, self.qs) = pack(codes);
     }
 }
 

@@ -1,6 +1,7 @@
 //! Q5_1: 32 weights in 24 bytes, a scale and a minimum, codes of 5 bits.
 
 use super::cast::{inverse, min_max, truncate};
+use super::lattice::{Latticed, whole};
 use super::q5_0::{pack, unpack};
 use super::{Codec, decode_pairs, encode_pairs, f16_from_f32, f32_from_f16, weighed};
 use crate::tensor::DType;
@@ -28,6 +29,21 @@ impl weighed::Weighed for Block {
     fn pack(d: [u8; 2], m: [u8; 2], codes: &[u8; 32]) -> Self {
         let (qh, qs) = pack(codes);
         Self { d, m, qh, qs }
+    }
+}
+
+impl Latticed<32> for Block {
+    const GROUP: usize = 32;
+    const LEVELS: &'static [i8] = &whole::<32>(0);
+
+    fn lines(&self, lines: &mut [(f32, f32)]) {
+        let d = f32_from_f16(u16::from_le_bytes(self.d));
+        let m = f32_from_f16(u16::from_le_bytes(self.m));
+        lines.fill((d, m));
+    }
+
+    fn put(&mut self, codes: &[u8; 32]) {
+        (self.qh, self.qs) = pack(codes);
     }
 }
 

@@ -2,6 +2,7 @@
 
 use super::groups::LANES;
 use super::kquant::{Lined, encode_lines, pack_bits, pack_halves, unpack_bits, unpack_halves};
+use super::lattice::{Latticed, whole};
 use super::lines::{Affine, Weight};
 use super::q4_k::{self, Scales};
 use super::{Codec, decode_pairs};
@@ -18,6 +19,21 @@ pub(super) struct Block {
     pub qs: [u8; 128],
 }
 const _: () = assert!(size_of::<Block>() as u64 == DType::Q5_K.type_size());
+
+impl Latticed<256> for Block {
+    const GROUP: usize = 32;
+    const LEVELS: &'static [i8] = &whole::<32>(0);
+
+    fn lines(&self, lines: &mut [(f32, f32)]) {
+        for (line, (scale, min)) in lines.iter_mut().zip(self.scales.values()) {
+            *line = (scale, -min);
+        }
+    }
+
+    fn put(&mut self, codes: &[u8; 256]) {
+        Lined::<32, 8>::pack(self, codes);
+    }
+}
 
 pub(super) const SCALAR: Codec = Codec {
     dtype: DType::Q5_K,

@@ -3,6 +3,7 @@
 use super::cast::extreme;
 use super::groups::{LANES, Scales, side_by_side, squares, symmetric};
 use super::kquant::{NOTHING, nearest, pack_halves, pack_pairs, requantize, unpack_halves, unpack_pairs};
+use super::lattice::{Latticed, whole};
 use super::{Codec, decode_pairs, f16_from_f32, f32_from_f16};
 use crate::tensor::DType;
 use bytemuck::Zeroable;
@@ -22,6 +23,23 @@ pub(super) struct Block {
     pub d: [u8; 2],
 }
 const _: () = assert!(size_of::<Block>() as u64 == DType::Q6_K.type_size());
+
+impl Latticed<256> for Block {
+    const GROUP: usize = 16;
+    const LEVELS: &'static [i8] = &whole::<64>(-32);
+
+    fn lines(&self, lines: &mut [(f32, f32)]) {
+        let d = f32_from_f16(u16::from_le_bytes(self.d));
+        for (line, &scale) in lines.iter_mut().zip(&self.scales) {
+            *line = (d * f32::from(scale), 0.0);
+        }
+    }
+
+    fn put(&mut self, codes: &[u8; 256]) {
+        pack_halves::<64>(codes, &mut self.ql);
+        self.qh = pack_pairs(codes, 4);
+    }
+}
 
 pub(super) const SCALAR: Codec = Codec {
     dtype: DType::Q6_K,

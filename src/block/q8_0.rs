@@ -1,6 +1,7 @@
 //! Q8_0: 32 weights in 34 bytes, one scale, codes of 8 bits around zero.
 
 use super::cast::{abs_max, away, has_inverse, inverse, round_up, scale_error, truncate};
+use super::lattice::{Latticed, whole};
 use super::{Codec, decode_pairs, encode_pairs, f16_from_f32, f32_from_f16};
 use crate::tensor::DType;
 
@@ -13,6 +14,23 @@ pub(super) struct Block {
     pub qs: [i8; 32],
 }
 const _: () = assert!(size_of::<Block>() as u64 == DType::Q8_0.type_size());
+
+impl Latticed<32> for Block {
+    const GROUP: usize = 32;
+    const LEVELS: &'static [i8] = &whole::<255>(-127);
+
+    fn lines(&self, lines: &mut [(f32, f32)]) {
+        let d = f32_from_f16(u16::from_le_bytes(self.d));
+        lines.fill((d, 0.0));
+    }
+
+    fn put(&mut self, codes: &[u8; 32]) {
+        for (q, &code) in self.qs.iter_mut().zip(codes) {
+            // -128 is left out, as ggml does: its dot products negate codes.
+            *q = code.wrapping_sub(127) as i8;
+        }
+    }
+}
 
 pub(super) const SCALAR: Codec = Codec {
     dtype: DType::Q8_0,

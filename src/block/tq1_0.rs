@@ -1,6 +1,7 @@
 //! TQ1_0: 256 weights in 54 bytes, one scale, five ternary codes in a byte.
 
 use super::cast::{abs_max, inverse, round};
+use super::lattice::{Latticed, whole};
 use super::{Codec, decode_pairs, encode_pairs, f16_from_f32, f32_from_f16};
 use crate::tensor::DType;
 
@@ -21,6 +22,20 @@ const _: () = assert!(size_of::<Block>() as u64 == DType::TQ1_0.type_size());
 /// The runs of bytes that share a layout: bytes in the run, digits used of each.
 const RUNS: [(usize, usize); 3] = [(32, 5), (16, 5), (4, 4)];
 
+impl Latticed<256> for Block {
+    const GROUP: usize = 256;
+    const LEVELS: &'static [i8] = &whole::<3>(-1);
+
+    fn lines(&self, lines: &mut [(f32, f32)]) {
+        let d = f32_from_f16(u16::from_le_bytes(self.d));
+        lines.fill((d, 0.0));
+    }
+
+    fn put(&mut self, codes: &[u8; 256]) {
+        self.pack(|i| codes[i]);
+    }
+}
+
 pub(super) const SCALAR: Codec = Codec {
     dtype: DType::TQ1_0,
     implementation: "scalar",
@@ -34,18 +49,25 @@ pub(super) fn encode_block(x: &[f32; 256], block: &mut Block) {
     let d = abs_max(x);
     let id = inverse(d);
     block.d = f16_from_f32(d).to_le_bytes();
-    let mut bytes = block.qs.iter_mut().chain(&mut block.qh);
-    let mut x = x.as_slice();
-    for (width, digits) in RUNS {
-        let (run, rest) = x.split_at(width * digits);
-        for (m, byte) in bytes.by_ref().take(width).enumerate() {
-            let number = (0..5).fold(0u8, |number, n| {
-                let digit = if n < digits { round(run[n * width + m] * id).wrapping_add(1) as u8 } else { 0 };
-                number.wrapping_mul(3).wrapping_add(digit)
-            });
-            *byte = fraction(number);
+    block.pack(|i| round(x[i] * id).wrapping_add(1) as u8);
+}
+
+impl Block {
+    /// Stores the digits of all weights.
+    #[inline(always)]
+    fn pack(&mut self, digit: impl Fn(usize) -> u8) {
+        let mut bytes = self.qs.iter_mut().chain(&mut self.qh);
+        let mut first = 0;
+        for (width, digits) in RUNS {
+            for (m, byte) in bytes.by_ref().take(width).enumerate() {
+                let number = (0..5).fold(0u8, |number, n| {
+                    let digit = if n < digits { digit(first + n * width + m) } else { 0 };
+                    number.wrapping_mul(3).wrapping_add(digit)
+                });
+                *byte = fraction(number);
+            }
+            first += width * digits;
         }
-        x = rest;
     }
 }
 

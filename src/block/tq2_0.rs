@@ -1,6 +1,7 @@
 //! TQ2_0: 256 weights in 66 bytes, one scale, ternary codes of 2 bits each.
 
 use super::cast::{abs_max, has_inverse, inverse, round, round_up, scale_error};
+use super::lattice::{Latticed, whole};
 use super::{Codec, decode_pairs, encode_pairs, f16_from_f32, f32_from_f16};
 use crate::tensor::DType;
 
@@ -14,6 +15,24 @@ pub(super) struct Block {
     pub d: [u8; 2],
 }
 const _: () = assert!(size_of::<Block>() as u64 == DType::TQ2_0.type_size());
+
+impl Latticed<256> for Block {
+    const GROUP: usize = 256;
+    const LEVELS: &'static [i8] = &whole::<3>(-1);
+
+    fn lines(&self, lines: &mut [(f32, f32)]) {
+        let d = f32_from_f16(u16::from_le_bytes(self.d));
+        lines.fill((d, 0.0));
+    }
+
+    fn put(&mut self, codes: &[u8; 256]) {
+        for (qs, codes) in self.qs.chunks_exact_mut(32).zip(codes.chunks_exact(128)) {
+            for (m, q) in qs.iter_mut().enumerate() {
+                *q = codes[m] | codes[m + 32] << 2 | codes[m + 64] << 4 | codes[m + 96] << 6;
+            }
+        }
+    }
+}
 
 pub(super) const SCALAR: Codec = Codec {
     dtype: DType::TQ2_0,

@@ -1,0 +1,174 @@
+//! The values that weights of an encoded block can take, its scales given. Quantizers that choose codes
+//! by other means than rounding each weight by itself (GPTQ and its like) search among these, and store
+//! the codes they chose.
+
+use super::{Codec, codec};
+use crate::error::{Error, Result};
+use crate::tensor::DType;
+
+/// Block types whose weights are independent of each other once the scales are fixed.
+/// `N` is the weights of a block.
+pub(super) trait Latticed<const N: usize>: bytemuck::Pod {
+    /// Weights that share a scale.
+    const GROUP: usize;
+    /// What codes stand for, ascending: a weight is `scale * LEVELS[code] + offset`.
+    const LEVELS: &'static [i8];
+
+    /// Scale and offset of each group, as the decoder reads them.
+    fn lines(&self, lines: &mut [(f32, f32)]);
+    /// Stores codes, one for each weight, each below the number of levels.
+    fn put(&mut self, codes: &[u8; N]);
+}
+
+/// The lattice of a type.
+#[derive(Clone, Copy, Debug)]
+pub struct Lattice {
+    /// The type.
+    pub dtype: DType,
+    /// Weights that share a scale.
+    pub group: usize,
+    /// What codes stand for, ascending: a weight is `scale * levels[code] + offset`, in F32.
+    pub levels: &'static [i8],
+    lines: fn(&[u8], &mut [(f32, f32)]),
+    put: fn(&[u8], &mut [u8]),
+}
+
+const fn lattice_of<B: Latticed<N>, const N: usize>(dtype: DType) -> Lattice {
+    Lattice {
+        dtype,
+        group: B::GROUP,
+        levels: B::LEVELS,
+        lines: |bytes, lines| {
+            let blocks = bytemuck::cast_slice::<u8, B>(bytes);
+            for (block, lines) in blocks.iter().zip(lines.chunks_exact_mut(N / B::GROUP)) {
+                block.lines(lines);
+            }
+        },
+        put: |codes, bytes| {
+            let blocks = bytemuck::cast_slice_mut::<u8, B>(bytes);
+            for (block, codes) in blocks.iter_mut().zip(codes.as_chunks().0) {
+                block.put(codes);
+            }
+        },
+    }
+}
+
+/// Every type that has a lattice: the one table.
+static LATTICES: &[Lattice] = &[
+    lattice_of::<super::q4_0::Block, 32>(DType::Q4_0),
+    lattice_of::<super::q4_1::Block, 32>(DType::Q4_1),
+    lattice_of::<super::q5_0::Block, 32>(DType::Q5_0),
+    lattice_of::<super::q5_1::Block, 32>(DType::Q5_1),
+    lattice_of::<super::q8_0::Block, 32>(DType::Q8_0),
+    lattice_of::<super::q2_k::Block, 256>(DType::Q2_K),
+    lattice_of::<super::q3_k::Block, 256>(DType::Q3_K),
+    lattice_of::<super::q4_k::Block, 256>(DType::Q4_K),
+    lattice_of::<super::q5_k::Block, 256>(DType::Q5_K),
+    lattice_of::<super::q6_k::Block, 256>(DType::Q6_K),
+    lattice_of::<super::iq4_nl::Block, 32>(DType::IQ4_NL),
+    lattice_of::<super::iq4_xs::Block, 256>(DType::IQ4_XS),
+    lattice_of::<super::tq1_0::Block, 256>(DType::TQ1_0),
+    lattice_of::<super::tq2_0::Block, 256>(DType::TQ2_0),
+];
+
+/// The lattice of `dtype`; `None` for types whose codes are not independent, or that have no scale.
+pub fn lattice(dtype: DType) -> Option<&'static Lattice> {
+    LATTICES.iter().find(|l| l.dtype == dtype)
+}
+
+impl Lattice {
+    /// Scale and offset of each group of encoded weights: one pair for each [`Self::group`] weights.
+    ///
+    /// # Errors
+    /// `Misuse` when `bytes` are not whole blocks, or `lines` are not as many as their groups.
+    pub fn lines(&self, bytes: &[u8], lines: &mut [(f32, f32)]) -> Result<()> {
+        self.check(bytes, lines.len().checked_mul(self.group))?;
+        (self.lines)(bytes, lines);
+        Ok(())
+    }
+
+    /// Replaces the codes of encoded weights, whose scales stay. Every code must be below the number of
+    /// levels; higher bits are lost.
+    ///
+    /// # Errors
+    /// `Misuse` when `bytes` are not whole blocks, or `codes` are not as many as their weights.
+    pub fn put(&self, codes: &[u8], bytes: &mut [u8]) -> Result<()> {
+        self.check(bytes, Some(codes.len()))?;
+        (self.put)(codes, bytes);
+        Ok(())
+    }
+
+    /// The codec whose blocks these are.
+    ///
+    /// # Errors
+    /// Never for a row of the table.
+    pub fn codec(&self) -> Result<&'static Codec> {
+        codec(self.dtype).ok_or_else(|| Error::unsupported(format!("type {} has no codec", self.dtype)))
+    }
+
+    fn check(&self, bytes: &[u8], weights: Option<usize>) -> Result<()> {
+        let (block, size) = (self.dtype.block_size() as usize, self.dtype.type_size() as usize);
+        let fits = weights.is_some_and(|n| n.is_multiple_of(block) && n / block * size == bytes.len());
+        if !fits {
+            let what = format!("{} bytes are not the blocks of these {} weights", bytes.len(), self.dtype);
+            return Err(Error::misuse(what));
+        }
+        Ok(())
+    }
+}
+
+/// `N` levels, one apart.
+pub(super) const fn whole<const N: usize>(first: i8) -> [i8; N] {
+    let mut levels = [0; N];
+    let mut i = 0;
+    while i < N {
+        levels[i] = first.wrapping_add(i as i8);
+        i += 1;
+    }
+    levels
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn every_row_is_a_block_type_of_its_own() {
+        for (i, l) in LATTICES.iter().enumerate() {
+            assert!(l.levels.is_sorted(), "{}", l.dtype);
+            assert!((l.dtype.block_size() as usize).is_multiple_of(l.group));
+            assert!(LATTICES[..i].iter().all(|other| other.dtype != l.dtype));
+        }
+        assert!(lattice(DType::Q4_0).unwrap().lines(&[0; 17], &mut [(0.0, 0.0)]).is_err());
+        assert!(lattice(DType::Q4_0).unwrap().put(&[0; 31], &mut [0; 18]).is_err());
+    }
+
+    proptest! {
+        /// What is put is what the decoder reads, whatever the scales.
+        #[test]
+        fn decoded_is_what_was_put(picks in prop::collection::vec(any::<u8>(), 512), row in prop::collection::vec(-3f32..3.0, 512)) {
+            for lattice in LATTICES {
+                let codec = lattice.codec().unwrap();
+                let mut bytes = vec![0; lattice.dtype.bytes_for(512).unwrap() as usize];
+                codec.encode(&row, 512, None, &mut bytes).unwrap();
+                let mut lines = vec![(0.0, 0.0); 512 / lattice.group];
+                lattice.lines(&bytes, &mut lines).unwrap();
+                let codes: Vec<u8> =
+                    picks.iter().map(|&p| (usize::from(p) % lattice.levels.len()) as u8).collect();
+                lattice.put(&codes, &mut bytes).unwrap();
+                let mut decoded = vec![0f32; 512];
+                codec.decode(&bytes, &mut decoded).unwrap();
+                for (i, (&code, &y)) in codes.iter().zip(&decoded).enumerate() {
+                    let (scale, offset) = lines[i / lattice.group];
+                    let expected = scale * f32::from(lattice.levels[usize::from(code)]) + offset;
+                    prop_assert!(expected == y, "{} weight {i}: {expected} {y}", lattice.dtype);
+                }
+                let mut after = lines.clone();
+                lattice.lines(&bytes, &mut after).unwrap();
+                prop_assert_eq!(&after, &lines);
+            }
+        }
+    }
+}
