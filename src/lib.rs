@@ -17,6 +17,7 @@ pub mod ggml;
 pub mod inspect;
 pub mod limits;
 pub mod packed;
+pub mod quantize;
 pub mod sys;
 pub mod tensor;
 pub mod verify;

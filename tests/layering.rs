@@ -17,6 +17,7 @@ const ORDER: &[&str] = &[
     "ggml",
     "vocab",
     "arch",
+    "quantize",
     "packed",
     "block",
     "container",

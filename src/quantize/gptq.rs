@@ -1,0 +1,432 @@
+//! GPTQ: rounds the weights of a row one after the other, and lets those that are still to come make up
+//! for the error so far, as the second moments of the inputs allow.
+//!
+//! With `H` the mean of `x x^T`, an error `e` of a row costs `e H e^T`. Let `H = (F + 1) D (F + 1)^T`,
+//! `F` strictly upper triangular and `D` diagonal, in the order in which columns are rounded. Column `k`
+//! becomes the value `q_k` of the grid next to `v_k = w_k + sum over i < k of (w_i - q_i) F[i, k]`, and
+//! the cost is the sum of `D[k] (v_k - q_k)^2`. This is the same as the update by the inverse of `H` in
+//! Frantar et al., "GPTQ" (arXiv 2210.17323), as Chee et al., "QuIP" (arXiv 2307.13304), theorem 6
+//! show, and needs no inverse.
+//!
+//! Grids are static: scales are found before, by the type's own search weighed with the diagonal of `H`,
+//! so columns can be rounded in any order, at no cost in the format.
+
+use faer::MatMut;
+use faer::dyn_stack::{MemBuffer, MemStack};
+use faer::linalg::cholesky::llt::factor::{cholesky_in_place, cholesky_in_place_scratch};
+
+use crate::block::Lattice;
+use crate::block::gram::{PANEL, Tile, product};
+use crate::error::{Error, Result};
+
+/// How to prepare the moments.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Options {
+    /// What is added to the diagonal, in parts of its mean. Where the factorization fails with it, more
+    /// is added.
+    pub damp: f64,
+    /// Round columns in the order of their mean squares, the greatest first, instead of as they stand.
+    pub desc_act: bool,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self { damp: 0.01, desc_act: true }
+    }
+}
+
+/// The most that damping may grow to.
+const MOST_DAMP: f64 = 1.0;
+
+/// What the inputs of a matrix say about its columns.
+#[derive(Debug)]
+pub struct Feedback {
+    /// Columns in the order in which they are rounded.
+    order: Vec<u32>,
+    /// `F`: for each panel of columns the rows above its diagonal block.
+    above: Vec<Vec<[f32; PANEL]>>,
+    /// `F`: the diagonal blocks.
+    diagonal: Vec<Tile>,
+    /// `D`.
+    pivots: Vec<f32>,
+    /// The mean square of each column, as the columns stand.
+    importance: Vec<f32>,
+    /// The damping that was needed.
+    damp: f64,
+}
+
+impl Feedback {
+    /// Bytes that making one from `columns` columns takes at most, and those that it then keeps.
+    pub fn bytes(columns: u64) -> (u64, u64) {
+        let n = columns.saturating_mul(columns);
+        let kept = n.saturating_mul(2).saturating_add(columns * (PANEL as u64 * 4 + 16));
+        (n.saturating_mul(16).saturating_add(kept), kept)
+    }
+
+    /// From `moments`, the symmetric matrix of the sums of `x x^T` over `count` tokens, row by row.
+    ///
+    /// # Errors
+    /// `Misuse` when the columns are no multiple of [`PANEL`], or nothing has been seen; `Check` when the
+    /// moments cannot be factored even with a damping of the size of their mean.
+    pub fn new(moments: &[f64], columns: usize, count: u64, options: &Options) -> Result<Self> {
+        let n = columns;
+        if n == 0 || !n.is_multiple_of(PANEL) || Some(moments.len()) != n.checked_mul(n) {
+            let message =
+                format!("{} moments of {n} columns: a multiple of {PANEL} is needed", moments.len());
+            return Err(Error::misuse(message));
+        }
+        let per_token = 1.0 / count.max(1) as f64;
+        let squares: Vec<f64> = (0..n).map(|i| moments[i * n + i] * per_token).collect();
+        let mean = squares.iter().sum::<f64>() / n as f64;
+        if count == 0 || !mean.is_finite() || mean <= 0.0 {
+            return Err(Error::misuse("the moments are those of no input, or not finite"));
+        }
+        let mut order: Vec<u32> = (0..n as u32).collect();
+        if options.desc_act {
+            order.sort_by(|&a, &b| squares[b as usize].total_cmp(&squares[a as usize]));
+        }
+        // A lower factor of the matrix in the reverse order is an upper one in the right order.
+        let place = |k: usize| order[n - 1 - k] as usize;
+        let mut matrix = vec![0f64; n * n];
+        let mut damp = options.damp.max(0.0);
+        loop {
+            for (j, column) in matrix.chunks_exact_mut(n).enumerate() {
+                let row = &moments[place(j) * n..][..n];
+                for (i, value) in column.iter_mut().enumerate().skip(j) {
+                    *value = row[place(i)] * per_token;
+                }
+                column[j] += damp * mean;
+            }
+            if factor(&mut matrix, n) {
+                break;
+            }
+            damp = if damp == 0.0 { 1e-4 } else { damp * 2.0 };
+            if damp > MOST_DAMP {
+                return Err(Error::check("the second moments cannot be factored, even with damping")
+                    .hint("calibrate with more text"));
+            }
+        }
+        let lower = |i: usize, j: usize| matrix[j * n + i];
+        let f = |i: usize, k: usize| {
+            let pivot = lower(n - 1 - k, n - 1 - k);
+            (lower(n - 1 - i, n - 1 - k) / pivot) as f32
+        };
+        let panels = n / PANEL;
+        let above = (0..panels)
+            .map(|c| (0..c * PANEL).map(|i| std::array::from_fn(|j| f(i, c * PANEL + j))).collect())
+            .collect();
+        let diagonal = (0..panels)
+            .map(|c| {
+                let first = c * PANEL;
+                std::array::from_fn(|i| {
+                    std::array::from_fn(|j| if i < j { f(first + i, first + j) } else { 0.0 })
+                })
+            })
+            .collect();
+        let pivots = (0..n).map(|k| lower(n - 1 - k, n - 1 - k).powi(2) as f32).collect();
+        let importance = squares.iter().map(|&s| s as f32).collect();
+        Ok(Self { order, above, diagonal, pivots, importance, damp })
+    }
+
+    /// Columns.
+    pub fn columns(&self) -> usize {
+        self.order.len()
+    }
+
+    /// The damping that was needed, in parts of the mean of the diagonal.
+    pub fn damp(&self) -> f64 {
+        self.damp
+    }
+
+    /// The mean square of each column.
+    pub fn importance(&self) -> &[f32] {
+        &self.importance
+    }
+
+    /// Rounds whole rows of `weights` to the lattice, and writes their blocks to `out`. Returns the cost
+    /// of each row, `e H e^T` with the damped `H`. A row's bytes do not depend on the rows around it.
+    ///
+    /// # Errors
+    /// `Misuse` when sizes do not fit.
+    pub fn encode(&self, lattice: &Lattice, weights: &[f32], out: &mut [u8]) -> Result<Vec<f64>> {
+        let n = self.columns();
+        let codec = lattice.codec()?;
+        codec.encode(weights, n, Some(&self.importance), out)?;
+        let rows = weights.len() / n;
+        let mut lines = vec![(0.0, 0.0); weights.len() / lattice.group];
+        lattice.lines(out, &mut lines)?;
+        let mut codes = vec![0u8; weights.len()];
+        let mut costs = Vec::with_capacity(rows);
+        let per_tile = n / lattice.group * PANEL;
+        let tiles = weights.chunks(n * PANEL).zip(lines.chunks(per_tile)).zip(codes.chunks_mut(n * PANEL));
+        for ((weights, lines), codes) in tiles {
+            let cost = self.round_tile(lattice, weights, lines, codes);
+            costs.extend_from_slice(&cost[..weights.len() / n]);
+        }
+        lattice.put(&codes, out)?;
+        Ok(costs)
+    }
+
+    /// At most [`PANEL`] rows, side by side.
+    fn round_tile(
+        &self,
+        lattice: &Lattice,
+        weights: &[f32],
+        lines: &[(f32, f32)],
+        codes: &mut [u8],
+    ) -> [f64; PANEL] {
+        let n = self.columns();
+        let rows = weights.len() / n;
+        let groups = n / lattice.group;
+        let mut costs = [0f64; PANEL];
+        // By column, in the order of rounding: what each row's weight lost.
+        let mut errors = vec![[0f32; PANEL]; n];
+        let mut shift: Tile = [[0.0; PANEL]; PANEL];
+        for (c, (above, diagonal)) in self.above.iter().zip(&self.diagonal).enumerate() {
+            let first = c * PANEL;
+            product(&errors[..first], above, &mut shift);
+            // `v`: by column, then row.
+            let mut values: Tile = [[0.0; PANEL]; PANEL];
+            let mut originals: Tile = [[0.0; PANEL]; PANEL];
+            for j in 0..PANEL {
+                let column = self.order[first + j] as usize;
+                for r in 0..rows {
+                    originals[j][r] = weights[r * n + column];
+                    values[j][r] = originals[j][r] + shift[r][j];
+                }
+            }
+            for j in 0..PANEL {
+                let column = self.order[first + j] as usize;
+                let (mut scale, mut offset) = ([0f32; PANEL], [0f32; PANEL]);
+                for r in 0..rows {
+                    (scale[r], offset[r]) = lines[r * groups + column / lattice.group];
+                }
+                let (code, rounded) = nearest(lattice.levels, &values[j], &scale, &offset);
+                let mut error = [0f32; PANEL];
+                for r in 0..PANEL {
+                    error[r] = originals[j][r] - rounded[r];
+                }
+                for r in 0..rows {
+                    codes[r * n + column] = code[r];
+                    let left = f64::from(values[j][r] - rounded[r]);
+                    costs[r] += f64::from(self.pivots[first + j]) * left * left;
+                }
+                errors[first + j] = error;
+                for k in j + 1..PANEL {
+                    let f = diagonal[j][k];
+                    for r in 0..PANEL {
+                        values[k][r] += error[r] * f;
+                    }
+                }
+            }
+        }
+        costs
+    }
+}
+
+/// The values of the lattice next to `values`, and their codes. A scale of 0 gives the offset.
+#[inline(always)]
+fn nearest(
+    levels: &[i8],
+    values: &[f32; PANEL],
+    scale: &[f32; PANEL],
+    offset: &[f32; PANEL],
+) -> ([u8; PANEL], [f32; PANEL]) {
+    // Adding and taking away this rounds to an integer.
+    const WHOLE: f32 = 12_582_912.0;
+    let (first, last) = (levels[0], levels[levels.len() - 1]);
+    let mut level = [0f32; PANEL];
+    let mut codes = [0u8; PANEL];
+    for r in 0..PANEL {
+        level[r] = ((values[r] - offset[r]) / scale[r]).max(f32::from(first)).min(f32::from(last));
+    }
+    if levels.len() == (i16::from(last) - i16::from(first) + 1) as usize {
+        for r in 0..PANEL {
+            level[r] = (level[r] + WHOLE) - WHOLE;
+            codes[r] = (level[r] - f32::from(first)) as u8;
+        }
+    } else {
+        for r in 0..PANEL {
+            let above = levels.windows(2).map(|l| 0.5 * (f32::from(l[0]) + f32::from(l[1])));
+            codes[r] = above.map(|middle| u8::from(level[r] > middle)).sum();
+            level[r] = f32::from(levels[usize::from(codes[r])]);
+        }
+    }
+    let mut rounded = [0f32; PANEL];
+    for r in 0..PANEL {
+        rounded[r] = scale[r] * level[r] + offset[r];
+    }
+    (codes, rounded)
+}
+
+/// The lower Cholesky factor of a matrix whose lower triangle is given, column by column, in its place;
+/// false where there is none.
+fn factor(matrix: &mut [f64], n: usize) -> bool {
+    let par = faer::Par::Seq; // the same bits for any number of threads
+    let mut buffer = MemBuffer::new(cholesky_in_place_scratch::<f64>(n, par, Default::default()));
+    let matrix = MatMut::from_column_major_slice_mut(matrix, n, n);
+    let stack = MemStack::new(&mut buffer);
+    cholesky_in_place(matrix, Default::default(), par, stack, Default::default()).is_ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::block::lattice;
+    use crate::tensor::DType;
+
+    /// Random numbers of about unit size.
+    fn noise(n: usize, seed: u64) -> Vec<f32> {
+        let mut state = seed;
+        let mut next = || {
+            state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            (state >> 40) as f32 / (1 << 23) as f32 - 1.0
+        };
+        (0..n).map(|_| next() + next() + next()).collect()
+    }
+
+    /// Moments of inputs that depend on each other, with columns of very different size.
+    fn moments(n: usize, tokens: usize) -> Vec<f64> {
+        let mut h = vec![0f64; n * n];
+        for t in 0..tokens {
+            let z = noise(n + 8, 7 + t as u64);
+            let x: Vec<f64> = (0..n)
+                .map(|i| f64::from(z[i] + z[i + 1] + z[i + 8] + z[n]) * (1.0 + (i % 7) as f64))
+                .collect();
+            for i in 0..n {
+                for j in 0..n {
+                    h[i * n + j] += x[i] * x[j];
+                }
+            }
+        }
+        h
+    }
+
+    fn cost(h: &[f64], n: usize, tokens: usize, error: &[f64]) -> f64 {
+        let quadratic = |i: usize| (0..n).map(|j| error[i] * h[i * n + j] * error[j]).sum::<f64>();
+        (0..n).map(quadratic).sum::<f64>() / tokens as f64
+    }
+
+    const TYPES: [DType; 14] = [
+        DType::Q4_0,
+        DType::Q4_1,
+        DType::Q5_0,
+        DType::Q5_1,
+        DType::Q8_0,
+        DType::Q2_K,
+        DType::Q3_K,
+        DType::Q4_K,
+        DType::Q5_K,
+        DType::Q6_K,
+        DType::IQ4_NL,
+        DType::IQ4_XS,
+        DType::TQ1_0,
+        DType::TQ2_0,
+    ];
+
+    #[test]
+    fn the_output_is_closer_than_by_rounding_each_weight() {
+        let (n, tokens, rows) = (256, 600, 40);
+        let h = moments(n, tokens);
+        let weights = noise(n * rows, 3);
+        for desc_act in [false, true] {
+            let feedback = Feedback::new(&h, n, tokens as u64, &Options { damp: 1e-6, desc_act }).unwrap();
+            for dtype in TYPES {
+                let lattice = lattice(dtype).unwrap();
+                let codec = lattice.codec().unwrap();
+                let mut bytes = vec![0; dtype.bytes_for((n * rows) as u64).unwrap() as usize];
+                let decode = |bytes: &[u8]| {
+                    let mut y = vec![0f32; n * rows];
+                    codec.decode(bytes, &mut y).unwrap();
+                    let each = y.iter().zip(&weights).map(|(y, w)| f64::from(w - y)).collect::<Vec<_>>();
+                    each.chunks(n).map(|e| cost(&h, n, tokens, e)).collect::<Vec<f64>>()
+                };
+                codec.encode(&weights, n, Some(feedback.importance()), &mut bytes).unwrap();
+                let before = decode(&bytes);
+                let claimed = feedback.encode(lattice, &weights, &mut bytes).unwrap();
+                let after = decode(&bytes);
+                let (b, a): (f64, f64) = (before.iter().sum(), after.iter().sum());
+                assert!(a < 0.9 * b, "{dtype}: {a} after {b}");
+                // The cost that is reported is the cost (but for the damping).
+                for (claimed, after) in claimed.iter().zip(&after) {
+                    assert!((claimed - after).abs() <= 1e-2 * after, "{dtype}: {claimed} {after}");
+                }
+                // Rows do not depend on each other.
+                let mut alone = vec![0; dtype.bytes_for(n as u64).unwrap() as usize];
+                feedback.encode(lattice, &weights[37 * n..38 * n], &mut alone).unwrap();
+                assert_eq!(alone, bytes[37 * alone.len()..38 * alone.len()], "{dtype}");
+            }
+        }
+    }
+
+    /// The textbook form, with the inverse, in f64: the same codes but where a value lies on an edge.
+    #[test]
+    fn the_same_codes_as_by_the_inverse() {
+        let (n, tokens) = (96, 300);
+        let h = moments(n, tokens);
+        let feedback = Feedback::new(&h, n, tokens as u64, &Options { damp: 0.01, desc_act: true }).unwrap();
+        let lattice = lattice(DType::Q4_0).unwrap();
+        let weights = noise(n, 11);
+        let mut bytes = vec![0; 18 * 3];
+        feedback.encode(lattice, &weights, &mut bytes).unwrap();
+        let mut rounded = vec![0f32; n];
+        lattice.codec().unwrap().decode(&bytes, &mut rounded).unwrap();
+        let mut lines = vec![(0.0, 0.0); 3];
+        lattice.lines(&bytes, &mut lines).unwrap();
+
+        let mean = (0..n).map(|i| h[i * n + i]).sum::<f64>() / n as f64;
+        let order: Vec<usize> = feedback.order.iter().map(|&c| c as usize).collect();
+        let mut a: Vec<Vec<f64>> = (0..n)
+            .map(|i| {
+                (0..n).map(|j| h[order[i] * n + order[j]] + if i == j { 0.01 * mean } else { 0.0 }).collect()
+            })
+            .collect();
+        // Gauss-Jordan: the inverse.
+        let mut inverse: Vec<Vec<f64>> =
+            (0..n).map(|i| (0..n).map(|j| f64::from(u8::from(i == j))).collect()).collect();
+        for k in 0..n {
+            let pivot = a[k][k];
+            for j in 0..n {
+                a[k][j] /= pivot;
+                inverse[k][j] /= pivot;
+            }
+            for i in (0..n).filter(|&i| i != k) {
+                let factor = a[i][k];
+                for j in 0..n {
+                    a[i][j] -= factor * a[k][j];
+                    inverse[i][j] -= factor * inverse[k][j];
+                }
+            }
+        }
+        let mut w: Vec<f64> = order.iter().map(|&c| weights[c].into()).collect();
+        for k in 0..n {
+            let (scale, _) = lines[order[k] / 32];
+            let q = (w[k] / f64::from(scale)).round_ties_even().clamp(-8.0, 7.0) * f64::from(scale);
+            assert!((q - f64::from(rounded[order[k]])).abs() < 1e-6, "column {k}");
+            let error = (w[k] - q) / inverse[k][k];
+            for j in k..n {
+                w[j] -= error * inverse[k][j];
+            }
+            // Takes the column out of the inverse.
+            let row = inverse[k].clone();
+            for i in k + 1..n {
+                let factor = inverse[i][k] / row[k];
+                for j in k..n {
+                    inverse[i][j] -= factor * row[j];
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_factored_gets_more_damping_or_is_refused() {
+        let n = 32;
+        // One token: rank 1.
+        let h = moments(n, 1);
+        let feedback = Feedback::new(&h, n, 1, &Options { damp: 0.0, desc_act: false }).unwrap();
+        assert!(feedback.damp() > 0.0);
+        assert!(Feedback::new(&vec![0.0; n * n], n, 5, &Options::default()).is_err());
+        assert!(Feedback::new(&h, n, 0, &Options::default()).is_err());
+        assert!(Feedback::new(&h[..33 * 31], 31, 1, &Options::default()).is_err());
+    }
+}
