@@ -3,7 +3,9 @@
 use std::path::PathBuf;
 
 use qconv::container::side::read_text;
-use qconv::convert::{ImatrixChoice, Overrides, Quantizer, Recipe, Sharding, parse_tensor_type};
+use qconv::convert::{
+    ImatrixChoice, MethodChoice, Overrides, Quantizer, Recipe, Sharding, parse_tensor_type,
+};
 use qconv::error::Result;
 use qconv::limits::Limits;
 use qconv::tensor::DType;
@@ -17,6 +19,14 @@ pub struct QuantizerArgs {
     /// Weigh errors by this importance matrix (GGUF, or the older .dat)
     #[arg(long, value_name = "FILE")]
     pub imatrix: Option<PathBuf>,
+
+    /// How weights become codes: gptq, which needs second moments
+    #[arg(long, value_name = "METHOD")]
+    pub method: Option<String>,
+
+    /// Second moments of the inputs, as qconv calibrate writes them
+    #[arg(long, value_name = "FILE", requires = "method")]
+    pub moments: Option<PathBuf>,
 
     /// Of the importance matrix use only entries whose name contains this
     #[arg(long, value_name = "NAME", requires = "imatrix", conflicts_with = "exclude_weights")]
@@ -118,6 +128,10 @@ impl QuantizerArgs {
                 include: self.include_weights.clone(),
                 exclude: self.exclude_weights.clone(),
             }),
+            method: match &self.method {
+                Some(name) => Some(MethodChoice::parse(name, self.moments.clone())?),
+                None => None,
+            },
             prune_layers: self.prune_layers.iter().copied().collect(),
             override_kv: self.override_kv.clone(),
             ..Quantizer::new(recipe)

@@ -4,10 +4,13 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::gather::Source;
-use crate::block::codec;
+use crate::block::gram::PANEL;
+use crate::block::{Lattice, codec};
 use crate::container::Store;
 use crate::container::imatrix::{Entry, ImportanceMatrix};
+use crate::container::moments::{Input, Moments};
 use crate::error::{Error, Result};
+use crate::quantize::Method;
 use crate::tensor::DType;
 
 /// A whole conversion, laid out.
@@ -41,6 +44,30 @@ pub struct Importance {
     pub entry: Entry,
 }
 
+/// How weights become codes.
+#[derive(Clone, Debug)]
+pub enum Rounding {
+    /// Each block by itself.
+    Nearest,
+    /// Each row, its errors weighed.
+    Weighed(Importance),
+    /// By second moments.
+    Guided(Guide),
+}
+
+/// The second moments of a matrix's input, and what is made of them.
+#[derive(Clone, Debug)]
+pub struct Guide {
+    /// The opened file.
+    pub moments: Arc<Moments>,
+    /// Its entry.
+    pub input: Input,
+    /// The method.
+    pub method: Method,
+    /// The values that weights can take.
+    pub lattice: &'static Lattice,
+}
+
 /// One output file: its leading bytes, and its length.
 #[derive(Debug)]
 pub struct FilePlan {
@@ -65,8 +92,8 @@ pub struct TensorPlan {
     pub wanted: Option<DType>,
     /// Where its values come from.
     pub source: Source,
-    /// How much each column counts, where the type heeds it.
-    pub importance: Option<Importance>,
+    /// How its weights become codes, where they are not copied.
+    pub rounding: Rounding,
     /// Which output file.
     pub file: usize,
     /// First byte in that file.
@@ -95,7 +122,17 @@ impl TensorPlan {
                 return Err(context(Error::unsupported(format!("type {dtype} cannot be written yet"))));
             }
         }
-        Ok(Self { name, shape, dtype, wanted, source, importance: None, file: 0, offset: 0, nbytes })
+        Ok(Self {
+            name,
+            shape,
+            dtype,
+            wanted,
+            source,
+            rounding: Rounding::Nearest,
+            file: 0,
+            offset: 0,
+            nbytes,
+        })
     }
 
     /// Whether bytes are copied as they are.
@@ -117,6 +154,8 @@ pub struct Budget {
     pub threads: usize,
     /// Bytes for all buffers of all workers together.
     pub memory: u64,
+    /// Whether the user set these bytes. Otherwise what must be in memory may take more.
+    pub strict: bool,
 }
 
 /// Elements of a span: small enough that the buffers of a worker stay in its cache.
@@ -134,6 +173,7 @@ impl Budget {
     pub fn new(threads: Option<usize>, memory: Option<u64>) -> Result<Self> {
         let cores = || std::thread::available_parallelism().map_or(1, usize::from);
         let threads = threads.unwrap_or_else(cores).clamp(1, 256);
+        let strict = memory.is_some();
         let memory = memory.unwrap_or(64 << 20);
         let least = MIN_SPAN * BYTES_PER_ELEMENT * threads as u64;
         if memory < least {
@@ -142,7 +182,7 @@ impl Budget {
             ))
             .hint("give more memory or fewer threads (-j)"));
         }
-        Ok(Self { threads, memory })
+        Ok(Self { threads, memory, strict })
     }
 
     /// Elements in each span of `tensor`; the last may be shorter.
@@ -152,10 +192,14 @@ impl Budget {
         let wish = if tensor.source.is_contiguous() { SPAN } else { SCATTERED_SPAN };
         let span = wish.min(most).max(MIN_SPAN);
         let (row, _) = tensor.rows();
-        if tensor.importance.is_some() {
+        match tensor.rounding {
             // Rows are weighed as a whole.
-            (span / row * row).max(row)
-        } else if row <= span && row.is_multiple_of(tensor.dtype.block_size()) {
+            Rounding::Weighed(_) => return (span / row * row).max(row),
+            // So many rows are rounded side by side.
+            Rounding::Guided(_) => return row.saturating_mul(PANEL as u64),
+            Rounding::Nearest => {}
+        }
+        if row <= span && row.is_multiple_of(tensor.dtype.block_size()) {
             // Whole rows where they fit, whole blocks anyway.
             span / row * row
         } else {
@@ -170,7 +214,14 @@ impl Budget {
             buffers.saturating_add(t.source.held_bytes(SCATTERED_SPAN))
         };
         let most = plan.tensors.iter().map(of_tensor).max().unwrap_or(0);
-        most.saturating_mul(self.threads as u64)
+        let guides = plan.tensors.iter().filter_map(|t| match &t.rounding {
+            Rounding::Guided(guide) => Some(guide.method.bytes(guide.input.columns)),
+            _ => None,
+        });
+        // One is made at a time, while others are in use.
+        let (making, kept) = guides.fold((0, 0), |(a, b), (c, d)| (c.max(a), d.max(b)));
+        let guides = kept.saturating_mul(self.threads as u64).saturating_add(making);
+        most.saturating_mul(self.threads as u64).saturating_add(guides)
     }
 
     /// Whether the plan can be streamed within the memory.
@@ -179,13 +230,13 @@ impl Budget {
     /// `Misuse` when what must be in memory as a whole does not fit.
     pub fn check(&self, plan: &Plan) -> Result<()> {
         let peak = self.peak(plan);
-        if peak <= self.memory {
+        if peak <= self.memory || !self.strict {
             return Ok(());
         }
         let largest = plan.tensors.iter().max_by_key(|t| self.span(t).min(t.source.elements()));
         let name = largest.map_or("", |t| t.name.as_str());
         Err(Error::misuse(format!(
-            "--max-memory {} is too little: {peak} bytes are needed for {name:?} on {} threads (whole rows with an importance matrix, an adapter's factors to merge it)",
+            "--max-memory {} is too little: {peak} bytes are needed for {name:?} on {} threads (whole rows with an importance matrix, an adapter's factors to merge it, what a method makes of second moments)",
             self.memory, self.threads
         ))
         .hint("give more memory or fewer threads (-j)"))

@@ -7,7 +7,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::gather::Source;
-use super::plan::{Importance, Obstacle, Plan, TensorPlan};
+use super::guide::{Guiding, MethodChoice};
+use super::plan::{Importance, Obstacle, Plan, Rounding, TensorPlan};
 use super::recipe::{Choice, ModelFacts, Overrides, Recipe, loader_order};
 use crate::arch::Mapped;
 use crate::block::codec;
@@ -30,6 +31,8 @@ pub struct Quantizer {
     pub overrides: Overrides,
     /// The importance matrix.
     pub imatrix: Option<ImatrixChoice>,
+    /// A method that needs second moments.
+    pub method: Option<MethodChoice>,
     /// Layers to leave out; the others are numbered anew.
     pub prune_layers: BTreeSet<u64>,
     /// `KEY=TYPE:VALUE` with the types int, float, bool and str, as llama-quantize takes them.
@@ -65,6 +68,7 @@ impl Quantizer {
             recipe,
             overrides: Overrides::default(),
             imatrix: None,
+            method: None,
             prune_layers: BTreeSet::new(),
             override_kv: Vec::new(),
             allow_requantize: false,
@@ -89,6 +93,7 @@ impl Quantizer {
             Some(choice) => Some(Weighing::open(choice, limits)?),
             None => None,
         };
+        let guiding = self.method.as_ref().map(|choice| Guiding::open(choice, limits)).transpose()?;
         append(metadata, "general.quantization_version", Value::U32(QUANTIZATION_VERSION));
         append(metadata, "general.file_type", Value::U32(self.recipe.id));
         for entry in &self.override_kv {
@@ -115,7 +120,7 @@ impl Quantizer {
         let mut weighing = imatrix.map(|w| (w, Report::default()));
         for (t, choice) in tensors.into_iter().zip(choices) {
             let original = t.original.clone();
-            let planned = self.plan_tensor(t, &choice, store, weighing.as_mut())?;
+            let planned = self.plan_tensor(t, &choice, store, weighing.as_mut(), guiding.as_ref())?;
             let lacks = self.lacks_importance(&planned, &choice);
             if let (Some(what), None) = (lacks, &plan.obstacle) {
                 plan.obstacle = Some(Obstacle {
@@ -128,6 +133,7 @@ impl Quantizer {
             plan.tensors.push(planned);
         }
         plan.note_fallbacks();
+        plan.notes.extend(guiding.iter().map(|g| g.note(&plan.tensors)));
         if let Some((weighing, report)) = weighing {
             plan.notes.extend(report.notes(&weighing, plan.tensors.len()));
         }
@@ -140,6 +146,7 @@ impl Quantizer {
         choice: &Choice,
         store: &Store,
         weighing: Option<&mut (Weighing, Report)>,
+        guiding: Option<&Guiding>,
     ) -> Result<TensorPlan> {
         let Tensor { unquantized: Unquantized { mapped, dtype, place }, original } = tensor;
         let context = |e: Error| e.context(format!("tensor {original:?}"));
@@ -160,11 +167,20 @@ impl Quantizer {
             report.present.insert(original.clone());
             (weighing, report)
         });
-        if stays || codec.is_none_or(|c| !c.heeds_importance()) {
+        if stays {
             return Ok(planned);
         }
-        if let Some((weighing, report)) = weighing {
-            planned.importance = weighing.find(&original, &planned, report).map_err(context)?;
+        if let Some(guide) = guiding.and_then(|g| g.find(&original, &planned)) {
+            planned.rounding = Rounding::Guided(guide);
+            return Ok(planned);
+        }
+        if codec.is_none_or(|c| !c.heeds_importance()) {
+            return Ok(planned);
+        }
+        if let Some((weighing, report)) = weighing
+            && let Some(importance) = weighing.find(&original, &planned, report).map_err(context)?
+        {
+            planned.rounding = Rounding::Weighed(importance);
         }
         Ok(planned)
     }
@@ -172,7 +188,7 @@ impl Quantizer {
     /// Why a tensor cannot be written without an importance, if it has none.
     fn lacks_importance(&self, planned: &TensorPlan, choice: &Choice) -> Option<String> {
         let needed = choice.needs_imatrix || codec(planned.dtype).is_some_and(|c| c.needs_importance());
-        if planned.importance.is_some() || planned.is_plain() || !needed {
+        if !matches!(planned.rounding, Rounding::Nearest) || planned.is_plain() || !needed {
             return None;
         }
         Some(match &self.imatrix {

@@ -1,15 +1,16 @@
 //! Streaming: workers pull spans in output order, read, convert, and write each at its final
 //! place. What is written does not depend on threads or budget.
 
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 
 use super::gather::Scratch;
-use super::plan::{Budget, Importance, Plan, TensorPlan};
+use super::plan::{Budget, Guide, Importance, Plan, Rounding, TensorPlan};
 use super::stage::OutputFile;
 use crate::block::{Codec, codec};
 use crate::container::Store;
 use crate::error::{Error, Result};
+use crate::quantize::Prepared;
 
 /// Who watches a conversion: the command line's progress bar, or nobody.
 pub trait Observer: Sync {
@@ -50,6 +51,7 @@ pub fn stream(
     let next = AtomicUsize::new(0);
     let stop = AtomicBool::new(false);
     let failure: Mutex<Option<Error>> = Mutex::new(None);
+    let guides = Guides::new(budget.threads);
     let work = || {
         let mut worker = Worker::default();
         while !stop.load(Ordering::Relaxed) {
@@ -65,13 +67,13 @@ pub fn stream(
             let done = if observer.interrupted() {
                 Err(Error::interrupted())
             } else {
-                worker.span(tensor, store, &files[tensor.file], start, end)
+                worker.span(tensor, store, &files[tensor.file], start, end, &guides)
             };
             match done {
                 Ok(bytes) => observer.advance(bytes, &tensor.name),
                 Err(e) => {
                     stop.store(true, Ordering::Relaxed);
-                    let mut failure = failure.lock().unwrap_or_else(|e| e.into_inner());
+                    let mut failure = lock(&failure);
                     failure.get_or_insert_with(|| {
                         if e.path().is_some() { e } else { e.context(format!("tensor {:?}", tensor.name)) }
                     });
@@ -107,6 +109,7 @@ impl Worker {
         file: &OutputFile,
         start: u64,
         end: u64,
+        guides: &Guides,
     ) -> Result<u64> {
         if t.is_plain() {
             t.source.raw(store, start, end, &mut self.bytes, &mut self.scratch)?;
@@ -118,9 +121,10 @@ impl Worker {
                 check_finite(&self.values)?;
             }
             self.bytes.resize(t.dtype.bytes_for(end - start)? as usize, 0);
-            match &t.importance {
-                None => codec.encode(&self.values, self.values.len(), None, &mut self.bytes)?,
-                Some(importance) => self.weighed(t, importance, codec, start)?,
+            match &t.rounding {
+                Rounding::Nearest => codec.encode(&self.values, self.values.len(), None, &mut self.bytes)?,
+                Rounding::Weighed(importance) => self.weighed(t, importance, codec, start)?,
+                Rounding::Guided(guide) => self.guided(t, guide, codec, start, guides)?,
             }
         }
         file.write_at(t.offset + t.dtype.bytes_for(start)?, &self.bytes)?;
@@ -129,23 +133,107 @@ impl Worker {
 
     /// Encodes whole rows from element `start` on, those of each expert with its own importance.
     fn weighed(&mut self, t: &TensorPlan, importance: &Importance, codec: &Codec, start: u64) -> Result<()> {
-        let (row, rows_of_expert) = t.rows();
-        let (first, end) = (start / row, (start + self.values.len() as u64) / row);
-        let row_bytes = t.dtype.bytes_for(row)? as usize;
-        self.importance.resize(row as usize, 0.0);
-        let mut at = first;
-        while at < end {
-            let expert = at / rows_of_expert;
-            let until = end.min((expert + 1) * rows_of_expert);
-            importance.matrix.read(&importance.entry, expert, &mut self.importance)?;
-            let rows = (at - first) as usize..(until - first) as usize;
-            let values = &self.values[rows.start * row as usize..rows.end * row as usize];
-            let bytes = &mut self.bytes[rows.start * row_bytes..rows.end * row_bytes];
-            codec.encode(values, row as usize, Some(&self.importance), bytes)?;
-            at = until;
-        }
-        Ok(())
+        let Self { values, bytes, importance: weights, .. } = self;
+        by_expert(t, start, values, bytes, |expert, row, values, bytes| {
+            weights.resize(row, 0.0);
+            importance.matrix.read(&importance.entry, expert, weights)?;
+            codec.encode(values, row, Some(weights), bytes)
+        })
     }
+
+    /// The same by second moments; without a guide where an expert has seen too little.
+    fn guided(
+        &mut self,
+        t: &TensorPlan,
+        guide: &Guide,
+        codec: &Codec,
+        start: u64,
+        guides: &Guides,
+    ) -> Result<()> {
+        by_expert(t, start, &self.values, &mut self.bytes, |expert, row, values, bytes| {
+            match guides.get(guide, expert)? {
+                Some(prepared) => prepared.encode(guide.lattice, values, bytes).map(|_| ()),
+                None => codec.encode(values, row, None, bytes),
+            }
+        })
+    }
+}
+
+/// Hands the rows of each expert, from element `start` on, to `encode`: the expert's number, the length
+/// of a row, the rows' values, and their bytes.
+fn by_expert(
+    t: &TensorPlan,
+    start: u64,
+    values: &[f32],
+    bytes: &mut [u8],
+    mut encode: impl FnMut(u64, usize, &[f32], &mut [u8]) -> Result<()>,
+) -> Result<()> {
+    let (row, rows_of_expert) = t.rows();
+    let (first, end) = (start / row, (start + values.len() as u64) / row);
+    let row_bytes = t.dtype.bytes_for(row)? as usize;
+    let mut at = first;
+    while at < end {
+        let expert = at / rows_of_expert;
+        let until = end.min((expert + 1) * rows_of_expert);
+        let rows = (at - first) as usize..(until - first) as usize;
+        let values = &values[rows.start * row as usize..rows.end * row as usize];
+        encode(expert, row as usize, values, &mut bytes[rows.start * row_bytes..rows.end * row_bytes])?;
+        at = until;
+    }
+    Ok(())
+}
+
+/// What methods have prepared for the inputs that are being worked on. Workers share it: rows of the same
+/// input need the same, and it is large.
+struct Guides {
+    /// The last used last.
+    recent: Mutex<Vec<(Key, Arc<Cell>)>>,
+    /// How many are kept.
+    most: usize,
+    /// One is made at a time: that takes memory.
+    making: Mutex<()>,
+}
+
+/// Name of an input, and an expert.
+type Key = (String, u64);
+type Cell = OnceLock<Option<Arc<Prepared>>>;
+
+impl Guides {
+    fn new(most: usize) -> Self {
+        Self { recent: Mutex::new(Vec::new()), most, making: Mutex::new(()) }
+    }
+
+    /// For the rows of an expert; `None` where too few tokens reached it.
+    fn get(&self, guide: &Guide, expert: u64) -> Result<Option<Arc<Prepared>>> {
+        let key = (guide.input.name.clone(), expert);
+        let cell = {
+            let mut recent = lock(&self.recent);
+            let at = recent.iter().position(|(k, _)| *k == key);
+            let entry = at.map_or_else(|| (key, Arc::default()), |i| recent.remove(i));
+            let cell = entry.1.clone();
+            recent.push(entry);
+            let surplus = recent.len().saturating_sub(self.most);
+            recent.drain(..surplus);
+            cell
+        };
+        if let Some(prepared) = cell.get() {
+            return Ok(prepared.clone());
+        }
+        let _one_at_a_time = lock(&self.making);
+        if let Some(prepared) = cell.get() {
+            return Ok(prepared.clone());
+        }
+        let count = guide.moments.counts(&guide.input)?.get(expert as usize).copied().unwrap_or(0);
+        let prepared = match count < guide.method.least_tokens() {
+            true => None,
+            false => Some(Arc::new(guide.method.prepare(&guide.moments, &guide.input, expert)?)),
+        };
+        Ok(cell.get_or_init(|| prepared).clone())
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(|e| e.into_inner())
 }
 
 /// Blocks have no room for what is not finite: one such weight spoils its whole block.

@@ -19,6 +19,17 @@ use crate::block::Lattice;
 use crate::block::gram::{PANEL, Tile, product};
 use crate::error::{Error, Result};
 
+/// The sums of `x x^T`, a symmetric matrix.
+pub trait Sums {
+    /// Its columns.
+    fn columns(&self) -> usize;
+    /// Row `i` from the diagonal on: as many values as `row` takes.
+    ///
+    /// # Errors
+    /// As reads fail.
+    fn read(&self, i: usize, row: &mut [f32]) -> Result<()>;
+}
+
 /// How to prepare the moments.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Options {
@@ -59,24 +70,27 @@ impl Feedback {
     /// Bytes that making one from `columns` columns takes at most, and those that it then keeps.
     pub fn bytes(columns: u64) -> (u64, u64) {
         let n = columns.saturating_mul(columns);
-        let kept = n.saturating_mul(2).saturating_add(columns * (PANEL as u64 * 4 + 16));
-        (n.saturating_mul(16).saturating_add(kept), kept)
+        let kept = n.saturating_mul(2).saturating_add(columns.saturating_mul(PANEL as u64 * 4 + 16));
+        (n.saturating_mul(8).saturating_add(kept), kept)
     }
 
-    /// From `moments`, the symmetric matrix of the sums of `x x^T` over `count` tokens, row by row.
+    /// From `moments`, the sums of `x x^T` over `count` tokens.
     ///
     /// # Errors
     /// `Misuse` when the columns are no multiple of [`PANEL`], or nothing has been seen; `Check` when the
-    /// moments cannot be factored even with a damping of the size of their mean.
-    pub fn new(moments: &[f64], columns: usize, count: u64, options: &Options) -> Result<Self> {
-        let n = columns;
-        if n == 0 || !n.is_multiple_of(PANEL) || Some(moments.len()) != n.checked_mul(n) {
-            let message =
-                format!("{} moments of {n} columns: a multiple of {PANEL} is needed", moments.len());
-            return Err(Error::misuse(message));
+    /// moments cannot be factored even with a damping of the size of their mean; as `moments` fails.
+    pub fn new(moments: &dyn Sums, count: u64, options: &Options) -> Result<Self> {
+        let n = moments.columns();
+        if n == 0 || !n.is_multiple_of(PANEL) || n.checked_mul(n).is_none() {
+            return Err(Error::misuse(format!("{n} columns: a multiple of {PANEL} is needed")));
         }
         let per_token = 1.0 / count.max(1) as f64;
-        let squares: Vec<f64> = (0..n).map(|i| moments[i * n + i] * per_token).collect();
+        let mut row = vec![0f32; n];
+        let mut squares = vec![0f64; n];
+        for (i, square) in squares.iter_mut().enumerate() {
+            moments.read(i, &mut row[..1])?;
+            *square = f64::from(row[0]) * per_token;
+        }
         let mean = squares.iter().sum::<f64>() / n as f64;
         if count == 0 || !mean.is_finite() || mean <= 0.0 {
             return Err(Error::misuse("the moments are those of no input, or not finite"));
@@ -86,16 +100,19 @@ impl Feedback {
             order.sort_by(|&a, &b| squares[b as usize].total_cmp(&squares[a as usize]));
         }
         // A lower factor of the matrix in the reverse order is an upper one in the right order.
-        let place = |k: usize| order[n - 1 - k] as usize;
+        let mut place = vec![0; n];
+        order.iter().enumerate().for_each(|(k, &c)| place[c as usize] = n - 1 - k);
         let mut matrix = vec![0f64; n * n];
         let mut damp = options.damp.max(0.0);
         loop {
-            for (j, column) in matrix.chunks_exact_mut(n).enumerate() {
-                let row = &moments[place(j) * n..][..n];
-                for (i, value) in column.iter_mut().enumerate().skip(j) {
-                    *value = row[place(i)] * per_token;
+            for i in 0..n {
+                let row = &mut row[i..];
+                moments.read(i, row)?;
+                for (j, &value) in (i..).zip(row.iter()) {
+                    let (a, b) = (place[i], place[j]);
+                    matrix[a.min(b) * n + a.max(b)] = f64::from(value) * per_token;
                 }
-                column[j] += damp * mean;
+                matrix[place[i] * n + place[i]] += damp * mean;
             }
             if factor(&mut matrix, n) {
                 break;
@@ -285,6 +302,18 @@ mod tests {
         (0..n).map(|_| next() + next() + next()).collect()
     }
 
+    struct Square<'a>(&'a [f64], usize);
+
+    impl Sums for Square<'_> {
+        fn columns(&self) -> usize {
+            self.1
+        }
+        fn read(&self, i: usize, row: &mut [f32]) -> Result<()> {
+            row.iter_mut().zip(&self.0[i * self.1 + i..]).for_each(|(r, &v)| *r = v as f32);
+            Ok(())
+        }
+    }
+
     /// Moments of inputs that depend on each other, with columns of very different size.
     fn moments(n: usize, tokens: usize) -> Vec<f64> {
         let mut h = vec![0f64; n * n];
@@ -330,7 +359,8 @@ mod tests {
         let h = moments(n, tokens);
         let weights = noise(n * rows, 3);
         for desc_act in [false, true] {
-            let feedback = Feedback::new(&h, n, tokens as u64, &Options { damp: 1e-6, desc_act }).unwrap();
+            let feedback =
+                Feedback::new(&Square(&h, n), tokens as u64, &Options { damp: 1e-6, desc_act }).unwrap();
             for dtype in TYPES {
                 let lattice = lattice(dtype).unwrap();
                 let codec = lattice.codec().unwrap();
@@ -364,7 +394,8 @@ mod tests {
     fn the_same_codes_as_by_the_inverse() {
         let (n, tokens) = (96, 300);
         let h = moments(n, tokens);
-        let feedback = Feedback::new(&h, n, tokens as u64, &Options { damp: 0.01, desc_act: true }).unwrap();
+        let feedback =
+            Feedback::new(&Square(&h, n), tokens as u64, &Options { damp: 0.01, desc_act: true }).unwrap();
         let lattice = lattice(DType::Q4_0).unwrap();
         let weights = noise(n, 11);
         let mut bytes = vec![0; 18 * 3];
@@ -423,10 +454,10 @@ mod tests {
         let n = 32;
         // One token: rank 1.
         let h = moments(n, 1);
-        let feedback = Feedback::new(&h, n, 1, &Options { damp: 0.0, desc_act: false }).unwrap();
+        let feedback = Feedback::new(&Square(&h, n), 1, &Options { damp: 0.0, desc_act: false }).unwrap();
         assert!(feedback.damp() > 0.0);
-        assert!(Feedback::new(&vec![0.0; n * n], n, 5, &Options::default()).is_err());
-        assert!(Feedback::new(&h, n, 0, &Options::default()).is_err());
-        assert!(Feedback::new(&h[..33 * 31], 31, 1, &Options::default()).is_err());
+        assert!(Feedback::new(&Square(&vec![0.0; n * n], n), 5, &Options::default()).is_err());
+        assert!(Feedback::new(&Square(&h, n), 0, &Options::default()).is_err());
+        assert!(Feedback::new(&Square(&h, 31), 1, &Options::default()).is_err());
     }
 }
