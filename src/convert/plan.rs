@@ -49,6 +49,8 @@ pub struct Importance {
 pub enum Rounding {
     /// Each block by itself.
     Nearest,
+    /// Each row by the search that importance brings, every column counting alike.
+    Even,
     /// Each row, its errors weighed.
     Weighed(Importance),
     /// By second moments.
@@ -194,7 +196,7 @@ impl Budget {
         let (row, _) = tensor.rows();
         match tensor.rounding {
             // Rows are weighed as a whole.
-            Rounding::Weighed(_) => return (span / row * row).max(row),
+            Rounding::Even | Rounding::Weighed(_) => return (span / row * row).max(row),
             // So many rows are rounded side by side.
             Rounding::Guided(_) => return row.saturating_mul(PANEL as u64),
             Rounding::Nearest => {}

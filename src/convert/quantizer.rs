@@ -181,6 +181,8 @@ impl Quantizer {
             && let Some(importance) = weighing.find(&original, &planned, report).map_err(context)?
         {
             planned.rounding = Rounding::Weighed(importance);
+        } else if guiding.is_some() {
+            planned.rounding = Rounding::Even;
         }
         Ok(planned)
     }

@@ -123,6 +123,12 @@ impl Worker {
             self.bytes.resize(t.dtype.bytes_for(end - start)? as usize, 0);
             match &t.rounding {
                 Rounding::Nearest => codec.encode(&self.values, self.values.len(), None, &mut self.bytes)?,
+                Rounding::Even => {
+                    let row = t.rows().0 as usize;
+                    self.importance.clear();
+                    self.importance.resize(row, 1.0);
+                    codec.encode(&self.values, row, Some(&self.importance), &mut self.bytes)?;
+                }
                 Rounding::Weighed(importance) => self.weighed(t, importance, codec, start)?,
                 Rounding::Guided(guide) => self.guided(t, guide, codec, start, guides)?,
             }

@@ -38,11 +38,13 @@ pub struct Options {
     pub damp: f64,
     /// Round columns in the order of their mean squares, the greatest first, instead of as they stand.
     pub desc_act: bool,
+    /// How often scales are sought anew, for the values that were rounded.
+    pub refits: usize,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { damp: 0.01, desc_act: true }
+        Self { damp: 0.01, desc_act: true, refits: 2 }
     }
 }
 
@@ -62,8 +64,11 @@ pub struct Feedback {
     pivots: Vec<f32>,
     /// The mean square of each column, as the columns stand.
     importance: Vec<f32>,
+    /// `D` as the columns stand.
+    by_column: Vec<f32>,
     /// The damping that was needed.
     damp: f64,
+    refits: usize,
 }
 
 impl Feedback {
@@ -140,9 +145,11 @@ impl Feedback {
                 })
             })
             .collect();
-        let pivots = (0..n).map(|k| lower(n - 1 - k, n - 1 - k).powi(2) as f32).collect();
+        let pivots: Vec<f32> = (0..n).map(|k| lower(n - 1 - k, n - 1 - k).powi(2) as f32).collect();
+        let mut by_column = vec![0f32; n];
+        order.iter().zip(&pivots).for_each(|(&c, &pivot)| by_column[c as usize] = pivot);
         let importance = squares.iter().map(|&s| s as f32).collect();
-        Ok(Self { order, above, diagonal, pivots, importance, damp })
+        Ok(Self { order, above, diagonal, pivots, importance, by_column, damp, refits: options.refits })
     }
 
     /// Columns.
@@ -163,6 +170,10 @@ impl Feedback {
     /// Rounds whole rows of `weights` to the lattice, and writes their blocks to `out`. Returns the cost
     /// of each row, `e H e^T` with the damped `H`. A row's bytes do not depend on the rows around it.
     ///
+    /// Scales are first those of the type's own search on the weights. What was then rounded were other
+    /// values, the weights as they made up for earlier errors: the search on these, each weighed as it
+    /// counts in the cost, gives scales for the next attempt. Each row keeps its best.
+    ///
     /// # Errors
     /// `Misuse` when sizes do not fit.
     pub fn encode(&self, lattice: &Lattice, weights: &[f32], out: &mut [u8]) -> Result<Vec<f64>> {
@@ -170,18 +181,33 @@ impl Feedback {
         let codec = lattice.codec()?;
         codec.encode(weights, n, Some(&self.importance), out)?;
         let rows = weights.len() / n;
+        let row_bytes = out.len() / rows.max(1);
+        let mut attempt = out.to_vec();
         let mut lines = vec![(0.0, 0.0); weights.len() / lattice.group];
-        lattice.lines(out, &mut lines)?;
         let mut codes = vec![0u8; weights.len()];
-        let mut costs = Vec::with_capacity(rows);
+        let mut values = vec![0f32; weights.len()];
+        let mut best = vec![f64::INFINITY; rows];
         let per_tile = n / lattice.group * PANEL;
-        let tiles = weights.chunks(n * PANEL).zip(lines.chunks(per_tile)).zip(codes.chunks_mut(n * PANEL));
-        for ((weights, lines), codes) in tiles {
-            let cost = self.round_tile(lattice, weights, lines, codes);
-            costs.extend_from_slice(&cost[..weights.len() / n]);
+        for _ in 0..=self.refits {
+            lattice.lines(&attempt, &mut lines)?;
+            let tiles = weights.chunks(n * PANEL).zip(lines.chunks(per_tile));
+            let results = codes.chunks_mut(n * PANEL).zip(values.chunks_mut(n * PANEL));
+            let mut costs = Vec::with_capacity(rows);
+            for ((weights, lines), (codes, values)) in tiles.zip(results) {
+                let cost = self.round_tile(lattice, weights, lines, codes, values);
+                costs.extend_from_slice(&cost[..weights.len() / n]);
+            }
+            lattice.put(&codes, &mut attempt)?;
+            let rows = attempt.chunks_exact(row_bytes).zip(out.chunks_exact_mut(row_bytes));
+            for ((cost, best), (attempt, out)) in costs.iter().zip(&mut best).zip(rows) {
+                if cost < best {
+                    *best = *cost;
+                    out.copy_from_slice(attempt);
+                }
+            }
+            codec.encode(&values, n, Some(&self.by_column), &mut attempt)?;
         }
-        lattice.put(&codes, out)?;
-        Ok(costs)
+        Ok(best)
     }
 
     /// At most [`PANEL`] rows, side by side.
@@ -191,6 +217,7 @@ impl Feedback {
         weights: &[f32],
         lines: &[(f32, f32)],
         codes: &mut [u8],
+        compensated: &mut [f32],
     ) -> [f64; PANEL] {
         let n = self.columns();
         let rows = weights.len() / n;
@@ -225,6 +252,7 @@ impl Feedback {
                 }
                 for r in 0..rows {
                     codes[r * n + column] = code[r];
+                    compensated[r * n + column] = values[j][r];
                     let left = f64::from(values[j][r] - rounded[r]);
                     costs[r] += f64::from(self.pivots[first + j]) * left * left;
                 }
@@ -359,8 +387,12 @@ mod tests {
         let h = moments(n, tokens);
         let weights = noise(n * rows, 3);
         for desc_act in [false, true] {
-            let feedback =
-                Feedback::new(&Square(&h, n), tokens as u64, &Options { damp: 1e-6, desc_act }).unwrap();
+            let feedback = Feedback::new(
+                &Square(&h, n),
+                tokens as u64,
+                &Options { damp: 1e-6, desc_act, ..Options::default() },
+            )
+            .unwrap();
             for dtype in TYPES {
                 let lattice = lattice(dtype).unwrap();
                 let codec = lattice.codec().unwrap();
@@ -395,7 +427,8 @@ mod tests {
         let (n, tokens) = (96, 300);
         let h = moments(n, tokens);
         let feedback =
-            Feedback::new(&Square(&h, n), tokens as u64, &Options { damp: 0.01, desc_act: true }).unwrap();
+            Feedback::new(&Square(&h, n), tokens as u64, &Options { damp: 0.01, desc_act: true, refits: 0 })
+                .unwrap();
         let lattice = lattice(DType::Q4_0).unwrap();
         let weights = noise(n, 11);
         let mut bytes = vec![0; 18 * 3];
@@ -454,7 +487,8 @@ mod tests {
         let n = 32;
         // One token: rank 1.
         let h = moments(n, 1);
-        let feedback = Feedback::new(&Square(&h, n), 1, &Options { damp: 0.0, desc_act: false }).unwrap();
+        let feedback =
+            Feedback::new(&Square(&h, n), 1, &Options { damp: 0.0, desc_act: false, refits: 0 }).unwrap();
         assert!(feedback.damp() > 0.0);
         assert!(Feedback::new(&Square(&vec![0.0; n * n], n), 5, &Options::default()).is_err());
         assert!(Feedback::new(&Square(&h, n), 0, &Options::default()).is_err());
