@@ -4,9 +4,10 @@ use std::path::PathBuf;
 
 use qconv::container::side::read_text;
 use qconv::convert::{
-    ImatrixChoice, MethodChoice, Overrides, Quantizer, Recipe, Sharding, parse_tensor_type,
+    ImatrixChoice, MethodChoice, Overrides, Quantizer, Recipe, Sharding, Way, parse_tensor_method,
+    parse_tensor_type,
 };
-use qconv::error::Result;
+use qconv::error::{Error, Result};
 use qconv::limits::Limits;
 use qconv::tensor::DType;
 
@@ -20,12 +21,17 @@ pub struct QuantizerArgs {
     #[arg(long, value_name = "FILE")]
     pub imatrix: Option<PathBuf>,
 
-    /// How weights become codes: gptq, which needs second moments
-    #[arg(long, value_name = "METHOD")]
+    /// How weights become codes: rtn (each block by itself), imatrix (weighed by --imatrix, or by the
+    /// diagonal of --moments), or gptq, which needs second moments
+    #[arg(long, value_name = "METHOD", value_parser = parse_method_arg)]
     pub method: Option<String>,
 
+    /// Method for the tensors whose name matches, such as ffn_down=gptq; the first that matches counts
+    #[arg(long, value_name = "REGEX=METHOD", value_parser = parse_tensor_method_arg)]
+    pub tensor_method: Vec<String>,
+
     /// Second moments of the inputs, as qconv calibrate writes them
-    #[arg(long, value_name = "FILE", requires = "method")]
+    #[arg(long, value_name = "FILE")]
     pub moments: Option<PathBuf>,
 
     /// Of the importance matrix use only entries whose name contains this
@@ -92,6 +98,14 @@ fn parse_tensor_type_arg(text: &str) -> std::result::Result<String, String> {
     parse_tensor_type(text).map(|_| text.to_string()).map_err(|e| e.to_string())
 }
 
+fn parse_method_arg(name: &str) -> std::result::Result<String, String> {
+    Way::parse(name).map(|_| name.to_string()).map_err(|e| e.to_string())
+}
+
+fn parse_tensor_method_arg(text: &str) -> std::result::Result<String, String> {
+    parse_tensor_method(text).map(|_| text.to_string()).map_err(|e| e.to_string())
+}
+
 fn parse_dtype(name: &str) -> std::result::Result<DType, String> {
     // The type of an entry for any tensor.
     parse_tensor_type(&format!(".={name}"))
@@ -103,6 +117,20 @@ impl QuantizerArgs {
     /// Whether anything is asked for that llama.cpp's converter has no word for.
     pub fn is_given(&self) -> bool {
         *self != Self::default()
+    }
+
+    fn method_choice(&self) -> Result<Option<MethodChoice>> {
+        let by_tensor =
+            self.tensor_method.iter().map(|e| parse_tensor_method(e)).collect::<Result<Vec<_>>>()?;
+        let others = self.method.as_deref().map(Way::parse).transpose()?;
+        if by_tensor.is_empty() && others.is_none() {
+            return match &self.moments {
+                None => Ok(None),
+                Some(_) => Err(Error::misuse("--moments has no effect without a method")
+                    .hint("--method gptq makes the most of them, --method imatrix takes their diagonal")),
+            };
+        }
+        Ok(Some(MethodChoice { by_tensor, others, moments: self.moments.clone() }))
     }
 
     pub fn quantizer(&self, recipe: &'static Recipe) -> Result<Quantizer> {
@@ -128,10 +156,7 @@ impl QuantizerArgs {
                 include: self.include_weights.clone(),
                 exclude: self.exclude_weights.clone(),
             }),
-            method: match &self.method {
-                Some(name) => Some(MethodChoice::parse(name, self.moments.clone())?),
-                None => None,
-            },
+            method: self.method_choice()?,
             prune_layers: self.prune_layers.iter().copied().collect(),
             override_kv: self.override_kv.clone(),
             ..Quantizer::new(recipe)

@@ -302,6 +302,34 @@ impl Moments {
         }
     }
 
+    /// The means of `x^2` of one expert: the importance of its columns. Where it has seen no token, all
+    /// columns count alike.
+    ///
+    /// # Errors
+    /// As [`Self::square`]; `Misuse` unless `out` has one value for each column.
+    pub fn mean_squares(&self, input: &Input, expert: u64, out: &mut [f32]) -> Result<()> {
+        if out.len() as u64 != input.columns {
+            return Err(Error::misuse(format!("{:?} has {} columns", input.name, input.columns)));
+        }
+        let count = self.counts(input)?.get(expert as usize).copied().unwrap_or(0);
+        if count == 0 {
+            out.fill(1.0);
+            return Ok(());
+        }
+        for (i, mean) in (0..).zip(out) {
+            let mut sum = [0f32];
+            self.read_packed(input, expert, input.row_start(i), &mut sum)?;
+            *mean = (f64::from(sum[0]) / count as f64) as f32;
+            if !mean.is_finite() || *mean < 0.0 {
+                return Err(Error::malformed(format!(
+                    "the moments of {:?} are no sums of squares",
+                    input.name
+                )));
+            }
+        }
+        Ok(())
+    }
+
     /// Packed values of one expert's triangle from `start` on, as many as `out` takes: for those who go
     /// through a file in bounded memory.
     ///

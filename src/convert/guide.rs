@@ -3,7 +3,9 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use super::plan::{Guide, Rounding, TensorPlan};
+use regex::{Regex, RegexBuilder};
+
+use super::plan::{Guide, Importance, Rounding, TensorPlan};
 use crate::block::gram::PANEL;
 use crate::block::lattice;
 use crate::container::moments::Moments;
@@ -11,65 +13,183 @@ use crate::error::{Error, Result};
 use crate::limits::Limits;
 use crate::quantize::Method;
 
-/// A method, and the moments it needs.
-#[derive(Clone, Debug)]
-pub struct MethodChoice {
-    /// The method.
-    pub method: Method,
-    /// What `qconv calibrate` wrote.
-    pub moments: PathBuf,
+/// How the weights of a tensor become codes.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Way {
+    /// Each block by itself, all weights counting alike.
+    Rtn,
+    /// Each row by the type's own search, weighed by an importance matrix or the diagonal of second moments.
+    Imatrix,
+    /// By second moments.
+    Method(Method),
 }
 
-/// A method with its moments opened.
+/// The methods that were asked for, and the moments they need.
+#[derive(Clone, Debug, Default)]
+pub struct MethodChoice {
+    /// For tensors whose name matches; the first that does counts.
+    pub by_tensor: Vec<(Regex, Way)>,
+    /// For all others; as llama.cpp does where there is none.
+    pub others: Option<Way>,
+    /// What `qconv calibrate` wrote.
+    pub moments: Option<PathBuf>,
+}
+
+/// Methods with their moments opened.
 pub(super) struct Guiding {
-    method: Method,
-    moments: Arc<Moments>,
+    choice: MethodChoice,
+    moments: Option<Arc<Moments>>,
 }
 
 impl Guiding {
-    pub fn open(choice: &MethodChoice, limits: &Limits) -> Result<Self> {
-        let moments = Arc::new(Moments::open(&choice.moments, limits)?);
-        Ok(Self { method: choice.method, moments })
+    /// `has_imatrix` says whether an importance matrix is given beside.
+    ///
+    /// # Errors
+    /// As the moments open; `Misuse` where a method lacks them.
+    pub fn open(choice: &MethodChoice, has_imatrix: bool, limits: &Limits) -> Result<Self> {
+        choice.check(has_imatrix)?;
+        let moments = choice.moments.as_ref().map(|path| Moments::open(path, limits).map(Arc::new));
+        Ok(Self { choice: choice.clone(), moments: moments.transpose()? })
+    }
+
+    /// How a tensor, named as in the output, shall be rounded.
+    pub fn way(&self, name: &str) -> Option<Way> {
+        let matching = self.choice.by_tensor.iter().find(|(regex, _)| regex.is_match(name));
+        matching.map_or(self.choice.others, |(_, way)| Some(*way))
     }
 
     /// The guide for a tensor, named as in the model; `None` where its type has no lattice, or its input
     /// was not calibrated.
-    pub fn find(&self, name: &str, tensor: &TensorPlan) -> Option<Guide> {
+    pub fn guide(&self, method: Method, name: &str, tensor: &TensorPlan) -> Option<Guide> {
         let lattice = lattice(tensor.dtype)?;
-        let input = self.moments.input_of(name)?;
+        let Importance::Diagonal { moments, input } = self.diagonal(name, tensor)? else { return None };
+        input.columns.is_multiple_of(PANEL as u64).then_some(Guide { moments, input, method, lattice })
+    }
+
+    /// The mean squares of a tensor's input; `None` where it was not calibrated.
+    pub fn diagonal(&self, name: &str, tensor: &TensorPlan) -> Option<Importance> {
+        let moments = self.moments.as_ref()?;
+        let input = moments.input_of(name)?;
         let (columns, rows) = tensor.rows();
         let experts = (tensor.source.elements() / columns / rows).max(1);
         let fits = input.columns == columns && input.experts == experts;
-        (fits && columns.is_multiple_of(PANEL as u64)).then(|| Guide {
-            moments: self.moments.clone(),
-            input: input.clone(),
-            method: self.method,
-            lattice,
-        })
+        fits.then(|| Importance::Diagonal { moments: moments.clone(), input: input.clone() })
     }
 
     /// What was guided, and what was not.
     pub fn note(&self, tensors: &[TensorPlan]) -> String {
-        let guided = tensors.iter().filter(|t| matches!(t.rounding, Rounding::Guided(_))).count();
-        let other = tensors.iter().filter(|t| t.dtype.is_block() && !t.is_plain()).count() - guided;
-        format!("{guided} tensors are rounded by {:?}, {other} others as llama.cpp does", self.method)
+        let mut counts: indexmap::IndexMap<&str, usize> = indexmap::IndexMap::new();
+        for t in tensors.iter().filter(|t| t.dtype.is_block() && !t.is_plain()) {
+            *counts.entry(t.rounding.name()).or_default() += 1;
+        }
+        let counts: Vec<_> = counts.iter().map(|(name, n)| format!("{n} by {name}")).collect();
+        format!("tensors are rounded: {}", counts.join(", "))
     }
 }
 
-impl MethodChoice {
-    /// By its name.
+impl Way {
+    /// By its name: `rtn`, `imatrix`, or that of a method.
     ///
     /// # Errors
-    /// `Misuse` for an unknown name, or where a method lacks its moments.
-    pub fn parse(name: &str, moments: Option<PathBuf>) -> Result<Self> {
-        let method = match name {
-            "gptq" => Method::Gptq(crate::quantize::gptq::Options::default()),
-            _ => return Err(Error::misuse(format!("{name:?} is no method; there is gptq"))),
+    /// `Misuse` for an unknown name.
+    pub fn parse(name: &str) -> Result<Self> {
+        match name {
+            "rtn" => Ok(Self::Rtn),
+            "imatrix" => Ok(Self::Imatrix),
+            _ => Method::parse(name).map(Self::Method).ok_or_else(|| {
+                let known: Vec<_> = ["rtn", "imatrix"].into_iter().chain(Method::names()).collect();
+                Error::misuse(format!("{name:?} is no method; there are {}", known.join(", ")))
+            }),
+        }
+    }
+
+    /// Its name.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Rtn => "rtn",
+            Self::Imatrix => "imatrix",
+            Self::Method(method) => method.name(),
+        }
+    }
+}
+
+/// `REGEX=METHOD`, such as `ffn_down=gptq`.
+///
+/// # Errors
+/// `Misuse` when it is none.
+pub fn parse_tensor_method(text: &str) -> Result<(Regex, Way)> {
+    let (pattern, name) = text
+        .rsplit_once('=')
+        .filter(|(pattern, _)| !pattern.is_empty())
+        .ok_or_else(|| Error::misuse(format!("{text:?} is not REGEX=METHOD, such as ffn_down=gptq")))?;
+    let way = Way::parse(name)?;
+    let regex = RegexBuilder::new(pattern)
+        .case_insensitive(true)
+        .build()
+        .map_err(|e| Error::misuse(format!("{pattern:?} is no regular expression: {e}")))?;
+    Ok((regex, way))
+}
+
+impl MethodChoice {
+    /// All that may be used.
+    fn ways(&self) -> impl Iterator<Item = Way> + '_ {
+        self.by_tensor.iter().map(|(_, way)| *way).chain(self.others)
+    }
+
+    /// The method that needs moments which are not given, if there is one.
+    pub fn lacks_moments(&self, has_imatrix: bool) -> Option<Way> {
+        let needs = |way: &Way| match way {
+            Way::Rtn => false,
+            Way::Imatrix => !has_imatrix,
+            Way::Method(_) => true,
         };
-        let moments = moments.ok_or_else(|| {
-            Error::misuse(format!("--method {name} needs second moments"))
-                .hint("make them with qconv calibrate MODEL -o FILE, and give them with --moments FILE")
-        })?;
-        Ok(Self { method, moments })
+        self.ways().find(needs).filter(|_| self.moments.is_none())
+    }
+
+    fn check(&self, has_imatrix: bool) -> Result<()> {
+        match self.lacks_moments(has_imatrix) {
+            Some(Way::Imatrix) => Err(Error::misuse("method imatrix needs an importance").hint(
+                "give an importance matrix with --imatrix FILE, or second moments with --moments FILE",
+            )),
+            Some(way) => Err(Error::misuse(format!("method {} needs second moments", way.name()))
+                .hint("make them with qconv calibrate MODEL -o FILE, and give them with --moments FILE")),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Rounding {
+    /// How it is called where methods are chosen.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Nearest | Self::Even => "rtn",
+            Self::Weighed(_) => "imatrix",
+            Self::Guided(guide) => guide.method.name(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_that_matches_counts() {
+        let by_tensor =
+            ["attn_v=rtn", r"blk\.0\.=imatrix", "ATTN=gptq"].map(|t| parse_tensor_method(t).unwrap());
+        let choice = MethodChoice { by_tensor: by_tensor.into(), others: Some(Way::Imatrix), moments: None };
+        let guiding = Guiding { choice, moments: None };
+        for (name, way) in [
+            ("blk.0.attn_v.weight", "rtn"),
+            ("blk.0.attn_q.weight", "imatrix"),
+            ("blk.1.attn_q.weight", "gptq"),
+            ("blk.1.ffn_up.weight", "imatrix"),
+        ] {
+            assert_eq!(guiding.way(name).unwrap().name(), way, "{name}");
+        }
+        assert_eq!(guiding.choice.lacks_moments(true).map(Way::name), Some("gptq"));
+        for bad in ["", "gptq", "=gptq", "a=b", "(=rtn"] {
+            assert!(parse_tensor_method(bad).is_err(), "{bad}");
+        }
     }
 }

@@ -30,7 +30,7 @@ pub use checkpoint::{Checkpoint, GGUF_METADATA_FILE};
 pub use edits::MetadataEdits;
 pub use gather::{Scratch, Source, identity};
 pub use gguf_to_hf::GgufToHf;
-pub use guide::MethodChoice;
+pub use guide::{MethodChoice, Way, parse_tensor_method};
 pub use hf_to_gguf::{HfToGguf, MergeLora, source_tensors};
 pub use lora_to_gguf::LoraToGguf;
 pub use plan::{Budget, FilePlan, Obstacle, Plan, TensorPlan};

@@ -35,13 +35,36 @@ pub struct Obstacle {
     pub hint: String,
 }
 
-/// The importance of a tensor's columns: an entry of a matrix, read as it is needed.
+/// The importance of a tensor's columns, read as it is needed: one value for each column, of each expert.
 #[derive(Clone, Debug)]
-pub struct Importance {
-    /// The opened file.
-    pub matrix: Arc<ImportanceMatrix>,
-    /// Its entry: one value for each column, of each expert.
-    pub entry: Entry,
+pub enum Importance {
+    /// Of an importance matrix.
+    Matrix {
+        /// The opened file.
+        matrix: Arc<ImportanceMatrix>,
+        /// Its entry.
+        entry: Entry,
+    },
+    /// The mean squares among second moments.
+    Diagonal {
+        /// The opened file.
+        moments: Arc<Moments>,
+        /// Its entry.
+        input: Input,
+    },
+}
+
+impl Importance {
+    /// The importance of one expert's columns (0 where there are none), as many as `out` takes.
+    ///
+    /// # Errors
+    /// `Misuse` for an expert that is not there; `Io`; `Malformed` for moments that no sum of squares has.
+    pub fn read(&self, expert: u64, out: &mut [f32]) -> Result<()> {
+        match self {
+            Self::Matrix { matrix, entry } => matrix.read(entry, expert, out),
+            Self::Diagonal { moments, input } => moments.mean_squares(input, expert, out),
+        }
+    }
 }
 
 /// How weights become codes.

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::gather::Source;
-use super::guide::{Guiding, MethodChoice};
+use super::guide::{Guiding, MethodChoice, Way};
 use super::plan::{Importance, Obstacle, Plan, Rounding, TensorPlan};
 use super::recipe::{Choice, ModelFacts, Overrides, Recipe, loader_order};
 use crate::arch::Mapped;
@@ -31,7 +31,7 @@ pub struct Quantizer {
     pub overrides: Overrides,
     /// The importance matrix.
     pub imatrix: Option<ImatrixChoice>,
-    /// A method that needs second moments.
+    /// How codes are chosen, where it is not as llama.cpp does.
     pub method: Option<MethodChoice>,
     /// Layers to leave out; the others are numbered anew.
     pub prune_layers: BTreeSet<u64>,
@@ -93,7 +93,11 @@ impl Quantizer {
             Some(choice) => Some(Weighing::open(choice, limits)?),
             None => None,
         };
-        let guiding = self.method.as_ref().map(|choice| Guiding::open(choice, limits)).transpose()?;
+        let guiding = self
+            .method
+            .as_ref()
+            .map(|choice| Guiding::open(choice, imatrix.is_some(), limits))
+            .transpose()?;
         append(metadata, "general.quantization_version", Value::U32(QUANTIZATION_VERSION));
         append(metadata, "general.file_type", Value::U32(self.recipe.id));
         for entry in &self.override_kv {
@@ -170,20 +174,28 @@ impl Quantizer {
         if stays {
             return Ok(planned);
         }
-        if let Some(guide) = guiding.and_then(|g| g.find(&original, &planned)) {
+        let way = guiding.and_then(|g| g.way(&planned.name));
+        if let (Some(Way::Method(method)), Some(guiding)) = (way, guiding)
+            && let Some(guide) = guiding.guide(method, &original, &planned)
+        {
             planned.rounding = Rounding::Guided(guide);
             return Ok(planned);
         }
-        if codec.is_none_or(|c| !c.heeds_importance()) {
+        if codec.is_none_or(|c| !c.heeds_importance()) || way == Some(Way::Rtn) {
             return Ok(planned);
         }
-        if let Some((weighing, report)) = weighing
-            && let Some(importance) = weighing.find(&original, &planned, report).map_err(context)?
-        {
-            planned.rounding = Rounding::Weighed(importance);
-        } else if guiding.is_some() {
-            planned.rounding = Rounding::Even;
-        }
+        let by_matrix = match weighing {
+            Some((weighing, report)) => weighing.find(&original, &planned, report).map_err(context)?,
+            None => None,
+        };
+        // Where llama.cpp's result is not what is asked for, the better search is taken in any case.
+        let searching = way.and(guiding);
+        let importance = by_matrix.or_else(|| searching?.diagonal(&original, &planned));
+        planned.rounding = match (importance, searching) {
+            (Some(importance), _) => Rounding::Weighed(importance),
+            (None, Some(_)) => Rounding::Even,
+            (None, None) => Rounding::Nearest,
+        };
         Ok(planned)
     }
 
@@ -377,7 +389,7 @@ impl Weighing {
         }
         self.examine(name, entry, report)?;
         report.weighed += 1;
-        Ok(Some(Importance { matrix: self.matrix.clone(), entry: entry.clone() }))
+        Ok(Some(Importance::Matrix { matrix: self.matrix.clone(), entry: entry.clone() }))
     }
 
     fn examine(&self, name: &str, entry: &Entry, report: &mut Report) -> Result<()> {

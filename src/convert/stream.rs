@@ -98,6 +98,8 @@ struct Worker {
     scratch: Scratch,
     values: Vec<f32>,
     importance: Vec<f32>,
+    /// The tensor and expert whose importance was read last.
+    important: Option<(String, u64)>,
     bytes: Vec<u8>,
 }
 
@@ -125,6 +127,7 @@ impl Worker {
                 Rounding::Nearest => codec.encode(&self.values, self.values.len(), None, &mut self.bytes)?,
                 Rounding::Even => {
                     let row = t.rows().0 as usize;
+                    self.important = None;
                     self.importance.clear();
                     self.importance.resize(row, 1.0);
                     codec.encode(&self.values, row, Some(&self.importance), &mut self.bytes)?;
@@ -139,10 +142,14 @@ impl Worker {
 
     /// Encodes whole rows from element `start` on, those of each expert with its own importance.
     fn weighed(&mut self, t: &TensorPlan, importance: &Importance, codec: &Codec, start: u64) -> Result<()> {
-        let Self { values, bytes, importance: weights, .. } = self;
+        let Self { values, bytes, importance: weights, important, .. } = self;
         by_expert(t, start, values, bytes, |expert, row, values, bytes| {
-            weights.resize(row, 0.0);
-            importance.matrix.read(&importance.entry, expert, weights)?;
+            if !important.as_ref().is_some_and(|(name, e)| *name == t.name && *e == expert) {
+                *important = None;
+                weights.resize(row, 0.0);
+                importance.read(expert, weights)?;
+                *important = Some((t.name.clone(), expert));
+            }
             codec.encode(values, row, Some(weights), bytes)
         })
     }

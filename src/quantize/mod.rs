@@ -24,6 +24,26 @@ pub enum Prepared {
 }
 
 impl Method {
+    /// Every method by its name, as it is without options.
+    pub const NAMES: &[(&str, fn() -> Self)] = &[("gptq", || Self::Gptq(gptq::Options::default()))];
+
+    /// By its name, as it is without options.
+    pub fn parse(name: &str) -> Option<Self> {
+        Self::NAMES.iter().find(|(own, _)| *own == name).map(|(_, new)| new())
+    }
+
+    /// Its name.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Gptq(_) => "gptq",
+        }
+    }
+
+    /// All names.
+    pub fn names() -> impl Iterator<Item = &'static str> {
+        Self::NAMES.iter().map(|(name, _)| *name)
+    }
+
     /// Bytes that preparing for an input of so many columns takes at most, and those that are then kept.
     pub fn bytes(&self, columns: u64) -> (u64, u64) {
         match self {
