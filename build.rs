@@ -7,6 +7,7 @@ fn main() {
     embed("arch");
     embed("mmproj");
     embed("recipe");
+    embed("config");
 }
 
 /// `OUT_DIR/KIND.rs`: name and text of each TOML file in `formats/KIND`.

@@ -9,6 +9,7 @@ mod calibrate;
 mod calibration;
 mod common;
 mod completions;
+mod config;
 #[cfg(feature = "ggml")]
 mod embed;
 #[cfg(feature = "ggml")]
@@ -72,9 +73,16 @@ pub enum Status {
     Findings,
 }
 
-/// The clap command, with the version of what is linked.
+/// The clap command.
 fn command() -> clap::Command {
-    Cli::command().version(env!("CARGO_PKG_VERSION")).long_version(version())
+    let version = clap::Arg::new("version")
+        .short('V')
+        .long("version")
+        .action(clap::ArgAction::Version)
+        .global(false)
+        .help("Print the version, and that of the linked ggml with its backends");
+    let command = Cli::command().version(env!("CARGO_PKG_VERSION"));
+    config::with_option(command.disable_version_flag(true).arg(version))
 }
 
 fn version() -> String {
@@ -107,21 +115,45 @@ fn version() -> String {
 pub fn main() -> ExitCode {
     // The version asks the linked library, which is not worth it for anything else.
     let wants_version = std::env::args_os().skip(1).any(|a| a == "--version" || a == "-V");
-    let command = if wants_version { command() } else { Cli::command().version(env!("CARGO_PKG_VERSION")) };
-    let command = command.arg(
-        clap::Arg::new("version")
-            .short('V')
-            .long("version")
-            .action(clap::ArgAction::Version)
-            .global(false)
-            .help("Print the version, and that of the linked ggml with its backends"),
-    );
-    let command = command.disable_version_flag(true);
-    let cli = match command.try_get_matches().and_then(|m| Cli::from_arg_matches(&m)) {
-        Ok(cli) => cli,
-        Err(e) => e.exit(),
+    let command = if wants_version { command().long_version(version()) } else { command() };
+    let lines = match config::expand(command.clone(), std::env::args_os().collect()) {
+        Ok(lines) => lines,
+        Err(e) => return failed(&e.into()),
     };
-    let result = match cli.command {
+    // What is wrong with any shall show before the first begins.
+    let mut commands = Vec::with_capacity(lines.len());
+    for line in lines {
+        match command.clone().try_get_matches_from(line).and_then(|m| Cli::from_arg_matches(&m)) {
+            Ok(cli) => commands.push(cli.command),
+            Err(e) => e.exit(),
+        }
+    }
+    let (mut code, count) = (ExitCode::SUCCESS, commands.len());
+    for (number, command) in (1..).zip(commands) {
+        match run(command) {
+            Ok(Status::Done) => {}
+            Ok(Status::Findings) => code = ExitCode::from(1),
+            Err(e) if is_broken_pipe(&e) => return code,
+            Err(e) => {
+                if count > 1 {
+                    ui::say(&format!(
+                        "model {number} of {count} could not be made, later ones were not begun"
+                    ));
+                }
+                return failed(&e);
+            }
+        }
+    }
+    code
+}
+
+fn failed(e: &anyhow::Error) -> ExitCode {
+    ui::error(e);
+    ExitCode::from(2)
+}
+
+fn run(command: Command) -> anyhow::Result<Status> {
+    match command {
         Command::HfToGguf(args) => hf_to_gguf::run(&args),
         Command::GgufToHf(args) => gguf_to_hf::run(&args),
         Command::LoraToGguf(args) => lora_to_gguf::run(&args),
@@ -142,15 +174,6 @@ pub fn main() -> ExitCode {
         #[cfg(feature = "ggml")]
         Command::Calibrate(args) => calibrate::run(&args).map(|()| Status::Done),
         Command::Completions(args) => completions::run(&args).map(|()| Status::Done),
-    };
-    match result {
-        Ok(Status::Done) => ExitCode::SUCCESS,
-        Ok(Status::Findings) => ExitCode::from(1),
-        Err(e) if is_broken_pipe(&e) => ExitCode::SUCCESS,
-        Err(e) => {
-            ui::error(&e);
-            ExitCode::from(2)
-        }
     }
 }
 
