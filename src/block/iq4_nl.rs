@@ -2,7 +2,7 @@
 
 use super::cast::{extreme, inverse};
 use super::kquant::{NOTHING, pack_halves, unpack_halves};
-use super::lattice::Latticed;
+use super::lattice::{Latticed, half};
 use super::{Codec, decode_pairs, encode_pairs, f16_from_f32, f32_from_f16};
 use crate::tensor::DType;
 
@@ -47,6 +47,10 @@ impl Latticed<32> for Block {
 
     fn put(&mut self, codes: &[u8; 32]) {
         pack_halves::<16>(codes, &mut self.qs);
+    }
+
+    fn set(&mut self, _: usize, (scale, _): (f32, f32)) {
+        self.d = half(scale);
     }
 }
 

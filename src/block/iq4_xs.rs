@@ -3,7 +3,7 @@
 use super::cast::{extreme, inverse};
 use super::iq4_nl::{LEVELS, dequantize, deviation, quantize, search, squares, weigh};
 use super::kquant::{nearest, pack_halves};
-use super::lattice::Latticed;
+use super::lattice::{Latticed, steps};
 use super::{Codec, decode_pairs, encode_pairs, f16_from_f32, f32_from_f16};
 use crate::tensor::DType;
 
@@ -35,6 +35,15 @@ impl Latticed<256> for Block {
 
     fn put(&mut self, codes: &[u8; 256]) {
         pack_halves::<16>(codes, &mut self.qs);
+    }
+
+    fn set(&mut self, group: usize, (scale, _): (f32, f32)) {
+        let d = f32_from_f16(u16::from_le_bytes(self.d));
+        let bits = (steps(scale, d, -32, 31) + 32) as u16;
+        let (half, pair) = (4 * (group % 2), 2 * group);
+        self.scales_l[group / 2] = self.scales_l[group / 2] & !(15 << half) | (bits as u8 & 15) << half;
+        let high = u16::from_le_bytes(self.scales_h) & !(3 << pair) | bits >> 4 << pair;
+        self.scales_h = high.to_le_bytes();
     }
 }
 

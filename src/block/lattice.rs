@@ -2,7 +2,7 @@
 //! by other means than rounding each weight by itself (GPTQ and its like) search among these, and store
 //! the codes they chose.
 
-use super::{Codec, codec};
+use super::{Codec, codec, f16_from_f32};
 use crate::error::{Error, Result};
 use crate::tensor::DType;
 
@@ -18,6 +18,9 @@ pub(super) trait Latticed<const N: usize>: bytemuck::Pod {
     fn lines(&self, lines: &mut [(f32, f32)]);
     /// Stores codes, one for each weight, each below the number of levels.
     fn put(&mut self, codes: &[u8; N]);
+    /// Brings scale and offset of a group as near to these as the block can, the other groups' staying
+    /// as they are.
+    fn set(&mut self, group: usize, line: (f32, f32));
 }
 
 /// The lattice of a type.
@@ -31,6 +34,7 @@ pub struct Lattice {
     pub levels: &'static [i8],
     lines: fn(&[u8], &mut [(f32, f32)]),
     put: fn(&[u8], &mut [u8]),
+    set: fn(usize, (f32, f32), &mut [u8]),
 }
 
 const fn lattice_of<B: Latticed<N>, const N: usize>(dtype: DType) -> Lattice {
@@ -48,6 +52,12 @@ const fn lattice_of<B: Latticed<N>, const N: usize>(dtype: DType) -> Lattice {
             let blocks = bytemuck::cast_slice_mut::<u8, B>(bytes);
             for (block, codes) in blocks.iter_mut().zip(codes.as_chunks().0) {
                 block.put(codes);
+            }
+        },
+        set: |group, line, bytes| {
+            let blocks = bytemuck::cast_slice_mut::<u8, B>(bytes);
+            if let Some(block) = blocks.get_mut(group / (N / B::GROUP)) {
+                block.set(group % (N / B::GROUP), line);
             }
         },
     }
@@ -77,6 +87,11 @@ pub fn lattice(dtype: DType) -> Option<&'static Lattice> {
 }
 
 impl Lattice {
+    /// Whether offsets can be other than 0: those of types whose levels count from 0.
+    pub fn has_offset(&self) -> bool {
+        self.levels.first() == Some(&0)
+    }
+
     /// Scale and offset of each group of encoded weights: one pair for each [`Self::group`] weights.
     ///
     /// # Errors
@@ -95,6 +110,24 @@ impl Lattice {
     pub fn put(&self, codes: &[u8], bytes: &mut [u8]) -> Result<()> {
         self.check(bytes, Some(codes.len()))?;
         (self.put)(codes, bytes);
+        Ok(())
+    }
+
+    /// Brings scale and offset of a group of encoded weights as near to `line` as the type can without
+    /// a change to other groups: where these share a scale of their scales, that stays. Codes stay too.
+    /// What is not finite changes nothing.
+    ///
+    /// # Errors
+    /// `Misuse` when `bytes` are not whole blocks, or have no such group.
+    pub fn set(&self, group: usize, line: (f32, f32), bytes: &mut [u8]) -> Result<()> {
+        let weights = bytes.len() / self.dtype.type_size() as usize * self.dtype.block_size() as usize;
+        self.check(bytes, Some(weights))?;
+        if group >= weights / self.group {
+            return Err(Error::misuse(format!("{weights} weights have no group {group}")));
+        }
+        if line.0.is_finite() && line.1.is_finite() {
+            (self.set)(group, line, bytes);
+        }
         Ok(())
     }
 
@@ -128,6 +161,19 @@ pub(super) const fn whole<const N: usize>(first: i8) -> [i8; N] {
     levels
 }
 
+/// The f16 next to `x`, little endian; the greatest for what is beyond.
+pub(super) fn half(x: f32) -> [u8; 2] {
+    f16_from_f32(x.clamp(-65504.0, 65504.0)).to_le_bytes()
+}
+
+/// How many times `unit` comes nearest to `x`.
+pub(super) fn steps(x: f32, unit: f32, least: i32, most: i32) -> i32 {
+    if unit == 0.0 {
+        return 0;
+    }
+    ((x / unit).round_ties_even() as i32).clamp(least, most)
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -143,6 +189,7 @@ mod tests {
         }
         assert!(lattice(DType::Q4_0).unwrap().lines(&[0; 17], &mut [(0.0, 0.0)]).is_err());
         assert!(lattice(DType::Q4_0).unwrap().put(&[0; 31], &mut [0; 18]).is_err());
+        assert!(lattice(DType::Q4_0).unwrap().set(1, (0.0, 0.0), &mut [0; 18]).is_err());
     }
 
     proptest! {
@@ -167,6 +214,22 @@ mod tests {
                 }
                 let mut after = lines.clone();
                 lattice.lines(&bytes, &mut after).unwrap();
+                prop_assert_eq!(&after, &lines);
+                // What a group has can be set; what it has not comes near, and other groups stay.
+                for (group, &line) in lines.iter().enumerate() {
+                    lattice.set(group, line, &mut bytes).unwrap();
+                }
+                lattice.lines(&bytes, &mut after).unwrap();
+                prop_assert_eq!(&after, &lines);
+                let group = usize::from(picks[0]) % lines.len();
+                let wanted = 0.5 * (lines[group].0 + lines[(group + 1) % lines.len()].0);
+                let before = (wanted - lines[group].0).abs();
+                lattice.set(group, (wanted, lines[group].1), &mut bytes).unwrap();
+                lattice.set(group, (f32::NAN, 0.0), &mut bytes).unwrap();
+                lattice.lines(&bytes, &mut after).unwrap();
+                let (line, was) = (after[group], lines[group]);
+                prop_assert!((wanted - line.0).abs() <= before && line.1 == was.1, "{} {line:?}", lattice.dtype);
+                after[group] = was;
                 prop_assert_eq!(&after, &lines);
             }
         }

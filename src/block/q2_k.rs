@@ -2,7 +2,7 @@
 
 use super::groups::LANES;
 use super::kquant::{Lined, encode_lines, pack_pairs, unpack_pairs};
-use super::lattice::{Latticed, whole};
+use super::lattice::{Latticed, steps, whole};
 use super::lines::{Affine, Weight};
 use super::{Codec, decode_pairs, f32_from_f16};
 use crate::tensor::DType;
@@ -34,6 +34,12 @@ impl Latticed<256> for Block {
 
     fn put(&mut self, codes: &[u8; 256]) {
         Lined::<16, 16>::pack(self, codes);
+    }
+
+    fn set(&mut self, group: usize, (scale, offset): (f32, f32)) {
+        let d = f32_from_f16(u16::from_le_bytes(self.d));
+        let dmin = f32_from_f16(u16::from_le_bytes(self.dmin));
+        self.scales[group] = steps(scale, d, 0, 15) as u8 | (steps(-offset, dmin, 0, 15) as u8) << 4;
     }
 }
 

@@ -3,7 +3,7 @@
 use super::cast::extreme;
 use super::groups::{Groups, LANES, Scales, at_rest, byte, descend, side_by_side, symmetric};
 use super::kquant::{nearest, pack_bits, pack_pairs, requantize, spreads, unpack_bits, unpack_pairs};
-use super::lattice::{Latticed, whole};
+use super::lattice::{Latticed, steps, whole};
 use super::{Codec, decode_pairs, f16_from_f32, f32_from_f16};
 use crate::tensor::DType;
 
@@ -37,6 +37,13 @@ impl Latticed<256> for Block {
     fn put(&mut self, codes: &[u8; 256]) {
         self.hmask = pack_bits(codes, 2);
         self.qs = pack_pairs(codes, 0);
+    }
+
+    fn set(&mut self, group: usize, (scale, _): (f32, f32)) {
+        let d = f32_from_f16(u16::from_le_bytes(self.d));
+        let mut scales = unpack_scales(&self.scales);
+        scales[group] = (steps(scale, d, -32, 31) + 32) as u8;
+        self.scales = pack_scales(&scales);
     }
 }
 

@@ -1,7 +1,7 @@
 //! Q4_0: 32 weights in 18 bytes, one scale, codes of 4 bits around 8.
 
 use super::cast::{extreme, has_inverse, inverse, round_up, scale_error, truncate};
-use super::lattice::{Latticed, whole};
+use super::lattice::{Latticed, half, whole};
 use super::{Codec, decode_pairs, encode_pairs, f16_from_f32, f32_from_f16, weighed};
 use crate::tensor::DType;
 
@@ -37,6 +37,10 @@ impl Latticed<32> for Block {
 
     fn put(&mut self, codes: &[u8; 32]) {
         self.qs = pack(codes);
+    }
+
+    fn set(&mut self, _: usize, (scale, _): (f32, f32)) {
+        self.d = half(scale);
     }
 }
 

@@ -1,7 +1,7 @@
 //! Q4_1: 32 weights in 20 bytes, a scale and a minimum, codes of 4 bits.
 
 use super::cast::{f16_error, has_inverse, inverse, min_max, round_up, scale_error, truncate};
-use super::lattice::{Latticed, whole};
+use super::lattice::{Latticed, half, whole};
 use super::q4_0::pack;
 use super::{Codec, decode_pairs, encode_pairs, f16_from_f32, f32_from_f16, weighed};
 use crate::tensor::DType;
@@ -41,6 +41,11 @@ impl Latticed<32> for Block {
 
     fn put(&mut self, codes: &[u8; 32]) {
         self.qs = pack(codes);
+    }
+
+    fn set(&mut self, _: usize, (scale, offset): (f32, f32)) {
+        self.d = half(scale);
+        self.m = half(offset);
     }
 }
 

@@ -2,7 +2,7 @@
 
 use super::groups::LANES;
 use super::kquant::{Lined, encode_lines, pack_halves, unpack_halves};
-use super::lattice::{Latticed, whole};
+use super::lattice::{Latticed, steps, whole};
 use super::lines::{Affine, Weight};
 use super::{Codec, decode_pairs, f32_from_f16};
 use crate::tensor::DType;
@@ -31,6 +31,18 @@ pub(super) struct Scales {
     pub packed: [u8; 12],
 }
 
+impl Scales {
+    /// Brings scale and offset of a group next to these.
+    pub(super) fn set(&mut self, group: usize, (scale, offset): (f32, f32)) {
+        let d = f32_from_f16(u16::from_le_bytes(self.d));
+        let dmin = f32_from_f16(u16::from_le_bytes(self.dmin));
+        let (mut scales, mut mins) = unpack(&self.packed);
+        scales[group] = steps(scale, d, 0, 63) as u8;
+        mins[group] = steps(-offset, dmin, 0, 63) as u8;
+        self.packed = pack(&scales, &mins);
+    }
+}
+
 impl Latticed<256> for Block {
     const GROUP: usize = 32;
     const LEVELS: &'static [i8] = &whole::<16>(0);
@@ -43,6 +55,10 @@ impl Latticed<256> for Block {
 
     fn put(&mut self, codes: &[u8; 256]) {
         Lined::<32, 8>::pack(self, codes);
+    }
+
+    fn set(&mut self, group: usize, line: (f32, f32)) {
+        self.scales.set(group, line);
     }
 }
 

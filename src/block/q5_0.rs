@@ -1,7 +1,7 @@
 //! Q5_0: 32 weights in 22 bytes, one scale, codes of 5 bits around 16.
 
 use super::cast::{extreme, inverse, truncate};
-use super::lattice::{Latticed, whole};
+use super::lattice::{Latticed, half, whole};
 use super::{Codec, decode_pairs, encode_pairs, f16_from_f32, f32_from_f16, weighed};
 use crate::tensor::DType;
 
@@ -40,6 +40,10 @@ impl Latticed<32> for Block {
 
     fn put(&mut self, codes: &[u8; 32]) {
         (self.qh, self.qs) = pack(codes);
+    }
+
+    fn set(&mut self, _: usize, (scale, _): (f32, f32)) {
+        self.d = half(scale);
     }
 }
 

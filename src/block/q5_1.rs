@@ -1,7 +1,7 @@
 //! Q5_1: 32 weights in 24 bytes, a scale and a minimum, codes of 5 bits.
 
 use super::cast::{inverse, min_max, truncate};
-use super::lattice::{Latticed, whole};
+use super::lattice::{Latticed, half, whole};
 use super::q5_0::{pack, unpack};
 use super::{Codec, decode_pairs, encode_pairs, f16_from_f32, f32_from_f16, weighed};
 use crate::tensor::DType;
@@ -44,6 +44,11 @@ impl Latticed<32> for Block {
 
     fn put(&mut self, codes: &[u8; 32]) {
         (self.qh, self.qs) = pack(codes);
+    }
+
+    fn set(&mut self, _: usize, (scale, offset): (f32, f32)) {
+        self.d = half(scale);
+        self.m = half(offset);
     }
 }
 

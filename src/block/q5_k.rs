@@ -33,6 +33,10 @@ impl Latticed<256> for Block {
     fn put(&mut self, codes: &[u8; 256]) {
         Lined::<32, 8>::pack(self, codes);
     }
+
+    fn set(&mut self, group: usize, line: (f32, f32)) {
+        self.scales.set(group, line);
+    }
 }
 
 pub(super) const SCALAR: Codec = Codec {

@@ -3,7 +3,7 @@
 use super::cast::extreme;
 use super::groups::{LANES, Scales, side_by_side, squares, symmetric};
 use super::kquant::{NOTHING, nearest, pack_halves, pack_pairs, requantize, unpack_halves, unpack_pairs};
-use super::lattice::{Latticed, whole};
+use super::lattice::{Latticed, steps, whole};
 use super::{Codec, decode_pairs, f16_from_f32, f32_from_f16};
 use crate::tensor::DType;
 use bytemuck::Zeroable;
@@ -38,6 +38,11 @@ impl Latticed<256> for Block {
     fn put(&mut self, codes: &[u8; 256]) {
         pack_halves::<64>(codes, &mut self.ql);
         self.qh = pack_pairs(codes, 4);
+    }
+
+    fn set(&mut self, group: usize, (scale, _): (f32, f32)) {
+        let d = f32_from_f16(u16::from_le_bytes(self.d));
+        self.scales[group] = steps(scale, d, -128, 127) as i8;
     }
 }
 

@@ -1,7 +1,7 @@
 //! Q8_0: 32 weights in 34 bytes, one scale, codes of 8 bits around zero.
 
 use super::cast::{abs_max, away, has_inverse, inverse, round_up, scale_error, truncate};
-use super::lattice::{Latticed, whole};
+use super::lattice::{Latticed, half, whole};
 use super::{Codec, decode_pairs, encode_pairs, f16_from_f32, f32_from_f16};
 use crate::tensor::DType;
 
@@ -29,6 +29,10 @@ impl Latticed<32> for Block {
             // -128 is left out, as ggml does: its dot products negate codes.
             *q = code.wrapping_sub(127) as i8;
         }
+    }
+
+    fn set(&mut self, _: usize, (scale, _): (f32, f32)) {
+        self.d = half(scale);
     }
 }
 

@@ -1,7 +1,7 @@
 //! TQ1_0: 256 weights in 54 bytes, one scale, five ternary codes in a byte.
 
 use super::cast::{abs_max, inverse, round};
-use super::lattice::{Latticed, whole};
+use super::lattice::{Latticed, half, whole};
 use super::{Codec, decode_pairs, encode_pairs, f16_from_f32, f32_from_f16};
 use crate::tensor::DType;
 
@@ -33,6 +33,10 @@ impl Latticed<256> for Block {
 
     fn put(&mut self, codes: &[u8; 256]) {
         self.pack(|i| codes[i]);
+    }
+
+    fn set(&mut self, _: usize, (scale, _): (f32, f32)) {
+        self.d = half(scale);
     }
 }
 

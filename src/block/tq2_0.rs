@@ -1,7 +1,7 @@
 //! TQ2_0: 256 weights in 66 bytes, one scale, ternary codes of 2 bits each.
 
 use super::cast::{abs_max, has_inverse, inverse, round, round_up, scale_error};
-use super::lattice::{Latticed, whole};
+use super::lattice::{Latticed, half, whole};
 use super::{Codec, decode_pairs, encode_pairs, f16_from_f32, f32_from_f16};
 use crate::tensor::DType;
 
@@ -31,6 +31,10 @@ impl Latticed<256> for Block {
                 *q = codes[m] | codes[m + 32] << 2 | codes[m + 64] << 4 | codes[m + 96] << 6;
             }
         }
+    }
+
+    fn set(&mut self, _: usize, (scale, _): (f32, f32)) {
+        self.d = half(scale);
     }
 }
 
