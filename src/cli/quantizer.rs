@@ -9,6 +9,8 @@ use qconv::convert::{
 };
 use qconv::error::{Error, Result};
 use qconv::limits::Limits;
+use qconv::quantize::Tuning;
+use qconv::quantize::ternary::Stage;
 use qconv::tensor::DType;
 
 use super::common::parse_size;
@@ -22,7 +24,7 @@ pub struct QuantizerArgs {
     pub imatrix: Option<PathBuf>,
 
     /// How weights become codes: rtn (each block by itself), imatrix (weighed by --imatrix, or by the
-    /// diagonal of --moments), or gptq, which needs second moments
+    /// diagonal of --moments), or one that needs second moments: gptq, trainable, adaround, ternary
     #[arg(long, value_name = "METHOD", value_parser = parse_method_arg)]
     pub method: Option<String>,
 
@@ -33,6 +35,23 @@ pub struct QuantizerArgs {
     /// Second moments of the inputs, as qconv calibrate writes them
     #[arg(long, value_name = "FILE")]
     pub moments: Option<PathBuf>,
+
+    /// Rounds of trainable and ternary, steps of adaround; at most
+    #[arg(long, value_name = "N", value_parser = parse_count)]
+    pub iters: Option<usize>,
+
+    /// Size of a step of adaround (trainable and ternary compute the best step)
+    #[arg(long, value_name = "RATE", value_parser = parse_rate)]
+    pub lr: Option<f32>,
+
+    /// Columns that each step of adaround moves, in turn; all unless given. Second moments stand for all
+    /// tokens, which therefore come in no batches
+    #[arg(long, value_name = "COLUMNS", value_parser = parse_count)]
+    pub batch: Option<usize>,
+
+    /// Where ternary stops: absmean, threshold, importance, feedback, refit or descent
+    #[arg(long, value_name = "STAGE", value_parser = Stage::parse)]
+    pub ternary_stage: Option<Stage>,
 
     /// Of the importance matrix use only entries whose name contains this
     #[arg(long, value_name = "NAME", requires = "imatrix", conflicts_with = "exclude_weights")]
@@ -106,6 +125,15 @@ fn parse_tensor_method_arg(text: &str) -> std::result::Result<String, String> {
     parse_tensor_method(text).map(|_| text.to_string()).map_err(|e| e.to_string())
 }
 
+fn parse_count(text: &str) -> std::result::Result<usize, String> {
+    text.parse().ok().filter(|&n| n > 0).ok_or_else(|| "a number from 1 on is needed".into())
+}
+
+fn parse_rate(text: &str) -> std::result::Result<f32, String> {
+    let rate = text.parse().ok().filter(|r: &f32| r.is_finite() && *r > 0.0);
+    rate.ok_or_else(|| "a positive number is needed".into())
+}
+
 fn parse_dtype(name: &str) -> std::result::Result<DType, String> {
     // The type of an entry for any tensor.
     parse_tensor_type(&format!(".={name}"))
@@ -119,18 +147,24 @@ impl QuantizerArgs {
         *self != Self::default()
     }
 
+    fn tuning(&self) -> Tuning {
+        Tuning { iters: self.iters, lr: self.lr, batch: self.batch, ternary_stage: self.ternary_stage }
+    }
+
     fn method_choice(&self) -> Result<Option<MethodChoice>> {
         let by_tensor =
             self.tensor_method.iter().map(|e| parse_tensor_method(e)).collect::<Result<Vec<_>>>()?;
         let others = self.method.as_deref().map(Way::parse).transpose()?;
-        if by_tensor.is_empty() && others.is_none() {
+        let choice = MethodChoice { by_tensor, others, moments: self.moments.clone() };
+        let choice = choice.tuned(&self.tuning())?;
+        if choice.is_empty() {
             return match &self.moments {
                 None => Ok(None),
                 Some(_) => Err(Error::misuse("--moments has no effect without a method")
                     .hint("--method gptq makes the most of them, --method imatrix takes their diagonal")),
             };
         }
-        Ok(Some(MethodChoice { by_tensor, others, moments: self.moments.clone() }))
+        Ok(Some(choice))
     }
 
     pub fn quantizer(&self, recipe: &'static Recipe) -> Result<Quantizer> {

@@ -11,7 +11,7 @@ use crate::block::lattice;
 use crate::container::moments::Moments;
 use crate::error::{Error, Result};
 use crate::limits::Limits;
-use crate::quantize::Method;
+use crate::quantize::{Method, Tuning};
 
 /// How the weights of a tensor become codes.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -136,6 +136,11 @@ impl MethodChoice {
         self.by_tensor.iter().map(|(_, way)| *way).chain(self.others)
     }
 
+    /// Whether none is.
+    pub fn is_empty(&self) -> bool {
+        self.ways().next().is_none()
+    }
+
     /// The method that needs moments which are not given, if there is one.
     pub fn lacks_moments(&self, has_imatrix: bool) -> Option<Way> {
         let needs = |way: &Way| match way {
@@ -144,6 +149,26 @@ impl MethodChoice {
             Way::Method(_) => true,
         };
         self.ways().find(needs).filter(|_| self.moments.is_none())
+    }
+
+    /// With options for the methods that have them.
+    ///
+    /// # Errors
+    /// `Misuse` for an option that none of them has.
+    pub fn tuned(mut self, tuning: &Tuning) -> Result<Self> {
+        let mut unused: Vec<&str> = tuning.names().collect();
+        let ways = self.by_tensor.iter_mut().map(|(_, way)| way).chain(&mut self.others);
+        for way in ways {
+            if let Way::Method(method) = way {
+                let rest: Vec<&str> = method.tune(tuning).names().collect();
+                unused.retain(|option| rest.contains(option));
+            }
+        }
+        match unused.first() {
+            Some(option) => Err(Error::misuse(format!("--{option} has no effect on these methods"))
+                .hint("--lr and --batch are for adaround; trainable and ternary know the best step")),
+            None => Ok(self),
+        }
     }
 
     fn check(&self, has_imatrix: bool) -> Result<()> {
@@ -188,6 +213,8 @@ mod tests {
             assert_eq!(guiding.way(name).unwrap().name(), way, "{name}");
         }
         assert_eq!(guiding.choice.lacks_moments(true).map(Way::name), Some("gptq"));
+        let tuned = |lr| guiding.choice.clone().tuned(&Tuning { lr, ..Tuning::default() });
+        assert!(tuned(None).is_ok() && tuned(Some(0.1)).is_err());
         for bad in ["", "gptq", "=gptq", "a=b", "(=rtn"] {
             assert!(parse_tensor_method(bad).is_err(), "{bad}");
         }

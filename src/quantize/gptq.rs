@@ -15,6 +15,7 @@ use faer::MatMut;
 use faer::dyn_stack::{MemBuffer, MemStack};
 use faer::linalg::cholesky::llt::factor::{cholesky_in_place, cholesky_in_place_scratch};
 
+use super::ternary::search;
 use crate::block::Lattice;
 use crate::block::gram::{PANEL, Tile, product};
 use crate::error::{Error, Result};
@@ -178,8 +179,7 @@ impl Feedback {
     /// `Misuse` when sizes do not fit.
     pub fn encode(&self, lattice: &Lattice, weights: &[f32], out: &mut [u8]) -> Result<Vec<f64>> {
         let n = self.columns();
-        let codec = lattice.codec()?;
-        codec.encode(weights, n, Some(&self.importance), out)?;
+        search(lattice, weights, n, &self.importance, out)?;
         let rows = weights.len() / n;
         let row_bytes = out.len() / rows.max(1);
         let mut attempt = out.to_vec();
@@ -205,7 +205,7 @@ impl Feedback {
                     out.copy_from_slice(attempt);
                 }
             }
-            codec.encode(&values, n, Some(&self.by_column), &mut attempt)?;
+            search(lattice, &values, n, &self.by_column, &mut attempt)?;
         }
         Ok(best)
     }
@@ -245,7 +245,7 @@ impl Feedback {
                 for r in 0..rows {
                     (scale[r], offset[r]) = lines[r * groups + column / lattice.group];
                 }
-                let (code, rounded) = nearest(lattice.levels, &values[j], &scale, &offset);
+                let (code, _, rounded) = nearest(lattice.levels, &values[j], &scale, &offset);
                 let mut error = [0f32; PANEL];
                 for r in 0..PANEL {
                     error[r] = originals[j][r] - rounded[r];
@@ -269,14 +269,14 @@ impl Feedback {
     }
 }
 
-/// The values of the lattice next to `values`, and their codes. A scale of 0 gives the offset.
+/// Next to `values`: codes, their levels, and the values of the lattice. A scale of 0 gives the offset.
 #[inline(always)]
-fn nearest(
+pub(super) fn nearest(
     levels: &[i8],
     values: &[f32; PANEL],
     scale: &[f32; PANEL],
     offset: &[f32; PANEL],
-) -> ([u8; PANEL], [f32; PANEL]) {
+) -> ([u8; PANEL], [f32; PANEL], [f32; PANEL]) {
     // Adding and taking away this rounds to an integer.
     const WHOLE: f32 = 12_582_912.0;
     let (first, last) = (levels[0], levels[levels.len() - 1]);
@@ -301,7 +301,7 @@ fn nearest(
     for r in 0..PANEL {
         rounded[r] = scale[r] * level[r] + offset[r];
     }
-    (codes, rounded)
+    (codes, level, rounded)
 }
 
 /// The lower Cholesky factor of a matrix whose lower triangle is given, column by column, in its place;

@@ -3,7 +3,12 @@
 //!
 //! Adding a method: one file here, a variant of [`Method`] and its row in [`Method::NAMES`].
 
+pub mod adaround;
+pub mod descent;
 pub mod gptq;
+#[cfg(test)]
+mod sample;
+pub mod ternary;
 
 use crate::block::Lattice;
 use crate::container::moments::{Input, Moments};
@@ -14,6 +19,39 @@ use crate::error::{Error, Result};
 pub enum Method {
     /// One weight after the other, with feedback of the error.
     Gptq(gptq::Options),
+    /// The same, then codes and scales moved where that pays.
+    Trainable(descent::Options),
+    /// Scales rest: one of two levels for each weight by gradient, then codes moved where that pays.
+    AdaRound(adaround::Options),
+    /// For the types with three levels: their scales and thresholds as well.
+    Ternary(ternary::Options),
+}
+
+/// Options of methods, where the user sets them.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Tuning {
+    /// Steps of `adaround`, rounds of `trainable` and `ternary`.
+    pub iters: Option<usize>,
+    /// The size of a step of `adaround`.
+    pub lr: Option<f32>,
+    /// Columns that a step of `adaround` moves.
+    pub batch: Option<usize>,
+    /// The last stage of `ternary`.
+    pub ternary_stage: Option<ternary::Stage>,
+}
+
+impl Tuning {
+    /// The options that are set, as the command line calls them.
+    pub fn names(&self) -> impl Iterator<Item = &'static str> {
+        let Self { iters, lr, batch, ternary_stage } = self;
+        let each = [
+            iters.map(|_| "iters"),
+            lr.map(|_| "lr"),
+            batch.map(|_| "batch"),
+            ternary_stage.map(|_| "ternary-stage"),
+        ];
+        each.into_iter().flatten()
+    }
 }
 
 /// What a method made of the moments of an input, for all rows that read it.
@@ -21,11 +59,22 @@ pub enum Method {
 pub enum Prepared {
     /// For GPTQ.
     Gptq(gptq::Feedback),
+    /// For AdaRound.
+    AdaRound(adaround::AdaRound),
+    /// For descent on codes and scales.
+    Trainable(descent::Descent),
+    /// For ternary weights.
+    Ternary(ternary::Ternary),
 }
 
 impl Method {
     /// Every method by its name, as it is without options.
-    pub const NAMES: &[(&str, fn() -> Self)] = &[("gptq", || Self::Gptq(gptq::Options::default()))];
+    pub const NAMES: &[(&str, fn() -> Self)] = &[
+        ("gptq", || Self::Gptq(gptq::Options::default())),
+        ("trainable", || Self::Trainable(descent::Options::default())),
+        ("adaround", || Self::AdaRound(adaround::Options::default())),
+        ("ternary", || Self::Ternary(ternary::Options::default())),
+    ];
 
     /// By its name, as it is without options.
     pub fn parse(name: &str) -> Option<Self> {
@@ -36,6 +85,9 @@ impl Method {
     pub fn name(&self) -> &'static str {
         match self {
             Self::Gptq(_) => "gptq",
+            Self::Trainable(_) => "trainable",
+            Self::AdaRound(_) => "adaround",
+            Self::Ternary(_) => "ternary",
         }
     }
 
@@ -44,10 +96,35 @@ impl Method {
         Self::NAMES.iter().map(|(name, _)| *name)
     }
 
+    /// Sets the options it has, and returns those that it has not.
+    pub fn tune(&mut self, tuning: &Tuning) -> Tuning {
+        fn take<T>(own: &mut T, given: &mut Option<T>) {
+            if let Some(given) = given.take() {
+                *own = given;
+            }
+        }
+        let mut rest = *tuning;
+        match self {
+            Self::Gptq(_) => {}
+            Self::Trainable(options) => take(&mut options.iters, &mut rest.iters),
+            Self::AdaRound(options) => {
+                take(&mut options.iters, &mut rest.iters);
+                take(&mut options.lr, &mut rest.lr);
+                take(&mut options.batch, &mut rest.batch);
+            }
+            Self::Ternary(options) => {
+                take(&mut options.descent.iters, &mut rest.iters);
+                take(&mut options.stage, &mut rest.ternary_stage);
+            }
+        }
+        rest
+    }
+
     /// Bytes that preparing for an input of so many columns takes at most, and those that are then kept.
     pub fn bytes(&self, columns: u64) -> (u64, u64) {
         match self {
             Self::Gptq(_) => gptq::Feedback::bytes(columns),
+            Self::AdaRound(_) | Self::Trainable(_) | Self::Ternary(_) => descent::Descent::bytes(columns),
         }
     }
 
@@ -65,6 +142,13 @@ impl Method {
         let sums = OfExpert { moments, input, expert };
         match self {
             Self::Gptq(options) => Ok(Prepared::Gptq(gptq::Feedback::new(&sums, count, options)?)),
+            Self::AdaRound(options) => {
+                Ok(Prepared::AdaRound(adaround::AdaRound::new(&sums, count, options)?))
+            }
+            Self::Trainable(options) => {
+                Ok(Prepared::Trainable(descent::Descent::new(&sums, count, options)?))
+            }
+            Self::Ternary(options) => Ok(Prepared::Ternary(ternary::Ternary::new(&sums, count, options)?)),
         }
     }
 }
@@ -77,6 +161,9 @@ impl Prepared {
     pub fn encode(&self, lattice: &Lattice, weights: &[f32], out: &mut [u8]) -> Result<Vec<f64>> {
         match self {
             Self::Gptq(feedback) => feedback.encode(lattice, weights, out),
+            Self::AdaRound(adaround) => adaround.encode(lattice, weights, out),
+            Self::Trainable(descent) => descent.encode(lattice, weights, out),
+            Self::Ternary(ternary) => ternary.encode(lattice, weights, out),
         }
     }
 }
@@ -99,5 +186,166 @@ impl gptq::Sums for OfExpert<'_> {
             true => Err(Error::malformed(format!("moments of {:?} are not finite", self.input.name))),
             false => Ok(()),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::sample::{Square, noise};
+    use super::*;
+    use crate::block::lattice;
+    use crate::tensor::DType;
+
+    const TYPES: [DType; 6] =
+        [DType::Q4_0, DType::Q5_1, DType::Q2_K, DType::Q3_K, DType::IQ4_XS, DType::TQ2_0];
+
+    fn prepare(method: &Method, sums: &Square, tokens: u64) -> Result<Prepared> {
+        match method {
+            Method::Gptq(o) => gptq::Feedback::new(sums, tokens, o).map(Prepared::Gptq),
+            Method::AdaRound(o) => adaround::AdaRound::new(sums, tokens, o).map(Prepared::AdaRound),
+            Method::Trainable(o) => descent::Descent::new(sums, tokens, o).map(Prepared::Trainable),
+            Method::Ternary(o) => ternary::Ternary::new(sums, tokens, o).map(Prepared::Ternary),
+        }
+    }
+
+    /// Few steps: tests are not optimized.
+    fn brief(name: &str) -> Method {
+        tuned(name, Tuning { iters: Some(3), ..Tuning::default() }).0
+    }
+
+    /// With options, and those that it has not.
+    fn tuned(name: &str, tuning: Tuning) -> (Method, Vec<&'static str>) {
+        let mut method = Method::parse(name).unwrap();
+        let rest = method.tune(&tuning).names().collect();
+        (method, rest)
+    }
+
+    fn encode(prepared: &Prepared, dtype: DType, weights: &[f32]) -> (Vec<f64>, Vec<u8>) {
+        let mut bytes = vec![0; dtype.bytes_for(weights.len() as u64).unwrap() as usize];
+        let costs = prepared.encode(lattice(dtype).unwrap(), weights, &mut bytes).unwrap();
+        (costs, bytes)
+    }
+
+    #[test]
+    fn what_searches_is_no_worse_than_its_start() {
+        let (n, tokens, rows) = (256, 300, 33);
+        let sums = Square::new(n, tokens);
+        let weights = noise(n * rows, 3);
+        let gptq = prepare(&brief("gptq"), &sums, tokens as u64).unwrap();
+        for name in ["adaround", "trainable", "ternary"] {
+            let prepared = prepare(&brief(name), &sums, tokens as u64).unwrap();
+            let mut gain = 0.0;
+            for dtype in TYPES {
+                let (start, _) = encode(&gptq, dtype, &weights);
+                let (costs, bytes) = encode(&prepared, dtype, &weights);
+                let mut decoded = vec![0f32; n * rows];
+                lattice(dtype).unwrap().codec().unwrap().decode(&bytes, &mut decoded).unwrap();
+                for (r, (&cost, start)) in costs.iter().zip(&start).enumerate() {
+                    assert!(cost <= start * (1.0 + 1e-4), "{name} {dtype}: {cost} after {start}");
+                    gain += (1.0 - cost / start) / (rows * TYPES.len()) as f64;
+                    // What is claimed is what the bytes say.
+                    let row = r * n..(r + 1) * n;
+                    let error: Vec<f32> =
+                        weights[row.clone()].iter().zip(&decoded[row]).map(|(w, y)| w - y).collect();
+                    let exact = sums.cost(tokens, 0.01, &error);
+                    assert!((cost - exact).abs() <= 1e-3 * exact, "{name} {dtype}: {cost} {exact}");
+                }
+                // Rows do not depend on each other.
+                let (_, alone) = encode(&prepared, dtype, &weights[32 * n..]);
+                assert_eq!(alone, bytes[32 * alone.len()..], "{name} {dtype}");
+            }
+            assert!(gain > 0.01, "{name}: {gain}");
+        }
+    }
+
+    /// On a small problem, every choice of codes can be tried.
+    #[test]
+    fn adaround_is_near_the_best_choice() {
+        let (n, tokens) = (32, 100);
+        let sums = Square::new(n, tokens);
+        let method = Method::parse("adaround").unwrap();
+        let prepared = prepare(&method, &sums, tokens as u64).unwrap();
+        let lattice = lattice(DType::Q4_0).unwrap();
+        // Only the first 12 weights are between levels of the scale, 1.
+        let mut weights = vec![0f32; n];
+        weights[n - 1] = -8.0;
+        let fractions = noise(12, 5);
+        weights.iter_mut().zip(&fractions).for_each(|(w, f)| *w = f.abs().fract() + 1.0);
+        let (costs, bytes) = encode(&prepared, DType::Q4_0, &weights);
+        let mut lines = [(0.0, 0.0)];
+        lattice.lines(&bytes, &mut lines).unwrap();
+        let best = (0..1u32 << 12).map(|ups| {
+            let error: Vec<f32> = (0..n)
+                .map(|i| {
+                    let level = weights[i] / lines[0].0;
+                    let up = if i < 12 { level.floor() + (ups >> i & 1) as f32 } else { level.round() };
+                    weights[i] - lines[0].0 * up
+                })
+                .collect();
+            sums.cost(tokens, 0.01, &error)
+        });
+        let best = best.fold(f64::INFINITY, f64::min);
+        assert!(costs[0] <= 1.3 * best, "{} {best}", costs[0]);
+    }
+
+    #[test]
+    fn stages_of_ternary_follow_each_other() {
+        let (n, tokens, rows) = (256, 300, 8);
+        let sums = Square::new(n, tokens);
+        let weights = noise(n * rows, 3);
+        for dtype in [DType::TQ1_0, DType::TQ2_0] {
+            let totals: Vec<f64> = ternary::Stage::NAMES
+                .iter()
+                .map(|(name, stage)| {
+                    assert_eq!(ternary::Stage::parse(name).unwrap(), *stage);
+                    let tuning = Tuning { ternary_stage: Some(*stage), ..Tuning::default() };
+                    let (method, _) = tuned("ternary", tuning);
+                    let prepared = prepare(&method, &sums, tokens as u64).unwrap();
+                    encode(&prepared, dtype, &weights).0.iter().sum()
+                })
+                .collect();
+            // Each stage by itself is better than the one before, on this problem but for the second.
+            assert!(totals[2] < totals[0] && totals[3] < totals[2], "{totals:?}");
+            assert!(totals[4] <= totals[3] && totals[5] < totals[4], "{totals:?}");
+        }
+    }
+
+    #[test]
+    fn what_says_nothing_is_no_obstacle() {
+        let n = 256;
+        let one = Square::new(n, 1);
+        let mut spike = Square { n, sums: vec![0.0; n * n] };
+        spike.sums[0] = 1e20;
+        let mut weights = noise(n * 3, 3);
+        weights[..n].fill(0.0);
+        weights[n..2 * n].iter_mut().for_each(|w| *w *= 1e-30);
+        for (name, _) in Method::NAMES {
+            for sums in [&one, &spike] {
+                let prepared = prepare(&brief(name), sums, 1).unwrap();
+                for dtype in [DType::Q4_0, DType::Q2_K, DType::TQ2_0] {
+                    let (costs, _) = encode(&prepared, dtype, &weights);
+                    assert!(costs.iter().all(|c| c.is_finite()), "{name} {dtype} {costs:?}");
+                }
+            }
+            let nothing = Square { n, sums: vec![0.0; n * n] };
+            assert!(prepare(&brief(name), &nothing, 1).is_err());
+        }
+    }
+
+    #[test]
+    fn options_that_mean_nothing_are_left() {
+        let all = Tuning {
+            iters: Some(7),
+            lr: Some(0.5),
+            batch: Some(64),
+            ternary_stage: Some(ternary::Stage::Absmean),
+        };
+        assert_eq!(tuned("gptq", all).1, ["iters", "lr", "batch", "ternary-stage"]);
+        assert_eq!(tuned("trainable", all).1, ["lr", "batch", "ternary-stage"]);
+        assert_eq!(tuned("adaround", all).1, ["ternary-stage"]);
+        assert_eq!(tuned("ternary", all).1, ["lr", "batch"]);
+        let Method::AdaRound(options) = tuned("adaround", all).0 else { unreachable!() };
+        assert_eq!((options.iters, options.lr, options.batch), (7, 0.5, 64));
+        assert!(ternary::Stage::parse("none").is_err());
     }
 }
