@@ -23,7 +23,7 @@ fn recipe(name: &str) -> &'static Recipe {
 }
 
 fn run(options: &Quantize) -> qconv::Result<()> {
-    options.plan()?.run(true, &common::budget(), &Silent)
+    options.plan()?.run(true, &common::budget(), &Silent).map(drop)
 }
 
 fn quantize(source: &Path, output: &Path, quantizer: Quantizer) -> qconv::Result<()> {

@@ -4,7 +4,7 @@ use std::io::Write;
 use std::path::PathBuf;
 use std::time::Instant;
 
-use qconv::convert::{Budget, Job, TokenCheck};
+use qconv::convert::{Budget, Job, Outcome, TokenCheck};
 use qconv::error::{Error, Result};
 use serde_json::json;
 
@@ -124,8 +124,14 @@ pub fn parse_scaled(text: &str) -> std::result::Result<(PathBuf, f32), String> {
     }
 }
 
-/// Runs a planned job under a progress bar, or shows it; returns the seconds it took.
-pub fn carry_out(job: &Job, args: &WriteArgs) -> Result<Option<f64>> {
+/// A job that was carried out.
+pub struct Done {
+    pub seconds: f64,
+    pub outcomes: Vec<Outcome>,
+}
+
+/// Runs a planned job under a progress bar, or shows it.
+pub fn carry_out(job: &Job, args: &WriteArgs) -> Result<Option<Done>> {
     let budget = args.work.budget()?;
     if args.dry_run {
         show_plan(job, &budget, args.work.json).map_err(|e| Error::io("write", "stdout", e))?;
@@ -145,8 +151,8 @@ pub fn carry_out(job: &Job, args: &WriteArgs) -> Result<Option<f64>> {
     let progress = Progress::new("converting", bytes, args.work.quiet);
     let done = job.run(args.force, &budget, &progress);
     progress.finish();
-    done?;
-    Ok(Some(begun.elapsed().as_secs_f64()))
+    let outcomes = done?;
+    Ok(Some(Done { seconds: begun.elapsed().as_secs_f64(), outcomes }))
 }
 
 fn show_plan(job: &Job, budget: &Budget, json: bool) -> std::io::Result<()> {
@@ -202,19 +208,20 @@ fn show_plan(job: &Job, budget: &Budget, json: bool) -> std::io::Result<()> {
 
 /// Runs a planned job, and sums it up.
 pub fn finish(job: &Job, args: &WriteArgs) -> anyhow::Result<super::Status> {
-    if let Some(seconds) = carry_out(job, args)? {
+    if let Some(done) = carry_out(job, args)? {
         if !args.work.quiet {
-            say_summary(job, seconds);
+            say_summary(job, &done);
         }
         if args.work.json {
-            println!("{:#}", summary(job, seconds));
+            println!("{:#}", summary(job, &done));
         }
     }
     Ok(super::Status::Done)
 }
 
 /// The summary of a finished job as JSON.
-pub fn summary(job: &Job, seconds: f64) -> serde_json::Value {
+pub fn summary(job: &Job, done: &Done) -> serde_json::Value {
+    let notes: Vec<String> = job.plan.notes.iter().cloned().chain(Outcome::notes(&done.outcomes)).collect();
     let input: u64 = job.store.tensors().iter().map(|t| t.nbytes).sum();
     json!({
         "output": job.output,
@@ -224,14 +231,15 @@ pub fn summary(job: &Job, seconds: f64) -> serde_json::Value {
         "tensors": job.plan.tensors.len(),
         "parameters": job.plan.parameters(),
         "bits_per_weight": job.plan.bits_per_weight(),
-        "seconds": seconds,
+        "seconds": done.seconds,
         "tokens": job.tokens,
-        "notes": job.plan.notes,
+        "notes": notes,
     })
 }
 
 /// The summary of a finished job as a line.
-pub fn say_summary(job: &Job, seconds: f64) {
+pub fn say_summary(job: &Job, done: &Done) {
+    let seconds = done.seconds;
     let input: u64 = job.store.tensors().iter().map(|t| t.nbytes).sum();
     let output = job.plan.total_len();
     ui::say(&format!(
@@ -247,6 +255,7 @@ pub fn say_summary(job: &Job, seconds: f64) {
     if let Some(tokens) = &job.tokens {
         ui::say(&format!("tokens: {tokens}"));
     }
+    Outcome::notes(&done.outcomes).iter().for_each(|n| ui::say(&format!("note: {n}")));
 }
 
 #[cfg(test)]

@@ -107,10 +107,10 @@ pub fn run(args: &Args) -> anyhow::Result<Status> {
         limits: Limits::default(),
     };
     let job = conversion.plan()?;
-    let Some(seconds) = common::carry_out(&job, &args.write)? else { return Ok(Status::Done) };
+    let Some(done) = common::carry_out(&job, &args.write)? else { return Ok(Status::Done) };
     let work = &args.write.work;
     if !work.quiet {
-        common::say_summary(&job, seconds);
+        common::say_summary(&job, &done);
     }
     let report = if args.no_verify {
         None
@@ -132,7 +132,7 @@ pub fn run(args: &Args) -> anyhow::Result<Status> {
         Some(verify::verify(&options, &work.budget()?, &ui::Progress::new("verifying", 0, true))?)
     };
     if work.json {
-        let mut summary = common::summary(&job, seconds);
+        let mut summary = common::summary(&job, &done);
         summary["verify"] = json!(report.as_ref().map(|r| &r.checks));
         println!("{summary:#}");
     }

@@ -58,12 +58,36 @@ impl Guiding {
         matching.map_or(self.choice.others, |(_, way)| Some(*way))
     }
 
-    /// The guide for a tensor, named as in the model; `None` where its type has no lattice, or its input
-    /// was not calibrated.
-    pub fn guide(&self, method: Method, name: &str, tensor: &TensorPlan) -> Option<Guide> {
-        let lattice = lattice(tensor.dtype)?;
-        let Importance::Diagonal { moments, input } = self.diagonal(name, tensor)? else { return None };
-        input.columns.is_multiple_of(PANEL as u64).then_some(Guide { moments, input, method, lattice })
+    /// The guide for a tensor, named as in the model, or why there is none. Where some experts have seen
+    /// too little, it says so as well.
+    pub fn guide(
+        &self,
+        method: Method,
+        name: &str,
+        tensor: &TensorPlan,
+    ) -> std::result::Result<(Guide, Option<String>), String> {
+        let lattice =
+            lattice(tensor.dtype).ok_or_else(|| format!("type {} has no fixed grid", tensor.dtype))?;
+        let Some(Importance::Diagonal { moments, input }) = self.diagonal(name, tensor) else {
+            return Err("the moments have nothing of what it reads".into());
+        };
+        if !input.columns.is_multiple_of(PANEL as u64) {
+            return Err(format!("rows of {} are no multiple of {PANEL}", input.columns));
+        }
+        let counts = moments.counts(&input).unwrap_or_default();
+        let few = counts.iter().filter(|&&n| n < method.least_tokens()).count();
+        let why = match few {
+            0 => None,
+            n if n == counts.len() => {
+                return Err(format!("fewer than {} tokens reached it", method.least_tokens()));
+            }
+            n => Some(format!(
+                "fewer than {} tokens reached {n} of {} experts",
+                method.least_tokens(),
+                counts.len()
+            )),
+        };
+        Ok((Guide { moments, input, method, lattice }, why))
     }
 
     /// The mean squares of a tensor's input; `None` where it was not calibrated.
@@ -76,14 +100,31 @@ impl Guiding {
         fits.then(|| Importance::Diagonal { moments: moments.clone(), input: input.clone() })
     }
 
-    /// What was guided, and what was not.
-    pub fn note(&self, tensors: &[TensorPlan]) -> String {
+    /// What is rounded how, and where that is not what was asked for.
+    pub fn notes(&self, tensors: &[TensorPlan]) -> Vec<String> {
         let mut counts: indexmap::IndexMap<&str, usize> = indexmap::IndexMap::new();
-        for t in tensors.iter().filter(|t| t.dtype.is_block() && !t.is_plain()) {
+        for t in tensors.iter().filter(|t| t.is_rounded()) {
             *counts.entry(t.rounding.name()).or_default() += 1;
         }
         let counts: Vec<_> = counts.iter().map(|(name, n)| format!("{n} by {name}")).collect();
-        format!("tensors are rounded: {}", counts.join(", "))
+        let mut notes = vec![format!("tensors are rounded: {}", counts.join(", "))];
+        let mut fallbacks: indexmap::IndexMap<(&str, &str), Vec<&TensorPlan>> = indexmap::IndexMap::new();
+        for t in tensors {
+            if let Some(f) = &t.fallback {
+                fallbacks.entry((f.wanted, &f.why)).or_default().push(t);
+            }
+        }
+        for ((wanted, why), tensors) in fallbacks {
+            let shown: Vec<_> =
+                tensors.iter().take(3).map(|t| format!("{} by {}", t.name, t.rounding.name())).collect();
+            let more = if tensors.len() > 3 { ", ..." } else { "" };
+            notes.push(format!(
+                "not by {wanted}, since {why}: {} ({}{more})",
+                tensors.len(),
+                shown.join(", ")
+            ));
+        }
+        notes
     }
 }
 

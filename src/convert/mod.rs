@@ -15,6 +15,7 @@ mod hf_to_gguf;
 mod lora_to_gguf;
 mod low_rank;
 mod model_id;
+mod outcome;
 mod plan;
 mod quantize;
 mod quantizer;
@@ -33,6 +34,7 @@ pub use gguf_to_hf::GgufToHf;
 pub use guide::{MethodChoice, Way, parse_tensor_method};
 pub use hf_to_gguf::{HfToGguf, MergeLora, source_tensors};
 pub use lora_to_gguf::LoraToGguf;
+pub use outcome::{Fallback, Outcome, OutputError};
 pub use plan::{Budget, FilePlan, Obstacle, Plan, TensorPlan};
 pub use quantize::Quantize;
 pub use quantizer::{ImatrixChoice, Quantizer};
@@ -81,12 +83,13 @@ impl Job {
         self.plan.files.iter().map(place).collect()
     }
 
-    /// Streams the plan into the output, and gives it its name when complete.
+    /// Streams the plan into the output, and gives it its name when complete. Returns what became of each
+    /// tensor, in the plan's order.
     ///
     /// # Errors
     /// `Misuse` when the output exists (unless `force`) or is an input, when something that the plan
     /// needs is missing, or when the budget is too small; `Io`; what the source's data give.
-    pub fn run(&self, force: bool, budget: &Budget, observer: &dyn Observer) -> Result<()> {
+    pub fn run(&self, force: bool, budget: &Budget, observer: &dyn Observer) -> Result<Vec<Outcome>> {
         let outputs = self.outputs();
         self.plan.check_feasible()?;
         self.plan.check_not_input(&outputs, &self.store)?;
@@ -104,8 +107,9 @@ impl Job {
         for (file, plan) in stage.files().iter().zip(&self.plan.files) {
             file.write_at(0, &plan.header)?;
         }
-        stream::stream(&self.plan, &self.store, stage.files(), budget, observer)?;
-        stage.commit()
+        let outcomes = stream::stream(&self.plan, &self.store, stage.files(), budget, observer)?;
+        stage.commit()?;
+        Ok(outcomes)
     }
 }
 

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::gather::Source;
+use super::outcome::Fallback;
 use crate::block::gram::PANEL;
 use crate::block::{Lattice, codec};
 use crate::container::Store;
@@ -119,6 +120,8 @@ pub struct TensorPlan {
     pub source: Source,
     /// How its weights become codes, where they are not copied.
     pub rounding: Rounding,
+    /// Why that is not, or not everywhere, what was asked for.
+    pub fallback: Option<Fallback>,
     /// Which output file.
     pub file: usize,
     /// First byte in that file.
@@ -154,6 +157,7 @@ impl TensorPlan {
             wanted,
             source,
             rounding: Rounding::Nearest,
+            fallback: None,
             file: 0,
             offset: 0,
             nbytes,
@@ -163,6 +167,11 @@ impl TensorPlan {
     /// Whether bytes are copied as they are.
     pub fn is_plain(&self) -> bool {
         self.source.is_plain(self.dtype)
+    }
+
+    /// Whether weights become codes of blocks.
+    pub fn is_rounded(&self) -> bool {
+        self.dtype.is_block() && !self.is_plain()
     }
 
     /// Weights in a row, and rows that share an importance: those of one expert.

@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use super::gather::Source;
 use super::guide::{Guiding, MethodChoice, Way};
+use super::outcome::Fallback;
 use super::plan::{Importance, Obstacle, Plan, Rounding, TensorPlan};
 use super::recipe::{Choice, ModelFacts, Overrides, Recipe, loader_order};
 use crate::arch::Mapped;
@@ -137,7 +138,7 @@ impl Quantizer {
             plan.tensors.push(planned);
         }
         plan.note_fallbacks();
-        plan.notes.extend(guiding.iter().map(|g| g.note(&plan.tensors)));
+        plan.notes.extend(guiding.iter().flat_map(|g| g.notes(&plan.tensors)));
         if let Some((weighing, report)) = weighing {
             plan.notes.extend(report.notes(&weighing, plan.tensors.len()));
         }
@@ -175,11 +176,16 @@ impl Quantizer {
             return Ok(planned);
         }
         let way = guiding.and_then(|g| g.way(&planned.name));
-        if let (Some(Way::Method(method)), Some(guiding)) = (way, guiding)
-            && let Some(guide) = guiding.guide(method, &original, &planned)
-        {
-            planned.rounding = Rounding::Guided(guide);
-            return Ok(planned);
+        if let (Some(Way::Method(method)), Some(guiding), true) = (way, guiding, planned.is_rounded()) {
+            let (found, why) = match guiding.guide(method, &original, &planned) {
+                Ok((guide, some)) => (Some(guide), some),
+                Err(all) => (None, Some(all)),
+            };
+            planned.fallback = why.map(|why| Fallback { wanted: method.name(), why });
+            if let Some(guide) = found {
+                planned.rounding = Rounding::Guided(guide);
+                return Ok(planned);
+            }
         }
         if codec.is_none_or(|c| !c.heeds_importance()) || way == Some(Way::Rtn) {
             return Ok(planned);

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 
 use super::gather::Scratch;
+use super::outcome::{Ledger, Outcome, Tally};
 use super::plan::{Budget, Guide, Importance, Plan, Rounding, TensorPlan};
 use super::stage::OutputFile;
 use crate::block::{Codec, codec};
@@ -30,7 +31,7 @@ impl Observer for Silent {
     }
 }
 
-/// Writes every tensor of `plan` into `files` (in the order of `plan.files`).
+/// Writes every tensor of `plan` into `files` (in the order of `plan.files`). Returns what became of each.
 ///
 /// # Errors
 /// The first that any worker meets; `Interrupted` when the observer says so.
@@ -40,7 +41,7 @@ pub fn stream(
     files: &[OutputFile],
     budget: &Budget,
     observer: &dyn Observer,
-) -> Result<()> {
+) -> Result<Vec<Outcome>> {
     // Spans of tensor k are numbers firsts[k]..firsts[k + 1].
     let mut firsts = vec![0usize];
     for t in &plan.tensors {
@@ -52,6 +53,7 @@ pub fn stream(
     let stop = AtomicBool::new(false);
     let failure: Mutex<Option<Error>> = Mutex::new(None);
     let guides = Guides::new(budget.threads);
+    let ledger = Ledger::new(plan);
     let work = || {
         let mut worker = Worker::default();
         while !stop.load(Ordering::Relaxed) {
@@ -70,7 +72,10 @@ pub fn stream(
                 worker.span(tensor, store, &files[tensor.file], start, end, &guides)
             };
             match done {
-                Ok(bytes) => observer.advance(bytes, &tensor.name),
+                Ok((bytes, tallies)) => {
+                    ledger.enter(k, start, tallies);
+                    observer.advance(bytes, &tensor.name);
+                }
                 Err(e) => {
                     stop.store(true, Ordering::Relaxed);
                     let mut failure = lock(&failure);
@@ -89,7 +94,7 @@ pub fn stream(
     });
     match failure.into_inner().unwrap_or_else(|e| e.into_inner()) {
         Some(e) => Err(e),
-        None => Ok(()),
+        None => Ok(ledger.close(plan)),
     }
 }
 
@@ -112,7 +117,8 @@ impl Worker {
         start: u64,
         end: u64,
         guides: &Guides,
-    ) -> Result<u64> {
+    ) -> Result<(u64, Vec<Tally>)> {
+        let mut tallies = Vec::new();
         if t.is_plain() {
             t.source.raw(store, start, end, &mut self.bytes, &mut self.scratch)?;
         } else {
@@ -133,11 +139,11 @@ impl Worker {
                     codec.encode(&self.values, row, Some(&self.importance), &mut self.bytes)?;
                 }
                 Rounding::Weighed(importance) => self.weighed(t, importance, codec, start)?,
-                Rounding::Guided(guide) => self.guided(t, guide, codec, start, guides)?,
+                Rounding::Guided(guide) => tallies = self.guided(t, guide, codec, start, guides)?,
             }
         }
         file.write_at(t.offset + t.dtype.bytes_for(start)?, &self.bytes)?;
-        Ok(self.bytes.len() as u64)
+        Ok((self.bytes.len() as u64, tallies))
     }
 
     /// Encodes whole rows from element `start` on, those of each expert with its own importance.
@@ -154,7 +160,8 @@ impl Worker {
         })
     }
 
-    /// The same by second moments; without a guide where an expert has seen too little.
+    /// The same by second moments; weighed by their diagonal where an expert has seen too little. Returns
+    /// what became of each expert's rows.
     fn guided(
         &mut self,
         t: &TensorPlan,
@@ -162,13 +169,26 @@ impl Worker {
         codec: &Codec,
         start: u64,
         guides: &Guides,
-    ) -> Result<()> {
-        by_expert(t, start, &self.values, &mut self.bytes, |expert, row, values, bytes| {
+    ) -> Result<Vec<Tally>> {
+        let Self { values, bytes, importance, important, .. } = self;
+        let mut tallies = Vec::new();
+        let first = start / t.rows().0;
+        by_expert(t, start, values, bytes, |expert, row, values, bytes| {
             match guides.get(guide, expert)? {
-                Some(prepared) => prepared.encode(guide.lattice, values, bytes).map(|_| ()),
-                None => codec.encode(values, row, None, bytes),
+                Some(prepared) => {
+                    let costs = prepared.encode(guide.lattice, values, bytes)?;
+                    tallies.push(Tally::new((expert, first), &prepared, codec, values, bytes, &costs)?);
+                    Ok(())
+                }
+                None => {
+                    *important = None;
+                    importance.resize(row, 0.0);
+                    guide.moments.mean_squares(&guide.input, expert, importance)?;
+                    codec.encode(values, row, Some(importance), bytes)
+                }
             }
-        })
+        })?;
+        Ok(tallies)
     }
 }
 

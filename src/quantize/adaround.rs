@@ -10,7 +10,7 @@
 //! beyond the two levels. Each row keeps the better of the two.
 
 use super::descent::{self, Descent, Lane, Rows};
-use super::gptq::Sums;
+use super::gptq::{Feedback, Sums};
 use crate::block::Lattice;
 use crate::block::gram::PANEL;
 use crate::error::Result;
@@ -58,6 +58,11 @@ impl AdaRound {
     /// As [`Descent::new`].
     pub fn new(moments: &dyn Sums, count: u64, options: &Options) -> Result<Self> {
         Ok(Self { descent: Descent::new(moments, count, &options.descent)?, options: *options })
+    }
+
+    /// The moments, as they were factored.
+    pub fn feedback(&self) -> &Feedback {
+        self.descent.feedback()
     }
 
     /// Encodes whole rows, and returns the cost of each.

@@ -69,6 +69,12 @@ pub struct Feedback {
     by_column: Vec<f32>,
     /// The damping that was needed.
     damp: f64,
+    /// Whether that is more than was asked for.
+    damp_grew: bool,
+    /// What damping added to the diagonal.
+    ridge: f64,
+    /// Columns that were 0 with every token.
+    dead: u64,
     refits: usize,
 }
 
@@ -150,7 +156,19 @@ impl Feedback {
         let mut by_column = vec![0f32; n];
         order.iter().zip(&pivots).for_each(|(&c, &pivot)| by_column[c as usize] = pivot);
         let importance = squares.iter().map(|&s| s as f32).collect();
-        Ok(Self { order, above, diagonal, pivots, importance, by_column, damp, refits: options.refits })
+        Ok(Self {
+            order,
+            above,
+            diagonal,
+            pivots,
+            importance,
+            by_column,
+            damp,
+            damp_grew: damp > options.damp.max(0.0),
+            ridge: damp * mean,
+            dead: squares.iter().filter(|&&s| s <= 0.0).count() as u64,
+            refits: options.refits,
+        })
     }
 
     /// Columns.
@@ -161,6 +179,16 @@ impl Feedback {
     /// The damping that was needed, in parts of the mean of the diagonal.
     pub fn damp(&self) -> f64 {
         self.damp
+    }
+
+    /// Whether more damping was needed than was asked for.
+    pub fn damp_grew(&self) -> bool {
+        self.damp_grew
+    }
+
+    /// Columns that were 0 with every token. Damping lets them be rounded by themselves.
+    pub fn dead_columns(&self) -> u64 {
+        self.dead
     }
 
     /// The mean square of each column.
@@ -208,6 +236,44 @@ impl Feedback {
             search(lattice, &values, n, &self.by_column, &mut attempt)?;
         }
         Ok(best)
+    }
+
+    /// The mean square of the output of whole `rows`, `x H x^T` summed over them, with `H` as it is without
+    /// damping.
+    pub fn output(&self, rows: &[f32]) -> f64 {
+        let n = self.columns();
+        let squares: f64 = rows.iter().map(|&x| f64::from(x) * f64::from(x)).sum();
+        let damped: f64 = rows.chunks(n * PANEL).map(|tile| self.output_of_tile(tile)).sum();
+        self.without_damping(damped, squares)
+    }
+
+    /// What rows cost with `H` as it is, from what they cost with the damped one, and their squares.
+    pub fn without_damping(&self, damped: f64, squares: f64) -> f64 {
+        (damped - self.ridge * squares).max(0.0)
+    }
+
+    fn output_of_tile(&self, rows: &[f32]) -> f64 {
+        let n = self.columns();
+        let mut lanes = vec![[0f32; PANEL]; n];
+        for (lane, &column) in lanes.iter_mut().zip(&self.order) {
+            for (x, row) in lane.iter_mut().zip(rows.chunks_exact(n)) {
+                *x = row[column as usize];
+            }
+        }
+        let mut sum = 0f64;
+        let mut shift: Tile = [[0.0; PANEL]; PANEL];
+        for (c, (above, diagonal)) in self.above.iter().zip(&self.diagonal).enumerate() {
+            let first = c * PANEL;
+            product(&lanes[..first], above, &mut shift);
+            for j in 0..PANEL {
+                for r in 0..PANEL {
+                    let within = (0..j).map(|i| lanes[first + i][r] * diagonal[i][j]).sum::<f32>();
+                    let value = f64::from(lanes[first + j][r] + shift[r][j] + within);
+                    sum += f64::from(self.pivots[first + j]) * value * value;
+                }
+            }
+        }
+        sum
     }
 
     /// At most [`PANEL`] rows, side by side.
@@ -409,6 +475,10 @@ mod tests {
                 let after = decode(&bytes);
                 let (b, a): (f64, f64) = (before.iter().sum(), after.iter().sum());
                 assert!(a < 0.9 * b, "{dtype}: {a} after {b}");
+                let mut left = vec![0f32; n * rows];
+                codec.decode(&bytes, &mut left).unwrap();
+                left.iter_mut().zip(&weights).for_each(|(y, w)| *y = w - *y);
+                assert!((feedback.output(&left) - a).abs() <= 1e-3 * a, "{dtype}");
                 // The cost that is reported is the cost (but for the damping).
                 for (claimed, after) in claimed.iter().zip(&after) {
                     assert!((claimed - after).abs() <= 1e-2 * after, "{dtype}: {claimed} {after}");
@@ -489,7 +559,12 @@ mod tests {
         let h = moments(n, 1);
         let feedback =
             Feedback::new(&Square(&h, n), 1, &Options { damp: 0.0, desc_act: false, refits: 0 }).unwrap();
-        assert!(feedback.damp() > 0.0);
+        assert!(feedback.damp() > 0.0 && feedback.damp_grew() && feedback.dead_columns() == 0);
+        // A column that is always 0.
+        let mut without = moments(n, 100);
+        (0..n).for_each(|i| (without[3 * n + i], without[i * n + 3]) = (0.0, 0.0));
+        let feedback = Feedback::new(&Square(&without, n), 100, &Options::default()).unwrap();
+        assert!(!feedback.damp_grew() && feedback.dead_columns() == 1);
         assert!(Feedback::new(&Square(&vec![0.0; n * n], n), 5, &Options::default()).is_err());
         assert!(Feedback::new(&Square(&h, n), 0, &Options::default()).is_err());
         assert!(Feedback::new(&Square(&h, 31), 1, &Options::default()).is_err());

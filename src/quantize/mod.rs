@@ -154,7 +154,18 @@ impl Method {
 }
 
 impl Prepared {
-    /// Encodes whole rows, and returns what each costs: the mean square of the change of its output.
+    /// The moments, as they were factored.
+    pub fn feedback(&self) -> &gptq::Feedback {
+        match self {
+            Self::Gptq(feedback) => feedback,
+            Self::AdaRound(adaround) => adaround.feedback(),
+            Self::Trainable(descent) => descent.feedback(),
+            Self::Ternary(ternary) => ternary.feedback(),
+        }
+    }
+
+    /// Encodes whole rows, and returns what each costs: the mean square of the change of its output, by
+    /// damped moments.
     ///
     /// # Errors
     /// `Misuse` when sizes do not fit.

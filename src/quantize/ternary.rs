@@ -7,7 +7,7 @@
 //! Other block types of the same file, those of embeddings and output, get the last two as well.
 
 use super::descent::{self, Descent};
-use super::gptq::Sums;
+use super::gptq::{Feedback, Sums};
 use crate::block::Lattice;
 use crate::error::{Error, Result};
 
@@ -86,6 +86,11 @@ impl Ternary {
             descent.start.refits = 0;
         }
         Ok(Self { descent: Descent::new(moments, count, &descent)?, stage: options.stage })
+    }
+
+    /// The moments, as they were factored.
+    pub fn feedback(&self) -> &Feedback {
+        self.descent.feedback()
     }
 
     /// Encodes whole rows, and returns the cost of each.

@@ -1,0 +1,189 @@
+//! What became of each tensor: by which method it was rounded, what its output lost by that, and where a
+//! method could not be had.
+
+use std::collections::BTreeMap;
+use std::sync::Mutex;
+
+use serde::Serialize;
+
+use super::plan::{Plan, TensorPlan};
+use crate::block::Codec;
+use crate::block::gram::PANEL;
+use crate::error::Result;
+use crate::quantize::Prepared;
+use crate::tensor::DType;
+
+/// Why a tensor, or a part of it, is not rounded by the method that was asked for.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Fallback {
+    /// The method that was asked for.
+    pub wanted: &'static str,
+    /// The reason: a part of a sentence that begins with the tensor's name.
+    pub why: String,
+}
+
+/// What became of one tensor.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Outcome {
+    /// Its name in the output.
+    pub name: String,
+    /// Its type there.
+    pub dtype: DType,
+    /// How its weights became codes: `rtn`, `imatrix` or a method; `copy` where nothing was rounded.
+    pub method: &'static str,
+    /// What its output lost, by a sample of its rows; `None` where no method looked at second moments.
+    pub error: Option<OutputError>,
+    /// The damping that its inputs needed, in parts of the mean of the diagonal: the most of any expert.
+    pub damp: Option<f64>,
+    /// Whether that is more than was asked for, since the moments could not be factored with less.
+    pub damp_grew: bool,
+    /// Columns that no token of the calibration text reached, of all its experts.
+    pub dead_columns: u64,
+    /// Where the method that was asked for could not be had.
+    pub fallback: Option<Fallback>,
+}
+
+/// The mean square of what the output of a matrix loses, over the tokens of the calibration text, in parts
+/// of its mean square.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct OutputError {
+    /// If every block were rounded by itself.
+    pub before: f64,
+    /// As it was rounded.
+    pub after: f64,
+}
+
+/// What rows of one expert add to an outcome.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Tally {
+    expert: u64,
+    /// Mean squares of the output, of what it would have lost, and of what it lost.
+    output: f64,
+    before: f64,
+    after: f64,
+    damp: f64,
+    damp_grew: bool,
+    dead_columns: u64,
+}
+
+/// Of so many spans one is looked at for the loss, which takes a third of the time of rounding it.
+const SAMPLE: u64 = 4;
+
+impl Tally {
+    /// From rows of `expert` from row `first` of the tensor on, as they were encoded, and what each cost.
+    pub fn new(
+        (expert, first): (u64, u64),
+        prepared: &Prepared,
+        codec: &Codec,
+        weights: &[f32],
+        bytes: &[u8],
+        costs: &[f64],
+    ) -> Result<Self> {
+        let feedback = prepared.feedback();
+        let mut tally = Self {
+            expert,
+            output: 0.0,
+            before: 0.0,
+            after: 0.0,
+            damp: feedback.damp(),
+            damp_grew: feedback.damp_grew(),
+            dead_columns: feedback.dead_columns(),
+        };
+        if !(first / PANEL as u64).is_multiple_of(SAMPLE) {
+            return Ok(tally);
+        }
+        let mut lost = vec![0f32; weights.len()];
+        let mut lose = |bytes: &[u8]| -> Result<Vec<f32>> {
+            codec.decode(bytes, &mut lost)?;
+            Ok(weights.iter().zip(&lost).map(|(w, y)| w - y).collect())
+        };
+        let squares = lose(bytes)?.iter().map(|&e| f64::from(e) * f64::from(e)).sum();
+        tally.after = feedback.without_damping(costs.iter().sum(), squares);
+        let mut plain = vec![0; bytes.len()];
+        codec.encode(weights, weights.len(), None, &mut plain)?;
+        tally.before = feedback.output(&lose(&plain)?);
+        tally.output = feedback.output(weights);
+        Ok(tally)
+    }
+}
+
+/// Gathers what workers report, in any order.
+#[derive(Debug)]
+pub(super) struct Ledger(Vec<Mutex<Vec<(u64, Vec<Tally>)>>>);
+
+impl Ledger {
+    pub fn new(plan: &Plan) -> Self {
+        Self(plan.tensors.iter().map(|_| Mutex::default()).collect())
+    }
+
+    /// What became of a span, from element `start` on, of tensor number `tensor`.
+    pub fn enter(&self, tensor: usize, start: u64, tallies: Vec<Tally>) {
+        if let Some(entries) = self.0.get(tensor).filter(|_| !tallies.is_empty()) {
+            entries.lock().unwrap_or_else(|e| e.into_inner()).push((start, tallies));
+        }
+    }
+
+    /// The outcome of every tensor of the plan, the same whoever reported when.
+    pub fn close(self, plan: &Plan) -> Vec<Outcome> {
+        let entries = self.0.into_iter().map(|e| e.into_inner().unwrap_or_else(|e| e.into_inner()));
+        plan.tensors.iter().zip(entries).map(|(t, entries)| outcome(t, entries)).collect()
+    }
+}
+
+fn outcome(t: &TensorPlan, mut entries: Vec<(u64, Vec<Tally>)>) -> Outcome {
+    entries.sort_by_key(|(start, _)| *start);
+    let tallies: Vec<Tally> = entries.into_iter().flat_map(|(_, tallies)| tallies).collect();
+    let sum = |of: fn(&Tally) -> f64| tallies.iter().map(of).sum::<f64>();
+    let (output, before, after) = (sum(|t| t.output), sum(|t| t.before), sum(|t| t.after));
+    let dead: BTreeMap<u64, u64> = tallies.iter().map(|t| (t.expert, t.dead_columns)).collect();
+    Outcome {
+        name: t.name.clone(),
+        dtype: t.dtype,
+        method: if t.is_rounded() { t.rounding.name() } else { "copy" },
+        error: (output > 0.0).then(|| OutputError { before: before / output, after: after / output }),
+        damp: tallies.iter().map(|t| t.damp).reduce(f64::max),
+        damp_grew: tallies.iter().any(|t| t.damp_grew),
+        dead_columns: dead.values().sum(),
+        fallback: t.fallback.clone(),
+    }
+}
+
+impl Outcome {
+    /// What a user should know of a finished run.
+    pub fn notes(outcomes: &[Self]) -> Vec<String> {
+        let names = |found: &[&Outcome]| {
+            let shown: Vec<_> = found.iter().take(3).map(|o| o.name.as_str()).collect();
+            format!("{} ({}{})", found.len(), shown.join(", "), if found.len() > 3 { ", ..." } else { "" })
+        };
+        let mut notes = Vec::new();
+        let grown: Vec<_> = outcomes.iter().filter(|o| o.damp_grew).collect();
+        if !grown.is_empty() {
+            let most = grown.iter().filter_map(|o| o.damp).fold(0.0, f64::max);
+            notes.push(format!("tensors whose damping had to grow, to {most:.3} at most: {}", names(&grown)));
+        }
+        let dead: Vec<_> = outcomes.iter().filter(|o| o.dead_columns > 0).collect();
+        if !dead.is_empty() {
+            let columns: u64 = dead.iter().map(|o| o.dead_columns).sum();
+            notes.push(format!(
+                "tensors with columns, {columns} in all, that the calibration text never reached, and that are \
+                 rounded each by itself: {}",
+                names(&dead)
+            ));
+        }
+        let ratios: Vec<f64> = outcomes
+            .iter()
+            .filter_map(|o| o.error)
+            .filter(|e| e.before > 0.0 && e.after > 0.0)
+            .map(|e| (e.after / e.before).ln())
+            .collect();
+        if !ratios.is_empty() {
+            let mean = (ratios.iter().sum::<f64>() / ratios.len() as f64).exp();
+            notes.push(format!(
+                "the outputs of {} tensors lose, in the geometric mean, {mean:.3} of what they would if each block \
+                 were rounded by itself (mean squares over the calibration text)",
+                ratios.len()
+            ));
+        }
+        notes
+    }
+}
