@@ -22,7 +22,9 @@ use qconv::arch::{self, Architecture, Data, Facts, Mapped, Model, Target};
 use qconv::container::gguf::{Gguf, Metadata, Value, write};
 use qconv::container::safetensors;
 use qconv::convert::FileType;
-use qconv::convert::{GgufToHf, HfToGguf, Silent, TokenCheck};
+use qconv::convert::{
+    Folding, GgufToHf, HfToGguf, MethodChoice, Quantize, Quantizer, Recipe, Silent, TokenCheck,
+};
 use qconv::eval::embed::output;
 use qconv::ggml;
 use qconv::limits::Limits;
@@ -62,8 +64,10 @@ fn every_definition_runs_on_its_example() {
         tried.push((definition.clone(), examples.iter().map(|(name, _)| name.clone()).collect()));
         for (example, config) in examples {
             match Trial::new(&path, &definition, config).and_then(|t| t.run()) {
-                Ok(tensors) => {
-                    println!("{name}\t{example}\t{tensors} tensors\tconverts, loads, runs, goes back")
+                Ok((tensors, folds)) => {
+                    println!(
+                        "{name}\t{example}\t{tensors} tensors\tconverts, loads, runs, goes back\t{folds}"
+                    )
                 }
                 Err(e) => {
                     println!("{name}\t{example}\t{e}");
@@ -137,7 +141,7 @@ impl Trial {
         Ok(Self { definition: path.to_path_buf(), model, metadata, dir })
     }
 
-    fn run(&self) -> Outcome<usize> {
+    fn run(&self) -> Outcome<(usize, String)> {
         let targets = self.model.targets(MAX_LAYERS).map_err(text)?;
         let shapes = self.shapes(&targets)?;
         let infos: Vec<TensorInfo> = shapes.iter().map(|(name, shape)| info(name, shape)).collect();
@@ -157,6 +161,7 @@ impl Trial {
         if values.iter().all(|v| *v == values[0]) {
             return Err(format!("all {} are the same", output.name()));
         }
+        let folds = self.fold(values)?;
         GgufToHf {
             source: path("a.gguf"),
             output: path("back"),
@@ -186,7 +191,34 @@ impl Trial {
                 return Err(format!("again: {key} was {x:?} and is {y:?}"));
             }
         }
-        Ok(a.len())
+        Ok((a.len(), folds))
+    }
+
+    /// Moves random powers of two wherever the definition says that this changes nothing, and looks whether
+    /// it did. Returns where that was, and the greatest change in parts of the greatest value: none, but for
+    /// what is summed in another order. (Other scales would be rounded at each step.)
+    fn fold(&self, before: &[f32]) -> Outcome<String> {
+        if arch::folds(&self.model.arch.arch).map_err(text)?.is_empty() {
+            return Ok("no folds".into());
+        }
+        let method = MethodChoice { fold: Some(Folding::Random(7)), ..MethodChoice::default() };
+        let recipe = Recipe::parse("f32").map_err(text)?;
+        let quantizer = Quantizer { method: Some(method), ..Quantizer::new(recipe) };
+        let path = |name: &str| self.dir.path().join(name);
+        let job = Quantize::new(path("a.gguf"), path("folded.gguf"), quantizer).plan().map_err(text)?;
+        job.run(false, &common::budget(), &Silent).map_err(|e| format!("folds: {e}"))?;
+        let after = ggml::Model::load(path("folded.gguf"), &ggml::ModelOptions::default())
+            .and_then(|model| output(&model, TOKENS, 1))
+            .map_err(|e| format!("folded: {e}"))?;
+        let most = before.iter().fold(0f32, |m, v| m.max(v.abs()));
+        let change = before.iter().zip(&after.matrix().values).fold(0f32, |m, (a, b)| m.max((a - b).abs()));
+        let notes: Vec<&str> =
+            job.plan.notes.iter().filter(|n| n.starts_with("awq")).map(String::as_str).collect();
+        let what = format!("{:.1e} by {}", change / most, notes.join("; "));
+        match change <= 1e-6 * most {
+            true => Ok(what),
+            false => Err(format!("folded scales change the output, {what}")),
+        }
     }
 
     fn convert(&self, from: &str, to: &str) -> Outcome<()> {
@@ -200,6 +232,7 @@ impl Trial {
         }
         .plan()
         .and_then(|job| job.run(false, &common::budget(), &Silent))
+        .map(|_| ())
         .map_err(|e| format!("{from} to {to}: {e}"))
     }
 

@@ -9,6 +9,7 @@ use serde_json::Value as Json;
 
 use super::also::Also;
 use super::expr::{Expr, truth};
+use super::fold::FoldSpec;
 use super::rows::{Row, RowSpec};
 use super::scalars::ScalarRule;
 use super::scope::ModelScope;
@@ -68,6 +69,9 @@ pub struct Architecture {
     /// `tensors`, names resolved.
     #[serde(skip)]
     pub(super) rows: Vec<Row>,
+    /// Scales that can move from one tensor into others, by the producer's name.
+    #[serde(default)]
+    pub(super) fold: IndexMap<Template, FoldSpec>,
     #[serde(default)]
     pub(super) generate: Vec<Generate>,
     /// What config.json says beyond `kv` when it is written from a GGUF.
@@ -318,6 +322,7 @@ impl Architecture {
         under(&mut self.tensors, base.tensors);
         under(&mut self.also, base.also);
         under(&mut self.scalars, base.scalars);
+        under(&mut self.fold, base.fold);
         under(&mut self.config, base.config);
         if let (Some(mine), Some(mut base)) = (&mut self.example, base.example) {
             // Which class it is of, the base does not know.

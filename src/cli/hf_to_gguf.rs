@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use qconv::convert::{FileType, HfToGguf, MergeLora, Quantizer, Recipe};
+use qconv::convert::{FileType, HfToGguf, MergeLora, Quantizer};
 use qconv::limits::Limits;
 use qconv::verify;
 use serde_json::json;
@@ -80,7 +80,7 @@ fn types(args: &Args) -> qconv::Result<(Option<FileType>, Option<Quantizer>)> {
         (None, false) if is_auto => Ok((None, None)),
         (None, true) if is_auto => Err(qconv::Error::misuse("options for quantizing need a --type")),
         (Some(file_type), false) => Ok((Some(file_type), None)),
-        _ => Ok((None, Some(args.quantizer.quantizer(Recipe::parse(&args.file_type)?)?))),
+        _ => Ok((None, Some(args.quantizer.quantizer(&args.file_type)?))),
     }
 }
 

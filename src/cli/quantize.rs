@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use qconv::convert::{Quantize, Recipe, Sharding};
+use qconv::convert::{Quantize, Sharding};
 use qconv::limits::Limits;
 
 use super::Status;
@@ -45,7 +45,7 @@ pub struct Args {
 }
 
 pub fn run(args: &Args) -> anyhow::Result<Status> {
-    let mut quantizer = args.quantizer.quantizer(Recipe::parse(&args.file_type)?)?;
+    let mut quantizer = args.quantizer.quantizer(&args.file_type)?;
     quantizer.allow_requantize = args.allow_requantize;
     let job = Quantize {
         source: args.source.clone(),

@@ -4,8 +4,8 @@ use std::path::PathBuf;
 
 use qconv::container::side::read_text;
 use qconv::convert::{
-    ImatrixChoice, MethodChoice, Overrides, Quantizer, Recipe, Sharding, Way, parse_tensor_method,
-    parse_tensor_type,
+    ImatrixChoice, MethodChoice, Overrides, Quantizer, Recipe, Sharding, parse_method, parse_tensor_method,
+    parse_tensor_type, strip_awq,
 };
 use qconv::error::{Error, Result};
 use qconv::limits::Limits;
@@ -24,7 +24,8 @@ pub struct QuantizerArgs {
     pub imatrix: Option<PathBuf>,
 
     /// How weights become codes: rtn (each block by itself), imatrix (weighed by --imatrix, or by the
-    /// diagonal of --moments), or one that needs second moments: gptq, trainable, adaround, ternary
+    /// diagonal of --moments), or one that needs second moments: gptq, trainable, adaround, ternary. With awq
+    /// before it, such as awq+gptq, scales move between tensors first; awq alone is awq+imatrix
     #[arg(long, value_name = "METHOD", value_parser = parse_method_arg)]
     pub method: Option<String>,
 
@@ -118,7 +119,7 @@ fn parse_tensor_type_arg(text: &str) -> std::result::Result<String, String> {
 }
 
 fn parse_method_arg(name: &str) -> std::result::Result<String, String> {
-    Way::parse(name).map(|_| name.to_string()).map_err(|e| e.to_string())
+    parse_method(name).map(|_| name.to_string()).map_err(|e| e.to_string())
 }
 
 fn parse_tensor_method_arg(text: &str) -> std::result::Result<String, String> {
@@ -151,11 +152,18 @@ impl QuantizerArgs {
         Tuning { iters: self.iters, lr: self.lr, batch: self.batch, ternary_stage: self.ternary_stage }
     }
 
-    fn method_choice(&self) -> Result<Option<MethodChoice>> {
+    fn method_choice(&self, is_awq: bool) -> Result<Option<MethodChoice>> {
         let by_tensor =
             self.tensor_method.iter().map(|e| parse_tensor_method(e)).collect::<Result<Vec<_>>>()?;
-        let others = self.method.as_deref().map(Way::parse).transpose()?;
-        let choice = MethodChoice { by_tensor, others, moments: self.moments.clone() };
+        let (fold, others) = match self.method.as_deref() {
+            Some(name) => parse_method(name).map(|(fold, way)| (fold, Some(way)))?,
+            None if is_awq => parse_method("awq").map(|(fold, way)| (fold, Some(way)))?,
+            None => (None, None),
+        };
+        if is_awq && fold.is_none() {
+            return Err(Error::misuse("the type asks for awq, and --method for something else"));
+        }
+        let choice = MethodChoice { fold, by_tensor, others, moments: self.moments.clone() };
         let choice = choice.tuned(&self.tuning())?;
         if choice.is_empty() {
             return match &self.moments {
@@ -167,7 +175,10 @@ impl QuantizerArgs {
         Ok(Some(choice))
     }
 
-    pub fn quantizer(&self, recipe: &'static Recipe) -> Result<Quantizer> {
+    /// For the file type of this name, which may begin with `awq_`.
+    pub fn quantizer(&self, file_type: &str) -> Result<Quantizer> {
+        let without = strip_awq(file_type);
+        let recipe = Recipe::parse(without.unwrap_or(file_type))?;
         let mut tensor_types =
             self.tensor_type.iter().map(|e| parse_tensor_type(e)).collect::<Result<Vec<_>>>()?;
         if let Some(path) = &self.tensor_type_file {
@@ -190,7 +201,7 @@ impl QuantizerArgs {
                 include: self.include_weights.clone(),
                 exclude: self.exclude_weights.clone(),
             }),
-            method: self.method_choice()?,
+            method: self.method_choice(without.is_some())?,
             prune_layers: self.prune_layers.iter().copied().collect(),
             override_kv: self.override_kv.clone(),
             ..Quantizer::new(recipe)

@@ -3,6 +3,7 @@
 //! A copy is cut to the span, and each part gathered from the source ([`StridedCopy::gather`]).
 //! Permuted rows, transposes and stacked experts all come down to this.
 
+use super::fold::{Factor, Side};
 use super::low_rank::{self, Held};
 use crate::arch::{self, Data, Elementwise, Mapped};
 use crate::block::{Codec, codec};
@@ -15,6 +16,7 @@ use crate::tensor::{DType, Dim, StridedCopy, TensorInfo};
 pub struct Source {
     kind: Kind,
     elementwise: Vec<Elementwise>,
+    factors: Vec<Factor>,
     elements: u64,
     contiguous: bool,
     /// Some elements have no source: they are zero.
@@ -75,6 +77,7 @@ impl Source {
             return Ok(Self {
                 kind: Kind::Values(values.clone()),
                 elementwise: Vec::new(),
+                factors: Vec::new(),
                 elements,
                 contiguous: true,
                 has_gaps: false,
@@ -114,6 +117,7 @@ impl Source {
         Ok(Self {
             kind: Kind::Stored { dtype, pieces: tied, blocks },
             elementwise: elementwise.clone(),
+            factors: Vec::new(),
             elements,
             contiguous,
             has_gaps,
@@ -136,6 +140,7 @@ impl Source {
     /// Whether the source's bytes can go into an output of `dtype` untouched.
     pub fn is_plain(&self, dtype: DType) -> bool {
         self.elementwise.is_empty()
+            && self.factors.is_empty()
             && matches!(&self.kind, Kind::Stored { dtype: d, blocks: Some(_), .. } if *d == dtype)
     }
 
@@ -197,11 +202,45 @@ impl Source {
         Ok(())
     }
 
+    /// Adds the scales of a fold.
+    pub fn fold(&mut self, factor: Factor) {
+        self.factors.push(factor);
+    }
+
+    /// What folds multiply the columns of an expert's matrix with.
+    pub fn column_scales(&self, expert: u64) -> Option<&[f32]> {
+        self.factors.iter().find(|f| f.side == Side::Consumer)?.columns(expert)
+    }
+
+    /// Turns the importance of an expert's columns into that after folds: what is multiplied by a scale
+    /// reads what is divided by it.
+    pub fn scale_importance(&self, expert: u64, importance: &mut [f32]) {
+        let scales = self.column_scales(expert).unwrap_or_default();
+        importance.iter_mut().zip(scales).for_each(|(w, s)| *w /= s * s);
+    }
+
     /// Values of elements `start..end`, after all arithmetic.
     ///
     /// # Errors
-    /// As reads fail; `Unsupported` when nothing decodes the type.
+    /// As reads fail; `Unsupported` when nothing decodes the type; `Misuse` before the scales of folds
+    /// are known.
     pub fn values(
+        &self,
+        store: &Store,
+        start: u64,
+        end: u64,
+        out: &mut Vec<f32>,
+        scratch: &mut Scratch,
+    ) -> Result<()> {
+        self.unfolded(store, start, end, out, scratch)?;
+        self.factors.iter().try_for_each(|f| f.apply(out, start))
+    }
+
+    /// The same without what folds do.
+    ///
+    /// # Errors
+    /// As reads fail; `Unsupported` when nothing decodes the type.
+    pub fn unfolded(
         &self,
         store: &Store,
         start: u64,
@@ -218,7 +257,7 @@ impl Source {
         if !start.is_multiple_of(row) || (!end.is_multiple_of(row) && end < self.elements) {
             let first = start - start % row;
             let whole = end.checked_next_multiple_of(row).map_or(self.elements, |e| e.min(self.elements));
-            self.values(store, first, whole, out, scratch)?;
+            self.unfolded(store, first, whole, out, scratch)?;
             out.truncate((end - first) as usize);
             out.drain(..(start - first) as usize);
             return Ok(());

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use regex::{Regex, RegexBuilder};
 
+use super::fold::Folding;
 use super::plan::{Guide, Importance, Rounding, TensorPlan};
 use crate::block::gram::PANEL;
 use crate::block::lattice;
@@ -27,6 +28,8 @@ pub enum Way {
 /// The methods that were asked for, and the moments they need.
 #[derive(Clone, Debug, Default)]
 pub struct MethodChoice {
+    /// Scales that move between tensors before anything is rounded.
+    pub fold: Option<Folding>,
     /// For tensors whose name matches; the first that does counts.
     pub by_tensor: Vec<(Regex, Way)>,
     /// For all others; as llama.cpp does where there is none.
@@ -37,8 +40,8 @@ pub struct MethodChoice {
 
 /// Methods with their moments opened.
 pub(super) struct Guiding {
-    choice: MethodChoice,
-    moments: Option<Arc<Moments>>,
+    pub choice: MethodChoice,
+    pub moments: Option<Arc<Moments>>,
 }
 
 impl Guiding {
@@ -128,6 +131,28 @@ impl Guiding {
     }
 }
 
+/// The name of the method that moves scales between tensors, and leaves the rounding to another.
+const AWQ: &str = "awq";
+
+/// What a method for a whole model names: whether scales are moved first, and what rounds. `awq` alone
+/// rounds by [`Way::Imatrix`], whose search for each block's scale is where weights are clipped.
+///
+/// # Errors
+/// `Misuse` for an unknown name.
+pub fn parse_method(name: &str) -> Result<(Option<Folding>, Way)> {
+    match name.strip_prefix(AWQ) {
+        Some("") => Ok((Some(Folding::Search), Way::Imatrix)),
+        Some(rest) if rest.starts_with('+') => Ok((Some(Folding::Search), Way::parse(&rest[1..])?)),
+        _ => Ok((None, Way::parse(name)?)),
+    }
+}
+
+/// A file type that names [`AWQ`] as well, such as `awq_q4_0`: the type without it.
+pub fn strip_awq(file_type: &str) -> Option<&str> {
+    let (first, rest) = file_type.split_once('_')?;
+    first.eq_ignore_ascii_case(AWQ).then_some(rest)
+}
+
 impl Way {
     /// By its name: `rtn`, `imatrix`, or that of a method.
     ///
@@ -138,6 +163,10 @@ impl Way {
             "rtn" => Ok(Self::Rtn),
             "imatrix" => Ok(Self::Imatrix),
             _ => Method::parse(name).map(Self::Method).ok_or_else(|| {
+                if name.split('+').any(|part| part == AWQ) {
+                    return Error::misuse(format!("{name}: {AWQ} stands for a whole model, and first"))
+                        .hint("give it with --method, such as --method awq+gptq");
+                }
                 let known: Vec<_> = ["rtn", "imatrix"].into_iter().chain(Method::names()).collect();
                 Error::misuse(format!("{name:?} is no method; there are {}", known.join(", ")))
             }),
@@ -183,13 +212,19 @@ impl MethodChoice {
     }
 
     /// The method that needs moments which are not given, if there is one.
-    pub fn lacks_moments(&self, has_imatrix: bool) -> Option<Way> {
+    pub fn lacks_moments(&self, has_imatrix: bool) -> Option<&'static str> {
+        if self.moments.is_some() {
+            return None;
+        }
+        if self.fold == Some(Folding::Search) {
+            return Some(AWQ);
+        }
         let needs = |way: &Way| match way {
             Way::Rtn => false,
             Way::Imatrix => !has_imatrix,
             Way::Method(_) => true,
         };
-        self.ways().find(needs).filter(|_| self.moments.is_none())
+        self.ways().find(needs).map(Way::name)
     }
 
     /// With options for the methods that have them.
@@ -214,10 +249,10 @@ impl MethodChoice {
 
     fn check(&self, has_imatrix: bool) -> Result<()> {
         match self.lacks_moments(has_imatrix) {
-            Some(Way::Imatrix) => Err(Error::misuse("method imatrix needs an importance").hint(
+            Some("imatrix") => Err(Error::misuse("method imatrix needs an importance").hint(
                 "give an importance matrix with --imatrix FILE, or second moments with --moments FILE",
             )),
-            Some(way) => Err(Error::misuse(format!("method {} needs second moments", way.name()))
+            Some(name) => Err(Error::misuse(format!("method {name} needs second moments"))
                 .hint("make them with qconv calibrate MODEL -o FILE, and give them with --moments FILE")),
             None => Ok(()),
         }
@@ -243,7 +278,11 @@ mod tests {
     fn the_first_that_matches_counts() {
         let by_tensor =
             ["attn_v=rtn", r"blk\.0\.=imatrix", "ATTN=gptq"].map(|t| parse_tensor_method(t).unwrap());
-        let choice = MethodChoice { by_tensor: by_tensor.into(), others: Some(Way::Imatrix), moments: None };
+        let choice = MethodChoice {
+            by_tensor: by_tensor.into(),
+            others: Some(Way::Imatrix),
+            ..MethodChoice::default()
+        };
         let guiding = Guiding { choice, moments: None };
         for (name, way) in [
             ("blk.0.attn_v.weight", "rtn"),
@@ -253,11 +292,29 @@ mod tests {
         ] {
             assert_eq!(guiding.way(name).unwrap().name(), way, "{name}");
         }
-        assert_eq!(guiding.choice.lacks_moments(true).map(Way::name), Some("gptq"));
+        assert_eq!(guiding.choice.lacks_moments(true), Some("gptq"));
         let tuned = |lr| guiding.choice.clone().tuned(&Tuning { lr, ..Tuning::default() });
         assert!(tuned(None).is_ok() && tuned(Some(0.1)).is_err());
         for bad in ["", "gptq", "=gptq", "a=b", "(=rtn"] {
             assert!(parse_tensor_method(bad).is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn awq_is_named_before_what_rounds() {
+        let parse = |name| parse_method(name).map(|(fold, way)| (fold.is_some(), way.name())).ok();
+        assert_eq!(parse("awq"), Some((true, "imatrix")));
+        assert_eq!(parse("awq+gptq"), Some((true, "gptq")));
+        assert_eq!(parse("awq+rtn"), Some((true, "rtn")));
+        assert_eq!(parse("gptq"), Some((false, "gptq")));
+        for bad in ["awq+", "awqgptq", "gptq+awq", "awq+awq", "awq+gptq+rtn", "AWQ"] {
+            assert_eq!(parse(bad), None, "{bad}");
+        }
+        assert!(parse_tensor_method("ffn=awq").unwrap_err().hint_text().unwrap().contains("awq+gptq"));
+        assert_eq!(strip_awq("awq_q4_0"), Some("q4_0"));
+        assert_eq!(strip_awq("AWQ_F16"), Some("F16"));
+        assert_eq!(strip_awq("q4_0"), None);
+        let choice = MethodChoice { fold: Some(Folding::Search), ..MethodChoice::default() };
+        assert_eq!(choice.lacks_moments(true), Some("awq"));
     }
 }

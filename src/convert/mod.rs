@@ -7,6 +7,7 @@
 mod adapter;
 mod checkpoint;
 mod edits;
+mod fold;
 mod gather;
 mod general;
 mod gguf_to_hf;
@@ -29,9 +30,10 @@ mod types;
 
 pub use checkpoint::{Checkpoint, GGUF_METADATA_FILE};
 pub use edits::MetadataEdits;
+pub use fold::{Factor, FoldPlan, Folding};
 pub use gather::{Scratch, Source, identity};
 pub use gguf_to_hf::GgufToHf;
-pub use guide::{MethodChoice, Way, parse_tensor_method};
+pub use guide::{MethodChoice, Way, parse_method, parse_tensor_method, strip_awq};
 pub use hf_to_gguf::{HfToGguf, MergeLora, source_tensors};
 pub use lora_to_gguf::LoraToGguf;
 pub use outcome::{Fallback, Outcome, OutputError};
@@ -104,6 +106,7 @@ impl Job {
             let lens = self.plan.files.iter().map(|f| f.len);
             Stage::files_at(&outputs.into_iter().zip(lens).collect::<Vec<_>>(), force)?
         };
+        fold::settle(&self.plan, &self.store, budget, observer)?;
         for (file, plan) in stage.files().iter().zip(&self.plan.files) {
             file.write_at(0, &plan.header)?;
         }

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use super::fold::{self, FoldPlan};
 use super::gather::Source;
 use super::outcome::Fallback;
 use crate::block::gram::PANEL;
@@ -19,6 +20,8 @@ use crate::tensor::DType;
 pub struct Plan {
     /// Tensors in output order.
     pub tensors: Vec<TensorPlan>,
+    /// Scales that move between tensors.
+    pub folds: Vec<FoldPlan>,
     /// Files to write.
     pub files: Vec<FilePlan>,
     /// What the user should know: fallbacks, warnings, what was recognised and how.
@@ -144,24 +147,27 @@ impl TensorPlan {
     ) -> Result<Self> {
         let context = |e: Error| e.context(format!("tensor {name:?}"));
         let nbytes = dtype.nbytes(&shape).map_err(context)?;
-        if !source.is_plain(dtype) {
-            source.check_decodable().map_err(context)?;
-            if codec(dtype).is_none_or(|c| !c.can_encode()) {
-                return Err(context(Error::unsupported(format!("type {dtype} cannot be written yet"))));
-            }
+        let rounding = Rounding::Nearest;
+        let planned =
+            Self { name, shape, dtype, wanted, source, rounding, fallback: None, file: 0, offset: 0, nbytes };
+        planned.check()?;
+        Ok(planned)
+    }
+
+    /// Whether its values can be copied or converted.
+    ///
+    /// # Errors
+    /// `Unsupported` when not.
+    pub(super) fn check(&self) -> Result<()> {
+        if self.is_plain() {
+            return Ok(());
         }
-        Ok(Self {
-            name,
-            shape,
-            dtype,
-            wanted,
-            source,
-            rounding: Rounding::Nearest,
-            fallback: None,
-            file: 0,
-            offset: 0,
-            nbytes,
-        })
+        let context = |e: Error| e.context(format!("tensor {:?}", self.name));
+        self.source.check_decodable().map_err(context)?;
+        match codec(self.dtype).is_some_and(|c| c.can_encode()) {
+            true => Ok(()),
+            false => Err(context(Error::unsupported(format!("type {} cannot be written yet", self.dtype)))),
+        }
     }
 
     /// Whether bytes are copied as they are.
@@ -255,7 +261,9 @@ impl Budget {
         // One is made at a time, while others are in use.
         let (making, kept) = guides.fold((0, 0), |(a, b), (c, d)| (c.max(a), d.max(b)));
         let guides = kept.saturating_mul(self.threads as u64).saturating_add(making);
-        most.saturating_mul(self.threads as u64).saturating_add(guides)
+        let streaming = most.saturating_mul(self.threads as u64).saturating_add(guides);
+        // Scales are found before.
+        streaming.max(fold::peak(plan, self.threads))
     }
 
     /// Whether the plan can be streamed within the memory.
@@ -280,7 +288,7 @@ impl Budget {
 impl Plan {
     /// A plan for tensors in this order, whose files are not laid out yet.
     pub fn new(tensors: Vec<TensorPlan>) -> Self {
-        Self { tensors, files: Vec::new(), notes: Vec::new(), obstacle: None }
+        Self { tensors, folds: Vec::new(), files: Vec::new(), notes: Vec::new(), obstacle: None }
     }
 
     /// Whether it can be carried out.

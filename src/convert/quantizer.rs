@@ -6,6 +6,7 @@ use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use super::fold::plan_folds;
 use super::gather::Source;
 use super::guide::{Guiding, MethodChoice, Way};
 use super::outcome::Fallback;
@@ -123,6 +124,7 @@ impl Quantizer {
         let overrides = Overrides { imatrix: imatrix.is_some(), ..self.overrides.clone() };
         let choices = self.recipe.choose(&facts, &overrides, &targets)?;
         let mut weighing = imatrix.map(|w| (w, Report::default()));
+        let mut originals = Vec::with_capacity(tensors.len());
         for (t, choice) in tensors.into_iter().zip(choices) {
             let original = t.original.clone();
             let planned = self.plan_tensor(t, &choice, store, weighing.as_mut(), guiding.as_ref())?;
@@ -136,8 +138,14 @@ impl Quantizer {
                 });
             }
             plan.tensors.push(planned);
+            originals.push(original);
         }
         plan.note_fallbacks();
+        if let Some(guiding) = &guiding
+            && let Some(folding) = guiding.choice.fold
+        {
+            plan_folds(folding, guiding.moments.clone(), &mut plan, &originals, metadata)?;
+        }
         plan.notes.extend(guiding.iter().flat_map(|g| g.notes(&plan.tensors)));
         if let Some((weighing, report)) = weighing {
             plan.notes.extend(report.notes(&weighing, plan.tensors.len()));

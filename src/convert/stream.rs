@@ -154,6 +154,7 @@ impl Worker {
                 *important = None;
                 weights.resize(row, 0.0);
                 importance.read(expert, weights)?;
+                t.source.scale_importance(expert, weights);
                 *important = Some((t.name.clone(), expert));
             }
             codec.encode(values, row, Some(weights), bytes)
@@ -174,7 +175,7 @@ impl Worker {
         let mut tallies = Vec::new();
         let first = start / t.rows().0;
         by_expert(t, start, values, bytes, |expert, row, values, bytes| {
-            match guides.get(guide, expert)? {
+            match guides.get(guide, expert, t.source.column_scales(expert))? {
                 Some(prepared) => {
                     let costs = prepared.encode(guide.lattice, values, bytes)?;
                     tallies.push(Tally::new((expert, first), &prepared, codec, values, bytes, &costs)?);
@@ -184,6 +185,7 @@ impl Worker {
                     *important = None;
                     importance.resize(row, 0.0);
                     guide.moments.mean_squares(&guide.input, expert, importance)?;
+                    t.source.scale_importance(expert, importance);
                     codec.encode(values, row, Some(importance), bytes)
                 }
             }
@@ -236,8 +238,9 @@ impl Guides {
         Self { recent: Mutex::new(Vec::new()), most, making: Mutex::new(()) }
     }
 
-    /// For the rows of an expert; `None` where too few tokens reached it.
-    fn get(&self, guide: &Guide, expert: u64) -> Result<Option<Arc<Prepared>>> {
+    /// For the rows of an expert, whose columns folds have multiplied with `scales`, all that read the
+    /// same alike; `None` where too few tokens reached it.
+    fn get(&self, guide: &Guide, expert: u64, scales: Option<&[f32]>) -> Result<Option<Arc<Prepared>>> {
         let key = (guide.input.name.clone(), expert);
         let cell = {
             let mut recent = lock(&self.recent);
@@ -259,7 +262,7 @@ impl Guides {
         let count = guide.moments.counts(&guide.input)?.get(expert as usize).copied().unwrap_or(0);
         let prepared = match count < guide.method.least_tokens() {
             true => None,
-            false => Some(Arc::new(guide.method.prepare(&guide.moments, &guide.input, expert)?)),
+            false => Some(Arc::new(guide.method.prepare(&guide.moments, &guide.input, expert, scales)?)),
         };
         Ok(cell.get_or_init(|| prepared).clone())
     }

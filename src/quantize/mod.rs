@@ -4,6 +4,7 @@
 //! Adding a method: one file here, a variant of [`Method`] and its row in [`Method::NAMES`].
 
 pub mod adaround;
+pub mod awq;
 pub mod descent;
 pub mod gptq;
 #[cfg(test)]
@@ -133,13 +134,20 @@ impl Method {
         64
     }
 
-    /// Prepares for the rows of one expert (0 where there are none).
+    /// Prepares for the rows of one expert (0 where there are none), whose columns were multiplied with
+    /// `scales`, and what they read divided.
     ///
     /// # Errors
     /// As the moments can be read; as the method says.
-    pub fn prepare(&self, moments: &Moments, input: &Input, expert: u64) -> Result<Prepared> {
+    pub fn prepare(
+        &self,
+        moments: &Moments,
+        input: &Input,
+        expert: u64,
+        scales: Option<&[f32]>,
+    ) -> Result<Prepared> {
         let count = moments.counts(input)?.get(expert as usize).copied().unwrap_or(0);
-        let sums = OfExpert { moments, input, expert };
+        let sums = OfExpert { moments, input, expert, scales };
         match self {
             Self::Gptq(options) => Ok(Prepared::Gptq(gptq::Feedback::new(&sums, count, options)?)),
             Self::AdaRound(options) => {
@@ -180,10 +188,16 @@ impl Prepared {
 }
 
 /// The moments of one expert.
+pub fn sums<'a>(moments: &'a Moments, input: &'a Input, expert: u64) -> impl gptq::Sums + 'a {
+    OfExpert { moments, input, expert, scales: None }
+}
+
+/// The moments of one expert, of inputs that are divided by scales.
 struct OfExpert<'a> {
     moments: &'a Moments,
     input: &'a Input,
     expert: u64,
+    scales: Option<&'a [f32]>,
 }
 
 impl gptq::Sums for OfExpert<'_> {
@@ -195,7 +209,13 @@ impl gptq::Sums for OfExpert<'_> {
         self.moments.read_packed(self.input, self.expert, self.input.row_start(i as u64), row)?;
         match row.iter().any(|v| !v.is_finite()) {
             true => Err(Error::malformed(format!("moments of {:?} are not finite", self.input.name))),
-            false => Ok(()),
+            false => {
+                if let Some(scales) = self.scales.and_then(|s| s.get(i..)) {
+                    let first = scales.first().copied().unwrap_or(1.0);
+                    row.iter_mut().zip(scales).for_each(|(v, s)| *v /= first * s);
+                }
+                Ok(())
+            }
         }
     }
 }
