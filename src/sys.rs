@@ -88,6 +88,18 @@ pub fn free_space(dir: &std::path::Path) -> Option<u64> {
     fs4::available_space(dir).ok()
 }
 
+/// Bytes that a file takes on its disk, which are fewer than it has where it was never written; 0 when the system
+/// does not tell.
+pub fn allocated(meta: &std::fs::Metadata) -> u64 {
+    #[cfg(unix)]
+    return std::os::unix::fs::MetadataExt::blocks(meta).saturating_mul(512);
+    #[cfg(not(unix))]
+    {
+        let _ = meta;
+        0
+    }
+}
+
 /// Memory that programs may still take without others being swapped out; `None` when the system does
 /// not tell.
 pub fn available_memory() -> Option<u64> {

@@ -76,7 +76,6 @@ fn the_model_stays_the_same() {
 fn what_cannot_be_is_refused() {
     let place = calibrated();
     let quantize = |more: &[&'static str]| [&["quantize", "f32.gguf", "x"], more].concat();
-    place.refuses(&quantize(&["-t", "awq_q4_0"]), &["awq needs second moments", "qconv calibrate"]);
     let moments = ["--moments", "m.gguf"];
     place.refuses(
         &[&quantize(&["-t", "awq_q4_0", "--method", "gptq"]), &moments[..]].concat(),

@@ -74,8 +74,17 @@ fn examples_work() {
     )
     .unwrap();
     for command in &commands {
-        let engine =
-            ["qconv run", "qconv embed", "qconv eval", "qconv imatrix", "qconv calibrate", "qconv bench"];
+        let engine = [
+            "qconv run",
+            "qconv embed",
+            "qconv eval",
+            "qconv imatrix",
+            "qconv calibrate",
+            "qconv bench",
+            // A calibration comes first.
+            "--samples",
+            "--moments",
+        ];
         let needs_ggml = engine.iter().any(|c| command.contains(c));
         if !cfg!(feature = "ggml") && needs_ggml {
             continue; // needs the engine

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use qconv::calibrate::inputs::{Layers, Selection};
 use qconv::calibrate::merge::merge;
-use qconv::calibrate::moments::{Calibration, Options};
+use qconv::calibrate::moments::{Calibration, Options, Summary};
 use qconv::container::moments::{Contents, Input, Moments};
 use qconv::convert::Observer;
 use qconv::error::{Error, Result};
@@ -92,19 +92,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         max_memory: args.max_memory,
         save_every: Duration::from_secs(args.save_every),
     };
-    let passes = job.plan.passes(0, args.max_memory)?.len();
-    let progress = Progress::counting("reading", "windows", (passes * job.windows()) as u64, args.quiet);
-    let summary = job.run(&args.output, args.force, &options, &mut |p| {
-        progress.advance(1, &format!("pass {} of {}", p.pass + 1, p.passes));
-        if progress.interrupted() {
-            return Err(
-                Error::interrupted().hint("what was done is kept: the same command goes on from here")
-            );
-        }
-        Ok(())
-    });
-    progress.finish();
-    let summary = summary.map_err(|e| at(e, path))?;
+    let summary = collect(&job, &args.output, args.force, &options, args.quiet).map_err(|e| at(e, path))?;
     let file = Moments::open(&args.output, &Limits::default())?;
     let thin = coverage(&file)?;
     if args.json {
@@ -130,6 +118,29 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         say_thin(&thin);
     }
     Ok(())
+}
+
+/// Does the work under a progress bar.
+pub fn collect(
+    job: &Calibration<'_>,
+    output: &Path,
+    force: bool,
+    options: &Options,
+    quiet: bool,
+) -> Result<Summary> {
+    let passes = job.plan.passes(0, options.max_memory)?.len();
+    let progress = Progress::counting("reading", "windows", (passes * job.windows()) as u64, quiet);
+    let summary = job.run(output, force, options, &mut |p| {
+        progress.advance(1, &format!("pass {} of {}", p.pass + 1, p.passes));
+        if progress.interrupted() {
+            return Err(
+                Error::interrupted().hint("what was done is kept: the same command goes on from here")
+            );
+        }
+        Ok(())
+    });
+    progress.finish();
+    summary
 }
 
 /// An error without a file is one of this file.

@@ -130,6 +130,15 @@ pub struct Done {
     pub outcomes: Vec<Outcome>,
 }
 
+/// Whether a job may write, before something long comes before it. From then on Ctrl-C ends things in order.
+pub fn check_new(job: &Job, args: &WriteArgs) -> Result<()> {
+    ui::catch_interrupt();
+    match job.outputs().iter().find(|path| path.exists() && !args.force) {
+        Some(path) => Err(Error::misuse("exists already").at(path).hint("--force overwrites it")),
+        None => Ok(()),
+    }
+}
+
 /// Runs a planned job under a progress bar, or shows it.
 pub fn carry_out(job: &Job, args: &WriteArgs) -> Result<Option<Done>> {
     let budget = args.work.budget()?;

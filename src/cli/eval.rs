@@ -218,7 +218,6 @@ fn perplexity(path: &Path, args: &TextArgs) -> anyhow::Result<()> {
 fn kld(path: &Path, base: &Path, args: &TextArgs) -> anyhow::Result<()> {
     let model = args.model(path)?;
     let mut divergence = Divergence::default();
-    let running = |d: &Divergence| format!("KLD {:.6}", d.kld().value);
     let note = if Baseline::is_one(base)? {
         let mut baseline = Baseline::open(base)?;
         if baseline.n_vocab != model.n_tokens() {
@@ -252,19 +251,7 @@ fn kld(path: &Path, base: &Path, args: &TextArgs) -> anyhow::Result<()> {
             )
         })
     } else {
-        let base_model = args.model(base)?;
-        let windows = same_windows(args, &[(base, &base_model), (path, &model)])?;
-        let mut watch = Watch::new(&windows, args.quiet);
-        windows
-            .read(&[&base_model, &model], args.threads(), |window, rows, next| {
-                watch.at(window, || running(&divergence))?;
-                if let [base, row] = rows {
-                    divergence.add(row, Base::Whole(base, log_norm(base)), next);
-                }
-                Ok(())
-            })
-            .map_err(|e| e.at(path))?;
-        watch.progress.finish();
+        divergence = side_by_side(args, (base, &args.model(base)?), (path, &model))?;
         None
     };
     let s = divergence.summary();
@@ -284,6 +271,56 @@ fn kld(path: &Path, base: &Path, args: &TextArgs) -> anyhow::Result<()> {
     println!("same top token      {} %", plus_minus(percent(s.same_top), 3));
     println!("{} predictions{}", s.count, note.map(|n| format!(", {n}")).unwrap_or_default());
     Ok(())
+}
+
+fn running(divergence: &Divergence) -> String {
+    format!("KLD {:.6}", divergence.kld().value)
+}
+
+/// Lets a model and its base read the text.
+fn side_by_side(args: &TextArgs, base: (&Path, &Model), of: (&Path, &Model)) -> Result<Divergence> {
+    let windows = same_windows(args, &[base, of])?;
+    let mut divergence = Divergence::default();
+    let mut watch = Watch::new(&windows, args.quiet);
+    windows
+        .read(&[base.1, of.1], args.threads(), |window, rows, next| {
+            watch.at(window, || running(&divergence))?;
+            if let [base, row] = rows {
+                divergence.add(row, Base::Whole(base, log_norm(base)), next);
+            }
+            Ok(())
+        })
+        .map_err(|e| e.at(of.0))?;
+    watch.progress.finish();
+    Ok(divergence)
+}
+
+/// How a written file is compared with its source.
+pub struct Comparison<'t> {
+    /// The text; a part of a novel where there is none.
+    pub text: Option<&'t Path>,
+    /// Most windows.
+    pub chunks: usize,
+    pub threads: u32,
+    pub quiet: bool,
+}
+
+/// Loads both files, and compares what they predict.
+///
+/// # Errors
+/// What cannot be run; texts that are too short.
+pub fn compare_files(base: &Path, path: &Path, options: &Comparison<'_>) -> Result<DivergenceSummary> {
+    let args = TextArgs {
+        text: options.text.map(Path::to_path_buf),
+        ctx: None,
+        chunks: Some(options.chunks),
+        threads: Some(options.threads),
+        gpu_layers: 0,
+        json: false,
+        quiet: options.quiet,
+    };
+    let (base_model, model) = (args.model(base)?, args.model(path)?);
+    Ok(side_by_side(&args, (base, &base_model), (path, &model))?.summary())
 }
 
 /// The text in windows, after a look at whether all models read the same tokens in it.

@@ -7,8 +7,10 @@ use qconv::limits::Limits;
 use qconv::verify;
 use serde_json::json;
 
+use super::beforehand::{self, Runnable};
 use super::common::{self, EditArgs, WriteArgs};
 use super::quantizer::{QuantizerArgs, ShardArgs, type_names};
+use super::report::ReportArgs;
 use super::{Status, ui};
 
 /// Convert a Hugging Face model to a GGUF file, and quantize it on the way
@@ -70,6 +72,9 @@ pub struct Args {
 
     #[command(flatten)]
     pub quantizer: QuantizerArgs,
+
+    #[command(flatten)]
+    pub report: ReportArgs,
 }
 
 /// What the converter is asked for, and what the quantizer makes of that.
@@ -91,7 +96,14 @@ pub fn run(args: &Args) -> anyhow::Result<Status> {
     let (file_type, quantizer) = types(args)?;
     let merge = |(adapter, scale): &(PathBuf, f32)| MergeLora { adapter: adapter.clone(), scale: *scale };
     let merge_lora: Vec<_> = args.merge_lora.iter().map(merge).collect();
-    let conversion = HfToGguf {
+    let calibrates = args.quantizer.calibrates(quantizer.as_ref())?;
+    if calibrates && args.mmproj {
+        return Err(
+            qconv::Error::misuse("a projector cannot be calibrated: give --moments, or no method").into()
+        );
+    }
+    args.report.check(args.write.force)?;
+    let mut conversion = HfToGguf {
         source: args.source.clone(),
         output: args.output.clone(),
         file_type,
@@ -106,7 +118,27 @@ pub fn run(args: &Args) -> anyhow::Result<Status> {
         edits: args.edits.edits(),
         limits: Limits::default(),
     };
-    let job = conversion.plan()?;
+    if let Some(quantizer) = &mut conversion.quantizer {
+        quantizer.ignore_methods = calibrates;
+    }
+    let mut job = conversion.plan()?;
+    let moments = beforehand::moments_path(&args.source, &job.output);
+    let mut runnable = None;
+    if args.write.dry_run && calibrates {
+        let bytes = Runnable::bytes(&conversion, &job.output)?;
+        beforehand::announce(&mut job, &moments, Some(bytes));
+    } else if !args.write.dry_run && (calibrates || args.report.evaluate.is_some()) {
+        common::check_new(&job, &args.write)?;
+        let runs = &*runnable.insert(Runnable::write(&conversion, &job.output, &args.write)?);
+        if calibrates {
+            beforehand::calibrate(&runs.path, &moments, &args.quantizer, &args.write)?;
+            if let Some(quantizer) = &mut conversion.quantizer {
+                quantizer.take_moments(moments);
+            }
+            job = conversion.plan()?;
+        }
+    }
+    job.resume = !args.report.no_resume;
     let Some(done) = common::carry_out(&job, &args.write)? else { return Ok(Status::Done) };
     let work = &args.write.work;
     if !work.quiet {
@@ -131,9 +163,13 @@ pub fn run(args: &Args) -> anyhow::Result<Status> {
         };
         Some(verify::verify(&options, &work.budget()?, &ui::Progress::new("verifying", 0, true))?)
     };
+    let mut summary = common::summary(&job, &done);
+    summary["verify"] = json!(report.as_ref().map(|r| &r.checks));
+    if let Some(runnable) = &runnable {
+        summary["evaluation"] = json!(args.report.evaluation(&job, &runnable.path, &args.write)?);
+    }
+    args.report.write(&done, &summary, args.write.force)?;
     if work.json {
-        let mut summary = common::summary(&job, &done);
-        summary["verify"] = json!(report.as_ref().map(|r| &r.checks));
         println!("{summary:#}");
     }
     match report {

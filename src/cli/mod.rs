@@ -1,6 +1,7 @@
 //! The command line: one file per command. Data goes to stdout, everything else to stderr.
 //! Exit codes: 0 done, 1 a check failed, 2 it could not be done.
 
+mod beforehand;
 #[cfg(feature = "ggml")]
 mod bench;
 #[cfg(feature = "ggml")]
@@ -21,6 +22,7 @@ mod inspect;
 mod lora_to_gguf;
 mod quantize;
 mod quantizer;
+mod report;
 #[cfg(feature = "ggml")]
 mod run;
 mod split;

@@ -4,10 +4,12 @@ use std::path::PathBuf;
 
 use qconv::convert::{Quantize, Sharding};
 use qconv::limits::Limits;
+use serde_json::json;
 
-use super::Status;
 use super::common::{self, EditArgs, WriteArgs};
 use super::quantizer::{QuantizerArgs, ShardArgs, type_names};
+use super::report::ReportArgs;
+use super::{Status, beforehand};
 
 /// Write a GGUF file with another type
 #[derive(clap::Args, Debug)]
@@ -42,19 +44,49 @@ pub struct Args {
 
     #[command(flatten)]
     pub quantizer: QuantizerArgs,
+
+    #[command(flatten)]
+    pub report: ReportArgs,
 }
 
 pub fn run(args: &Args) -> anyhow::Result<Status> {
+    let (write, report) = (&args.write, &args.report);
+    report.check(write.force)?;
     let mut quantizer = args.quantizer.quantizer(&args.file_type)?;
     quantizer.allow_requantize = args.allow_requantize;
-    let job = Quantize {
+    let calibrates = args.quantizer.calibrates(Some(&quantizer))?;
+    quantizer.ignore_methods = calibrates;
+    let mut conversion = Quantize {
         source: args.source.clone(),
         output: args.output.clone(),
         quantizer,
         sharding: if args.keep_split { Sharding::Keep } else { args.shards.sharding()? },
         edits: args.edits.edits(),
         limits: Limits::default(),
+    };
+    let mut job = conversion.plan()?;
+    let source = job.store.files().first().map_or_else(|| args.source.clone(), |f| f.path().to_path_buf());
+    if calibrates {
+        let moments = beforehand::moments_path(&args.source, &job.output);
+        if write.dry_run {
+            beforehand::announce(&mut job, &moments, None);
+        } else {
+            common::check_new(&job, write)?;
+            beforehand::calibrate(&source, &moments, &args.quantizer, write)?;
+            conversion.quantizer.take_moments(moments);
+            job = conversion.plan()?;
+        }
     }
-    .plan()?;
-    common::finish(&job, &args.write)
+    job.resume = !report.no_resume;
+    let Some(done) = common::carry_out(&job, write)? else { return Ok(Status::Done) };
+    if !write.work.quiet {
+        common::say_summary(&job, &done);
+    }
+    let mut summary = common::summary(&job, &done);
+    summary["evaluation"] = json!(report.evaluation(&job, &source, write)?);
+    report.write(&done, &summary, write.force)?;
+    if write.work.json {
+        println!("{summary:#}");
+    }
+    Ok(Status::Done)
 }

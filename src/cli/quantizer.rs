@@ -54,6 +54,19 @@ pub struct QuantizerArgs {
     #[arg(long, value_name = "STAGE", value_parser = Stage::parse)]
     pub ternary_stage: Option<Stage>,
 
+    /// Where a method needs second moments and --moments is not given, they are collected first: over this text
+    /// or file of conversations (.jsonl; see calibrate), or a part of a novel (builtin); can be repeated
+    #[arg(long, value_name = "FILE|builtin", conflicts_with = "moments")]
+    pub calibration: Vec<PathBuf>,
+
+    /// How much of that text is read, in windows; 128 by default
+    #[arg(long, value_name = "N", conflicts_with = "moments")]
+    pub samples: Option<usize>,
+
+    /// Tokens of such a window; 512 by default
+    #[arg(long, value_name = "TOKENS", conflicts_with = "moments")]
+    pub sample_length: Option<usize>,
+
     /// Of the importance matrix use only entries whose name contains this
     #[arg(long, value_name = "NAME", requires = "imatrix", conflicts_with = "exclude_weights")]
     pub include_weights: Vec<String>,
@@ -152,7 +165,42 @@ impl QuantizerArgs {
         Tuning { iters: self.iters, lr: self.lr, batch: self.batch, ternary_stage: self.ternary_stage }
     }
 
-    fn method_choice(&self, is_awq: bool) -> Result<Option<MethodChoice>> {
+    /// Whether a calibration comes before what `quantizer` does.
+    ///
+    /// # Errors
+    /// `Misuse` where one is asked for that nothing needs.
+    pub fn calibrates(&self, quantizer: Option<&Quantizer>) -> Result<bool> {
+        let needed = quantizer
+            .is_some_and(|q| q.methods().is_some_and(|m| m.lacks_moments(q.imatrix.is_some()).is_some()));
+        let asked = !self.calibration.is_empty() || self.samples.or(self.sample_length).is_some();
+        match asked && !needed {
+            true => {
+                Err(Error::misuse("--calibration has no effect without a method that needs second moments")
+                    .hint("--method gptq is one"))
+            }
+            false => Ok(needed),
+        }
+    }
+
+    /// How that calibration is done.
+    #[cfg(feature = "ggml")]
+    pub fn calibration_args(&self, work: &super::common::WorkArgs) -> super::calibration::CalibrationArgs {
+        let is_chats = |path: &&PathBuf| path.extension().is_some_and(|e| e.eq_ignore_ascii_case("jsonl"));
+        let files = self.calibration.iter().filter(|path| path.as_os_str() != "builtin");
+        let (chats, text) = files.partition::<Vec<&PathBuf>, _>(is_chats);
+        super::calibration::CalibrationArgs {
+            text: text.into_iter().cloned().collect(),
+            chats: chats.into_iter().cloned().collect(),
+            ctx: self.sample_length.unwrap_or(512),
+            chunks: Some(self.samples.unwrap_or(128)),
+            from_chunk: 0,
+            parse_special: false,
+            threads: work.threads.and_then(|n| u32::try_from(n).ok()),
+            gpu_layers: 0,
+        }
+    }
+
+    fn method_choice(&self, recipe: &Recipe, is_awq: bool) -> Result<Option<MethodChoice>> {
         let by_tensor =
             self.tensor_method.iter().map(|e| parse_tensor_method(e)).collect::<Result<Vec<_>>>()?;
         let (fold, others) = match self.method.as_deref() {
@@ -163,9 +211,10 @@ impl QuantizerArgs {
         if is_awq && fold.is_none() {
             return Err(Error::misuse("the type asks for awq, and --method for something else"));
         }
-        let choice = MethodChoice { fold, by_tensor, others, moments: self.moments.clone() };
+        let moments = self.moments.clone();
+        let choice = MethodChoice { fold, by_tensor, others, moments, ..MethodChoice::default() };
         let choice = choice.tuned(&self.tuning())?;
-        if choice.is_empty() {
+        if choice.is_empty() && recipe.ways().next().is_none() {
             return match &self.moments {
                 None => Ok(None),
                 Some(_) => Err(Error::misuse("--moments has no effect without a method")
@@ -201,7 +250,7 @@ impl QuantizerArgs {
                 include: self.include_weights.clone(),
                 exclude: self.exclude_weights.clone(),
             }),
-            method: self.method_choice(without.is_some())?,
+            method: self.method_choice(recipe, without.is_some())?,
             prune_layers: self.prune_layers.iter().copied().collect(),
             override_kv: self.override_kv.clone(),
             ..Quantizer::new(recipe)

@@ -137,6 +137,12 @@ impl Observer for Progress {
         }
     }
 
+    fn resumed(&self) {
+        if self.bar.is_some() || self.lines {
+            say("note: going on where an interrupted run of this command ended; --no-resume begins anew");
+        }
+    }
+
     fn interrupted(&self) -> bool {
         INTERRUPTED.load(Ordering::Relaxed)
     }

@@ -8,6 +8,7 @@ use std::path::Path;
 
 use indexmap::IndexMap;
 
+use super::InputFile;
 use super::gguf::write::Layout;
 use super::gguf::{Array, Gguf, Metadata, Value};
 use crate::error::{Error, Result};
@@ -227,6 +228,11 @@ impl Moments {
         }
         let contents = Contents { model, texts: of_texts, inputs };
         Ok(Self { contents, counts, by_weight, gguf })
+    }
+
+    /// The files that hold it.
+    pub fn files(&self) -> &[InputFile] {
+        self.gguf.store.files()
     }
 
     /// What it states.

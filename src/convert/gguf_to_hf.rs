@@ -78,7 +78,8 @@ impl GgufToHf {
         }
         plan.notes.extend(vocab.notes.iter().cloned());
         self.lay_out(&mut plan, &model, &metadata, &vocab)?;
-        Ok(Job { plan, store, output: self.output.clone(), is_directory: true, tokens: None })
+        let output = self.output.clone();
+        Ok(Job { plan, store, output, is_directory: true, tokens: None, resume: true })
     }
 
     /// What config.json says beyond the metadata.

@@ -32,6 +32,8 @@ pub struct MethodChoice {
     pub fold: Option<Folding>,
     /// For tensors whose name matches; the first that does counts.
     pub by_tensor: Vec<(Regex, Way)>,
+    /// What the recipe's rules may name for tensors of a role.
+    pub by_rule: Vec<Way>,
     /// For all others; as llama.cpp does where there is none.
     pub others: Option<Way>,
     /// What `qconv calibrate` wrote.
@@ -55,10 +57,10 @@ impl Guiding {
         Ok(Self { choice: choice.clone(), moments: moments.transpose()? })
     }
 
-    /// How a tensor, named as in the output, shall be rounded.
-    pub fn way(&self, name: &str) -> Option<Way> {
+    /// How a tensor, named as in the output, shall be rounded; `by_rule` is what the recipe says.
+    pub fn way(&self, name: &str, by_rule: Option<Way>) -> Option<Way> {
         let matching = self.choice.by_tensor.iter().find(|(regex, _)| regex.is_match(name));
-        matching.map_or(self.choice.others, |(_, way)| Some(*way))
+        matching.map(|(_, way)| *way).or(by_rule).or(self.choice.others)
     }
 
     /// The guide for a tensor, named as in the model, or why there is none. Where some experts have seen
@@ -203,7 +205,7 @@ pub fn parse_tensor_method(text: &str) -> Result<(Regex, Way)> {
 impl MethodChoice {
     /// All that may be used.
     fn ways(&self) -> impl Iterator<Item = Way> + '_ {
-        self.by_tensor.iter().map(|(_, way)| *way).chain(self.others)
+        self.by_tensor.iter().map(|(_, way)| *way).chain(self.by_rule.iter().copied()).chain(self.others)
     }
 
     /// Whether none is.
@@ -290,7 +292,7 @@ mod tests {
             ("blk.1.attn_q.weight", "gptq"),
             ("blk.1.ffn_up.weight", "imatrix"),
         ] {
-            assert_eq!(guiding.way(name).unwrap().name(), way, "{name}");
+            assert_eq!(guiding.way(name, None).unwrap().name(), way, "{name}");
         }
         assert_eq!(guiding.choice.lacks_moments(true), Some("gptq"));
         let tuned = |lr| guiding.choice.clone().tuned(&Tuning { lr, ..Tuning::default() });

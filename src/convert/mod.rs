@@ -13,6 +13,7 @@ mod general;
 mod gguf_to_hf;
 mod guide;
 mod hf_to_gguf;
+mod journal;
 mod lora_to_gguf;
 mod low_rank;
 mod model_id;
@@ -49,8 +50,9 @@ pub use types::{FILE_TYPES, FileType, base_name};
 
 use std::path::{Path, PathBuf};
 
+use self::journal::Journal;
 use crate::container::Store;
-use crate::error::Result;
+use crate::error::{ErrorKind, Result};
 
 /// A planned conversion, ready to run.
 #[derive(Debug)]
@@ -65,6 +67,8 @@ pub struct Job {
     pub is_directory: bool,
     /// How llama.cpp's tokens compare with the source's, where that was asked for.
     pub tokens: Option<Tokens>,
+    /// Whether to go on with what an earlier process left unfinished, where that took a method's time.
+    pub resume: bool,
 }
 
 impl Job {
@@ -72,7 +76,7 @@ impl Job {
     pub fn gguf(plan: Plan, store: Store, output: &Path) -> Self {
         let first = plan.files.first().map(|f| f.name.as_path()).filter(|n| !n.as_os_str().is_empty());
         let output = first.map_or_else(|| output.to_path_buf(), |name| output.with_file_name(name));
-        Self { plan, store, output, is_directory: false, tokens: None }
+        Self { plan, store, output, is_directory: false, tokens: None, resume: true }
     }
 
     /// The files that will be there in the end.
@@ -86,7 +90,7 @@ impl Job {
     }
 
     /// Streams the plan into the output, and gives it its name when complete. Returns what became of each
-    /// tensor, in the plan's order.
+    /// tensor, in the plan's order. What methods have finished is kept when that is interrupted.
     ///
     /// # Errors
     /// `Misuse` when the output exists (unless `force`) or is an input, when something that the plan
@@ -96,23 +100,55 @@ impl Job {
         self.plan.check_feasible()?;
         self.plan.check_not_input(&outputs, &self.store)?;
         budget.check(&self.plan)?;
-        let stage = if self.is_directory {
-            let mut stage = Stage::directory(&self.output, force, self.plan.total_len())?;
-            for f in &self.plan.files {
-                stage.add(&f.name, f.len)?;
+        let (stage, journal) = self.begin(&outputs, force)?;
+        let done = self.write(&stage, journal.as_ref(), budget, observer);
+        match (done, journal) {
+            (Err(e), Some(_)) if matches!(e.kind(), ErrorKind::Interrupted | ErrorKind::Io) => {
+                stage.keep();
+                Err(e.hint("what is finished is kept: the same command goes on from there"))
             }
-            stage
-        } else {
-            let lens = self.plan.files.iter().map(|f| f.len);
-            Stage::files_at(&outputs.into_iter().zip(lens).collect::<Vec<_>>(), force)?
-        };
+            (done, journal) => {
+                let done = done.and_then(|outcomes| stage.commit().map(|()| outcomes));
+                journal.map(Journal::remove);
+                done
+            }
+        }
+    }
+
+    fn write(
+        &self,
+        stage: &Stage,
+        journal: Option<&Journal>,
+        budget: &Budget,
+        observer: &dyn Observer,
+    ) -> Result<Vec<Outcome>> {
         fold::settle(&self.plan, &self.store, budget, observer)?;
         for (file, plan) in stage.files().iter().zip(&self.plan.files) {
             file.write_at(0, &plan.header)?;
         }
-        let outcomes = stream::stream(&self.plan, &self.store, stage.files(), budget, observer)?;
-        stage.commit()?;
-        Ok(outcomes)
+        stream::stream(&self.plan, &self.store, stage.files(), journal, budget, observer)
+    }
+
+    fn begin(&self, outputs: &[PathBuf], force: bool) -> Result<(Stage, Option<Journal>)> {
+        if self.is_directory {
+            let mut stage = Stage::directory(&self.output, force, self.plan.total_len())?;
+            for f in &self.plan.files {
+                stage.add(&f.name, f.len)?;
+            }
+            return Ok((stage, None));
+        }
+        let lens = self.plan.files.iter().map(|f| f.len);
+        let targets: Vec<_> = outputs.iter().cloned().zip(lens).collect();
+        let takes_long = |t: &TensorPlan| matches!(t.rounding, plan::Rounding::Guided(_));
+        if !self.plan.tensors.iter().any(takes_long) {
+            let stage = Stage::files_at(&targets, force)?;
+            // Its file is gone: it has nothing to say any more.
+            let _ = Journal::path_for(&self.output).map(std::fs::remove_file);
+            return Ok((stage, None));
+        }
+        let key = journal::key(&self.plan, &self.store)?;
+        let (stage, journal) = Stage::going_on(&targets, force, &key, self.resume)?;
+        Ok((stage, Some(journal)))
     }
 }
 

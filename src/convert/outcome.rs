@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::sync::Mutex;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::plan::{Plan, TensorPlan};
 use crate::block::Codec;
@@ -54,7 +54,7 @@ pub struct OutputError {
 }
 
 /// What rows of one expert add to an outcome.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub(super) struct Tally {
     expert: u64,
     /// Mean squares of the output, of what it would have lost, and of what it lost.

@@ -35,6 +35,8 @@ pub struct Quantizer {
     pub imatrix: Option<ImatrixChoice>,
     /// How codes are chosen, where it is not as llama.cpp does.
     pub method: Option<MethodChoice>,
+    /// Plan as if no method were asked for, as long as its moments are not there.
+    pub ignore_methods: bool,
     /// Layers to leave out; the others are numbered anew.
     pub prune_layers: BTreeSet<u64>,
     /// `KEY=TYPE:VALUE` with the types int, float, bool and str, as llama-quantize takes them.
@@ -71,10 +73,29 @@ impl Quantizer {
             overrides: Overrides::default(),
             imatrix: None,
             method: None,
+            ignore_methods: false,
             prune_layers: BTreeSet::new(),
             override_kv: Vec::new(),
             allow_requantize: false,
         }
+    }
+
+    /// The methods that may be used: those of the recipe's rules too.
+    pub fn methods(&self) -> Option<MethodChoice> {
+        if self.ignore_methods {
+            return None;
+        }
+        let by_rule: Vec<Way> = self.recipe.ways().collect();
+        match (&self.method, by_rule.is_empty()) {
+            (None, true) => None,
+            (choice, _) => Some(MethodChoice { by_rule, ..choice.clone().unwrap_or_default() }),
+        }
+    }
+
+    /// With second moments that were missing.
+    pub fn take_moments(&mut self, moments: PathBuf) {
+        self.ignore_methods = false;
+        self.method.get_or_insert_default().moments = Some(moments);
     }
 
     /// Plans every tensor, and turns `metadata` into those of the quantized file. Files and offsets
@@ -95,11 +116,8 @@ impl Quantizer {
             Some(choice) => Some(Weighing::open(choice, limits)?),
             None => None,
         };
-        let guiding = self
-            .method
-            .as_ref()
-            .map(|choice| Guiding::open(choice, imatrix.is_some(), limits))
-            .transpose()?;
+        let guiding =
+            self.methods().map(|choice| Guiding::open(&choice, imatrix.is_some(), limits)).transpose()?;
         append(metadata, "general.quantization_version", Value::U32(QUANTIZATION_VERSION));
         append(metadata, "general.file_type", Value::U32(self.recipe.id));
         for entry in &self.override_kv {
@@ -183,7 +201,7 @@ impl Quantizer {
         if stays {
             return Ok(planned);
         }
-        let way = guiding.and_then(|g| g.way(&planned.name));
+        let way = guiding.and_then(|g| g.way(&planned.name, choice.way));
         if let (Some(Way::Method(method)), Some(guiding), true) = (way, guiding, planned.is_rounded()) {
             let (found, why) = match guiding.guide(method, &original, &planned) {
                 Ok((guide, some)) => (Some(guide), some),

@@ -4,6 +4,7 @@
 use std::fs::{self, File, OpenOptions};
 use std::path::{Component, Path, PathBuf};
 
+use super::journal::Journal;
 use crate::error::{Error, Result};
 use crate::sys;
 
@@ -22,10 +23,18 @@ impl OutputFile {
     pub fn write_at(&self, offset: u64, bytes: &[u8]) -> Result<()> {
         sys::write_all_at(&self.file, bytes, offset).map_err(|e| Error::io("write", &self.path, e))
     }
+
+    /// Fills `bytes` with what was written at `offset`.
+    ///
+    /// # Errors
+    /// `Io`.
+    pub fn read_at(&self, offset: u64, bytes: &mut [u8]) -> Result<()> {
+        sys::read_exact_at(&self.file, bytes, offset).map_err(|e| Error::io("read", &self.path, e))
+    }
 }
 
-/// An output that is not visible under its final name yet. Dropped without [`Stage::commit`], it
-/// removes what it wrote.
+/// An output that is not visible under its final name yet. Dropped without [`Stage::commit`] or
+/// [`Stage::keep`], it removes what it wrote.
 #[derive(Debug)]
 pub struct Stage {
     /// The directory that will appear as a whole, with its temporary name.
@@ -34,7 +43,8 @@ pub struct Stage {
     files: Vec<OutputFile>,
     /// Their final names.
     targets: Vec<PathBuf>,
-    committed: bool,
+    /// Whether the files stay when this is dropped.
+    stays: bool,
 }
 
 impl Stage {
@@ -45,13 +55,46 @@ impl Stage {
     /// `Misuse` when one exists and `force` is off, or somebody else is writing it; `Io` when it
     /// cannot be created or the disk has not enough bytes free for all.
     pub fn files_at(targets: &[(PathBuf, u64)], force: bool) -> Result<Self> {
+        let mut stage = Self::open(targets, force)?;
+        stage.stays = false;
+        stage.clear(targets)?;
+        Ok(stage)
+    }
+
+    /// Goes on with such files where an earlier process left them, with a journal of this `key`, if that is
+    /// wished; begins them otherwise. What is there stays when this fails.
+    ///
+    /// # Errors
+    /// As [`Self::files_at`].
+    pub(super) fn going_on(
+        targets: &[(PathBuf, u64)],
+        force: bool,
+        key: &str,
+        resume: bool,
+    ) -> Result<(Self, Journal)> {
+        let mut stage = Self::open(targets, force)?;
+        let is_whole = |(f, (_, bytes)): (&OutputFile, &(PathBuf, u64))| {
+            f.file.metadata().is_ok_and(|meta| meta.len() == *bytes)
+        };
+        let whole = stage.files.iter().zip(targets).all(is_whole);
+        let first = stage.targets.first().ok_or_else(|| Error::misuse("no output"))?;
+        let journal = Journal::open(Journal::path_for(first)?, key, resume && whole)?;
+        stage.stays = false;
+        if !journal.is_begun() {
+            stage.clear(targets)?;
+        }
+        Ok((stage, journal))
+    }
+
+    /// Opens the files as they are; what they hold stays for now.
+    fn open(targets: &[(PathBuf, u64)], force: bool) -> Result<Self> {
         let bytes = targets.iter().map(|(_, bytes)| bytes).sum();
         let mut places = Vec::with_capacity(targets.len());
         for (target, _) in targets {
             places.push(prepare(target, force, bytes, false)?);
         }
-        let mut stage = Self { directory: None, files: Vec::new(), targets: Vec::new(), committed: false };
-        for ((target, temporary), (_, bytes)) in places.into_iter().zip(targets) {
+        let mut stage = Self { directory: None, files: Vec::new(), targets: Vec::new(), stays: true };
+        for (target, temporary) in places {
             let file = OpenOptions::new()
                 .read(true)
                 .write(true)
@@ -62,12 +105,24 @@ impl Stage {
             if file.try_lock().is_err() {
                 return Err(Error::misuse("another qconv is writing this output").at(&target));
             }
-            let sized = file.set_len(0).and_then(|()| file.set_len(*bytes));
-            stage.files.push(OutputFile { path: temporary.clone(), file });
+            stage.files.push(OutputFile { path: temporary, file });
             stage.targets.push(target);
-            sized.map_err(|e| Error::io("create", &temporary, e))?;
         }
         Ok(stage)
+    }
+
+    /// Empties the files, and gives them their lengths.
+    fn clear(&self, targets: &[(PathBuf, u64)]) -> Result<()> {
+        for (f, (_, bytes)) in self.files.iter().zip(targets) {
+            let sized = f.file.set_len(0).and_then(|()| f.file.set_len(*bytes));
+            sized.map_err(|e| Error::io("create", &f.path, e))?;
+        }
+        Ok(())
+    }
+
+    /// Leaves the files as they are, for a later process to go on with.
+    pub fn keep(mut self) {
+        self.stays = true;
     }
 
     /// Begins a directory at `target`; `bytes` are what all its files will take.
@@ -81,7 +136,7 @@ impl Stage {
         }
         fs::create_dir(&temporary).map_err(|e| Error::io("create", &temporary, e))?;
         let directory = Some((target, temporary));
-        Ok(Self { directory, files: Vec::new(), targets: Vec::new(), committed: false })
+        Ok(Self { directory, files: Vec::new(), targets: Vec::new(), stays: false })
     }
 
     /// Adds a file of `len` bytes to a directory, or to one in it.
@@ -133,7 +188,7 @@ impl Stage {
                 }
             }
         }
-        self.committed = true;
+        self.stays = true;
         let parent = self.directory.as_ref().map(|(d, _)| d).or(self.targets.first());
         sys::sync_directory(parent.and_then(|p| p.parent()).unwrap_or(Path::new(".")));
         Ok(())
@@ -142,7 +197,7 @@ impl Stage {
 
 impl Drop for Stage {
     fn drop(&mut self) {
-        if self.committed {
+        if self.stays {
             return;
         }
         // Nothing better can be done with a failure here: the error that led here is the news.
@@ -186,8 +241,11 @@ fn prepare(target: &Path, force: bool, bytes: u64, is_dir: bool) -> Result<(Path
     if !parent.is_dir() {
         return Err(Error::misuse("the directory for the output does not exist").at(&parent));
     }
+    let temporary = parent.join(format!(".{name}.qconv-partial"));
+    // What an earlier process left there is overwritten.
+    let held = fs::metadata(&temporary).map_or(0, |meta| sys::allocated(&meta));
     if let Some(free) = sys::free_space(&parent)
-        && free < bytes
+        && free.saturating_add(held) < bytes
     {
         return Err(Error::io(
             "write",
@@ -198,5 +256,5 @@ fn prepare(target: &Path, force: bool, bytes: u64, is_dir: bool) -> Result<(Path
             ),
         ));
     }
-    Ok((target.clone(), parent.join(format!(".{name}.qconv-partial"))))
+    Ok((target, temporary))
 }

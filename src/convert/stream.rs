@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 
 use super::gather::Scratch;
+use super::journal::{Journal, Span};
 use super::outcome::{Ledger, Outcome, Tally};
 use super::plan::{Budget, Guide, Importance, Plan, Rounding, TensorPlan};
 use super::stage::OutputFile;
@@ -17,6 +18,8 @@ use crate::quantize::Prepared;
 pub trait Observer: Sync {
     /// `bytes` more of the output are written; `tensor` is the one they belong to.
     fn advance(&self, bytes: u64, tensor: &str);
+    /// An earlier process had begun, and what it finished is not done again.
+    fn resumed(&self) {}
     /// Whether to stop.
     fn interrupted(&self) -> bool;
 }
@@ -31,7 +34,8 @@ impl Observer for Silent {
     }
 }
 
-/// Writes every tensor of `plan` into `files` (in the order of `plan.files`). Returns what became of each.
+/// Writes every tensor of `plan` into `files` (in the order of `plan.files`), but for what `journal` has as
+/// finished; the rest is noted there. Returns what became of each.
 ///
 /// # Errors
 /// The first that any worker meets; `Interrupted` when the observer says so.
@@ -39,6 +43,7 @@ pub fn stream(
     plan: &Plan,
     store: &Store,
     files: &[OutputFile],
+    journal: Option<&Journal>,
     budget: &Budget,
     observer: &dyn Observer,
 ) -> Result<Vec<Outcome>> {
@@ -54,6 +59,9 @@ pub fn stream(
     let failure: Mutex<Option<Error>> = Mutex::new(None);
     let guides = Guides::new(budget.threads);
     let ledger = Ledger::new(plan);
+    if journal.is_some_and(Journal::is_begun) {
+        observer.resumed();
+    }
     let work = || {
         let mut worker = Worker::default();
         while !stop.load(Ordering::Relaxed) {
@@ -69,7 +77,8 @@ pub fn stream(
             let done = if observer.interrupted() {
                 Err(Error::interrupted())
             } else {
-                worker.span(tensor, store, &files[tensor.file], start, end, &guides)
+                let span = Span { tensor: k, start, end };
+                worker.span_once(tensor, store, &files[tensor.file], span, journal, &guides)
             };
             match done {
                 Ok((bytes, tallies)) => {
@@ -109,6 +118,31 @@ struct Worker {
 }
 
 impl Worker {
+    /// A span, unless an earlier process has finished it.
+    fn span_once(
+        &mut self,
+        t: &TensorPlan,
+        store: &Store,
+        file: &OutputFile,
+        span: Span,
+        journal: Option<&Journal>,
+        guides: &Guides,
+    ) -> Result<(u64, Vec<Tally>)> {
+        let Span { start, end, .. } = span;
+        if let Some(journal) = journal {
+            let at = t.offset + t.dtype.bytes_for(start)?;
+            self.bytes.resize(t.dtype.bytes_for(end - start)? as usize, 0);
+            if let Some(tallies) = journal.find(span, &mut self.bytes, |bytes| file.read_at(at, bytes)) {
+                return Ok((self.bytes.len() as u64, tallies.to_vec()));
+            }
+        }
+        let (bytes, tallies) = self.span(t, store, file, start, end, guides)?;
+        if let Some(journal) = journal {
+            journal.add(span, &self.bytes, &tallies)?;
+        }
+        Ok((bytes, tallies))
+    }
+
     fn span(
         &mut self,
         t: &TensorPlan,

@@ -202,6 +202,18 @@ pub struct DivergenceSummary {
     pub same_top: Estimate,
 }
 
+impl DivergenceSummary {
+    /// Whether so little is left of the base that the model is of no use: it predicts the text more than ten times
+    /// worse.
+    pub fn has_collapsed(&self) -> bool {
+        // What is no number is no use either.
+        self.ln_ratio.value.is_nan() || self.ln_ratio.value > COLLAPSE.ln()
+    }
+}
+
+/// The ratio of perplexities from which on a model has collapsed.
+const COLLAPSE: f64 = 10.0;
+
 impl Divergence {
     /// Compares the logits of one prediction with the base's; `next` is the token that came.
     pub fn add(&mut self, logits: &[f32], base: Base<'_>, next: usize) {
@@ -283,6 +295,20 @@ fn percentile(sorted: &[f32], fraction: f64) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_collapse_is_ten_times_worse() {
+        let base = [10.0f32.ln(), 0.0, 0.0];
+        let summary = |logits: &[f32]| {
+            let mut divergence = Divergence::default();
+            (0..20).for_each(|_| divergence.add(logits, Base::Whole(&base, log_norm(&base)), 0));
+            divergence.summary()
+        };
+        // Of 10 / 12 there is 1 / 11 left, or 1 / 13.
+        assert!(!summary(&[0.0, 8.0f32.ln(), 2.0f32.ln()]).has_collapsed());
+        assert!(summary(&[0.0, 8.0f32.ln(), 4.0f32.ln()]).has_collapsed());
+        assert!(summary(&[f32::NAN, 0.0, 0.0]).has_collapsed());
+    }
 
     #[test]
     fn perplexity_of_known_odds() {

@@ -261,12 +261,13 @@ fn unknown(command: &Command, key: &str) -> Error {
 /// The values of an option, each for one argument; `None` for one that has no value.
 fn texts(option: &Arg, key: &str, value: &Json, place: &Path) -> Result<Vec<Option<OsString>>> {
     let wrong = |expected: &str| Error::misuse(format!("{key}: {value} was found, {expected} was expected"));
-    if !takes_values(option) {
-        return match value {
-            Json::Bool(true) => Ok(vec![None]),
-            Json::Bool(false) | Json::Null => Ok(Vec::new()),
-            _ => Err(wrong("true or false")),
-        };
+    let may_lack_value = option.get_num_args().is_some_and(|n| n.min_values() == 0);
+    match value {
+        Json::Bool(true) if may_lack_value || !takes_values(option) => return Ok(vec![None]),
+        Json::Bool(false) if may_lack_value || !takes_values(option) => return Ok(Vec::new()),
+        Json::Null => return Ok(Vec::new()),
+        _ if !takes_values(option) => return Err(wrong("true or false")),
+        _ => {}
     }
     let scalar = |value: &Json| match value {
         Json::String(text) => Ok(text.clone()),
@@ -277,7 +278,6 @@ fn texts(option: &Arg, key: &str, value: &Json, place: &Path) -> Result<Vec<Opti
     let parser = option.get_value_parser().type_id();
     let is_scaled = parser == TypeId::of::<(PathBuf, f32)>();
     let all = match value {
-        Json::Null => Vec::new(),
         Json::Array(list) => list.iter().map(scalar).collect::<Result<_>>()?,
         // Such as tensor-type: {attn_v: q8_0}, or merge-lora: {adapter: 0.5}.
         Json::Object(pairs) if matches!(option.get_action(), ArgAction::Append) => {
@@ -287,7 +287,7 @@ fn texts(option: &Arg, key: &str, value: &Json, place: &Path) -> Result<Vec<Opti
         other => vec![scalar(other)?],
     };
     let is_path = is_scaled || parser == TypeId::of::<PathBuf>();
-    let from_place = |text: String| match is_path && text != "-" {
+    let from_place = |text: String| match is_path && text != "-" && text != "builtin" {
         true => place.join(text).into_os_string(),
         false => text.into(),
     };

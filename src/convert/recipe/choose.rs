@@ -8,6 +8,7 @@ use regex::{Regex, RegexBuilder};
 
 use super::role::{Asked, Counters, Role, layer_of};
 use super::{ModelFacts, Recipe};
+use crate::convert::guide::Way;
 use crate::error::{Error, Result};
 use crate::tensor::DType;
 
@@ -32,7 +33,7 @@ pub struct Overrides {
 }
 
 /// The type of one tensor.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Choice {
     /// The type to write.
     pub dtype: DType,
@@ -40,6 +41,8 @@ pub struct Choice {
     pub wanted: Option<DType>,
     /// Whether llama.cpp refuses to write this without importances for this tensor.
     pub needs_imatrix: bool,
+    /// The method that the recipe names for it.
+    pub way: Option<Way>,
 }
 
 /// `REGEX=TYPE`, as llama-quantize's `--tensor-type` reads it: the pattern may match anywhere in a
@@ -157,8 +160,10 @@ impl Recipe {
                 _ => {}
             }
         }
-        let mut choices: Vec<_> =
-            tensors.iter().map(|t| Choice { dtype: t.1, wanted: None, needs_imatrix: false }).collect();
+        let mut choices: Vec<_> = tensors
+            .iter()
+            .map(|t| Choice { dtype: t.1, wanted: None, needs_imatrix: false, way: None })
+            .collect();
         for at in order {
             let (name, source, shape) = tensors[at];
             let context = |e: Error| e.context(format!("tensor {name:?}"));
@@ -193,10 +198,11 @@ struct Chooser<'a> {
 impl Chooser<'_> {
     fn one(&mut self, name: &str, source: DType, shape: &[u64]) -> Result<Choice> {
         if !self.may_be_quantized(name, source, shape) {
-            return Ok(Choice { dtype: source, wanted: None, needs_imatrix: false });
+            return Ok(Choice { dtype: source, wanted: None, needs_imatrix: false, way: None });
         }
         let role = Role::of(name);
         let width = shape.last().copied().unwrap_or(1);
+        let mut way = None;
         let (dtype, wanted) = match self.demanded(name, role) {
             Some(dtype) => {
                 if !width.is_multiple_of(dtype.block_size()) {
@@ -212,7 +218,11 @@ impl Chooser<'_> {
                 let wanted = match self.by_pattern(name) {
                     Some(dtype) => dtype,
                     None if self.overrides.pure => self.recipe.dtype,
-                    None => self.by_rules(name, role, shape)?,
+                    None => {
+                        let (dtype, by) = self.by_rules(name, role, shape)?;
+                        way = by;
+                        dtype
+                    }
                 };
                 let dtype = fallback(wanted, width)?;
                 (dtype, (dtype != wanted).then_some(wanted))
@@ -221,7 +231,7 @@ impl Chooser<'_> {
         let ends = matches!(role, Role::TokenEmbd | Role::Output);
         let poor = !ends && (NEEDS_IMATRIX.contains(&dtype) || self.recipe.needs_imatrix.contains(&dtype));
         let needs_imatrix = dtype != source && (poor || ENCODER_NEEDS_IMATRIX.contains(&dtype));
-        Ok(Choice { dtype, wanted, needs_imatrix })
+        Ok(Choice { dtype, wanted, needs_imatrix, way })
     }
 
     fn may_be_quantized(&self, name: &str, source: DType, shape: &[u64]) -> bool {
@@ -252,14 +262,14 @@ impl Chooser<'_> {
         self.overrides.tensor_types.iter().find(|(regex, _)| regex.is_match(name)).map(|(_, dtype)| *dtype)
     }
 
-    fn by_rules(&mut self, name: &str, role: Role, shape: &[u64]) -> Result<DType> {
+    fn by_rules(&mut self, name: &str, role: Role, shape: &[u64]) -> Result<(DType, Option<Way>)> {
         if self.facts.arch == GLM5_NEXT && Q8_0_GLM5_NEXT.iter().any(|part| name.contains(part)) {
-            return Ok(DType::Q8_0);
+            return Ok((DType::Q8_0, None));
         }
         let role = if self.tied && role == Role::TokenEmbd { Role::Output } else { role };
         let index = self.done.count(role);
         if let (Role::Output, Some(dtype)) = (role, self.overrides.output) {
-            return Ok(dtype);
+            return Ok((dtype, None));
         }
         let Self { facts, n_attn_v, .. } = *self;
         let imatrix = self.overrides.imatrix;

@@ -12,12 +12,15 @@ pub use choose::{Choice, Overrides, loader_order, parse_tensor_type};
 pub use facts::ModelFacts;
 pub use role::Role;
 
+use std::path::Path;
 use std::sync::OnceLock;
 
 use indexmap::IndexMap;
 use serde::Deserialize;
 
 use crate::arch::{Expr, Scope};
+use crate::container::side::read_text;
+use crate::convert::guide::Way;
 use crate::error::{Error, Result};
 use crate::tensor::DType;
 use role::Asked;
@@ -25,6 +28,8 @@ use role::Asked;
 /// Name and text of every file in `formats/recipe/`.
 static EMBEDDED: &[(&str, &str)] = include!(concat!(env!("OUT_DIR"), "/recipe.rs"));
 const SCHEMA: u32 = 1;
+/// Longest file of a user.
+const MOST_BYTES: u64 = 64 << 10;
 /// Files that may extend each other in a row.
 const MAX_CHAIN: u32 = 8;
 
@@ -65,14 +70,27 @@ struct RecipeFile {
     rules: Vec<Rule>,
 }
 
-/// Tensors of `role` (all without one) get `dtype` where `when` holds.
+/// Tensors of `role` (all without one) get `dtype` where `when` holds, and are rounded by `method`.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Rule {
     role: Option<Role>,
     when: Option<Expr>,
     #[serde(rename = "type")]
-    dtype: TypeName,
+    dtype: Option<TypeName>,
+    method: Option<MethodName>,
+}
+
+#[derive(Clone, Copy, Debug, Deserialize)]
+#[serde(try_from = "String")]
+struct MethodName(Way);
+
+impl TryFrom<String> for MethodName {
+    type Error = String;
+
+    fn try_from(name: String) -> Result<Self, String> {
+        Way::parse(&name).map(Self).map_err(|e| e.to_string())
+    }
 }
 
 #[derive(Clone, Copy, Debug, Deserialize)]
@@ -86,6 +104,11 @@ impl TryFrom<String> for TypeName {
         let known = DType::from_name(&name).filter(|t| t.ggml_id().is_some());
         known.map(Self).ok_or_else(|| format!("{name:?} is no type of ggml"))
     }
+}
+
+/// The text of a file in `formats/recipe/`.
+fn embedded(name: &str) -> Option<String> {
+    EMBEDDED.iter().find(|(own, _)| *own == name).map(|(_, text)| (*text).to_owned())
 }
 
 impl RecipeFile {
@@ -138,10 +161,9 @@ impl Recipe {
         if let Some(all) = ALL.get() {
             return Ok(all);
         }
-        let find = |name: &str| EMBEDDED.iter().find(|(n, _)| *n == name).map(|(_, text)| (*text).to_owned());
         let mut all = Vec::new();
         for (name, text) in EMBEDDED {
-            all.extend(Self::from_toml(text, &find).map_err(|e| e.context(format!("{name}.toml")))?);
+            all.extend(Self::from_toml(text, &embedded).map_err(|e| e.context(format!("{name}.toml")))?);
         }
         all.sort_by(|a, b| {
             a.dtype.bits_per_weight().total_cmp(&b.dtype.bits_per_weight()).then(a.id.cmp(&b.id))
@@ -149,11 +171,19 @@ impl Recipe {
         Ok(ALL.get_or_init(|| all))
     }
 
-    /// The file type of this name or alias, in any case, or of this number.
+    /// The file type of this name or alias, in any case, or of this number; or what a file that ends in `.toml` says,
+    /// which stays in memory.
     ///
     /// # Errors
-    /// `Misuse`, with the nearest names.
+    /// `Misuse`, with the nearest names; `Io`, `Limit` and `Malformed` for files.
     pub fn parse(name: &str) -> Result<&'static Self> {
+        let path = Path::new(name);
+        if path.extension().is_some_and(|e| e.eq_ignore_ascii_case("toml")) {
+            let text = read_text(path, MOST_BYTES)?;
+            let recipe = Self::from_toml(&text, &embedded).map_err(|e| e.at(path))?;
+            let recipe = recipe.ok_or_else(|| Error::malformed("has no name").at(path))?;
+            return Ok(Box::leak(Box::new(recipe)));
+        }
         let all = Self::all()?;
         let id: Option<u32> = name.parse().ok();
         let found = all.iter().find(|r| r.names().any(|n| n.eq_ignore_ascii_case(name)) || Some(r.id) == id);
@@ -172,10 +202,16 @@ impl Recipe {
         std::iter::once(&self.name).chain(&self.aliases).map(String::as_str)
     }
 
-    /// What the rules give: each that applies sets the type anew.
-    fn apply_rules(&self, asked: &Asked) -> Result<DType> {
+    /// The methods that its rules name.
+    pub fn ways(&self) -> impl Iterator<Item = Way> + '_ {
+        self.rules.iter().filter_map(|rule| Some(rule.method?.0))
+    }
+
+    /// What the rules give: each that applies sets type or method anew.
+    fn apply_rules(&self, asked: &Asked) -> Result<(DType, Option<Way>)> {
         let vars: Vec<_> = self.vars.iter().map(|(name, e)| (name.as_str(), e)).collect();
         let mut scope = asked.scope(self.dtype, &vars);
+        let mut way = None;
         for rule in &self.rules {
             if rule.role.is_some_and(|role| role != asked.role) {
                 continue;
@@ -185,10 +221,11 @@ impl Recipe {
                 None => true,
             };
             if holds {
-                scope.dtype = rule.dtype.0;
+                scope.dtype = rule.dtype.map_or(scope.dtype, |t| t.0);
+                way = rule.method.map(|m| m.0).or(way);
             }
         }
-        Ok(scope.dtype)
+        Ok((scope.dtype, way))
     }
 }
 
@@ -235,6 +272,7 @@ mod tests {
             ("schema = 1\nextends = 'circle'", "circle"),
             ("schema = 1\nrules = [{ role = 'attn_x', type = 'Q8_0' }]", "attn_x"),
             ("schema = 1\nrules = [{ type = 'Q8_0', when = '1 +' }]", "position"),
+            ("schema = 1\nrules = [{ method = 'gptx' }]", "gptx"),
             ("schema = 1\nrule = 1", "rule"),
         ] {
             let error = Recipe::from_toml(text, &base).unwrap_err();

@@ -1,0 +1,141 @@
+//! What a method needs and nobody has given: second moments, from a calibration before the quantization.
+
+use std::path::{Path, PathBuf};
+
+use qconv::convert::{HfToGguf, Job, Sharding};
+use qconv::error::{Error, Result};
+
+use super::common::WriteArgs;
+use super::quantizer::QuantizerArgs;
+use super::ui::{self, Progress};
+
+/// Where a model's moments lie when they were collected on the way: beside the output, called after the source,
+/// so that outputs of all types share them.
+pub fn moments_path(source: &Path, output: &Path) -> PathBuf {
+    let source = source.canonicalize().unwrap_or_else(|_| source.to_path_buf());
+    let name = source.file_name().unwrap_or_default().to_string_lossy();
+    let stem = name.strip_suffix(".gguf").unwrap_or(&name);
+    output.with_file_name(format!("{stem}.moments.gguf"))
+}
+
+/// Says in a plan that is shown what would happen before it, `runnable` bytes of a conversion that can be run among
+/// it.
+pub fn announce(job: &mut Job, moments: &Path, runnable: Option<u64>) {
+    // What a type needs will be there.
+    job.plan.obstacle = None;
+    let notes = &mut job.plan.notes;
+    notes.push(format!(
+        "the model would be calibrated first, into {}; what its method takes of memory shows then",
+        moments.display()
+    ));
+    if let Some(bytes) = runnable {
+        let bytes = ui::size(bytes);
+        notes.push(format!(
+            "for that a conversion of {bytes} that can be run would lie beside the output meanwhile"
+        ));
+    }
+}
+
+/// A conversion that keeps the source's precision, for as long as it is needed to run the model. It is removed when
+/// this is dropped; what a killed process leaves is overwritten by the next.
+pub struct Runnable {
+    pub path: PathBuf,
+}
+
+impl Runnable {
+    /// What would be written for a conversion whose output is `output`.
+    fn conversion(of: &HfToGguf, output: &Path) -> Result<HfToGguf> {
+        let name = output.file_name().ok_or_else(|| Error::misuse("is no name for an output").at(output))?;
+        let path = output.with_file_name(format!(".{}.qconv-source.gguf", name.to_string_lossy()));
+        let (quantizer, file_type, sharding) = (None, None, Sharding::Whole);
+        Ok(HfToGguf { output: Some(path), quantizer, file_type, sharding, ..of.clone() })
+    }
+
+    /// Its length.
+    ///
+    /// # Errors
+    /// As a plan of the conversion.
+    pub fn bytes(of: &HfToGguf, output: &Path) -> Result<u64> {
+        Ok(Self::conversion(of, output)?.plan()?.plan.total_len())
+    }
+
+    /// Writes it.
+    ///
+    /// # Errors
+    /// As the conversion.
+    pub fn write(of: &HfToGguf, output: &Path, args: &WriteArgs) -> Result<Self> {
+        let job = Self::conversion(of, output)?.plan()?;
+        let quiet = args.work.quiet;
+        if !quiet {
+            let len = ui::size(job.plan.total_len());
+            ui::say(&format!("note: a conversion of {len} that can be run lies beside the output meanwhile"));
+        }
+        let progress = Progress::new("converting", job.plan.total_len(), quiet);
+        let done = job.run(true, &args.work.budget()?, &progress);
+        progress.finish();
+        done?;
+        Ok(Self { path: job.output })
+    }
+}
+
+impl Drop for Runnable {
+    fn drop(&mut self) {
+        // The next run overwrites what cannot be removed.
+        let _ = std::fs::remove_file(&self.path);
+    }
+}
+
+/// Collects the moments of the GGUF file `model` in `target`, or takes those that lie there from an earlier run.
+///
+/// # Errors
+/// As a calibration; `Misuse` where moments of something else lie there, unless they may be overwritten.
+#[cfg(feature = "ggml")]
+pub fn calibrate(model: &Path, target: &Path, args: &QuantizerArgs, write: &WriteArgs) -> Result<()> {
+    use qconv::calibrate::inputs::Selection;
+    use qconv::calibrate::moments::{Calibration, Options};
+    use qconv::container::moments::Moments;
+    use qconv::limits::Limits;
+
+    let quiet = write.work.quiet;
+    let at = |e: Error| if e.path().is_some() { e } else { e.at(model) };
+    let calibration = args.calibration_args(&write.work);
+    let loaded = calibration.model(model, quiet)?;
+    let source = calibration.source();
+    let windows = source.windows(&loaded).map_err(at)?;
+    let selection = Selection { output: true, ..Selection::default() };
+    let names = source.names().join(", ");
+    let job = Calibration::new(&loaded, model, windows, &names, &selection, false).map_err(at)?;
+    if target.exists() {
+        let mut found = Moments::open(target, &Limits::default())?.contents().clone();
+        // The same tokens are the same text, however it was called.
+        found.texts.iter_mut().for_each(|t| t.name.clone_from(&names));
+        if found == job.plan.contents {
+            if !quiet {
+                ui::say(&format!("note: calibrated before: {}", target.display()));
+            }
+            return Ok(());
+        }
+        if !write.force {
+            return Err(Error::misuse("moments of another model, text or length lie here")
+                .at(target)
+                .hint("--moments takes them all the same, --force overwrites them"));
+        }
+    }
+    let options = Options {
+        threads: calibration.threads(),
+        max_memory: write.work.max_memory.unwrap_or(1 << 30),
+        save_every: std::time::Duration::from_secs(60),
+    };
+    super::calibrate::collect(&job, target, write.force, &options, quiet).map_err(at)?;
+    Ok(())
+}
+
+/// Without the engine nothing can be run.
+///
+/// # Errors
+/// `Unsupported`, always.
+#[cfg(not(feature = "ggml"))]
+pub fn calibrate(_: &Path, _: &Path, _: &QuantizerArgs, _: &WriteArgs) -> Result<()> {
+    Err(Error::unsupported("this build of qconv cannot run models to calibrate")
+        .hint("give second moments with --moments FILE"))
+}
