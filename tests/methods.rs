@@ -110,6 +110,30 @@ fn a_recipe_names_methods() {
 }
 
 #[test]
+fn searches_do_not_depend_on_threads() {
+    let place = calibrated();
+    let quantize = |output: &str, more: &[&str]| {
+        let moments = ["--moments", "m.gguf"];
+        place.succeeds(&[&["quantize", "f32.gguf", output, "-t", "q4_0", "-q"], &moments[..], more].concat());
+        fs::read(place.path(output)).unwrap()
+    };
+    let gptq = quantize("gptq", &["--method", "gptq"]);
+    for (method, few) in [("trainable", "2"), ("adaround", "4"), ("ternary", "1")] {
+        let run = |output: &str, iters: &str, j: &str| {
+            quantize(&format!("{method}-{output}"), &["--method", method, "--iters", iters, "-j", j])
+        };
+        let found = run("one", few, "1");
+        assert!(found == run("three", few, "3"), "{method} depends on threads");
+        assert!(found != gptq, "{method} found nothing");
+    }
+    let options = ["quantize", "f32.gguf", "x", "-t", "q4_0", "--moments", "m.gguf", "--method"];
+    place.refuses(&[&options[..], &["trainable", "--lr", "0.1"]].concat(), &["--lr", "adaround"]);
+    place.refuses(&[&options[..], &["gptq", "--iters", "2"]].concat(), &["--iters"]);
+    place.refuses(&[&options[..], &["adaround", "--lr", "nan"]].concat(), &["positive number"]);
+    place.refuses(&[&options[..], &["ternary", "--ternary-stage", "x"]].concat(), &["absmean"]);
+}
+
+#[test]
 fn means_are_those_of_the_diagonal() {
     let place = calibrated();
     let m = Moments::open(place.path("m.gguf"), &Limits::default()).unwrap();

@@ -107,6 +107,9 @@ impl Tally {
     }
 }
 
+/// The loss from which on little is to be expected of an output: half of its amplitude.
+const COLLAPSED: f64 = 0.25;
+
 /// Gathers what workers report, in any order.
 #[derive(Debug)]
 pub(super) struct Ledger(Vec<Mutex<Vec<(u64, Vec<Tally>)>>>);
@@ -168,6 +171,15 @@ impl Outcome {
                 "tensors with columns, {columns} in all, that the calibration text never reached, and that are \
                  rounded each by itself: {}",
                 names(&dead)
+            ));
+        }
+        let lost: Vec<_> =
+            outcomes.iter().filter(|o| o.error.is_some_and(|e| e.after >= COLLAPSED)).collect();
+        if !lost.is_empty() {
+            notes.push(format!(
+                "tensors whose outputs lose a quarter of their power or more: {}. The model has probably \
+                 collapsed; qconv eval kld tells",
+                names(&lost)
             ));
         }
         let ratios: Vec<f64> = outcomes

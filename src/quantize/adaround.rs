@@ -10,7 +10,7 @@
 //! beyond the two levels. Each row keeps the better of the two.
 
 use super::descent::{self, Descent, Lane, Rows};
-use super::gptq::{Feedback, Sums};
+use super::gptq::{Feedback, Sums, keep_better};
 use crate::block::Lattice;
 use crate::block::gram::PANEL;
 use crate::error::Result;
@@ -30,7 +30,7 @@ pub struct Options {
 
 impl Default for Options {
     fn default() -> Self {
-        let descent = descent::Options { scales: false, ..descent::Options::default() };
+        let descent = descent::Options { scales: false, restarts: 0, ..descent::Options::default() };
         Self { descent, iters: 300, lr: 0.03, batch: usize::MAX }
     }
 }
@@ -82,13 +82,7 @@ impl AdaRound {
             self.relax(&mut rows);
             let mut other = rows.finish()?;
             let found = self.descent.improve(lattice, weights, &mut other)?;
-            let rows = out.chunks_exact_mut(row_bytes).zip(other.chunks_exact(row_bytes));
-            for ((out, other), (cost, found)) in rows.zip(costs.iter_mut().zip(found)) {
-                if found < *cost {
-                    *cost = found;
-                    out.copy_from_slice(other);
-                }
-            }
+            keep_better(costs, out, &found, &other);
         }
         Ok(costs)
     }

@@ -8,11 +8,11 @@
 //! of `H`, to what the block type can hold.
 //!
 //! GPTQ's codes are the start. GPTQ looks ahead only: a column that was rounded stays, though later ones
-//! did worse than it expected. Descent looks back.
+//! did worse than it expected. Descent looks back. Both are then done again with the scales it found.
 
 use std::ops::Range;
 
-use super::gptq::{self, Feedback, Sums, nearest};
+use super::gptq::{self, Feedback, Sums, keep_better, nearest};
 use crate::block::Lattice;
 use crate::block::gram::{PANEL, Tile, product};
 use crate::error::Result;
@@ -24,13 +24,15 @@ pub struct Options {
     pub start: gptq::Options,
     /// Rounds over all codes and scales, at most: it ends where nothing moves.
     pub iters: usize,
+    /// How often GPTQ and descent are done again with the scales that were found.
+    pub restarts: usize,
     /// Whether scales and offsets move, or codes only.
     pub scales: bool,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { start: gptq::Options::default(), iters: 8, scales: true }
+        Self { start: gptq::Options::default(), iters: 8, restarts: 1, scales: true }
     }
 }
 
@@ -114,7 +116,15 @@ impl Descent {
     /// `Misuse` when sizes do not fit.
     pub fn encode(&self, lattice: &Lattice, weights: &[f32], out: &mut [u8]) -> Result<Vec<f64>> {
         self.feedback.encode(lattice, weights, out)?;
-        self.improve(lattice, weights, out)
+        let mut best = self.improve(lattice, weights, out)?;
+        let mut values = vec![0f32; weights.len()];
+        for _ in 0..self.options.restarts {
+            let mut attempt = out.to_vec();
+            self.feedback.round(lattice, weights, &mut attempt, &mut values)?;
+            let costs = self.improve(lattice, weights, &mut attempt)?;
+            keep_better(&mut best, out, &costs, &attempt);
+        }
+        Ok(best)
     }
 
     /// Improves rows that are encoded. None gets worse.
@@ -135,15 +145,12 @@ impl Descent {
                     break;
                 }
             }
+            let count = rows.count;
             let found = rows.finish()?;
             let after = self.costs(&Rows::new(lattice, weights, self.columns(), &found)?.errors);
-            let best = out.chunks_exact_mut(row_bytes).zip(found.chunks_exact(row_bytes));
-            for (r, (out, found)) in best.enumerate() {
-                if after[r] < before[r] {
-                    out.copy_from_slice(found);
-                }
-                costs.push(before[r].min(after[r]));
-            }
+            let mut best = before[..count].to_vec();
+            keep_better(&mut best, out, &after[..count], &found);
+            costs.extend(best);
         }
         Ok(costs)
     }
@@ -435,7 +442,7 @@ mod tests {
                 sums.sums[i] = 0.0;
             }
         }
-        let options = Options { scales: false, ..Options::default() };
+        let options = Options { scales: false, restarts: 0, ..Options::default() };
         let descent = Descent::new(&sums, tokens as u64, &options).unwrap();
         let lattice = lattice(DType::Q4_0).unwrap();
         let (mut found, mut start, mut best) = (0.0, 0.0, 0.0);
@@ -480,7 +487,7 @@ mod tests {
     fn where_it_ends_no_code_is_left_to_move() {
         let (n, tokens) = (256, 300);
         let sums = Square::new(n, tokens);
-        let options = Options { scales: false, iters: 1000, ..Options::default() };
+        let options = Options { scales: false, restarts: 0, iters: 1000, ..Options::default() };
         let descent = Descent::new(&sums, tokens as u64, &options).unwrap();
         let weights = noise(n, 9);
         for dtype in [DType::Q4_1, DType::Q3_K, DType::IQ4_XS, DType::TQ1_0] {

@@ -208,34 +208,42 @@ impl Feedback {
     pub fn encode(&self, lattice: &Lattice, weights: &[f32], out: &mut [u8]) -> Result<Vec<f64>> {
         let n = self.columns();
         search(lattice, weights, n, &self.importance, out)?;
-        let rows = weights.len() / n;
-        let row_bytes = out.len() / rows.max(1);
         let mut attempt = out.to_vec();
-        let mut lines = vec![(0.0, 0.0); weights.len() / lattice.group];
-        let mut codes = vec![0u8; weights.len()];
         let mut values = vec![0f32; weights.len()];
-        let mut best = vec![f64::INFINITY; rows];
-        let per_tile = n / lattice.group * PANEL;
+        let mut best = vec![f64::INFINITY; weights.len() / n];
         for _ in 0..=self.refits {
-            lattice.lines(&attempt, &mut lines)?;
-            let tiles = weights.chunks(n * PANEL).zip(lines.chunks(per_tile));
-            let results = codes.chunks_mut(n * PANEL).zip(values.chunks_mut(n * PANEL));
-            let mut costs = Vec::with_capacity(rows);
-            for ((weights, lines), (codes, values)) in tiles.zip(results) {
-                let cost = self.round_tile(lattice, weights, lines, codes, values);
-                costs.extend_from_slice(&cost[..weights.len() / n]);
-            }
-            lattice.put(&codes, &mut attempt)?;
-            let rows = attempt.chunks_exact(row_bytes).zip(out.chunks_exact_mut(row_bytes));
-            for ((cost, best), (attempt, out)) in costs.iter().zip(&mut best).zip(rows) {
-                if cost < best {
-                    *best = *cost;
-                    out.copy_from_slice(attempt);
-                }
-            }
+            let costs = self.round(lattice, weights, &mut attempt, &mut values)?;
+            keep_better(&mut best, out, &costs, &attempt);
             search(lattice, &values, n, &self.by_column, &mut attempt)?;
         }
         Ok(best)
+    }
+
+    /// Rounds whole rows with the scales that `bytes` have, and puts the codes there. `values` become what
+    /// was rounded. Returns the cost of each row.
+    ///
+    /// # Errors
+    /// `Misuse` when sizes do not fit.
+    pub(super) fn round(
+        &self,
+        lattice: &Lattice,
+        weights: &[f32],
+        bytes: &mut [u8],
+        values: &mut [f32],
+    ) -> Result<Vec<f64>> {
+        let n = self.columns();
+        let mut lines = vec![(0.0, 0.0); weights.len() / lattice.group];
+        lattice.lines(bytes, &mut lines)?;
+        let mut codes = vec![0u8; weights.len()];
+        let tiles = weights.chunks(n * PANEL).zip(lines.chunks(n / lattice.group * PANEL));
+        let results = codes.chunks_mut(n * PANEL).zip(values.chunks_mut(n * PANEL));
+        let mut costs = Vec::with_capacity(weights.len() / n);
+        for ((weights, lines), (codes, values)) in tiles.zip(results) {
+            let cost = self.round_tile(lattice, weights, lines, codes, values);
+            costs.extend_from_slice(&cost[..weights.len() / n]);
+        }
+        lattice.put(&codes, bytes)?;
+        Ok(costs)
     }
 
     /// The mean square of the output of whole `rows`, `x H x^T` summed over them, with `H` as it is without
@@ -332,6 +340,18 @@ impl Feedback {
             }
         }
         costs
+    }
+}
+
+/// Takes over the rows of `attempt` that cost less than the best so far.
+pub(super) fn keep_better(best: &mut [f64], out: &mut [u8], costs: &[f64], attempt: &[u8]) {
+    let row_bytes = (out.len() / best.len().max(1)).max(1);
+    let rows = out.chunks_exact_mut(row_bytes).zip(attempt.chunks_exact(row_bytes));
+    for ((best, cost), (out, attempt)) in best.iter_mut().zip(costs).zip(rows) {
+        if cost < best {
+            *best = *cost;
+            out.copy_from_slice(attempt);
+        }
     }
 }
 
