@@ -11,8 +11,9 @@
 //! types choose each group's scale, which is that limit, with the importance of each column.
 
 use super::gptq::Sums;
-use crate::block::Codec;
+use super::ternary::{self, is_ternary};
 use crate::block::gram::{PANEL, Tile, product};
+use crate::block::{Codec, lattice};
 use crate::error::{Error, Result};
 
 /// Exponents that are tried: `k / STEPS`.
@@ -194,9 +195,15 @@ impl Matrix<'_> {
         let n = scales.len();
         let mut values: Vec<f32> = rows.iter().zip(scales.iter().cycle()).map(|(w, s)| w * s).collect();
         let importance: Vec<f32> = squares.iter().zip(scales).map(|(q, s)| q / (s * s)).collect();
-        let importance = (self.weighed && codec.heeds_importance()).then_some(&importance[..]);
         let mut bytes = vec![0; codec.dtype.bytes_for(values.len() as u64)? as usize];
-        codec.encode(&values, n, importance, &mut bytes)?;
+        match lattice(codec.dtype).filter(|l| is_ternary(l)) {
+            // These types have no search of their own, and what rounds them does not encode as they do.
+            Some(lattice) => ternary::search(lattice, &values, n, &importance, &mut bytes)?,
+            None => {
+                let importance = (self.weighed && codec.heeds_importance()).then_some(&importance[..]);
+                codec.encode(&values, n, importance, &mut bytes)?;
+            }
+        }
         codec.decode(&bytes, &mut values)?;
         values.iter_mut().zip(rows).zip(scales.iter().cycle()).for_each(|((y, w), s)| *y = *y / s - w);
         Ok(transposed(&values, n))

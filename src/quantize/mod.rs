@@ -227,8 +227,7 @@ mod tests {
     use crate::block::lattice;
     use crate::tensor::DType;
 
-    const TYPES: [DType; 6] =
-        [DType::Q4_0, DType::Q5_1, DType::Q2_K, DType::Q3_K, DType::IQ4_XS, DType::TQ2_0];
+    const TYPES: [DType; 4] = [DType::Q4_0, DType::Q2_K, DType::IQ4_XS, DType::TQ2_0];
 
     fn prepare(method: &Method, sums: &Square, tokens: u64) -> Result<Prepared> {
         match method {

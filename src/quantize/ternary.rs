@@ -118,7 +118,7 @@ impl Ternary {
 }
 
 /// Whether codes of the lattice are -1, 0 and 1.
-fn is_ternary(lattice: &Lattice) -> bool {
+pub(super) fn is_ternary(lattice: &Lattice) -> bool {
     lattice.levels == [-1, 0, 1]
 }
 
