@@ -226,6 +226,10 @@ fn a_checkpoint_is_made_to_run_for_that() {
     // The conversion is gone, its moments are kept.
     let names: Vec<_> = place.listing().into_keys().map(|p| p.file_name().unwrap().to_owned()).collect();
     assert_eq!(names, ["a.gguf", "llama.moments.gguf"]);
+    // Converted again it is the same model.
+    let args = convert(&["--force"]);
+    let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    assert!(stderr(&place.succeeds(&args)).contains("calibrated before"));
 }
 
 #[test]

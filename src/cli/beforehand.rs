@@ -106,19 +106,26 @@ pub fn calibrate(model: &Path, target: &Path, args: &QuantizerArgs, write: &Writ
     let names = source.names().join(", ");
     let job = Calibration::new(&loaded, model, windows, &names, &selection, false).map_err(at)?;
     if target.exists() {
-        let mut found = Moments::open(target, &Limits::default())?.contents().clone();
-        // The same tokens are the same text, however it was called.
-        found.texts.iter_mut().for_each(|t| t.name.clone_from(&names));
-        if found == job.plan.contents {
-            if !quiet {
-                ui::say(&format!("note: calibrated before: {}", target.display()));
+        let found = Moments::open(target, &Limits::default()).map(|m| m.contents().clone());
+        let is_ours = found.map(|mut found| {
+            // The same tokens are the same text, however it was called.
+            found.texts.iter_mut().for_each(|t| t.name.clone_from(&names));
+            found == job.plan.contents
+        });
+        match is_ours {
+            Ok(true) => {
+                if !quiet {
+                    ui::say(&format!("note: calibrated before: {}", target.display()));
+                }
+                return Ok(());
             }
-            return Ok(());
-        }
-        if !write.force {
-            return Err(Error::misuse("moments of another model, text or length lie here")
-                .at(target)
-                .hint("--moments takes them all the same, --force overwrites them"));
+            _ if write.force => {}
+            Ok(false) => {
+                return Err(Error::misuse("moments of another model, text or length lie here")
+                    .at(target)
+                    .hint("--moments takes them all the same, --force overwrites them"));
+            }
+            Err(e) => return Err(e.hint("--force overwrites it")),
         }
     }
     let options = Options {

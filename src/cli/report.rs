@@ -7,8 +7,9 @@ use qconv::convert::{Job, Outcome, Stage};
 use qconv::error::{Error, Result};
 use serde_json::{Value as Json, json};
 
-use super::common::{self, Done, WriteArgs};
-use super::ui;
+use super::common::{Done, WriteArgs};
+#[cfg(feature = "ggml")]
+use super::{common, ui};
 
 /// What is wanted beside the output.
 #[derive(clap::Args, Debug)]
@@ -98,7 +99,7 @@ impl ReportArgs {
         }
     }
 
-    /// Writes the reports. `summary` is that of [`common::summary`], with what was added to it.
+    /// Writes the reports. `summary` is that of the finished job, with what was added to it.
     ///
     /// # Errors
     /// `Misuse` where one exists and must not be overwritten; `Io`.

@@ -109,7 +109,9 @@ impl Job {
             }
             (done, journal) => {
                 let done = done.and_then(|outcomes| stage.commit().map(|()| outcomes));
-                journal.map(Journal::remove);
+                if let Some(journal) = journal {
+                    journal.remove();
+                }
                 done
             }
         }
