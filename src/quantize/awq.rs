@@ -144,7 +144,7 @@ impl Matrix<'_> {
     fn costs(&self, rows: &[f32], scales: &[Vec<f32>], stop: &dyn Fn() -> bool) -> Result<Vec<f64>> {
         let Some(codec) = self.codec else { return Ok(vec![0.0; scales.len()]) };
         let n = self.sums.columns();
-        if rows.len() % n != 0 || scales.iter().any(|s| s.len() != n) {
+        if !rows.len().is_multiple_of(n) || scales.iter().any(|s| s.len() != n) {
             return Err(Error::misuse("scales or rows do not fit the moments"));
         }
         let mut squares = vec![0f32; n];
