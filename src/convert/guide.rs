@@ -149,7 +149,7 @@ pub fn parse_method(name: &str) -> Result<(Option<Folding>, Way)> {
     }
 }
 
-/// A file type that names [`AWQ`] as well, such as `awq_q4_0`: the type without it.
+/// A file type that names AWQ as well, such as `awq_q4_0`: the type without it.
 pub fn strip_awq(file_type: &str) -> Option<&str> {
     let (first, rest) = file_type.split_once('_')?;
     first.eq_ignore_ascii_case(AWQ).then_some(rest)
