@@ -6,7 +6,7 @@
 //! taken in units of what rounding a weight at random costs on average, so that one strength of the
 //! push suits all matrices.
 //!
-//! What comes out is improved by [descent](super::descent) on codes, as GPTQ's codes are, which may go
+//! What comes out is improved by [descent] on codes, as GPTQ's codes are, which may go
 //! beyond the two levels. Each row keeps the better of the two.
 
 use super::descent::{self, Descent, Lane, Rows};

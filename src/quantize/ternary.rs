@@ -3,7 +3,7 @@
 //! What is known of PT-BitNet (Guo et al., Neural Networks 191, 2025) are its two parts, a search for
 //! scales and thresholds, and an optimization of the codes by blocks. These are the same with what this
 //! crate has: thresholds by least squares weighed with the mean squares of the columns, GPTQ's feedback,
-//! scales sought anew for the values that were rounded, and [descent](super::descent) on codes and scales.
+//! scales sought anew for the values that were rounded, and [descent] on codes and scales.
 //! Other block types of the same file, those of embeddings and output, get the last two as well.
 
 use super::descent::{self, Descent};
