@@ -16,6 +16,7 @@ pub mod eval;
 pub mod ggml;
 pub mod inspect;
 pub mod limits;
+pub mod mix;
 pub mod packed;
 pub mod quantize;
 pub mod sys;

@@ -11,6 +11,7 @@ const ORDER: &[&str] = &[
     "cli",
     "verify",
     "inspect",
+    "mix",
     "convert",
     "calibrate",
     "eval",

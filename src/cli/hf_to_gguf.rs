@@ -9,6 +9,7 @@ use serde_json::json;
 
 use super::beforehand::{self, Runnable};
 use super::common::{self, EditArgs, WriteArgs};
+use super::mix::{self, MixArgs};
 use super::quantizer::{QuantizerArgs, ShardArgs, type_names};
 use super::report::ReportArgs;
 use super::{Status, ui};
@@ -29,12 +30,18 @@ pub struct Args {
     pub output: Option<PathBuf>,
 
     /// The file type, such as q4_k_m, or auto (the source's precision); below are all
-    #[arg(short = 't', long = "type", value_name = "TYPE", default_value = "auto")]
+    #[arg(
+        short = 't',
+        long = "type",
+        value_name = "TYPE",
+        default_value = "auto",
+        conflicts_with = "target"
+    )]
     pub file_type: String,
 
     /// Write the part that sees or hears instead of the language model: what llama.cpp takes as
     /// --mmproj
-    #[arg(long)]
+    #[arg(long, conflicts_with = "target")]
     pub mmproj: bool,
 
     /// Take the model for this architecture, whatever config.json says
@@ -75,10 +82,16 @@ pub struct Args {
 
     #[command(flatten)]
     pub report: ReportArgs,
+
+    #[command(flatten)]
+    pub mix: MixArgs,
 }
 
 /// What the converter is asked for, and what the quantizer makes of that.
 fn types(args: &Args) -> qconv::Result<(Option<FileType>, Option<Quantizer>)> {
+    if args.mix.is_given() {
+        return Ok((None, Some(args.quantizer.quantizer(mix::UNDECIDED)?)));
+    }
     let is_auto = args.file_type.eq_ignore_ascii_case("auto");
     let converters = if is_auto { None } else { FileType::parse(&args.file_type) };
     match (converters, args.quantizer.is_given()) {
@@ -123,12 +136,18 @@ pub fn run(args: &Args) -> anyhow::Result<Status> {
     }
     let mut job = conversion.plan()?;
     let moments = beforehand::moments_path(&args.source, &job.output);
-    let mut runnable = None;
+    let (mut runnable, mut found) = (None, None);
+    args.mix.check_shown(calibrates, &args.write)?;
     if args.write.dry_run && calibrates {
         let bytes = Runnable::bytes(&conversion, &job.output)?;
         beforehand::announce(&mut job, &moments, Some(bytes));
-    } else if !args.write.dry_run && (calibrates || args.report.evaluate.is_some()) {
-        common::check_new(&job, &args.write)?;
+    } else if args.mix.is_given() || !args.write.dry_run && (calibrates || args.report.evaluate.is_some()) {
+        ui::catch_interrupt();
+        // Of types that are yet to be found the output's name may tell.
+        let is_named = args.output.as_ref().is_some_and(|path| !path.is_dir());
+        if !args.write.dry_run && (is_named || !args.mix.is_given()) {
+            common::check_new(&job, &args.write)?;
+        }
         let runs = &*runnable.insert(Runnable::write(&conversion, &job.output, &args.write)?);
         if calibrates {
             beforehand::calibrate(&runs.path, &moments, &args.quantizer, &args.write)?;
@@ -136,6 +155,12 @@ pub fn run(args: &Args) -> anyhow::Result<Status> {
                 quantizer.take_moments(moments);
             }
             job = conversion.plan()?;
+        }
+        found = args.mix.search_hf(&conversion, &runs.path, &job.output, &args.write)?;
+        if let Some(found) = &found {
+            conversion.quantizer = Some(found.quantizer.clone());
+            job = conversion.plan()?;
+            job.plan.notes.push(mix::note(found));
         }
     }
     job.resume = !args.report.no_resume;
@@ -164,6 +189,7 @@ pub fn run(args: &Args) -> anyhow::Result<Status> {
         Some(verify::verify(&options, &work.budget()?, &ui::Progress::new("verifying", 0, true))?)
     };
     let mut summary = common::summary(&job, &done);
+    summary["mix"] = json!(found.as_ref().map(mix::json_of));
     summary["verify"] = json!(report.as_ref().map(|r| &r.checks));
     if let Some(runnable) = &runnable {
         summary["evaluation"] = json!(args.report.evaluation(&job, &runnable.path, &args.write)?);

@@ -20,6 +20,7 @@ mod hf_to_gguf;
 mod imatrix;
 mod inspect;
 mod lora_to_gguf;
+mod mix;
 mod quantize;
 mod quantizer;
 mod report;

@@ -7,6 +7,7 @@ use qconv::limits::Limits;
 use serde_json::json;
 
 use super::common::{self, EditArgs, WriteArgs};
+use super::mix::{self, MixArgs};
 use super::quantizer::{QuantizerArgs, ShardArgs, type_names};
 use super::report::ReportArgs;
 use super::{Status, beforehand};
@@ -22,8 +23,14 @@ pub struct Args {
     pub output: PathBuf,
 
     /// The file type, such as q4_k_m; below are all
-    #[arg(short = 't', long = "type", value_name = "TYPE")]
-    pub file_type: String,
+    #[arg(
+        short = 't',
+        long = "type",
+        value_name = "TYPE",
+        required_unless_present = "target",
+        conflicts_with = "target"
+    )]
+    pub file_type: Option<String>,
 
     /// Quantize again what is quantized already, and lose twice
     #[arg(long)]
@@ -47,12 +54,15 @@ pub struct Args {
 
     #[command(flatten)]
     pub report: ReportArgs,
+
+    #[command(flatten)]
+    pub mix: MixArgs,
 }
 
 pub fn run(args: &Args) -> anyhow::Result<Status> {
     let (write, report) = (&args.write, &args.report);
     report.check(write.force)?;
-    let mut quantizer = args.quantizer.quantizer(&args.file_type)?;
+    let mut quantizer = args.quantizer.quantizer(args.file_type.as_deref().unwrap_or(mix::UNDECIDED))?;
     quantizer.allow_requantize = args.allow_requantize;
     let calibrates = args.quantizer.calibrates(Some(&quantizer))?;
     quantizer.ignore_methods = calibrates;
@@ -66,6 +76,10 @@ pub fn run(args: &Args) -> anyhow::Result<Status> {
     };
     let mut job = conversion.plan()?;
     let source = job.store.files().first().map_or_else(|| args.source.clone(), |f| f.path().to_path_buf());
+    args.mix.check_shown(calibrates, write)?;
+    if args.mix.is_given() && !write.dry_run {
+        common::check_new(&job, write)?;
+    }
     if calibrates {
         let moments = beforehand::moments_path(&args.source, &job.output);
         if write.dry_run {
@@ -77,12 +91,19 @@ pub fn run(args: &Args) -> anyhow::Result<Status> {
             job = conversion.plan()?;
         }
     }
+    let found = args.mix.search(&conversion, write)?;
+    if let Some(found) = &found {
+        conversion.quantizer = found.quantizer.clone();
+        job = conversion.plan()?;
+        job.plan.notes.push(mix::note(found));
+    }
     job.resume = !report.no_resume;
     let Some(done) = common::carry_out(&job, write)? else { return Ok(Status::Done) };
     if !write.work.quiet {
         common::say_summary(&job, &done);
     }
     let mut summary = common::summary(&job, &done);
+    summary["mix"] = json!(found.as_ref().map(mix::json_of));
     summary["evaluation"] = json!(report.evaluation(&job, &source, write)?);
     report.write(&done, &summary, write.force)?;
     if write.work.json {

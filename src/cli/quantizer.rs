@@ -139,7 +139,7 @@ fn parse_tensor_method_arg(text: &str) -> std::result::Result<String, String> {
     parse_tensor_method(text).map(|_| text.to_string()).map_err(|e| e.to_string())
 }
 
-fn parse_count(text: &str) -> std::result::Result<usize, String> {
+pub fn parse_count(text: &str) -> std::result::Result<usize, String> {
     text.parse().ok().filter(|&n| n > 0).ok_or_else(|| "a number from 1 on is needed".into())
 }
 

@@ -79,7 +79,7 @@ impl GgufToHf {
         plan.notes.extend(vocab.notes.iter().cloned());
         self.lay_out(&mut plan, &model, &metadata, &vocab)?;
         let output = self.output.clone();
-        Ok(Job { plan, store, output, is_directory: true, tokens: None, resume: true })
+        Ok(Job { plan, store, output, is_directory: true, tokens: None, resume: true, is_trial: false })
     }
 
     /// What config.json says beyond the metadata.

@@ -38,12 +38,12 @@ pub use guide::{MethodChoice, Way, parse_method, parse_tensor_method, strip_awq}
 pub use hf_to_gguf::{HfToGguf, MergeLora, source_tensors};
 pub use lora_to_gguf::LoraToGguf;
 pub use outcome::{Fallback, Outcome, OutputError};
-pub use plan::{Budget, FilePlan, Obstacle, Plan, TensorPlan};
+pub use plan::{Budget, FilePlan, Guide, Importance, Obstacle, Plan, Rounding, TensorPlan};
 pub use quantize::Quantize;
 pub use quantizer::{ImatrixChoice, Quantizer};
 pub use recipe::{Choice, ModelFacts, Overrides, Recipe, Role, parse_tensor_type};
 pub use shards::{Reshard, Sharding};
-pub use stage::{OutputFile, Stage};
+pub use stage::{OutputFile, Stage, Temporary};
 pub use stream::{Observer, Silent};
 pub use tokens::{TokenCheck, Tokens};
 pub use types::{FILE_TYPES, FileType, base_name};
@@ -69,6 +69,8 @@ pub struct Job {
     pub tokens: Option<Tokens>,
     /// Whether to go on with what an earlier process left unfinished, where that took a method's time.
     pub resume: bool,
+    /// Whether the output is tried and removed: nothing is kept of it when that is interrupted.
+    pub is_trial: bool,
 }
 
 impl Job {
@@ -76,7 +78,7 @@ impl Job {
     pub fn gguf(plan: Plan, store: Store, output: &Path) -> Self {
         let first = plan.files.first().map(|f| f.name.as_path()).filter(|n| !n.as_os_str().is_empty());
         let output = first.map_or_else(|| output.to_path_buf(), |name| output.with_file_name(name));
-        Self { plan, store, output, is_directory: false, tokens: None, resume: true }
+        Self { plan, store, output, is_directory: false, tokens: None, resume: true, is_trial: false }
     }
 
     /// The files that will be there in the end.
@@ -142,7 +144,7 @@ impl Job {
         let lens = self.plan.files.iter().map(|f| f.len);
         let targets: Vec<_> = outputs.iter().cloned().zip(lens).collect();
         let takes_long = |t: &TensorPlan| matches!(t.rounding, plan::Rounding::Guided(_));
-        if !self.plan.tensors.iter().any(takes_long) {
+        if self.is_trial || !self.plan.tensors.iter().any(takes_long) {
             let stage = Stage::files_at(&targets, force)?;
             // Its file is gone: it has nothing to say any more.
             let _ = Journal::path_for(&self.output).map(std::fs::remove_file);

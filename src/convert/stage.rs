@@ -210,6 +210,25 @@ impl Drop for Stage {
     }
 }
 
+/// A file that is needed for a while: gone when dropped.
+#[derive(Debug)]
+pub struct Temporary(pub PathBuf);
+
+impl Temporary {
+    /// A hidden name beside `output`, where a file of its size finds room.
+    pub fn beside(output: &Path, what: &str) -> Self {
+        let name = output.file_name().unwrap_or_default().to_string_lossy();
+        Self(output.with_file_name(format!(".{name}.qconv-{what}")))
+    }
+}
+
+impl Drop for Temporary {
+    fn drop(&mut self) {
+        // It may never have been written.
+        let _ = fs::remove_file(&self.0);
+    }
+}
+
 /// Checks the target, and names the temporary beside it.
 fn prepare(target: &Path, force: bool, bytes: u64, is_dir: bool) -> Result<(PathBuf, PathBuf)> {
     // Through a symbolic link the file it points to is replaced, and the link stays.

@@ -45,7 +45,7 @@ pub struct Recipe {
     /// Type of the tensors that no rule is about.
     pub dtype: DType,
     /// Types that need importances in this file type, beyond those that always do.
-    needs_imatrix: Vec<DType>,
+    pub needs_imatrix: Vec<DType>,
     vars: IndexMap<String, Expr>,
     rules: Vec<Rule>,
 }
