@@ -112,7 +112,10 @@ const COLLAPSED: f64 = 0.25;
 
 /// Gathers what workers report, in any order.
 #[derive(Debug)]
-pub(super) struct Ledger(Vec<Mutex<Vec<(u64, Vec<Tally>)>>>);
+pub(super) struct Ledger(Vec<Mutex<Vec<Entry>>>);
+
+/// The first element of a span, and what became of the rows of each expert in it.
+type Entry = (u64, Vec<Tally>);
 
 impl Ledger {
     pub fn new(plan: &Plan) -> Self {
@@ -133,7 +136,7 @@ impl Ledger {
     }
 }
 
-fn outcome(t: &TensorPlan, mut entries: Vec<(u64, Vec<Tally>)>) -> Outcome {
+fn outcome(t: &TensorPlan, mut entries: Vec<Entry>) -> Outcome {
     entries.sort_by_key(|(start, _)| *start);
     let tallies: Vec<Tally> = entries.into_iter().flat_map(|(_, tallies)| tallies).collect();
     let sum = |of: fn(&Tally) -> f64| tallies.iter().map(of).sum::<f64>();

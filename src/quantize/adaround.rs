@@ -92,9 +92,8 @@ impl AdaRound {
         let mut choices: Vec<Choice> = (0..rows.weights.len()).map(|k| Choice::new(rows, k)).collect();
         let mut random = [0f32; PANEL];
         for (k, choice) in choices.iter().enumerate() {
-            for r in 0..PANEL {
-                random[r] += self.descent.diagonal(k) * choice.step[r] * choice.step[r];
-            }
+            let diagonal = self.descent.diagonal(k);
+            random.iter_mut().zip(&choice.step).for_each(|(sum, step)| *sum += diagonal * step * step);
         }
         let each = random.map(|sum| if sum > 0.0 { rows.weights.len() as f32 / sum } else { 0.0 });
         let iters = self.options.iters as f32;
@@ -103,9 +102,8 @@ impl AdaRound {
         let turns = panels.div_ceil(batch);
         for t in 0..self.options.iters {
             for (k, choice) in choices.iter().enumerate() {
-                let h = choice.hardness();
-                for r in 0..PANEL {
-                    let value = choice.low[r] + h[r] * choice.step[r];
+                for (r, h) in choice.hardness().into_iter().enumerate() {
+                    let value = choice.low[r] + h * choice.step[r];
                     rows.errors[k][r] = rows.weights[k][r] - value;
                 }
             }
@@ -121,9 +119,8 @@ impl AdaRound {
             });
         }
         for (k, choice) in choices.iter().enumerate() {
-            let h = choice.hardness();
-            for r in 0..PANEL {
-                rows.levels[k][r] = if h[r] >= 0.5 { choice.levels.1[r] } else { choice.levels.0[r] };
+            for (r, h) in choice.hardness().into_iter().enumerate() {
+                rows.levels[k][r] = if h >= 0.5 { choice.levels.1[r] } else { choice.levels.0[r] };
             }
         }
     }

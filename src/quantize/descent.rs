@@ -497,11 +497,11 @@ mod tests {
             let rows = Rows::new(lattice, &weights, n, &bytes).unwrap();
             let mut gradient = vec![0.0; n];
             descent.gradients(0..n / PANEL, &rows.errors, |k, g| gradient[k] = g[0]);
-            for k in 0..n {
+            for (k, gradient) in gradient.iter().enumerate() {
                 let (scale, offset) = rows.lines_at(k);
                 for &level in lattice.levels {
                     let moved = scale[0] * f32::from(level) + offset[0] - rows.values[k][0];
-                    let change = moved * (moved * descent.diagonal(k) - 2.0 * gradient[k]);
+                    let change = moved * (moved * descent.diagonal(k) - 2.0 * gradient);
                     assert!(f64::from(change) >= -1e-4 * cost, "{dtype} {k}: {change} of {cost}");
                 }
             }

@@ -563,10 +563,10 @@ mod tests {
             }
             // Takes the column out of the inverse.
             let row = inverse[k].clone();
-            for i in k + 1..n {
-                let factor = inverse[i][k] / row[k];
+            for other in &mut inverse[k + 1..] {
+                let factor = other[k] / row[k];
                 for j in k..n {
-                    inverse[i][j] -= factor * row[j];
+                    other[j] -= factor * row[j];
                 }
             }
         }

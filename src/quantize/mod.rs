@@ -68,9 +68,12 @@ pub enum Prepared {
     Ternary(ternary::Ternary),
 }
 
+/// A name, and the method as it is without options.
+pub type Named = (&'static str, fn() -> Method);
+
 impl Method {
     /// Every method by its name, as it is without options.
-    pub const NAMES: &[(&str, fn() -> Self)] = &[
+    pub const NAMES: &[Named] = &[
         ("gptq", || Self::Gptq(gptq::Options::default())),
         ("trainable", || Self::Trainable(descent::Options::default())),
         ("adaround", || Self::AdaRound(adaround::Options::default())),
