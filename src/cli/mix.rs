@@ -2,11 +2,9 @@
 
 use std::path::{Path, PathBuf};
 
-use qconv::container::side::read_text;
-use qconv::convert::{Budget, HfToGguf, Observer, Quantize, Stage, Temporary};
+use qconv::convert::{Budget, HfToGguf, Observer, Quantize, Stage};
 use qconv::error::{Error, Result};
 use qconv::eval::score::DivergenceSummary;
-use qconv::limits::Limits;
 use qconv::mix::{self, Judge, Measure, Mixture, Options, Step, Target};
 use qconv::tensor::DType;
 use serde_json::json;
@@ -75,6 +73,7 @@ pub enum MeasureArg {
 /// The file type that stands aside until types are found.
 pub const UNDECIDED: &str = "q8_0";
 /// Tokens that are read at once.
+#[cfg(feature = "ggml")]
 const N_CTX: usize = 512;
 
 fn parse_type(name: &str) -> std::result::Result<DType, String> {
@@ -194,14 +193,14 @@ impl MixArgs {
             return Ok(None);
         }
         let text = match &self.measure_text {
-            Some(path) => read_text(path, Limits::default().side_file_bytes)?.into(),
+            Some(path) => qconv::container::side::read_text(path, quantize.limits.side_file_bytes)?.into(),
             None => std::borrow::Cow::Borrowed(qconv::calibrate::text::SAMPLE_TEXT),
         };
         // Of a split model llama.cpp wants the first shard.
         let gguf = qconv::container::gguf::Gguf::open(&quantize.source, &quantize.limits)?;
         let first = gguf.store.files().first().map_or(&*quantize.source, |f| f.path());
         let reading = mix::measure::Reading { text: &text, n_windows: self.windows, n_ctx: N_CTX };
-        let trial = Temporary::beside(&quantize.output, "trial");
+        let trial = qconv::convert::Temporary::beside(&quantize.output, "trial");
         let judge = mix::measure::Measurer::new(first, trial, &reading, budget, observer)
             .map_err(|e| if e.path().is_some() { e } else { e.at(first) })?;
         Ok(Some(Box::new(judge)))

@@ -127,7 +127,7 @@ impl Table {
     /// Small divergences grow with the square of the error. So a trial of the tensor, or of several with
     /// it, gives the factor between error and divergence; between two trials it changes evenly, as both
     /// are seen in logarithms. Without any trial the error itself stands for the divergence; but the ends of
-    /// a model count [`ENDS`] times, since nothing is added to what they say.
+    /// a model count ten times, since nothing is added to what they say.
     pub fn losses(&self, name: &str) -> Vec<f64> {
         let Some(costs) = self.tensors.get(name) else { return Vec::new() };
         let error = |name: &str, dtype: &str| self.tensors.get(name)?.get(dtype).map(|c| c.error);
