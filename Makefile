@@ -200,7 +200,8 @@ peers: build
 	fi; \
 	.venv/bin/python tests/peers/check.py $(QCONV); \
 	.venv/bin/python tests/peers/perplexity.py $(QCONV); \
-	.venv/bin/python tests/peers/moments.py $(QCONV)
+	.venv/bin/python tests/peers/moments.py $(QCONV); \
+	.venv/bin/python tests/peers/gptq.py $(QCONV)
 
 # Each architecture beside transformers and llama.cpp's own converter. PyTorch is large: CI leaves this out.
 MODEL_PEERS := torch==2.15.0 transformers==5.23.0 safetensors==0.8.0 numpy==2.4.6 sentencepiece protobuf pyyaml requests

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use qconv::block::gram::PANEL;
 use qconv::container::side::read_text;
 use qconv::convert::{
     ImatrixChoice, MethodChoice, Overrides, Quantizer, Recipe, Sharding, parse_method, parse_tensor_method,
@@ -36,6 +37,30 @@ pub struct QuantizerArgs {
     /// Second moments of the inputs, as qconv calibrate writes them
     #[arg(long, value_name = "FILE")]
     pub moments: Option<PathBuf>,
+
+    /// Damping: what is added to the diagonal of the second moments, in parts of its mean (0.01 unless given);
+    /// it grows where that does not suffice, which the summary then says
+    #[arg(long, value_name = "PART", value_parser = parse_damp)]
+    pub damp_percent: Option<f64>,
+
+    /// Round columns in the order of their mean squares, the greatest first, as is done unless false is
+    /// given: with static grids that costs nothing, and loses least
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    pub desc_act: Option<bool>,
+
+    /// Find scales before the first column is rounded: always true, since blocks lie where they lie
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true",
+          value_parser = parse_static_groups)]
+    pub static_groups: Option<bool>,
+
+    /// Let each layer see what the rounded ones before it give: always false, in one run
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true",
+          value_parser = parse_true_sequential)]
+    pub true_sequential: Option<bool>,
+
+    /// Columns whose errors are passed on together: always 32. The result does not depend on it
+    #[arg(long, value_name = "COLUMNS", value_parser = parse_block_size)]
+    pub block_size: Option<usize>,
 
     /// Rounds of trainable and ternary, steps of adaround; at most
     #[arg(long, value_name = "N", value_parser = parse_count)]
@@ -139,6 +164,44 @@ fn parse_tensor_method_arg(text: &str) -> std::result::Result<String, String> {
     parse_tensor_method(text).map(|_| text.to_string()).map_err(|e| e.to_string())
 }
 
+fn parse_damp(text: &str) -> std::result::Result<f64, String> {
+    let damp = text.parse().ok().filter(|d: &f64| (0.0..=1.0).contains(d));
+    damp.ok_or_else(|| "a number from 0 to 1 is needed: 0.01 is one percent".into())
+}
+
+fn parse_bool(text: &str) -> std::result::Result<bool, String> {
+    text.parse().map_err(|_| "true or false is needed".into())
+}
+
+fn parse_static_groups(text: &str) -> std::result::Result<bool, String> {
+    match parse_bool(text)? {
+        true => Ok(true),
+        false => {
+            Err("ggml's blocks are neighbouring columns with scales of their own: grids that are found \
+                      while columns are rounded would have to follow the columns' order"
+                .into())
+        }
+    }
+}
+
+fn parse_true_sequential(text: &str) -> std::result::Result<bool, String> {
+    match parse_bool(text)? {
+        false => Ok(false),
+        true => Err(
+            "second moments are those of the model as it was when it was calibrated: run qconv calibrate \
+                     on the quantized file, and quantize the original again with these"
+                .into(),
+        ),
+    }
+}
+
+fn parse_block_size(text: &str) -> std::result::Result<usize, String> {
+    match text.parse() {
+        Ok(PANEL) => Ok(PANEL),
+        _ => Err(format!("errors are passed on by {PANEL} columns; codes are the same with any number")),
+    }
+}
+
 pub fn parse_count(text: &str) -> std::result::Result<usize, String> {
     text.parse().ok().filter(|&n| n > 0).ok_or_else(|| "a number from 1 on is needed".into())
 }
@@ -162,7 +225,14 @@ impl QuantizerArgs {
     }
 
     fn tuning(&self) -> Tuning {
-        Tuning { iters: self.iters, lr: self.lr, batch: self.batch, ternary_stage: self.ternary_stage }
+        Tuning {
+            damp: self.damp_percent,
+            desc_act: self.desc_act,
+            iters: self.iters,
+            lr: self.lr,
+            batch: self.batch,
+            ternary_stage: self.ternary_stage,
+        }
     }
 
     /// Whether a calibration comes before what `quantizer` does.

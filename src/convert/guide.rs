@@ -7,9 +7,11 @@ use regex::{Regex, RegexBuilder};
 
 use super::fold::Folding;
 use super::plan::{Guide, Importance, Rounding, TensorPlan};
+use super::readers::Readers;
+use crate::arch::folds;
 use crate::block::gram::PANEL;
 use crate::block::lattice;
-use crate::container::moments::Moments;
+use crate::container::moments::{Input, Moments};
 use crate::error::{Error, Result};
 use crate::limits::Limits;
 use crate::quantize::{Method, Tuning};
@@ -87,12 +89,35 @@ impl Guiding {
                 return Err(format!("fewer than {} tokens reached it", method.least_tokens()));
             }
             n => Some(format!(
-                "fewer than {} tokens reached {n} of {} experts",
+                "fewer than {} tokens reached {n} of {} experts, which are weighed by the diagonal",
                 method.least_tokens(),
                 counts.len()
             )),
         };
-        Ok((Guide { moments, input, method, lattice }, why))
+        Ok((Guide { moments, input, method, lattice, readers: None }, why))
+    }
+
+    /// The guide for embeddings, which are no factor of a product: by what reads them. `None` where that is
+    /// not known, or another reason stands against it.
+    pub fn guide_embeddings(
+        &self,
+        method: Method,
+        tensors: &[TensorPlan],
+        originals: &[String],
+        number: usize,
+        arch: &str,
+    ) -> Result<Option<Guide>> {
+        let (tensor, name) = (&tensors[number], &originals[number]);
+        let columns = tensor.rows().0;
+        let (Some(lattice), Some(moments)) = (lattice(tensor.dtype), &self.moments) else { return Ok(None) };
+        if moments.input_of(name).is_some() || !columns.is_multiple_of(PANEL as u64) {
+            return Ok(None);
+        }
+        let readers = Readers::find(&folds(arch)?, originals, tensors, columns);
+        let input = Input { name: name.clone(), weights: vec![name.clone()], columns, experts: 1 };
+        let guide =
+            |readers| Guide { moments: moments.clone(), input, method, lattice, readers: Some(readers) };
+        Ok(readers.map(guide))
     }
 
     /// The mean squares of a tensor's input; `None` where it was not calibrated.

@@ -21,6 +21,7 @@ mod outcome;
 mod plan;
 mod quantize;
 mod quantizer;
+mod readers;
 mod recipe;
 mod sentence;
 mod shards;

@@ -165,7 +165,8 @@ impl Outcome {
         let grown: Vec<_> = outcomes.iter().filter(|o| o.damp_grew).collect();
         if !grown.is_empty() {
             let most = grown.iter().filter_map(|o| o.damp).fold(0.0, f64::max);
-            notes.push(format!("tensors whose damping had to grow, to {most:.3} at most: {}", names(&grown)));
+            notes
+                .push(format!("tensors whose damping had to grow, to {most:.1e} at most: {}", names(&grown)));
         }
         let dead: Vec<_> = outcomes.iter().filter(|o| o.dead_columns > 0).collect();
         if !dead.is_empty() {

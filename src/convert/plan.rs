@@ -6,6 +6,7 @@ use std::sync::Arc;
 use super::fold::{self, FoldPlan};
 use super::gather::Source;
 use super::outcome::Fallback;
+use super::readers::Readers;
 use crate::block::gram::PANEL;
 use crate::block::{Lattice, codec};
 use crate::container::Store;
@@ -95,6 +96,17 @@ pub struct Guide {
     pub method: Method,
     /// The values that weights can take.
     pub lattice: &'static Lattice,
+    /// What stands in the place of moments, where the tensor is no factor of a product: the name in
+    /// `input` is then its own.
+    pub readers: Option<Arc<Readers>>,
+}
+
+impl Guide {
+    /// Bytes that preparing takes at most, and those that are then kept.
+    fn bytes(&self) -> (u64, u64) {
+        let (making, kept) = self.method.bytes(self.input.columns);
+        (making.saturating_add(self.readers.as_ref().map_or(0, |r| r.bytes())), kept)
+    }
 }
 
 /// One output file: its leading bytes, and its length.
@@ -255,7 +267,7 @@ impl Budget {
         };
         let most = plan.tensors.iter().map(of_tensor).max().unwrap_or(0);
         let guides = plan.tensors.iter().filter_map(|t| match &t.rounding {
-            Rounding::Guided(guide) => Some(guide.method.bytes(guide.input.columns)),
+            Rounding::Guided(guide) => Some(guide.bytes()),
             _ => None,
         });
         // One is made at a time, while others are in use.

@@ -24,6 +24,9 @@ use crate::tensor::DType;
 /// `GGML_QUANT_VERSION` (ggml.h): the generation of block layouts.
 pub(super) const QUANTIZATION_VERSION: u32 = 2;
 
+/// What begins the stream of each token.
+const EMBEDDINGS: &str = "token_embd.weight";
+
 /// How a model shall be quantized.
 #[derive(Clone, Debug)]
 pub struct Quantizer {
@@ -143,6 +146,7 @@ impl Quantizer {
         let choices = self.recipe.choose(&facts, &overrides, &targets)?;
         let mut weighing = imatrix.map(|w| (w, Report::default()));
         let mut originals = Vec::with_capacity(tensors.len());
+        let mut embeddings = None;
         for (t, choice) in tensors.into_iter().zip(choices) {
             let original = t.original.clone();
             let planned = self.plan_tensor(t, &choice, store, weighing.as_mut(), guiding.as_ref())?;
@@ -155,8 +159,20 @@ impl Quantizer {
                         .into(),
                 });
             }
+            if original == EMBEDDINGS && planned.is_rounded() {
+                let way = guiding.as_ref().and_then(|g| g.way(&planned.name, choice.way));
+                embeddings = way.map(|way| (plan.tensors.len(), way));
+            }
             plan.tensors.push(planned);
             originals.push(original);
+        }
+        if let (Some(guiding), Some((number, Way::Method(method)))) = (&guiding, embeddings) {
+            let arch = metadata.str("general.architecture").unwrap_or_default();
+            let guide = guiding.guide_embeddings(method, &plan.tensors, &originals, number, arch)?;
+            if let Some(guide) = guide {
+                plan.tensors[number].rounding = Rounding::Guided(guide);
+                plan.tensors[number].fallback = None;
+            }
         }
         plan.note_fallbacks();
         if let Some(guiding) = &guiding

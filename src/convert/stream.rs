@@ -57,7 +57,7 @@ pub fn stream(
     let next = AtomicUsize::new(0);
     let stop = AtomicBool::new(false);
     let failure: Mutex<Option<Error>> = Mutex::new(None);
-    let guides = Guides::new(budget.threads);
+    let guides = Guides::new(budget.threads, plan, store);
     let ledger = Ledger::new(plan);
     if journal.is_some_and(Journal::is_begun) {
         observer.resumed();
@@ -150,7 +150,7 @@ impl Worker {
         file: &OutputFile,
         start: u64,
         end: u64,
-        guides: &Guides,
+        guides: &Guides<'_>,
     ) -> Result<(u64, Vec<Tally>)> {
         let mut tallies = Vec::new();
         if t.is_plain() {
@@ -203,7 +203,7 @@ impl Worker {
         guide: &Guide,
         codec: &Codec,
         start: u64,
-        guides: &Guides,
+        guides: &Guides<'_>,
     ) -> Result<Vec<Tally>> {
         let Self { values, bytes, importance, important, .. } = self;
         let mut tallies = Vec::new();
@@ -254,7 +254,9 @@ fn by_expert(
 
 /// What methods have prepared for the inputs that are being worked on. Workers share it: rows of the same
 /// input need the same, and it is large.
-struct Guides {
+struct Guides<'a> {
+    plan: &'a Plan,
+    store: &'a Store,
     /// The last used last.
     recent: Mutex<Vec<(Key, Arc<Cell>)>>,
     /// How many are kept.
@@ -267,9 +269,9 @@ struct Guides {
 type Key = (String, u64);
 type Cell = OnceLock<Option<Arc<Prepared>>>;
 
-impl Guides {
-    fn new(most: usize) -> Self {
-        Self { recent: Mutex::new(Vec::new()), most, making: Mutex::new(()) }
+impl<'a> Guides<'a> {
+    fn new(most: usize, plan: &'a Plan, store: &'a Store) -> Self {
+        Self { plan, store, recent: Mutex::new(Vec::new()), most, making: Mutex::new(()) }
     }
 
     /// For the rows of an expert, whose columns folds have multiplied with `scales`, all that read the
@@ -293,10 +295,17 @@ impl Guides {
         if let Some(prepared) = cell.get() {
             return Ok(prepared.clone());
         }
-        let count = guide.moments.counts(&guide.input)?.get(expert as usize).copied().unwrap_or(0);
-        let prepared = match count < guide.method.least_tokens() {
-            true => None,
-            false => Some(Arc::new(guide.method.prepare(&guide.moments, &guide.input, expert, scales)?)),
+        let prepared = match &guide.readers {
+            Some(readers) => {
+                let metric = readers.measure(self.plan, self.store)?;
+                Some(Arc::new(guide.method.prepare_from(&metric, 1)?))
+            }
+            None => {
+                let counts = guide.moments.counts(&guide.input)?;
+                let enough = counts.get(expert as usize).is_some_and(|&n| n >= guide.method.least_tokens());
+                let prepare = || guide.method.prepare(&guide.moments, &guide.input, expert, scales);
+                enough.then(prepare).transpose()?.map(Arc::new)
+            }
         };
         Ok(cell.get_or_init(|| prepared).clone())
     }

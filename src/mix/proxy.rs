@@ -125,7 +125,9 @@ fn tensor(plans: &[&TensorPlan], store: &Store) -> Result<IndexMap<String, Cost>
 /// The importance of an expert's columns, where the plan knows it.
 fn importance(plan: &TensorPlan, expert: u64) -> Result<Option<Vec<f32>>> {
     let importance = match &plan.rounding {
-        Rounding::Nearest | Rounding::Even => return Ok(None),
+        Rounding::Nearest | Rounding::Even | Rounding::Guided(Guide { readers: Some(_), .. }) => {
+            return Ok(None);
+        }
         Rounding::Weighed(importance) => importance.clone(),
         Rounding::Guided(Guide { moments, input, .. }) => {
             Importance::Diagonal { moments: moments.clone(), input: input.clone() }

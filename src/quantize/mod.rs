@@ -31,6 +31,10 @@ pub enum Method {
 /// Options of methods, where the user sets them.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Tuning {
+    /// What is added to the diagonal of second moments, in parts of its mean.
+    pub damp: Option<f64>,
+    /// Whether columns are rounded in the order of their mean squares.
+    pub desc_act: Option<bool>,
     /// Steps of `adaround`, rounds of `trainable` and `ternary`.
     pub iters: Option<usize>,
     /// The size of a step of `adaround`.
@@ -44,8 +48,10 @@ pub struct Tuning {
 impl Tuning {
     /// The options that are set, as the command line calls them.
     pub fn names(&self) -> impl Iterator<Item = &'static str> {
-        let Self { iters, lr, batch, ternary_stage } = self;
+        let Self { damp, desc_act, iters, lr, batch, ternary_stage } = self;
         let each = [
+            damp.map(|_| "damp-percent"),
+            desc_act.map(|_| "desc-act"),
             iters.map(|_| "iters"),
             lr.map(|_| "lr"),
             batch.map(|_| "batch"),
@@ -108,6 +114,14 @@ impl Method {
             }
         }
         let mut rest = *tuning;
+        let gptq = match self {
+            Self::Gptq(options) => options,
+            Self::Trainable(options) => &mut options.start,
+            Self::AdaRound(options) => &mut options.descent.start,
+            Self::Ternary(options) => &mut options.descent.start,
+        };
+        take(&mut gptq.damp, &mut rest.damp);
+        take(&mut gptq.desc_act, &mut rest.desc_act);
         match self {
             Self::Gptq(_) => {}
             Self::Trainable(options) => take(&mut options.iters, &mut rest.iters),
@@ -150,16 +164,19 @@ impl Method {
         scales: Option<&[f32]>,
     ) -> Result<Prepared> {
         let count = moments.counts(input)?.get(expert as usize).copied().unwrap_or(0);
-        let sums = OfExpert { moments, input, expert, scales };
+        self.prepare_from(&OfExpert { moments, input, expert, scales }, count)
+    }
+
+    /// The same from sums over `count` tokens, wherever they come from.
+    ///
+    /// # Errors
+    /// As the sums can be read; as the method says.
+    pub fn prepare_from(&self, sums: &dyn gptq::Sums, count: u64) -> Result<Prepared> {
         match self {
-            Self::Gptq(options) => Ok(Prepared::Gptq(gptq::Feedback::new(&sums, count, options)?)),
-            Self::AdaRound(options) => {
-                Ok(Prepared::AdaRound(adaround::AdaRound::new(&sums, count, options)?))
-            }
-            Self::Trainable(options) => {
-                Ok(Prepared::Trainable(descent::Descent::new(&sums, count, options)?))
-            }
-            Self::Ternary(options) => Ok(Prepared::Ternary(ternary::Ternary::new(&sums, count, options)?)),
+            Self::Gptq(options) => Ok(Prepared::Gptq(gptq::Feedback::new(sums, count, options)?)),
+            Self::AdaRound(options) => Ok(Prepared::AdaRound(adaround::AdaRound::new(sums, count, options)?)),
+            Self::Trainable(options) => Ok(Prepared::Trainable(descent::Descent::new(sums, count, options)?)),
+            Self::Ternary(options) => Ok(Prepared::Ternary(ternary::Ternary::new(sums, count, options)?)),
         }
     }
 }
@@ -368,6 +385,8 @@ mod tests {
     #[test]
     fn options_that_mean_nothing_are_left() {
         let all = Tuning {
+            damp: Some(0.05),
+            desc_act: Some(false),
             iters: Some(7),
             lr: Some(0.5),
             batch: Some(64),
@@ -379,6 +398,8 @@ mod tests {
         assert_eq!(tuned("ternary", all).1, ["lr", "batch"]);
         let Method::AdaRound(options) = tuned("adaround", all).0 else { unreachable!() };
         assert_eq!((options.iters, options.lr, options.batch), (7, 0.5, 64));
+        let start = options.descent.start;
+        assert_eq!((start.damp, start.desc_act), (0.05, false));
         assert!(ternary::Stage::parse("none").is_err());
     }
 }
