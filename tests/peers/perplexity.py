@@ -50,6 +50,13 @@ def main() -> None:
         files = {t: Path(tmp) / f"{t}.gguf" for t in ["f32", "bf16", "q4_0"]}
         for file_type, path in files.items():
             run("hf-to-gguf", "fixtures/tiny-llama", "-o", path, "--type", file_type, "--no-verify")
+        moments = Path(tmp) / "moments.gguf"
+        run("calibrate", files["bf16"], "-o", moments, "--text", "fixtures/tiny-llama/calibration.txt",
+            "--process-output", "--chunks", "8")
+        searched = {"gptq": "q4_0", "awq+trainable": "iq4_xs", "ternary": "tq2_0"}
+        for method, file_type in searched.items():
+            files[method] = Path(tmp) / f"{file_type}-{method}.gguf"
+            run("quantize", files["bf16"], files[method], "-t", file_type, "--method", method, "--moments", moments)
         # A baseline begins with the text's tokens: formats/spec/baseline.md.
         base = Path(tmp) / "base"
         run("eval", "baseline", files["f32"], "-o", base, "--chunks", str(WINDOWS))
@@ -61,7 +68,8 @@ def main() -> None:
         if bos >= 0:
             read[:, 0] = bos
         theirs = {name: log_probs(path, read.tolist(), n_vocab) for name, path in files.items()}
-        for name in ["f32", "bf16"]:
+        # What quantizers searched runs there as it runs here.
+        for name in ["f32", "bf16", *searched]:
             ours = measured("perplexity", files[name], "--chunks", str(WINDOWS))["perplexity"]["value"]
             expected = float(np.exp(-theirs[name][np.arange(len(following)), following].mean()))
             print(f"perplexity {name}: {ours:.5f}, from llama.cpp's probabilities {expected:.5f}")
