@@ -135,8 +135,7 @@ impl ReportArgs {
     }
 }
 
-const COLLAPSED: &str =
-    "warning: the model has collapsed: it predicts the text more than ten times worse than its source";
+const COLLAPSED: &str = "warning: the model has collapsed: it predicts the text more than ten times worse than its source, or other things";
 
 /// Sums of outcomes by method: tensors, weights' bytes are in the summary already.
 fn methods(outcomes: &[Outcome]) -> Vec<(&'static str, usize)> {

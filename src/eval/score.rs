@@ -204,15 +204,16 @@ pub struct DivergenceSummary {
 
 impl DivergenceSummary {
     /// Whether so little is left of the base that the model is of no use: it predicts the text more than ten times
-    /// worse.
+    /// worse, or other things (a base that hardly predicts the text itself has nothing to lose there).
     pub fn has_collapsed(&self) -> bool {
         // What is no number is no use either.
-        self.ln_ratio.value.is_nan() || self.ln_ratio.value > COLLAPSE.ln()
+        let (ratio, kld) = (self.ln_ratio.value, self.kld.value);
+        ratio.is_nan() || kld.is_nan() || ratio > COLLAPSE.0.ln() || kld > COLLAPSE.1
     }
 }
 
-/// The ratio of perplexities from which on a model has collapsed.
-const COLLAPSE: f64 = 10.0;
+/// The ratio of perplexities and the mean KL divergence from which on a model has collapsed.
+const COLLAPSE: (f64, f64) = (10.0, 1.0);
 
 impl Divergence {
     /// Compares the logits of one prediction with the base's; `next` is the token that came.
@@ -297,17 +298,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_collapse_is_ten_times_worse() {
+    fn a_collapse_is_ten_times_worse_or_something_else() {
         let base = [10.0f32.ln(), 0.0, 0.0];
-        let summary = |logits: &[f32]| {
+        let collapsed = |odds: [f32; 3], next: usize| {
             let mut divergence = Divergence::default();
-            (0..20).for_each(|_| divergence.add(logits, Base::Whole(&base, log_norm(&base)), 0));
-            divergence.summary()
+            let logits = odds.map(f32::ln);
+            (0..20).for_each(|_| divergence.add(&logits, Base::Whole(&base, log_norm(&base)), next));
+            divergence.summary().has_collapsed()
         };
-        // Of 10 / 12 there is 1 / 11 left, or 1 / 13.
-        assert!(!summary(&[0.0, 8.0f32.ln(), 2.0f32.ln()]).has_collapsed());
-        assert!(summary(&[0.0, 8.0f32.ln(), 4.0f32.ln()]).has_collapsed());
-        assert!(summary(&[f32::NAN, 0.0, 0.0]).has_collapsed());
+        assert!(!collapsed([4.0, 7.0, 1.0], 0));
+        assert!(collapsed([1.0, 8.0, 4.0], 0));
+        // 1 / 12 against 8 / 11: better at the text, but another model.
+        assert!(collapsed([1.0, 8.0, 2.0], 1));
+        assert!(collapsed([f32::NAN, 1.0, 1.0], 0));
     }
 
     #[test]
