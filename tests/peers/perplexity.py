@@ -73,7 +73,8 @@ def main() -> None:
             ours = measured("perplexity", files[name], "--chunks", str(WINDOWS))["perplexity"]["value"]
             expected = float(np.exp(-theirs[name][np.arange(len(following)), following].mean()))
             print(f"perplexity {name}: {ours:.5f}, from llama.cpp's probabilities {expected:.5f}")
-            assert abs(ours / expected - 1) < 1e-3, name
+            # Ternary products round activations, and builds do that in different orders.
+            assert abs(ours / expected - 1) < (1e-2 if name == "ternary" else 1e-3), name
         ours = measured("kld", files["q4_0"], "--base", files["bf16"], "--chunks", str(WINDOWS))
         ours, (p, q) = ours["divergence"]["kld"]["value"], (theirs["bf16"], theirs["q4_0"])
         # Below this a probability of the base does not count.
