@@ -30,7 +30,7 @@ impl Sums for MadeUp {
     }
 
     fn read(&self, i: usize, row: &mut [f32]) -> Result<()> {
-        // Far columns depend on each other a little: without, the factor would be full of subnormal numbers.
+        // Far columns depend on each other a little.
         let size = |i: usize| 1.0 + (i % 13) as f32;
         let mut near = 1f32;
         for (j, value) in (i..).zip(row) {

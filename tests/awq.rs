@@ -11,17 +11,6 @@ use qconv::eval::embed::output;
 use qconv::ggml::{Model, ModelOptions};
 use qconv::limits::Limits;
 
-/// A small model, and its moments.
-fn calibrated() -> Place {
-    let place = Place::new();
-    let source = common::fixture("models/llama");
-    let source = source.to_str().unwrap();
-    place.succeeds(&["hf-to-gguf", source, "-o", "f32.gguf", "-t", "f32", "--no-verify", "-q"]);
-    let text = ["--ctx", "64", "--chunks", "4", "--process-output"];
-    place.succeeds(&[&["calibrate", "f32.gguf", "-o", "m.gguf", "-q"], &text[..]].concat());
-    place
-}
-
 fn logits(place: &Place, name: &str) -> Vec<f32> {
     let model = Model::load(place.path(name), &ModelOptions::default()).unwrap();
     output(&model, &[5, 17, 300, 42, 7, 99, 256, 3], 1).unwrap().matrix().values.clone()
@@ -29,7 +18,7 @@ fn logits(place: &Place, name: &str) -> Vec<f32> {
 
 #[test]
 fn names_mean_what_they_say() {
-    let place = calibrated();
+    let place = Place::calibrated();
     // One layer is enough, and quicker.
     let common = ["--moments", "m.gguf", "--prune-layers", "0", "-q"];
     let quantize = |output: &str, file_type: &str, more: &[&str]| {
@@ -63,7 +52,7 @@ fn names_mean_what_they_say() {
 
 #[test]
 fn the_model_stays_the_same() {
-    let place = calibrated();
+    let place = Place::calibrated();
     place.succeeds(&["quantize", "f32.gguf", "awq.gguf", "-t", "awq_f32", "--moments", "m.gguf", "-q"]);
     let (before, after) = (logits(&place, "f32.gguf"), logits(&place, "awq.gguf"));
     assert_ne!(before, after);
@@ -74,7 +63,7 @@ fn the_model_stays_the_same() {
 
 #[test]
 fn what_cannot_be_is_refused() {
-    let place = calibrated();
+    let place = Place::calibrated();
     let quantize = |more: &[&'static str]| [&["quantize", "f32.gguf", "x"], more].concat();
     let moments = ["--moments", "m.gguf"];
     place.refuses(

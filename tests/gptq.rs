@@ -116,3 +116,16 @@ fn too_few_tokens_are_named() {
     let grown = notes(&quantize(&place, "out.gguf", &args));
     assert!(grown.contains("damping had to grow"), "{grown}");
 }
+
+#[test]
+fn moments_of_another_model_are_refused() {
+    let place = Place::new();
+    convert(&place, "models/llama");
+    place.succeeds(&["calibrate", "m.gguf", "-o", "moments.gguf", "--ctx", "32", "--chunks", "1", "-q"]);
+    std::fs::remove_file(place.path("m.gguf")).unwrap();
+    convert(&place, "tiny-llama");
+    for method in ["gptq", "imatrix", "awq"] {
+        let args = ["quantize", "m.gguf", "x", "-t", "q4_0", "--method", method, "--moments", "moments.gguf"];
+        place.refuses(&args, &["second moments (moments.gguf)", "columns", "of another model"]);
+    }
+}

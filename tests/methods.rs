@@ -14,17 +14,6 @@ use qconv::limits::Limits;
 use qconv::tensor::DType;
 use serde_json::Value as Json;
 
-/// A small model, and its moments.
-fn calibrated() -> Place {
-    let place = Place::new();
-    let source = common::fixture("models/llama");
-    let source = source.to_str().unwrap();
-    place.succeeds(&["hf-to-gguf", source, "-o", "f32.gguf", "-t", "f32", "--no-verify", "-q"]);
-    let text = ["--ctx", "64", "--chunks", "4", "--process-output"];
-    place.succeeds(&[&["calibrate", "f32.gguf", "-o", "m.gguf", "-q"], &text[..]].concat());
-    place
-}
-
 fn tensor(place: &Place, file: &str, name: &str) -> Vec<u8> {
     let gguf = Gguf::open(place.path(file), &Limits::default()).unwrap();
     gguf.store.read_all(gguf.store.get(name).unwrap()).unwrap()
@@ -32,7 +21,7 @@ fn tensor(place: &Place, file: &str, name: &str) -> Vec<u8> {
 
 #[test]
 fn each_tensor_is_rounded_by_its_method() {
-    let place = calibrated();
+    let place = Place::calibrated();
     let quantize = |output: &str, more: &[&str]| {
         place.succeeds(&[&["quantize", "f32.gguf", output, "-t", "q4_0", "-q"], more].concat());
     };
@@ -78,7 +67,7 @@ fn each_tensor_is_rounded_by_its_method() {
 
 #[test]
 fn a_recipe_names_methods() {
-    let place = calibrated();
+    let place = Place::calibrated();
     let rules = "schema = 1\nname = 'OWN'\nid = 2\ntype = 'Q4_0'\nextends = 'q4_0'\n\
                  rules = [{ role = 'attn_v', type = 'Q8_0', method = 'rtn' }, { role = 'attn_q', method = 'gptq' }]\n";
     fs::write(place.path("own.toml"), rules).unwrap();
@@ -111,7 +100,7 @@ fn a_recipe_names_methods() {
 
 #[test]
 fn searches_do_not_depend_on_threads() {
-    let place = calibrated();
+    let place = Place::calibrated();
     let quantize = |output: &str, more: &[&str]| {
         let moments = ["--moments", "m.gguf"];
         place.succeeds(&[&["quantize", "f32.gguf", output, "-t", "q4_0", "-q"], &moments[..], more].concat());
@@ -135,7 +124,7 @@ fn searches_do_not_depend_on_threads() {
 
 #[test]
 fn means_are_those_of_the_diagonal() {
-    let place = calibrated();
+    let place = Place::calibrated();
     let m = Moments::open(place.path("m.gguf"), &Limits::default()).unwrap();
     for input in &m.contents().inputs {
         let n = input.columns as usize;
@@ -149,7 +138,7 @@ fn means_are_those_of_the_diagonal() {
 
 #[test]
 fn a_file_says_what_could_be_typed() {
-    let place = calibrated();
+    let place = Place::calibrated();
     fs::create_dir(place.path("sub")).unwrap();
     let yaml = "method: imatrix\nmoments: ../m.gguf\nquiet: true\nmodels:\n\
                 - {source: ../f32.gguf, output: a.gguf, type: q4_0}\n\
@@ -182,7 +171,7 @@ fn stderr(output: &std::process::Output) -> String {
 
 #[test]
 fn what_a_method_needs_is_collected_first() {
-    let place = calibrated();
+    let place = Place::calibrated();
     let quantize = |output: &'static str| [&["quantize", "f32.gguf", output][..], FEW, SAMPLES].concat();
     let before = place.listing();
     let shown = place.succeeds(&[&quantize("a.gguf")[..], &["--dry-run"]].concat());
@@ -234,7 +223,7 @@ fn a_checkpoint_is_made_to_run_for_that() {
 
 #[test]
 fn a_report_says_what_became_of_each_tensor() {
-    let place = calibrated();
+    let place = Place::calibrated();
     let args = [&["quantize", "f32.gguf", "q.gguf", "--moments", "m.gguf", "-q"][..], FEW];
     let reports = ["--report", "r.md", "--report", "r.json", "--evaluate", "--evaluate-chunks", "2"];
     place.succeeds(&[&args.concat()[..], &reports].concat());

@@ -16,12 +16,7 @@ const GOING_ON: &str = "going on where";
 
 /// A small model with its moments, and what becomes of it.
 fn calibrated() -> (Place, Vec<u8>) {
-    let place = Place::new();
-    let source = common::fixture("models/llama");
-    let source = source.to_str().unwrap();
-    place.succeeds(&["hf-to-gguf", source, "-o", "f32.gguf", "-t", "f32", "--no-verify", "-q"]);
-    let text = ["--ctx", "64", "--chunks", "4"];
-    place.succeeds(&[&["calibrate", "f32.gguf", "-o", "m.gguf", "-q"], &text[..]].concat());
+    let place = Place::calibrated();
     place.succeeds(&[&quantize("whole.gguf")[..], &["--report", "whole.json"]].concat());
     let whole = fs::read(place.path("whole.gguf")).unwrap();
     (place, whole)

@@ -75,7 +75,7 @@ impl Guiding {
     ) -> std::result::Result<(Guide, Option<String>), String> {
         let lattice =
             lattice(tensor.dtype).ok_or_else(|| format!("type {} has no fixed grid", tensor.dtype))?;
-        let Some(Importance::Diagonal { moments, input }) = self.diagonal(name, tensor) else {
+        let Some(Importance::Diagonal { moments, input }) = self.diagonal(name) else {
             return Err("the moments have nothing of what it reads".into());
         };
         if !input.columns.is_multiple_of(PANEL as u64) {
@@ -120,14 +120,31 @@ impl Guiding {
         Ok(readers.map(guide))
     }
 
-    /// The mean squares of a tensor's input; `None` where it was not calibrated.
-    pub fn diagonal(&self, name: &str, tensor: &TensorPlan) -> Option<Importance> {
-        let moments = self.moments.as_ref()?;
-        let input = moments.input_of(name)?;
+    /// Whether what the moments know of a tensor's input is of its size.
+    ///
+    /// # Errors
+    /// `Misuse` where they are of another model.
+    pub fn check_fit(&self, name: &str, tensor: &TensorPlan) -> Result<()> {
+        let Some(moments) = &self.moments else { return Ok(()) };
+        let Some(input) = moments.input_of(name) else { return Ok(()) };
         let (columns, rows) = tensor.rows();
         let experts = (tensor.source.elements() / columns / rows).max(1);
-        let fits = input.columns == columns && input.experts == experts;
-        fits.then(|| Importance::Diagonal { moments: moments.clone(), input: input.clone() })
+        if (input.columns, input.experts) == (columns, experts) {
+            return Ok(());
+        }
+        let path = self.choice.moments.as_ref().map(|p| p.display().to_string()).unwrap_or_default();
+        Err(Error::misuse(format!(
+            "has {columns} columns and {experts} experts, in the second moments ({path}) it has {} and {}",
+            input.columns, input.experts
+        ))
+        .hint("they are of another model: make this one's with qconv calibrate"))
+    }
+
+    /// The mean squares of a tensor's input; `None` where it was not calibrated.
+    pub fn diagonal(&self, name: &str) -> Option<Importance> {
+        let moments = self.moments.as_ref()?;
+        let input = moments.input_of(name)?.clone();
+        Some(Importance::Diagonal { moments: moments.clone(), input })
     }
 
     /// What is rounded how, and where that is not what was asked for.

@@ -217,6 +217,7 @@ impl Quantizer {
         if stays {
             return Ok(planned);
         }
+        guiding.map_or(Ok(()), |g| g.check_fit(&original, &planned)).map_err(context)?;
         let way = guiding.and_then(|g| g.way(&planned.name, choice.way));
         if let (Some(Way::Method(method)), Some(guiding), true) = (way, guiding, planned.is_rounded()) {
             let (found, why) = match guiding.guide(method, &original, &planned) {
@@ -238,7 +239,7 @@ impl Quantizer {
         };
         // Where llama.cpp's result is not what is asked for, the better search is taken in any case.
         let searching = way.and(guiding);
-        let importance = by_matrix.or_else(|| searching?.diagonal(&original, &planned));
+        let importance = by_matrix.or_else(|| searching?.diagonal(&original));
         planned.rounding = match (importance, searching) {
             (Some(importance), _) => Rounding::Weighed(importance),
             (None, Some(_)) => Rounding::Even,

@@ -52,6 +52,9 @@ impl Default for Options {
 /// The most that damping may grow to.
 const MOST_DAMP: f64 = 1.0;
 
+/// An entry of `F` that changes no value of F32.
+const NOTHING: f32 = 1e-20;
+
 /// What the inputs of a matrix say about its columns.
 #[derive(Debug)]
 pub struct Feedback {
@@ -137,8 +140,9 @@ impl Feedback {
         }
         let lower = |i: usize, j: usize| matrix[j * n + i];
         let f = |i: usize, k: usize| {
-            let pivot = lower(n - 1 - k, n - 1 - k);
-            (lower(n - 1 - i, n - 1 - k) / pivot) as f32
+            let f = (lower(n - 1 - i, n - 1 - k) / lower(n - 1 - k, n - 1 - k)) as f32;
+            // What moves no weight would only make products subnormal, which cost many times the time.
+            if f.abs() < NOTHING { 0.0 } else { f }
         };
         let panels = n / PANEL;
         let above = (0..panels)

@@ -15,6 +15,17 @@ impl Place {
         Self(tempfile::tempdir().unwrap())
     }
 
+    /// With a small model, `f32.gguf`, and its second moments, `m.gguf`.
+    pub fn calibrated() -> Self {
+        let place = Self::new();
+        let source = crate::common::fixture("models/llama");
+        let source = source.to_str().unwrap();
+        place.succeeds(&["hf-to-gguf", source, "-o", "f32.gguf", "-t", "f32", "--no-verify", "-q"]);
+        let text = ["--ctx", "64", "--chunks", "4", "--process-output"];
+        place.succeeds(&[&["calibrate", "f32.gguf", "-o", "m.gguf", "-q"], &text[..]].concat());
+        place
+    }
+
     pub fn path(&self, name: &str) -> PathBuf {
         self.0.path().join(name)
     }
