@@ -4,62 +4,21 @@
 #[path = "common/checkpoint.rs"]
 mod checkpoint;
 mod common;
+#[path = "common/unpacked.rs"]
+mod unpacked;
 
 use std::collections::BTreeMap;
 use std::path::Path;
 
 use checkpoint::{Made, Random, f32_bytes, i32_bytes};
+use qconv::ErrorKind;
 use qconv::ErrorKind::{Malformed, Unsupported};
 use qconv::container::gguf::Gguf;
-use qconv::container::{Store, safetensors};
 use qconv::convert::{GgufToHf, HfToGguf, Silent};
 use qconv::limits::Limits;
-use qconv::packed::unpack;
 use qconv::tensor::DType;
-use qconv::{ErrorKind, Result};
 use serde_json::{Value as Json, json};
-
-/// Opened, and what is packed joined.
-fn open(dir: &Path, made: &Made) -> Result<Store> {
-    let path = dir.join("model.safetensors");
-    std::fs::write(&path, made.safetensors()).unwrap();
-    let store = safetensors::open(&path, &Limits::default())?.store;
-    Ok(unpack(store, made.config.get("quantization_config"))?.0)
-}
-
-/// All values of a tensor in F32, read in one go; ranges of it give the same.
-fn decoded(store: &Store, name: &str) -> Vec<f32> {
-    let info = store.get(name).unwrap_or_else(|| panic!("no {name}: {:?}", store.tensors()));
-    assert_eq!(info.dtype, DType::F32);
-    let whole = store.read_all(info).unwrap();
-    let mut random = Random(whole.len() as u64);
-    for _ in 0..40 {
-        let start = random.below(info.elements() + 1);
-        let n = random.below(info.elements() - start + 1);
-        let mut part = vec![0; n as usize * 4];
-        store.read(info, start * 4, &mut part).unwrap();
-        assert!(part == whole[start as usize * 4..][..part.len()], "{name} {start} {n}");
-    }
-    whole.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect()
-}
-
-#[track_caller]
-fn same(found: &[f32], wanted: &[f32]) {
-    assert_eq!(found.len(), wanted.len());
-    let differ = found.iter().zip(wanted).position(|(a, b)| a.to_bits() != b.to_bits());
-    assert_eq!(differ, None, "{:?}", differ.map(|i| (found[i], wanted[i])));
-}
-
-/// A stream of codes, lowest bits first, in words.
-fn stream(codes: &[u32], bits: usize) -> Vec<u32> {
-    let mut words = vec![0u32; (codes.len() * bits).div_ceil(32)];
-    for (i, code) in codes.iter().enumerate() {
-        for bit in 0..bits {
-            words[(i * bits + bit) / 32] |= (code >> bit & 1) << ((i * bits + bit) % 32);
-        }
-    }
-    words
-}
+use unpacked::{decoded, open, same, stream};
 
 /// One GPTQ matrix `p` of random codes, and its values by the formula.
 fn gptq(random: &mut Random, bits: u64, group_size: i64, desc_act: bool, version: u32) -> (Made, Vec<f32>) {
@@ -164,8 +123,8 @@ fn gptq_that_does_not_fit_together() {
     }
     refused(Unsupported, "marlin", &set("checkpoint_format", json!("marlin")));
     refused(Unsupported, "pack_dtype", &set("pack_dtype", json!("int16")));
-    refused(Unsupported, "dynamic", &set("dynamic", json!({"+:.*": {"bits": 8}})));
-    refused(Unsupported, "quantized by awq", &set("quant_method", json!("awq")));
+    refused(Unsupported, "quantized by quip", &set("quant_method", json!("quip")));
+    refused(Malformed, "AWQ: 8 inputs", &set("quant_method", json!("awq")));
     refused(Malformed, "\"p.qweight\" is packed as in GPTQ", &|m| m.config = json!({}));
     refused(Malformed, "by mxfp4, but no tensor", &set("quant_method", json!("mxfp4")));
     // The right bytes in the wrong place show when they are read.
@@ -434,7 +393,7 @@ fn quantize_config_json_stands_in() {
     std::fs::write(dir.path().join("quantize_config.json"), stated.to_string()).unwrap();
     let notes = plan().unwrap().plan.notes;
     assert!(
-        notes.iter().any(|n| n.contains("14 tensors of the source are quantized already (gptq)")),
+        notes.iter().any(|n| n.contains("14 tensors of the source keep their codes and scales, as Q8_0")),
         "{notes:?}"
     );
 }

@@ -12,6 +12,7 @@
 //! specification; where its codes are independent of each other, one row in the table of `lattice.rs`. A
 //! SIMD path is a row in the table of its family in `simd/`.
 
+pub mod bits;
 mod cast;
 mod float;
 mod float8;

@@ -7,6 +7,7 @@
 
 mod endian;
 pub mod gguf;
+pub mod grouped;
 pub mod imatrix;
 mod low_rank;
 pub mod moments;

@@ -2,7 +2,9 @@
 
 use std::collections::{HashMap, HashSet};
 use std::fmt::Debug;
+use std::sync::Arc;
 
+use super::grouped::Grouped;
 use super::{InputFile, LowRank, endian};
 use crate::error::{Error, Result};
 use crate::tensor::{DType, StridedCopy, TensorInfo};
@@ -39,6 +41,11 @@ pub trait View: Debug + Send + Sync {
     /// Whether what a row is made of lies apart, so that small reads are slow.
     fn is_scattered(&self) -> bool {
         false
+    }
+
+    /// The integers in groups that it decodes, where it does.
+    fn grouped(&self) -> Option<&Arc<dyn Grouped>> {
+        None
     }
 }
 
@@ -159,6 +166,24 @@ impl Store {
     /// Whether the tensor is joined from others ([`Self::join`]).
     pub fn is_joined(&self, tensor: &TensorInfo) -> bool {
         self.views.contains_key(&tensor.name)
+    }
+
+    /// The integers in groups behind a joined tensor, and the files they are read from.
+    pub fn grouped(&self, tensor: &TensorInfo) -> Option<(&Arc<dyn Grouped>, &Stored)> {
+        Some((self.views.get(&tensor.name)?.grouped()?, &self.stored))
+    }
+
+    /// Lets a joined tensor give its values in another type, by another view of the same parts.
+    ///
+    /// # Errors
+    /// `Misuse` for a tensor that is not joined, or whose shape does not fit the type.
+    pub fn give_as(&mut self, name: &str, dtype: DType, view: Box<dyn View>) -> Result<()> {
+        let at = self.by_name.get(name).copied().filter(|_| self.views.contains_key(name));
+        let at = at.ok_or_else(|| Error::misuse(format!("tensor {name:?} is not joined")))?;
+        self.tensors[at].nbytes = dtype.nbytes(&self.tensors[at].shape)?;
+        self.tensors[at].dtype = dtype;
+        self.views.insert(name.to_string(), view);
+        Ok(())
     }
 
     /// All files.

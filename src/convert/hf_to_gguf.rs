@@ -23,6 +23,8 @@ use crate::container::gguf::{Metadata, Value};
 use crate::container::side::read_json;
 use crate::error::{Error, Result};
 use crate::limits::Limits;
+use crate::packed;
+use crate::tensor::DType;
 use crate::vocab;
 
 /// An adapter to be merged into the weights, so many times.
@@ -169,6 +171,7 @@ impl HfToGguf {
     /// What is no model, unknown architectures, unknown tokenizers.
     pub fn recognise(&self) -> Result<Recognised> {
         let mut checkpoint = Checkpoint::open(&self.source, &self.limits)?;
+        let blocks = packed::give_blocks(&mut checkpoint.store, &self.exact_types())?;
         let config_path = checkpoint.dir.join("config.json");
         if self.mmproj {
             let model = self.recognise_projector(&checkpoint).map_err(|e| e.at(&config_path))?;
@@ -197,7 +200,8 @@ impl HfToGguf {
             vocab.add_space_prefix = model.arch.tokenizer.add_space_prefix.or(vocab.add_space_prefix);
         }
         model.facts_mut().n_tokens = Some(vocab.tokens.len() as u64);
-        let mut notes = Vec::new();
+        let kept = |(dtype, n)| format!("{n} tensors of the source keep their codes and scales, as {dtype}");
+        let mut notes: Vec<_> = blocks.into_iter().map(kept).collect();
         for MergeLora { adapter, scale } in &self.merge_lora {
             let adapter = Adapter::open(adapter, &self.limits)?;
             adapter.merge(&model.placer()?, &mut checkpoint.store, *scale)?;
@@ -205,6 +209,16 @@ impl HfToGguf {
             notes.push(format!("{n} weights are changed by {dir}, {scale} times"));
         }
         Ok(Recognised { checkpoint, model, vocab: Some((vocab, candidates)), notes })
+    }
+
+    /// The block types that integers of the source may become without rounding.
+    fn exact_types(&self) -> Vec<DType> {
+        let wanted = match (&self.quantizer, self.file_type) {
+            (Some(quantizer), _) => quantizer.recipe.dtype,
+            (None, Some(file_type)) => file_type.dtype,
+            (None, None) => return packed::BLOCKS.to_vec(),
+        };
+        packed::BLOCKS.iter().copied().filter(|block| *block == wanted).collect()
     }
 
     fn recognise_projector(&self, checkpoint: &Checkpoint) -> Result<Model> {

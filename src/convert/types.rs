@@ -11,13 +11,21 @@ pub struct FileType {
     pub dtype: DType,
     /// `enum llama_ftype` (llama.h).
     pub id: u32,
-    /// Block type of tensors that stay as they are in the source.
+    /// Block type of most tensors that stay as they are in the source; those of others stay, too.
     pub keeps: Option<DType>,
 }
 
 /// File types of sources that are partly quantized already, in a block type of ggml.
-const KEPT: &[(FileType, &str)] =
-    &[(FileType { dtype: DType::BF16, id: 38, keeps: Some(DType::MXFP4) }, "MXFP4_MOE")];
+const KEPT: &[(FileType, &str)] = &[
+    (kept(DType::MXFP4, 38), "MXFP4_MOE"),
+    (kept(DType::Q4_0, 2), "Q4_0"),
+    (kept(DType::Q4_1, 3), "Q4_1"),
+    (kept(DType::Q8_0, 7), "Q8_0"),
+];
+
+const fn kept(dtype: DType, id: u32) -> FileType {
+    FileType { dtype: DType::BF16, id, keeps: Some(dtype) }
+}
 
 const fn plain(dtype: DType, id: u32) -> FileType {
     FileType { dtype, id, keeps: None }
@@ -82,8 +90,12 @@ impl FileType {
         let most = bytes.into_iter().max_by_key(|(_, n)| *n).map(|(d, _)| d);
         let main = FILE_TYPES.iter().copied().find(|t| Some(t.dtype) == most && !t.dtype.is_block());
         let main = main.unwrap_or(FILE_TYPES[1]);
-        let has = |dtype| store.tensors().iter().any(|t| Some(t.dtype) == dtype);
-        let kept = KEPT.iter().find(|(t, _)| has(t.keeps));
+        let weights = |dtype| {
+            let of_type = store.tensors().iter().filter(|t| Some(t.dtype) == dtype);
+            of_type.map(|t| t.elements()).sum::<u64>()
+        };
+        let kept = KEPT.iter().rev().max_by_key(|(t, _)| weights(t.keeps));
+        let kept = kept.filter(|(t, _)| weights(t.keeps) > 0);
         kept.map_or(main, |(kept, _)| Self { dtype: main.dtype, ..*kept })
     }
 
@@ -108,7 +120,7 @@ impl FileType {
         stored: Option<DType>,
         fixed: Option<DType>,
     ) -> (DType, Option<DType>) {
-        if let Some(kept) = self.keeps.filter(|kept| stored == Some(*kept)) {
+        if let Some(kept) = stored.filter(|stored| self.keeps.is_some() && stored.is_block()) {
             return (kept, None);
         }
         if shape.len() <= 1 || name.ends_with("_norm.weight") {

@@ -14,18 +14,38 @@ use crate::container::{Joined, Stored};
 use crate::error::{Error, Result};
 use crate::tensor::{DType, TensorInfo};
 
-pub(super) const FORMAT: Format =
-    Format { method: "fp8", name: "FP8", marks: |t| t.name.ends_with(SCALE), join };
+pub(super) const FORMAT: Format = Format {
+    method: "fp8",
+    name: "FP8",
+    marks: |t| t.name.ends_with("_scale_inv"),
+    join: |packed| {
+        let block = block_size(packed.config)?;
+        join(packed, "_scale_inv", |_| Ok(block))
+    },
+};
 
-const SCALE: &str = "_scale_inv";
+/// FP8 of FBGEMM, with a scale for each row.
+pub(super) const FBGEMM: Format = Format {
+    method: "fbgemm_fp8",
+    name: "FP8",
+    marks: |_| false,
+    join: |packed| join(packed, "_scale", |_| Ok(None)),
+};
+
 const WEIGHTS: &[DType] = &[DType::F8_E4M3, DType::F8_E5M2];
 
-fn join(packed: &Packed<'_>) -> Result<Vec<Joined>> {
-    let block = block_size(packed.config)?;
+/// All matrices of FP8. The scales of `X` are called `X` and `suffix`; `block_of` tells the rows and columns
+/// of a block of the module called so. Where it does not, there is one scale, or one for each row.
+pub(super) fn join(
+    packed: &Packed<'_>,
+    suffix: &str,
+    block_of: impl Fn(&str) -> Result<Option<[u64; 2]>>,
+) -> Result<Vec<Joined>> {
     let mut joined = Vec::new();
-    for weight in packed.store.tensors().iter().filter(|t| WEIGHTS.contains(&t.dtype)) {
+    let weights = |t: &&TensorInfo| WEIGHTS.contains(&t.dtype) && !t.name.ends_with(suffix);
+    for weight in packed.store.tensors().iter().filter(weights) {
         let name = &weight.name;
-        let scale = format!("{name}{SCALE}");
+        let scale = format!("{name}{suffix}");
         let Some(scale) = packed.store.get(&scale) else {
             return Err(Error::malformed(format!(
                 "tensor {name:?} is {}, but {scale:?} is missing",
@@ -37,8 +57,10 @@ fn join(packed: &Packed<'_>) -> Result<Vec<Joined>> {
             return Err(Error::malformed(format!("tensor {name:?} is {} and no matrix", weight.dtype)));
         };
         let (rows, cols) = (*rows, *cols);
-        let (block, grid) = match (block, scale.elements()) {
+        let stem = name.strip_suffix(".weight").unwrap_or(name);
+        let (block, grid) = match (block_of(stem)?, scale.elements()) {
             (None, 1) => ([rows.max(1), cols.max(1)], None),
+            (None, n) if n == rows && outer.is_empty() => ([1, cols.max(1)], None),
             (None, _) => {
                 return Err(Error::malformed(format!(
                     "tensor {:?} has shape {:?}, but quantization_config no weight_block_size",
@@ -50,17 +72,12 @@ fn join(packed: &Packed<'_>) -> Result<Vec<Joined>> {
         let types = [FLOATS, &[DType::F8_E8M0]].concat();
         let shape = grid.map_or_else(|| scale.shape.clone(), |grid| [outer, &grid[..]].concat());
         check(scale, &types, &shape).map_err(|e| e.context(format!("blocks of {block:?}")))?;
-        // How activations were quantized says nothing about the weights.
-        let stem = name.strip_suffix(".weight").unwrap_or(name);
-        let activation = ["activation_scale", "input_scale"]
-            .into_iter()
-            .flat_map(|s| [format!("{stem}.{s}"), format!("{stem}_{s}"), format!("{name}_{s}")])
-            .filter(|part| packed.store.get(part).is_some());
+        let parts = [name.clone(), scale.name.clone()];
         joined.push(Joined {
             name: name.clone(),
             dtype: DType::F32,
             shape: weight.shape.clone(),
-            parts: [name.clone(), scale.name.clone()].into_iter().chain(activation).collect(),
+            parts: parts.into_iter().chain(packed.of_activations(stem)).collect(),
             view: Box::new(Blocked { rows, cols, block, weight: weight.clone(), scale: scale.clone() }),
         });
     }

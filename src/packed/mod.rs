@@ -9,13 +9,26 @@
 //! A format is a file here, a row in the table `FORMATS` and a section of
 //! `formats/spec/packed.md`.
 
+mod auto_round;
+mod awq;
+mod bitnet;
+mod bnb;
+mod compressed;
+mod exact;
+mod fp4;
 mod fp8;
 mod gptq;
+mod modelopt;
 mod mxfp4;
+
+pub use exact::{BLOCKS, give_blocks};
+
+use std::sync::Arc;
 
 use serde_json::Value as Json;
 
 use crate::block::codec;
+use crate::container::grouped::{Grouped, Shape, Values};
 use crate::container::{Joined, Store, Stored, View};
 use crate::error::{Error, Result};
 use crate::tensor::{DType, TensorInfo};
@@ -32,7 +45,18 @@ struct Format {
     join: fn(&Packed<'_>) -> Result<Vec<Joined>>,
 }
 
-static FORMATS: &[Format] = &[fp8::FORMAT, gptq::FORMAT, mxfp4::FORMAT];
+static FORMATS: &[Format] = &[
+    fp8::FORMAT,
+    fp8::FBGEMM,
+    gptq::FORMAT,
+    awq::FORMAT,
+    auto_round::FORMAT,
+    bnb::FORMAT,
+    compressed::FORMAT,
+    bitnet::FORMAT,
+    modelopt::FORMAT,
+    mxfp4::FORMAT,
+];
 
 /// Joins what is packed in `store`, of a model whose config.json says `quantization` of it
 /// (`None` where it says nothing). A second result names the method.
@@ -117,6 +141,42 @@ impl Packed<'_> {
     }
 }
 
+impl Packed<'_> {
+    /// `bits`, which has to be one of these.
+    fn bits(&self, known: &[u32]) -> Result<u32> {
+        let bits = self.integer("bits")?.ok_or_else(|| missing("bits"))?;
+        let found = known.iter().find(|k| i64::from(**k) == bits);
+        found.copied().ok_or_else(|| unsupported("bits", &bits.into()).hint(format!("{known:?} are")))
+    }
+
+    /// `group_size`; `None` where a row is one group.
+    fn group_size(&self) -> Result<Option<u64>> {
+        match self.integer("group_size")?.ok_or_else(|| missing("group_size"))? {
+            -1 => Ok(None),
+            n @ 1.. => Ok(Some(n as u64)),
+            n => Err(Error::malformed(format!("quantization_config: group_size = {n}"))),
+        }
+    }
+}
+
+impl Packed<'_> {
+    /// The parts of a module that tell how its activations are quantized, which says nothing of weights.
+    fn of_activations(&self, stem: &str) -> impl Iterator<Item = String> {
+        ["activation_scale", "input_scale", "input_global_scale", "input_zero_point", "k_scale", "v_scale"]
+            .into_iter()
+            .flat_map(move |s| [format!("{stem}.{s}"), format!("{stem}_{s}"), format!("{stem}.weight_{s}")])
+            .filter(|part| self.store.get(part).is_some())
+    }
+}
+
+fn missing(key: &str) -> Error {
+    Error::malformed(format!("quantization_config: {key} is missing"))
+}
+
+fn unsupported(key: &str, value: &Json) -> Error {
+    Error::unsupported(format!("quantization_config: {key} = {value} is not read"))
+}
+
 /// Types that scales are stored in.
 const FLOATS: &[DType] = &[DType::F32, DType::F16, DType::BF16, DType::F64];
 
@@ -145,18 +205,41 @@ fn values(stored: &Stored, t: &TensorInfo, start: u64, n: usize) -> Result<Vec<f
     let codec = codec(t.dtype).filter(|c| c.dtype.block_size() == 1).ok_or_else(|| {
         Error::unsupported(format!("tensor {:?} of type {} cannot be read", t.name, t.dtype))
     })?;
-    let mut bytes = vec![0; n * t.dtype.type_size() as usize];
-    stored.read(t, start * t.dtype.type_size(), &mut bytes)?;
+    let bytes = bytes(stored, t, start, n)?;
     let mut values = vec![0.0; n];
     codec.decode(&bytes, &mut values)?;
     Ok(values)
 }
 
+/// `n` elements of a tensor, as they are stored, from element `start` on.
+fn bytes(stored: &Stored, t: &TensorInfo, start: u64, n: usize) -> Result<Vec<u8>> {
+    let size = t.dtype.type_size();
+    let mut bytes = vec![0; n * size as usize];
+    stored.read(t, start * size, &mut bytes)?;
+    Ok(bytes)
+}
+
 /// `n` words of a tensor of type I32 from element `start` on.
 fn words(stored: &Stored, t: &TensorInfo, start: u64, n: usize) -> Result<Vec<u32>> {
-    let mut bytes = vec![0; n * 4];
-    stored.read(t, start * 4, &mut bytes)?;
-    Ok(bytes.as_chunks().0.iter().map(|b| u32::from_le_bytes(*b)).collect())
+    Ok(bytes(stored, t, start, n)?.as_chunks().0.iter().map(|b| u32::from_le_bytes(*b)).collect())
+}
+
+/// The group of each column, as a tensor tells it.
+fn groups_of(stored: &Stored, t: &TensorInfo, shape: &Shape) -> Result<Vec<u32>> {
+    let groups = words(stored, t, 0, shape.cols as usize)?;
+    match groups.iter().position(|g| u64::from(*g) >= shape.groups) {
+        None => Ok(groups),
+        Some(col) => Err(Error::malformed(format!(
+            "tensor {:?}: input {col} is of group {}, there are {}",
+            t.name, groups[col] as i32, shape.groups
+        ))),
+    }
+}
+
+/// The matrix called `name` of integers in groups, made of `parts`.
+fn matrix(name: String, parts: Vec<String>, codes: impl Grouped + 'static) -> Joined {
+    let shape = vec![codes.shape().rows, codes.shape().cols];
+    Joined { name, dtype: DType::F32, shape, parts, view: Box::new(Values(Arc::new(codes))) }
 }
 
 /// Rows and columns of a matrix.

@@ -1,0 +1,78 @@
+//! BitNet as transformers stores it: -1, 0 and 1 in two bits, with one scale for a matrix.
+//!
+//! `P.weight` is U8 `[out / 4, in]`: bits `2k` and `2k + 1` of row `r` hold row `k * out / 4 + r`, plus 1.
+//! `P.weight_scale` is a single value, what the weights were multiplied with: `W = t / weight_scale`.
+//! Source: transformers' `integrations/bitnet.py`.
+
+use std::ops::Range;
+
+use super::{FLOATS, Format, Packed, bytes, check, matrix, values};
+use crate::container::grouped::{Grouped, Shape};
+use crate::container::{Joined, Stored};
+use crate::error::{Error, Result};
+use crate::tensor::{DType, TensorInfo};
+
+pub(super) const FORMAT: Format = Format { method: "bitnet", name: "BitNet", marks: |_| false, join };
+
+const SCALE: &str = "weight_scale";
+
+fn join(packed: &Packed<'_>) -> Result<Vec<Joined>> {
+    let mut joined = Vec::new();
+    for (stem, weight) in packed.ending(".weight").filter(|(_, t)| t.dtype == DType::U8) {
+        let [quarter, cols] = weight.shape[..] else {
+            return Err(Error::malformed(format!("tensor {:?} has shape {:?}", weight.name, weight.shape)));
+        };
+        let rows = quarter.checked_mul(4);
+        let rows =
+            rows.ok_or_else(|| Error::malformed(format!("tensor {:?}: sizes overflow", weight.name)))?;
+        let scale = format!("{stem}.{SCALE}");
+        let shape =
+            packed.store.get(&scale).map(|t| t.shape.clone()).filter(Vec::is_empty).unwrap_or(vec![1]);
+        let scale = packed.part(&scale, FLOATS, &shape)?.clone();
+        check(weight, &[DType::U8], &[quarter, cols])?;
+        let codes = Matrix {
+            shape: Shape { rows, cols, bits: 2, group_size: cols.max(1), groups: cols.min(1) },
+            weight: weight.clone(),
+            scale,
+        };
+        let parts = vec![weight.name.clone(), codes.scale.name.clone()];
+        joined.push(matrix(weight.name.clone(), parts, codes));
+    }
+    Ok(joined)
+}
+
+#[derive(Debug)]
+struct Matrix {
+    shape: Shape,
+    weight: TensorInfo,
+    scale: TensorInfo,
+}
+
+impl Grouped for Matrix {
+    fn shape(&self) -> &Shape {
+        &self.shape
+    }
+
+    fn codes(&self, stored: &Stored, rows: Range<u64>, codes: &mut [u8]) -> Result<()> {
+        let (cols, quarter) = (self.shape.cols, self.shape.rows / 4);
+        let mut row = rows.start;
+        let mut codes = codes;
+        while row < rows.end {
+            // Rows up to the next that lies in other bits.
+            let (shift, first) = (2 * (row / quarter), row % quarter);
+            let n = (quarter - first).min(rows.end - row);
+            let (these, rest) = codes.split_at_mut((n * cols) as usize);
+            let stored = bytes(stored, &self.weight, first * cols, these.len())?;
+            these.iter_mut().zip(stored).for_each(|(code, byte)| *code = byte >> shift & 3);
+            (codes, row) = (rest, row + n);
+        }
+        Ok(())
+    }
+
+    fn lines(&self, stored: &Stored, _: Range<u64>, scales: &mut [f32], zeros: &mut [f32]) -> Result<()> {
+        let scale = values(stored, &self.scale, 0, 1)?[0];
+        scales.fill(1.0 / scale);
+        zeros.fill(1.0);
+        Ok(())
+    }
+}
