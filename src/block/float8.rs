@@ -1,5 +1,5 @@
-//! The element types of 8 bits F8_E4M3, F8_E5M2 and F8_E8M0. They are read only: ggml has none of
-//! them.
+//! The element types of 8 bits F8_E4M3, F8_E5M2 and F8_E8M0. As codecs they are read only: ggml has none
+//! of them.
 //!
 //! Sources: OCP 8-bit Floating Point Specification 1.0 (E4M3 has no infinities, and NaN in the
 //! last code of either sign), OCP Microscaling Formats 1.0 (E8M0, a power of two without sign).
@@ -74,6 +74,22 @@ const fn value(code: u32, mantissa: u32) -> f32 {
     f32::from_bits(sign | bits)
 }
 
+/// The next number of E4M3, of two as near the even one; what is beyond 448 becomes 448, NaN stays NaN.
+pub fn e4m3_from_f32(x: f32) -> u8 {
+    let (sign, magnitude) = ((x.to_bits() >> 31 << 7) as u8, x.abs());
+    let code = if magnitude.is_nan() {
+        0x7F
+    } else if magnitude < 0.015625 {
+        // Below the least normal number steps are 2^-9.
+        (magnitude * 512.0).round_ties_even() as u8
+    } else {
+        let bits = magnitude.min(448.0).to_bits();
+        let rounded = bits + 0x7_FFFF + (bits >> 20 & 1);
+        ((rounded >> 20) - (120 << 3)).min(0x7E) as u8
+    };
+    sign | code
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -110,5 +126,22 @@ mod tests {
         for table in [&E4M3, &E5M2] {
             assert!((0..0x7B).all(|i| table[i] < table[i + 1] && table[i + 128] == -table[i]));
         }
+    }
+
+    #[test]
+    fn numbers_become_the_next_code() {
+        for (code, value) in E4M3.iter().enumerate().filter(|(_, v)| !v.is_nan()) {
+            assert_eq!(e4m3_from_f32(*value), code as u8, "{value}");
+        }
+        for code in 0..0x7Eu8 {
+            let (low, high) = (E4M3[usize::from(code)], E4M3[usize::from(code) + 1]);
+            let middle = (low + high) / 2.0;
+            let even = code + code % 2;
+            assert_eq!(e4m3_from_f32(middle), even, "{middle}");
+            assert_eq!(e4m3_from_f32(middle.next_down()), code);
+            assert_eq!(e4m3_from_f32(-middle.next_up()), (code + 1) | 0x80);
+        }
+        assert_eq!([449.0, 1e30, f32::INFINITY].map(e4m3_from_f32), [0x7E; 3]);
+        assert_eq!(e4m3_from_f32(f32::NAN) & 0x7F, 0x7F);
     }
 }

@@ -20,6 +20,7 @@ mod fp8;
 mod gptq;
 mod modelopt;
 mod mxfp4;
+pub mod write;
 
 pub use exact::{BLOCKS, give_blocks};
 

@@ -1,0 +1,65 @@
+//! AWQ's layout: see [`super::super::awq`].
+
+use super::{Data, Grid, Layout, Part, Put, halves, unfit};
+use crate::error::Result;
+use crate::tensor::DType;
+
+/// The tensors of AutoAWQ's GEMM layout; codes of 4 bits.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Awq {
+    /// The integers.
+    pub grid: Grid,
+}
+
+/// Outputs in a word, in the order of its nibbles.
+const ORDER: [usize; 8] = [0, 2, 4, 6, 1, 3, 5, 7];
+
+fn word(field: impl Fn(usize) -> u8) -> [u8; 4] {
+    let word =
+        ORDER.iter().enumerate().fold(0, |word, (k, row)| word | u32::from(field(*row) & 15) << (4 * k));
+    word.to_le_bytes()
+}
+
+impl Layout for Awq {
+    fn grid(&self) -> Option<&Grid> {
+        Some(&self.grid)
+    }
+
+    fn parts(&self, rows: u64, cols: u64) -> Result<Vec<Part>> {
+        let shape = self.grid.shape(rows, cols);
+        if self.grid.bits != 4 {
+            return Err(unfit("AWQ", rows, cols, "codes have 4 bits"));
+        }
+        if !rows.is_multiple_of(8) || !cols.is_multiple_of(shape.group_size) || rows * cols == 0 {
+            let why = format!("rows come in eights, and columns in groups of {}", shape.group_size);
+            return Err(unfit("AWQ", rows, cols, &why));
+        }
+        Ok(vec![
+            Part::new(".qweight", DType::I32, &[cols, rows / 8]),
+            Part::new(".qzeros", DType::I32, &[shape.groups, rows / 8]),
+            Part::new(".scales", DType::F16, &[shape.groups, rows]),
+        ])
+    }
+
+    fn unit(&self) -> u64 {
+        8
+    }
+
+    fn write(&self, [rows, cols]: [u64; 2], first: u64, data: Data<'_>, put: &mut Put<'_>) -> Result<()> {
+        let data = data.integers()?;
+        let (groups, cols) = (self.grid.shape(rows, cols).groups as usize, cols as usize);
+        let n = data.codes.len() / cols;
+        for c in 0..cols {
+            let code = |row: usize| data.codes[row * cols + c];
+            let words: Vec<u8> = (0..n / 8).flat_map(|w| word(|k| code(w * 8 + k))).collect();
+            put(0, (c as u64 * rows + first) / 2, &words)?;
+        }
+        for g in 0..groups {
+            let zero = |row: usize| data.zeros[row * groups + g] as u8;
+            let words: Vec<u8> = (0..n / 8).flat_map(|w| word(|k| zero(w * 8 + k))).collect();
+            put(1, (g as u64 * rows + first) / 2, &words)?;
+            put(2, (g as u64 * rows + first) * 2, &halves((0..n).map(|r| data.scales[r * groups + g])))?;
+        }
+        Ok(())
+    }
+}

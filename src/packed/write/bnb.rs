@@ -1,0 +1,138 @@
+//! Layouts of bitsandbytes: see [`super::super::bnb`].
+
+use serde_json::json;
+
+use super::{Data, Layout, Part, Put, unfit};
+use crate::error::Result;
+use crate::tensor::DType;
+
+/// NF4 or FP4, in blocks of 64 elements.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Bnb4 {
+    /// FP4 instead of NF4.
+    pub fp4: bool,
+    /// What the model is computed in, `float16`.
+    pub compute: String,
+}
+
+/// Elements that share a scale.
+const BLOCK: u64 = 64;
+
+/// The quantiles of a normal distribution: NF4 (Dettmers et al., arXiv 2305.14314, appendix E).
+const NF4: [f32; 16] = [
+    -1.0,
+    -0.696_192_8,
+    -0.525_073_05,
+    -0.394_917_5,
+    -0.284_441_38,
+    -0.184_773_43,
+    -0.091_050_036,
+    0.0,
+    0.079_580_3,
+    0.160_930_2,
+    0.246_112_3,
+    0.337_915_24,
+    0.440_709_83,
+    0.562_617,
+    0.722_956_84,
+    1.0,
+];
+
+/// bitsandbytes' FP4: codes in an order of their own, the greatest of which is 1.
+const FP4: [f32; 8] = [0.0, 0.0625 / 12.0, 8.0 / 12.0, 1.0, 4.0 / 12.0, 6.0 / 12.0, 2.0 / 12.0, 3.0 / 12.0];
+
+impl Bnb4 {
+    fn map(&self) -> [f32; 16] {
+        match self.fp4 {
+            false => NF4,
+            true => std::array::from_fn(|i| if i < 8 { FP4[i] } else { -FP4[i - 8] }),
+        }
+    }
+
+    fn kind(&self) -> &'static str {
+        if self.fp4 { "fp4" } else { "nf4" }
+    }
+
+    fn state(&self, rows: u64, cols: u64) -> String {
+        let kind = self.kind();
+        json!({"quant_type": kind, "blocksize": BLOCK, "dtype": self.compute, "shape": [rows, cols]})
+            .to_string()
+    }
+}
+
+impl Layout for Bnb4 {
+    fn parts(&self, rows: u64, cols: u64) -> Result<Vec<Part>> {
+        let n = crate::tensor::elements(&[rows, cols])?;
+        if !cols.is_multiple_of(BLOCK) || n == 0 {
+            return Err(unfit("bitsandbytes with 4 bits", rows, cols, "columns have to be multiples of 64"));
+        }
+        let state = format!(".weight.quant_state.bitsandbytes__{}", self.kind());
+        Ok(vec![
+            Part::new(".weight", DType::U8, &[n / 2, 1]),
+            Part::new(".weight.absmax", DType::F32, &[n / BLOCK]),
+            Part::new(".weight.quant_map", DType::F32, &[16]),
+            Part::new(&state, DType::U8, &[self.state(rows, cols).len() as u64]),
+        ])
+    }
+
+    fn write(&self, [rows, cols]: [u64; 2], first: u64, data: Data<'_>, put: &mut Put<'_>) -> Result<()> {
+        let weights = data.weights()?;
+        let map = self.map();
+        let mut order: Vec<u8> = (0..16).filter(|i| !(self.fp4 && *i == 8)).collect();
+        order.sort_by(|a, b| map[usize::from(*a)].total_cmp(&map[usize::from(*b)]));
+        // Between neighbours, half way.
+        let value = |k: usize| map[usize::from(order[k])];
+        let ends: Vec<f32> = (1..order.len()).map(|k| (value(k - 1) + value(k)) / 2.0).collect();
+        let nearest = |x: f32| order[ends.partition_point(|end| *end < x)];
+        let mut bytes = Vec::with_capacity(weights.len() / 2);
+        let mut scales = Vec::with_capacity(weights.len() / BLOCK as usize * 4);
+        for block in weights.chunks(BLOCK as usize) {
+            let most = block.iter().fold(0f32, |most, w| most.max(w.abs()));
+            scales.extend(most.to_le_bytes());
+            let inverse = if most > 0.0 { 1.0 / most } else { 0.0 };
+            bytes.extend(
+                block
+                    .as_chunks::<2>()
+                    .0
+                    .iter()
+                    .map(|[a, b]| nearest(a * inverse) << 4 | nearest(b * inverse)),
+            );
+        }
+        put(0, first * cols / 2, &bytes)?;
+        put(1, first * cols / BLOCK * 4, &scales)?;
+        if first == 0 {
+            put(2, 0, &map.map(f32::to_le_bytes).concat())?;
+            put(3, 0, self.state(rows, cols).as_bytes())?;
+        }
+        Ok(())
+    }
+}
+
+/// LLM.int8: bytes with a scale for each row.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Bnb8;
+
+impl Layout for Bnb8 {
+    fn parts(&self, rows: u64, cols: u64) -> Result<Vec<Part>> {
+        Ok(vec![
+            Part::new(".weight", DType::I8, &[rows, cols]),
+            Part::new(".SCB", DType::F32, &[rows]),
+            Part::new(".weight_format", DType::U8, &[]),
+        ])
+    }
+
+    fn write(&self, [_, cols]: [u64; 2], first: u64, data: Data<'_>, put: &mut Put<'_>) -> Result<()> {
+        let weights = data.weights()?;
+        let mut codes = Vec::with_capacity(weights.len());
+        let mut scales = Vec::new();
+        for row in weights.chunks(cols as usize) {
+            let most = row.iter().fold(0f32, |most, w| most.max(w.abs()));
+            scales.extend(most.to_le_bytes());
+            let scale = if most > 0.0 { 127.0 / most } else { 0.0 };
+            codes.extend(row.iter().map(|w| (w * scale).round_ties_even() as i8 as u8));
+        }
+        put(0, first * cols, &codes)?;
+        put(1, first * 4, &scales)?;
+        put(2, 0, &[0])
+    }
+}

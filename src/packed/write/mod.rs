@@ -1,0 +1,108 @@
+//! Writing matrices as quantized checkpoints store them: the inverse of the readers beside.
+//!
+//! A layout says of which tensors a matrix consists, and where the bytes of some of its rows lie in them.
+//! Rows come as integers in groups, or as weights, as the layout wants them.
+
+mod awq;
+mod bnb;
+mod compressed;
+mod fp8;
+mod gptq;
+mod integers;
+mod mxfp4;
+
+use std::fmt::Debug;
+
+pub use awq::Awq;
+pub use bnb::{Bnb4, Bnb8};
+pub use compressed::{Compressed, CompressedFp8};
+pub use fp8::Fp8;
+pub use gptq::Gptq;
+pub use integers::{Grid, round};
+pub use mxfp4::Mxfp4;
+
+use crate::container::grouped::Rows;
+use crate::error::{Error, Result};
+use crate::tensor::DType;
+
+/// One tensor of a packed matrix.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Part {
+    /// What its name has instead of the matrix' `.weight`.
+    pub suffix: String,
+    /// Its type.
+    pub dtype: DType,
+    /// Its shape, outermost dimension first.
+    pub shape: Vec<u64>,
+}
+
+impl Part {
+    fn new(suffix: &str, dtype: DType, shape: &[u64]) -> Self {
+        Self { suffix: suffix.to_string(), dtype, shape: shape.to_vec() }
+    }
+}
+
+/// Some rows of a matrix.
+#[derive(Clone, Copy, Debug)]
+pub enum Data<'a> {
+    /// As integers in groups, on the layout's grid.
+    Integers(&'a Rows),
+    /// As weights.
+    Weights(&'a [f32]),
+}
+
+impl<'a> Data<'a> {
+    fn integers(self) -> Result<&'a Rows> {
+        match self {
+            Self::Integers(rows) => Ok(rows),
+            Self::Weights(_) => Err(Error::misuse("integers in groups are wanted")),
+        }
+    }
+
+    /// Weights, all of them finite: scales have no room for what is not.
+    fn weights(self) -> Result<&'a [f32]> {
+        match self {
+            Self::Weights(weights) if weights.iter().all(|w| w.is_finite()) => Ok(weights),
+            Self::Weights(_) => Err(Error::malformed("weights are NaN or infinite")),
+            Self::Integers(_) => Err(Error::misuse("weights are wanted")),
+        }
+    }
+}
+
+/// Puts bytes at an offset of a part, by its number.
+pub type Put<'a> = dyn FnMut(usize, u64, &[u8]) -> Result<()> + 'a;
+
+/// How a checkpoint stores matrices.
+pub trait Layout: Debug + Send + Sync {
+    /// The integers that it takes; `None` where it takes weights.
+    fn grid(&self) -> Option<&Grid> {
+        None
+    }
+
+    /// The tensors of a matrix of so many rows and columns.
+    ///
+    /// # Errors
+    /// `Unsupported` where it cannot hold such a matrix.
+    fn parts(&self, rows: u64, cols: u64) -> Result<Vec<Part>>;
+
+    /// Rows are written in multiples of so many, but for the last ones.
+    fn unit(&self) -> u64 {
+        1
+    }
+
+    /// Puts the rows from `first` on, of a matrix of so many rows and columns.
+    ///
+    /// # Errors
+    /// As `put` fails; `Misuse` for data of the other kind.
+    fn write(&self, shape: [u64; 2], first: u64, data: Data<'_>, put: &mut Put<'_>) -> Result<()>;
+}
+
+/// An error for a matrix that does not fit.
+fn unfit(method: &str, rows: u64, cols: u64, why: &str) -> Error {
+    Error::unsupported(format!("{method} cannot hold {rows} x {cols}: {why}"))
+}
+
+/// Numbers as F16, little-endian.
+fn halves(values: impl Iterator<Item = f32>) -> Vec<u8> {
+    values.flat_map(|v| crate::block::f16_from_f32(v).to_le_bytes()).collect()
+}
