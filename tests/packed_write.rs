@@ -35,9 +35,10 @@ fn written(
             Ok(())
         };
         match rows(first, end) {
-            Input::Integers(rows) => layout.write(shape, first, Data::Integers(&rows), &mut put).unwrap(),
-            Input::Weights(weights) => layout.write(shape, first, Data::Weights(&weights), &mut put).unwrap(),
+            Input::Integers(rows) => layout.write(shape, first, Data::Integers(&rows), &mut put),
+            Input::Weights(weights) => layout.write(shape, first, Data::Weights(&weights), &mut put),
         }
+        .unwrap();
         first = end;
     }
     let made = parts.iter().zip(data).fold(Made::new(json!({})), |made, (part, data)| {

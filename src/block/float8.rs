@@ -32,6 +32,11 @@ fn look_up(table: &[f32; 256], src: &[u8], dst: &mut [f32]) {
     dst.iter_mut().zip(src).for_each(|(y, code)| *y = table[usize::from(*code)]);
 }
 
+/// The value of a code of E4M3.
+pub fn f32_from_e4m3(code: u8) -> f32 {
+    E4M3[usize::from(code)]
+}
+
 /// `2^(code - 127)`, NaN for the last code.
 fn power(code: u8) -> f32 {
     match code {

@@ -57,7 +57,7 @@ mod weighed;
 pub use lattice::{Lattice, lattice};
 
 pub use float::{bf16_from_f32, f16_from_f32, f32_from_bf16, f32_from_f16};
-pub use float8::e4m3_from_f32;
+pub use float8::{e4m3_from_f32, f32_from_e4m3};
 
 use crate::error::{Error, Result};
 use crate::tensor::DType;

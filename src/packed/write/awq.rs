@@ -45,7 +45,7 @@ impl Layout for Awq {
         8
     }
 
-    fn write(&self, [rows, cols]: [u64; 2], first: u64, data: Data<'_>, put: &mut Put<'_>) -> Result<()> {
+    fn write(&self, [rows, cols]: [u64; 2], first: u64, data: Data<'_>, put: &mut Put<'_>) -> Result<f64> {
         let data = data.integers()?;
         let (groups, cols) = (self.grid.shape(rows, cols).groups as usize, cols as usize);
         let n = data.codes.len() / cols;
@@ -60,6 +60,6 @@ impl Layout for Awq {
             put(1, (g as u64 * rows + first) / 2, &words)?;
             put(2, (g as u64 * rows + first) * 2, &halves((0..n).map(|r| data.scales[r * groups + g])))?;
         }
-        Ok(())
+        Ok(0.0)
     }
 }

@@ -2,7 +2,7 @@
 
 use serde_json::json;
 
-use super::{Data, Layout, Part, Put, unfit};
+use super::{Data, Layout, Part, Put, lost, unfit};
 use crate::error::Result;
 use crate::tensor::DType;
 
@@ -75,7 +75,7 @@ impl Layout for Bnb4 {
         ])
     }
 
-    fn write(&self, [rows, cols]: [u64; 2], first: u64, data: Data<'_>, put: &mut Put<'_>) -> Result<()> {
+    fn write(&self, [rows, cols]: [u64; 2], first: u64, data: Data<'_>, put: &mut Put<'_>) -> Result<f64> {
         let weights = data.weights()?;
         let map = self.map();
         let mut order: Vec<u8> = (0..16).filter(|i| !(self.fp4 && *i == 8)).collect();
@@ -86,17 +86,16 @@ impl Layout for Bnb4 {
         let nearest = |x: f32| order[ends.partition_point(|end| *end < x)];
         let mut bytes = Vec::with_capacity(weights.len() / 2);
         let mut scales = Vec::with_capacity(weights.len() / BLOCK as usize * 4);
+        let mut stored = Vec::with_capacity(weights.len());
         for block in weights.chunks(BLOCK as usize) {
             let most = block.iter().fold(0f32, |most, w| most.max(w.abs()));
             scales.extend(most.to_le_bytes());
             let inverse = if most > 0.0 { 1.0 / most } else { 0.0 };
-            bytes.extend(
-                block
-                    .as_chunks::<2>()
-                    .0
-                    .iter()
-                    .map(|[a, b]| nearest(a * inverse) << 4 | nearest(b * inverse)),
-            );
+            for pair in block.as_chunks::<2>().0 {
+                let [a, b] = pair.map(|w| nearest(w * inverse));
+                bytes.push(a << 4 | b);
+                stored.extend([a, b].map(|code| map[usize::from(code)] * most));
+            }
         }
         put(0, first * cols / 2, &bytes)?;
         put(1, first * cols / BLOCK * 4, &scales)?;
@@ -104,7 +103,7 @@ impl Layout for Bnb4 {
             put(2, 0, &map.map(f32::to_le_bytes).concat())?;
             put(3, 0, self.state(rows, cols).as_bytes())?;
         }
-        Ok(())
+        Ok(lost(weights, &stored))
     }
 }
 
@@ -121,18 +120,21 @@ impl Layout for Bnb8 {
         ])
     }
 
-    fn write(&self, [_, cols]: [u64; 2], first: u64, data: Data<'_>, put: &mut Put<'_>) -> Result<()> {
+    fn write(&self, [_, cols]: [u64; 2], first: u64, data: Data<'_>, put: &mut Put<'_>) -> Result<f64> {
         let weights = data.weights()?;
         let mut codes = Vec::with_capacity(weights.len());
-        let mut scales = Vec::new();
+        let (mut scales, mut stored) = (Vec::new(), Vec::with_capacity(weights.len()));
         for row in weights.chunks(cols as usize) {
             let most = row.iter().fold(0f32, |most, w| most.max(w.abs()));
             scales.extend(most.to_le_bytes());
             let scale = if most > 0.0 { 127.0 / most } else { 0.0 };
-            codes.extend(row.iter().map(|w| (w * scale).round_ties_even() as i8 as u8));
+            let code = |w: &f32| (w * scale).round_ties_even() as i8;
+            codes.extend(row.iter().map(|w| code(w) as u8));
+            stored.extend(row.iter().map(|w| f32::from(code(w)) * most / 127.0));
         }
         put(0, first * cols, &codes)?;
         put(1, first * 4, &scales)?;
-        put(2, 0, &[0])
+        put(2, 0, &[0])?;
+        Ok(lost(weights, &stored))
     }
 }

@@ -47,7 +47,7 @@ impl Layout for Compressed {
         32
     }
 
-    fn write(&self, [rows, cols]: [u64; 2], first: u64, data: Data<'_>, put: &mut Put<'_>) -> Result<()> {
+    fn write(&self, [rows, cols]: [u64; 2], first: u64, data: Data<'_>, put: &mut Put<'_>) -> Result<f64> {
         let data = data.integers()?;
         let shape = self.grid.shape(rows, cols);
         let (n, groups) = (data.codes.len() / cols as usize, shape.groups as usize);
@@ -60,7 +60,7 @@ impl Layout for Compressed {
             if !self.grid.symmetric {
                 put(2, first * shape.groups, &zeros.into_iter().map(signed).collect::<Vec<_>>())?;
             }
-            return Ok(());
+            return Ok(0.0);
         }
         let row_bytes = bits::bytes(cols, shape.bits).map_or(0, |n| n.next_multiple_of(4)) as usize;
         let mut streams = vec![0; n * row_bytes];
@@ -86,7 +86,7 @@ impl Layout for Compressed {
             }
             put(3, first / 32 * u64::from(shape.bits) * shape.groups * 4, &table)?;
         }
-        Ok(())
+        Ok(0.0)
     }
 }
 
@@ -102,16 +102,18 @@ impl Layout for CompressedFp8 {
         ])
     }
 
-    fn write(&self, [_, cols]: [u64; 2], first: u64, data: Data<'_>, put: &mut Put<'_>) -> Result<()> {
+    fn write(&self, [_, cols]: [u64; 2], first: u64, data: Data<'_>, put: &mut Put<'_>) -> Result<f64> {
         let weights = data.weights()?;
         let mut scales = Vec::with_capacity(weights.len() / cols as usize * 4);
         let mut codes = vec![0; weights.len()];
+        let mut loss = 0.0;
         for (weights, codes) in weights.chunks(cols as usize).zip(codes.chunks_mut(cols as usize)) {
             let scale = super::fp8::scale(weights.iter().copied());
-            super::fp8::encode(weights, scale, codes);
+            loss += super::fp8::encode(weights, scale, codes);
             scales.extend(scale.to_le_bytes());
         }
         put(0, first * cols, &codes)?;
-        put(1, first * 4, &scales)
+        put(1, first * 4, &scales)?;
+        Ok(loss)
     }
 }

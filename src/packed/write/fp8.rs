@@ -1,7 +1,7 @@
 //! FP8 in blocks: see [`super::super::fp8`].
 
-use super::{Data, Layout, Part, Put};
-use crate::block::e4m3_from_f32;
+use super::{Data, Layout, Part, Put, lost};
+use crate::block::{e4m3_from_f32, f32_from_e4m3};
 use crate::error::Result;
 use crate::tensor::DType;
 
@@ -20,9 +20,11 @@ pub(super) fn scale(weights: impl Iterator<Item = f32>) -> f32 {
     (weights.fold(0f32, |most, w| most.max(w.abs())) / MOST).max(1e-12)
 }
 
-/// Weights over `scale`, each as the next number of E4M3.
-pub(super) fn encode(weights: &[f32], scale: f32, codes: &mut [u8]) {
+/// Weights over `scale`, each as the next number of E4M3. Returns the sum of the squares of what they lose.
+pub(super) fn encode(weights: &[f32], scale: f32, codes: &mut [u8]) -> f64 {
     codes.iter_mut().zip(weights).for_each(|(code, w)| *code = e4m3_from_f32(w / scale));
+    let stored: Vec<f32> = codes.iter().map(|code| f32_from_e4m3(*code) * scale).collect();
+    lost(weights, &stored)
 }
 
 impl Layout for Fp8 {
@@ -38,11 +40,12 @@ impl Layout for Fp8 {
         self.block[0]
     }
 
-    fn write(&self, [_, cols]: [u64; 2], first: u64, data: Data<'_>, put: &mut Put<'_>) -> Result<()> {
+    fn write(&self, [_, cols]: [u64; 2], first: u64, data: Data<'_>, put: &mut Put<'_>) -> Result<f64> {
         let weights = data.weights()?;
         let [high, wide] = self.block;
         let (row, wide_n) = (cols as usize, wide as usize);
         let blocks = row.div_ceil(wide_n);
+        let mut loss = 0.0;
         for (k, weights) in weights.chunks(row * high as usize).enumerate() {
             let mut codes = vec![0; weights.len()];
             let mut scales = Vec::with_capacity(blocks * 4);
@@ -50,7 +53,7 @@ impl Layout for Fp8 {
                 let columns = b * wide_n..row.min((b + 1) * wide_n);
                 let scale = scale(weights.chunks(row).flat_map(|w| &w[columns.clone()]).copied());
                 for (weights, codes) in weights.chunks(row).zip(codes.chunks_mut(row)) {
-                    encode(&weights[columns.clone()], scale, &mut codes[columns.clone()]);
+                    loss += encode(&weights[columns.clone()], scale, &mut codes[columns.clone()]);
                 }
                 scales.extend(scale.to_le_bytes());
             }
@@ -58,6 +61,6 @@ impl Layout for Fp8 {
             put(0, first * cols, &codes)?;
             put(1, first / high * blocks as u64 * 4, &scales)?;
         }
-        Ok(())
+        Ok(loss)
     }
 }

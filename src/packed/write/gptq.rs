@@ -48,7 +48,7 @@ impl Layout for Gptq {
         UNIT
     }
 
-    fn write(&self, [rows, cols]: [u64; 2], first: u64, data: Data<'_>, put: &mut Put<'_>) -> Result<()> {
+    fn write(&self, [rows, cols]: [u64; 2], first: u64, data: Data<'_>, put: &mut Put<'_>) -> Result<f64> {
         let data = data.integers()?;
         let shape = self.grid.shape(rows, cols);
         let (cols, groups, width) = (cols as usize, shape.groups as usize, shape.bits);
@@ -79,6 +79,6 @@ impl Layout for Gptq {
             let of_column = |c: usize| (c as u32 / shape.group_size as u32).to_le_bytes();
             put(3, 0, &(0..cols).flat_map(of_column).collect::<Vec<_>>())?;
         }
-        Ok(())
+        Ok(0.0)
     }
 }

@@ -10,6 +10,7 @@ mod fp8;
 mod gptq;
 mod integers;
 mod mxfp4;
+mod target;
 
 use std::fmt::Debug;
 
@@ -20,6 +21,7 @@ pub use fp8::Fp8;
 pub use gptq::Gptq;
 pub use integers::{Grid, round};
 pub use mxfp4::Mxfp4;
+pub use target::{CompressedFormat, Format, Target};
 
 use crate::container::grouped::Rows;
 use crate::error::{Error, Result};
@@ -49,13 +51,15 @@ pub enum Data<'a> {
     Integers(&'a Rows),
     /// As weights.
     Weights(&'a [f32]),
+    /// As blocks of ggml's MXFP4.
+    Mxfp4(&'a [u8]),
 }
 
 impl<'a> Data<'a> {
     fn integers(self) -> Result<&'a Rows> {
         match self {
             Self::Integers(rows) => Ok(rows),
-            Self::Weights(_) => Err(Error::misuse("integers in groups are wanted")),
+            Self::Weights(_) | Self::Mxfp4(_) => Err(Error::misuse("integers in groups are wanted")),
         }
     }
 
@@ -64,7 +68,7 @@ impl<'a> Data<'a> {
         match self {
             Self::Weights(weights) if weights.iter().all(|w| w.is_finite()) => Ok(weights),
             Self::Weights(_) => Err(Error::malformed("weights are NaN or infinite")),
-            Self::Integers(_) => Err(Error::misuse("weights are wanted")),
+            Self::Integers(_) | Self::Mxfp4(_) => Err(Error::misuse("weights are wanted")),
         }
     }
 }
@@ -90,16 +94,22 @@ pub trait Layout: Debug + Send + Sync {
         1
     }
 
-    /// Puts the rows from `first` on, of a matrix of so many rows and columns.
+    /// Puts the rows from `first` on, of a matrix of so many rows and columns. Returns the sum of the
+    /// squares of what weights lose by that: 0 for integers.
     ///
     /// # Errors
     /// As `put` fails; `Misuse` for data of the other kind.
-    fn write(&self, shape: [u64; 2], first: u64, data: Data<'_>, put: &mut Put<'_>) -> Result<()>;
+    fn write(&self, shape: [u64; 2], first: u64, data: Data<'_>, put: &mut Put<'_>) -> Result<f64>;
 }
 
 /// An error for a matrix that does not fit.
 fn unfit(method: &str, rows: u64, cols: u64, why: &str) -> Error {
     Error::unsupported(format!("{method} cannot hold {rows} x {cols}: {why}"))
+}
+
+/// The sum of the squares of what `weights` lose when they become `stored`.
+pub fn lost(weights: &[f32], stored: &[f32]) -> f64 {
+    weights.iter().zip(stored).map(|(w, y)| f64::from(w - y).powi(2)).sum()
 }
 
 /// Numbers as F16, little-endian.

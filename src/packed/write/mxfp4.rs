@@ -1,6 +1,6 @@
 //! MXFP4 as gpt-oss is published: see [`super::super::mxfp4`].
 
-use super::{Data, Layout, Part, Put, unfit};
+use super::{Data, Layout, Part, Put, lost, unfit};
 use crate::block::codec;
 use crate::error::{Error, Result};
 use crate::tensor::DType;
@@ -16,10 +16,7 @@ const CODES: usize = 16;
 
 impl Mxfp4 {
     /// Puts blocks of ggml's MXFP4 from block `first` of the stack on: bits are moved.
-    ///
-    /// # Errors
-    /// As `put` fails.
-    pub fn put_blocks(first: u64, blocks: &[u8], put: &mut Put<'_>) -> Result<()> {
+    fn put_blocks(first: u64, blocks: &[u8], put: &mut Put<'_>) -> Result<()> {
         let blocks = blocks.as_chunks::<TYPE_SIZE>().0;
         let codes: Vec<u8> = blocks.iter().flat_map(|b| pairs(b)).collect();
         put(0, first * CODES as u64, &codes)?;
@@ -44,11 +41,19 @@ impl Layout for Mxfp4 {
         ])
     }
 
-    fn write(&self, [_, cols]: [u64; 2], first: u64, data: Data<'_>, put: &mut Put<'_>) -> Result<()> {
+    fn write(&self, [_, cols]: [u64; 2], first: u64, data: Data<'_>, put: &mut Put<'_>) -> Result<f64> {
+        let at = first * cols / BLOCK;
+        if let Data::Mxfp4(blocks) = data {
+            Self::put_blocks(at, blocks, put)?;
+            return Ok(0.0);
+        }
         let weights = data.weights()?;
         let mxfp4 = codec(DType::MXFP4).ok_or_else(|| Error::unsupported("MXFP4 cannot be written"))?;
         let mut blocks = vec![0; weights.len() / BLOCK as usize * TYPE_SIZE];
         mxfp4.encode(weights, cols as usize, None, &mut blocks)?;
-        Self::put_blocks(first * cols / BLOCK, &blocks, put)
+        Self::put_blocks(at, &blocks, put)?;
+        let mut stored = vec![0.0; weights.len()];
+        mxfp4.decode(&blocks, &mut stored)?;
+        Ok(lost(weights, &stored))
     }
 }
