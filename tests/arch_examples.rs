@@ -338,7 +338,7 @@ fn info(name: &str, shape: &[u64]) -> TensorInfo {
 fn write_checkpoint(dir: &Path, sources: &[Mapped]) {
     let tensors: Vec<(&str, DType, &[u64])> =
         sources.iter().map(|m| (m.name.as_str(), DType::F32, m.shape.as_slice())).collect();
-    let layout = safetensors::write::Layout::new(&tensors, u64::MAX).unwrap();
+    let layout = safetensors::write::layout(&tensors, u64::MAX).unwrap();
     let file = &layout.files[0];
     let mut bytes = file.header.clone();
     bytes.resize(file.len as usize, 0);

@@ -8,6 +8,7 @@ use std::path::Path;
 use proptest::prelude::*;
 use qconv::container::gguf::{self, Array, Gguf, Metadata, Value};
 use qconv::container::safetensors;
+use qconv::container::shards::Layout;
 use qconv::limits::Limits;
 use qconv::sys::write_all_at;
 use qconv::tensor::DType;
@@ -170,7 +171,7 @@ fn more_than_four_gibibytes() {
     assert!(b.offset > 5 << 30);
     assert_eq!(read.store.read_all(b).unwrap(), [9; 16]);
 
-    let layout = safetensors::write::Layout::new(tensors, u64::MAX).unwrap();
+    let layout = safetensors::write::layout(tensors, u64::MAX).unwrap();
     let path = dir.path().join("model.safetensors");
     let file = std::fs::File::create(&path).unwrap();
     file.set_len(layout.files[0].len).unwrap();
@@ -180,8 +181,8 @@ fn more_than_four_gibibytes() {
     assert_eq!(read.store.read_all(read.store.get("b").unwrap()).unwrap(), [9; 16]);
 }
 
-fn write_safetensors(dir: &Path, tensors: &[Spec], max: u64) -> safetensors::write::Layout {
-    let layout = safetensors::write::Layout::new(tensors, max).unwrap();
+fn write_safetensors(dir: &Path, tensors: &[Spec], max: u64) -> Layout {
+    let layout = safetensors::write::layout(tensors, max).unwrap();
     for (k, file) in layout.files.iter().enumerate() {
         let data = tensors
             .iter()
@@ -189,8 +190,8 @@ fn write_safetensors(dir: &Path, tensors: &[Spec], max: u64) -> safetensors::wri
             .map(|((_, d, s), (at_file, at))| (*at, if *at_file == k { d.nbytes(s).unwrap() } else { 0 }));
         write(&dir.join(&file.name), &file.header, data, file.len);
     }
-    if let Some(index) = &layout.index {
-        std::fs::write(dir.join("model.safetensors.index.json"), index).unwrap();
+    if let Some((name, index)) = &layout.index {
+        std::fs::write(dir.join(name), index).unwrap();
     }
     layout
 }
@@ -231,8 +232,8 @@ fn safetensors_come_back_and_their_own_library_agrees() {
     let none = tempfile::tempdir().unwrap();
     write_safetensors(none.path(), &[], 100);
     assert!(safetensors::open(none.path(), &Limits::default()).unwrap().store.tensors().is_empty());
-    assert!(safetensors::write::Layout::new(&[("q", DType::Q8_0, &[32])], 100).is_err());
-    assert!(safetensors::write::Layout::new(&[tensors[0], tensors[0]], 100).is_err());
+    assert!(safetensors::write::layout(&[("q", DType::Q8_0, &[32])], 100).is_err());
+    assert!(safetensors::write::layout(&[tensors[0], tensors[0]], 100).is_err());
 }
 
 #[test]

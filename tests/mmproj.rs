@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 use common::expected::recorded;
 use qconv::arch;
 use qconv::container::gguf::Gguf;
-use qconv::container::safetensors::write::Layout;
+use qconv::container::safetensors::write::layout;
 use qconv::convert::{FileType, GgufToHf, HfToGguf, Silent, TokenCheck};
 use qconv::error::{ErrorKind, Result};
 use qconv::limits::Limits;
@@ -47,7 +47,7 @@ fn write_checkpoint(dir: &Path, shapes: &Shapes, saved: &BTreeMap<String, String
         .map(|(name, shape)| (saved.get(name).unwrap_or(name).as_str(), (name.as_str(), shape.as_slice())))
         .collect();
     let tensors: Vec<_> = named.iter().map(|(name, (_, shape))| (*name, DType::F32, *shape)).collect();
-    let layout = Layout::new(&tensors, u64::MAX).unwrap();
+    let layout = layout(&tensors, u64::MAX).unwrap();
     let mut bytes = layout.files[0].header.clone();
     bytes.resize(layout.files[0].len as usize, 0);
     for ((seed, shape), (_, offset)) in named.values().zip(&layout.places) {

@@ -1,5 +1,6 @@
-//! Which files make up a checkpoint: one file, the shards that an index names, or a numbered set.
-//! safetensors and PyTorch checkpoints differ in the names only.
+//! Which files make up a checkpoint: one file, the shards that an index names, or a numbered set;
+//! and which files one that is to be written gets. safetensors and PyTorch checkpoints differ in
+//! the names only.
 
 use std::collections::{BTreeSet, HashMap};
 use std::fs;
@@ -7,13 +8,16 @@ use std::path::{Path, PathBuf};
 
 use indexmap::IndexMap;
 use serde::Deserialize;
+use serde_json::{Map, json};
 
 use super::side::{from_json, read_side_file};
+
+use super::pytorch::write::Checksums;
 use super::unique::Unique;
 use super::{InputFile, Store};
 use crate::error::{Error, Result};
 use crate::limits::Limits;
-use crate::tensor::TensorInfo;
+use crate::tensor::{DType, TensorInfo};
 
 /// How a format calls its files: `STEM.SUFFIX`, `STEM.SUFFIX.index.json`,
 /// `STEM-00001-of-0000N.SUFFIX`.
@@ -318,6 +322,89 @@ impl Index {
             .at(&self.path));
         }
         Ok(())
+    }
+}
+
+/// One file to be written. The caller writes header and data, in any order, and then the checksums.
+#[derive(Debug)]
+pub struct FileLayout {
+    /// Its name in Hugging Face's numbering.
+    pub name: String,
+    /// Everything before the data.
+    pub header: Vec<u8>,
+    /// Bytes of the whole file.
+    pub len: u64,
+    /// What depends on the data, where there is such.
+    pub checksums: Option<Checksums>,
+}
+
+/// A checkpoint to be written.
+#[derive(Debug)]
+pub struct Layout {
+    /// The files.
+    pub files: Vec<FileLayout>,
+    /// For each tensor: its file, and its first byte there.
+    pub places: Vec<(usize, u64)>,
+    /// Name and bytes of the index, where there are several files.
+    pub index: Option<(String, Vec<u8>)>,
+}
+
+/// A tensor to be written.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Member<'a> {
+    pub name: &'a str,
+    pub dtype: DType,
+    pub shape: &'a [u64],
+    pub nbytes: u64,
+}
+
+impl Naming {
+    /// Fills files of at most `max_shard_size` bytes of data with `tensors` (name, type, shape) in
+    /// this order; a tensor larger than that has a file of its own. `file` lays out one, given its
+    /// name, and gives the first byte of each of its tensors too.
+    ///
+    /// # Errors
+    /// Those of `file`; `Malformed` for impossible sizes, and a name that comes twice.
+    pub(super) fn lay_out(
+        &self,
+        tensors: &[(&str, DType, &[u64])],
+        max_shard_size: u64,
+        mut file: impl FnMut(String, &[Member<'_>]) -> Result<(FileLayout, Vec<u64>)>,
+    ) -> Result<Layout> {
+        let too_large = || Error::malformed("the tensors would exceed 2^64 bytes");
+        let (mut shards, mut members, mut of_file, mut total) = (Vec::new(), Vec::new(), 0u64, 0u64);
+        for &(name, dtype, shape) in tensors {
+            let nbytes = dtype.nbytes(shape).map_err(|e| e.context(format_args!("tensor {name:?}")))?;
+            total = total.checked_add(nbytes).ok_or_else(too_large)?;
+            if !members.is_empty() && of_file + nbytes > max_shard_size {
+                shards.push(std::mem::take(&mut members));
+                of_file = 0;
+            }
+            of_file += nbytes; // at most the total
+            members.push(Member { name, dtype, shape, nbytes });
+        }
+        shards.push(members);
+        let mut layout = Layout { files: Vec::new(), places: Vec::new(), index: None };
+        let mut weight_map = Map::new();
+        for (k, members) in shards.iter().enumerate() {
+            let name = match shards.len() {
+                1 => self.single(),
+                count => shard_name(self.stem, k as u64, count as u64, self.suffix),
+            };
+            for t in members {
+                if weight_map.insert(t.name.into(), json!(name)).is_some() {
+                    return Err(Error::malformed(format!("tensor {:?} appears twice", t.name)));
+                }
+            }
+            let (file, places) = file(name, members)?;
+            layout.files.push(file);
+            layout.places.extend(places.into_iter().map(|at| (k, at)));
+        }
+        if shards.len() > 1 {
+            let index = json!({"metadata": {"total_size": total}, "weight_map": weight_map});
+            layout.index = Some((self.index(), format!("{index:#}\n").into_bytes()));
+        }
+        Ok(layout)
     }
 }
 

@@ -338,7 +338,7 @@ mod tests {
 
     #[test]
     fn arithmetic_on_rows_sees_whole_ones_whatever_the_span() {
-        let layout = safetensors::write::Layout::new(&[("w", DType::F32, &[3, 4])], u64::MAX).unwrap();
+        let layout = safetensors::write::layout(&[("w", DType::F32, &[3, 4])], u64::MAX).unwrap();
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("w.safetensors");
         let mut bytes = layout.files[0].header.clone();

@@ -116,20 +116,16 @@ impl GgufToHf {
     fn lay_out(&self, plan: &mut Plan, model: &Model, metadata: &Metadata, vocab: &Vocab) -> Result<()> {
         let infos: Vec<(&str, DType, &[u64])> =
             plan.tensors.iter().map(|t| (t.name.as_str(), t.dtype, t.shape.as_slice())).collect();
-        let layout = safetensors::write::Layout::new(&infos, self.max_shard_size)?;
+        let layout = safetensors::write::layout(&infos, self.max_shard_size)?;
         for (tensor, (file, offset)) in plan.tensors.iter_mut().zip(&layout.places) {
             (tensor.file, tensor.offset) = (*file, *offset);
         }
-        plan.files = layout
-            .files
-            .into_iter()
-            .map(|f| FilePlan { name: f.name.into(), header: f.header, len: f.len })
-            .collect();
+        plan.files = layout.files.into_iter().map(FilePlan::from).collect();
         let mut side = |name: String, bytes: Vec<u8>| {
-            plan.files.push(FilePlan { name: name.into(), len: bytes.len() as u64, header: bytes });
+            plan.files.push(FilePlan::whole(name, bytes));
         };
-        if let Some(index) = layout.index {
-            side("model.safetensors.index.json".into(), index);
+        if let Some((name, index)) = layout.index {
+            side(name, index);
         }
         side("config.json".into(), pretty(model.config()));
         if let Some(generation) = generation_config(model.config()) {

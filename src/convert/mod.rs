@@ -53,7 +53,7 @@ use std::path::{Path, PathBuf};
 
 use self::journal::Journal;
 use crate::container::Store;
-use crate::error::{ErrorKind, Result};
+use crate::error::{Error, ErrorKind, Result};
 
 /// A planned conversion, ready to run.
 #[derive(Debug)]
@@ -131,7 +131,15 @@ impl Job {
         for (file, plan) in stage.files().iter().zip(&self.plan.files) {
             file.write_at(0, &plan.header)?;
         }
-        stream::stream(&self.plan, &self.store, stage.files(), journal, budget, observer)
+        let outcomes = stream::stream(&self.plan, &self.store, stage.files(), journal, budget, observer)?;
+        for (file, plan) in stage.files().iter().zip(&self.plan.files) {
+            let read = |at, bytes: &mut [u8]| match observer.interrupted() {
+                true => Err(Error::interrupted()),
+                false => file.read_at(at, bytes),
+            };
+            plan.checksums.iter().try_for_each(|c| c.write(read, |at, bytes| file.write_at(at, bytes)))?;
+        }
+        Ok(outcomes)
     }
 
     fn begin(&self, outputs: &[PathBuf], force: bool) -> Result<(Stage, Option<Journal>)> {

@@ -12,6 +12,8 @@ use crate::block::{Lattice, codec};
 use crate::container::Store;
 use crate::container::imatrix::{Entry, ImportanceMatrix};
 use crate::container::moments::{Input, Moments};
+use crate::container::pytorch::write::Checksums;
+use crate::container::shards::FileLayout;
 use crate::error::{Error, Result};
 use crate::quantize::Method;
 use crate::tensor::DType;
@@ -118,6 +120,21 @@ pub struct FilePlan {
     pub header: Vec<u8>,
     /// Length of the finished file.
     pub len: u64,
+    /// What is written last, since it depends on the data.
+    pub checksums: Option<Checksums>,
+}
+
+impl FilePlan {
+    /// A file that holds these bytes and no tensors.
+    pub fn whole(name: impl Into<PathBuf>, bytes: Vec<u8>) -> Self {
+        Self { name: name.into(), len: bytes.len() as u64, header: bytes, checksums: None }
+    }
+}
+
+impl From<FileLayout> for FilePlan {
+    fn from(f: FileLayout) -> Self {
+        Self { name: f.name.into(), header: f.header, len: f.len, checksums: f.checksums }
+    }
 }
 
 /// One output tensor.

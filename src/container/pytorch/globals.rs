@@ -80,6 +80,13 @@ impl Global {
     }
 }
 
+/// What `torch` calls the class of a storage of this type, where it has one (an untyped one holds the
+/// others), and the type itself.
+pub fn names(dtype: DType) -> Option<(Option<&'static str>, &'static str)> {
+    let (storage, names, _) = TYPES.iter().find(|(_, _, t)| *t == dtype)?;
+    Some((Some(*storage).filter(|s| !s.is_empty()), names.first()?))
+}
+
 /// A name for a message: cut, and without control characters.
 pub fn shown(text: &str) -> String {
     const CHARS: usize = 100;

@@ -1,5 +1,6 @@
-//! PyTorch checkpoints, read only: `pytorch_model.bin`, whole or in shards, and files by any other
-//! name. Layouts, opcodes and what is refused are described in `formats/spec/pytorch.md`.
+//! PyTorch checkpoints: `pytorch_model.bin`, whole or in shards, and files by any other name.
+//! Layouts, opcodes and what is refused are described in `formats/spec/pytorch.md`. [`write`] lays
+//! out files of our own.
 //!
 //! A checkpoint is a pickle, a program for a machine that can call any function by name. Nothing
 //! is called here: `machine` knows the few names and opcodes of state dicts, makes inert objects
@@ -9,7 +10,9 @@
 mod file;
 mod globals;
 mod machine;
+mod pickle;
 mod state_dict;
+pub mod write;
 mod zip;
 
 pub use file::is_pytorch;

@@ -10,25 +10,25 @@ use crate::error::{Error, Result};
 use crate::limits::Limits;
 
 pub const LOCAL_HEADER: [u8; 4] = *b"PK\x03\x04";
-const CENTRAL_HEADER: [u8; 4] = *b"PK\x01\x02";
-const END: [u8; 4] = *b"PK\x05\x06";
-const ZIP64_END: [u8; 4] = *b"PK\x06\x06";
-const ZIP64_LOCATOR: [u8; 4] = *b"PK\x06\x07";
+pub const CENTRAL_HEADER: [u8; 4] = *b"PK\x01\x02";
+pub const END: [u8; 4] = *b"PK\x05\x06";
+pub const ZIP64_END: [u8; 4] = *b"PK\x06\x06";
+pub const ZIP64_LOCATOR: [u8; 4] = *b"PK\x06\x07";
 
 const END_BYTES: u64 = 22;
 const LOCATOR_BYTES: u64 = 20;
-const ZIP64_END_BYTES: usize = 56;
+pub const ZIP64_END_BYTES: usize = 56;
 const CENTRAL_BYTES: usize = 46;
-const LOCAL_BYTES: usize = 30;
+pub const LOCAL_BYTES: usize = 30;
 const MAX_COMMENT: u64 = u16::MAX as u64;
 /// What stands in a field whose value is in a zip64 record.
-const FULL_16: u64 = u16::MAX as u64;
-const FULL_32: u64 = u32::MAX as u64;
+pub const FULL_16: u64 = u16::MAX as u64;
+pub const FULL_32: u64 = u32::MAX as u64;
 
 const STORED: u16 = 0;
 const DEFLATED: u16 = 8;
 const ENCRYPTED: u16 = 1;
-const ZIP64_EXTRA: u16 = 1;
+pub const ZIP64_EXTRA: u16 = 1;
 
 /// A member.
 #[derive(Clone, Copy, Debug)]
