@@ -17,7 +17,7 @@ PROMPT  ?= It was a fine morning, and
 ENV := if [ "$(UNAME)" = Linux ] && [ -z "$${BINDGEN_EXTRA_CLANG_ARGS:-}" ] && command -v gcc >/dev/null; then \
 	export BINDGEN_EXTRA_CLANG_ARGS="-isystem $$(gcc -print-file-name=include)"; fi; set -e;
 
-.PHONY: architectures all build demo demo-tiny-llama demo-smollm2 demo-minilm test proof bench peers peers-models clean-demo help system tools
+.PHONY: architectures all build demo demo-tiny-llama demo-smollm2 demo-minilm test proof bench peers peers-checkpoints peers-models clean-demo help system tools
 
 all: build
 
@@ -32,6 +32,9 @@ help:
 	@echo 'make proof        logits of the linked llama.cpp and of candle, on sound and damaged files'
 	@echo 'make bench        speed of the block types and of whole conversions (needs 6 GB of disk)'
 	@echo 'make peers        read our files with the Python packages gguf and safetensors, measure with xllamacpp'
+	@echo 'make peers-checkpoints'
+	@echo '                  hold quantized checkpoints to the libraries whose formats they are'
+	@echo '                  (downloads PyTorch, 7 GB of disk, half an hour)'
 	@echo 'make architectures write docs/architectures.md anew: what is shown of each class of models'
 	@echo 'make peers-models hold the architectures to transformers and to llama.cpp'"'"'s converter'
 	@echo '                  (downloads PyTorch, 6 GB of disk, a quarter of an hour)'
@@ -201,7 +204,22 @@ peers: build
 	.venv/bin/python tests/peers/check.py $(QCONV); \
 	.venv/bin/python tests/peers/perplexity.py $(QCONV); \
 	.venv/bin/python tests/peers/moments.py $(QCONV); \
-	.venv/bin/python tests/peers/gptq.py $(QCONV)
+	.venv/bin/python tests/peers/gptq.py $(QCONV); \
+	echo 'make peers: done; quantized checkpoints have a target of their own, make peers-checkpoints'
+
+# Quantized checkpoints beside the libraries that read and write them, on a CPU. CI leaves this out: it is large.
+CHECKPOINTS := .venv-checkpoints
+WANTED      := tests/peers/checkpoints/requirements.txt
+EXAMPLES    ?=
+
+$(CHECKPOINTS)/stamp: $(WANTED)
+	@set -e; $(PYTHON) -m venv --clear $(CHECKPOINTS); \
+	$(CHECKPOINTS)/bin/python -m pip install -q --disable-pip-version-check -r $(WANTED) </dev/null; \
+	touch $@
+
+peers-checkpoints: build $(CHECKPOINTS)/stamp
+	@set -e; export HF_HUB_OFFLINE=1; \
+	$(CHECKPOINTS)/bin/python tests/peers/checkpoints/reading.py $(QCONV) $(EXAMPLES)
 
 # Each architecture beside transformers and llama.cpp's own converter. PyTorch is large: CI leaves this out.
 MODEL_PEERS := torch==2.15.0 transformers==5.23.0 safetensors==0.8.0 numpy==2.4.6 sentencepiece protobuf pyyaml requests

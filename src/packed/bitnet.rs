@@ -1,12 +1,15 @@
 //! BitNet as transformers stores it: -1, 0 and 1 in two bits, with one scale for a matrix.
 //!
 //! `P.weight` is U8 `[out / 4, in]`: bits `2k` and `2k + 1` of row `r` hold row `k * out / 4 + r`, plus 1.
-//! `P.weight_scale` is a single value, what the weights were multiplied with: `W = t / weight_scale`.
+//! `P.weight_scale` is a single value. With `linear_class` `bitlinear` (the default) the weights were multiplied
+//! with it, `W = t / weight_scale`; with `autobitlinear` they are its multiples, `W = t * weight_scale`.
 //! Source: transformers' `integrations/bitnet.py`.
 
 use std::ops::Range;
 
-use super::{FLOATS, Format, Packed, bytes, check, matrix, values};
+use serde_json::Value as Json;
+
+use super::{FLOATS, Format, Packed, bytes, check, matrix, unsupported, values};
 use crate::container::grouped::{Grouped, Shape};
 use crate::container::{Joined, Stored};
 use crate::error::{Error, Result};
@@ -17,6 +20,12 @@ pub(super) const FORMAT: Format = Format { method: "bitnet", name: "BitNet", mar
 const SCALE: &str = "weight_scale";
 
 fn join(packed: &Packed<'_>) -> Result<Vec<Joined>> {
+    let divided = match packed.config.get("linear_class") {
+        None | Some(Json::Null) => true,
+        Some(Json::String(class)) if class == "bitlinear" => true,
+        Some(Json::String(class)) if class == "autobitlinear" => false,
+        Some(other) => return Err(unsupported("linear_class", other)),
+    };
     let mut joined = Vec::new();
     for (stem, weight) in packed.ending(".weight").filter(|(_, t)| t.dtype == DType::U8) {
         let [quarter, cols] = weight.shape[..] else {
@@ -34,6 +43,7 @@ fn join(packed: &Packed<'_>) -> Result<Vec<Joined>> {
             shape: Shape { rows, cols, bits: 2, group_size: cols.max(1), groups: cols.min(1) },
             weight: weight.clone(),
             scale,
+            divided,
         };
         let parts = vec![weight.name.clone(), codes.scale.name.clone()];
         joined.push(matrix(weight.name.clone(), parts, codes));
@@ -46,6 +56,8 @@ struct Matrix {
     shape: Shape,
     weight: TensorInfo,
     scale: TensorInfo,
+    /// Whether the scale is one over what -1 and 1 mean.
+    divided: bool,
 }
 
 impl Grouped for Matrix {
@@ -71,7 +83,7 @@ impl Grouped for Matrix {
 
     fn lines(&self, stored: &Stored, _: Range<u64>, scales: &mut [f32], zeros: &mut [f32]) -> Result<()> {
         let scale = values(stored, &self.scale, 0, 1)?[0];
-        scales.fill(1.0 / scale);
+        scales.fill(if self.divided { 1.0 / scale } else { scale });
         zeros.fill(1.0);
         Ok(())
     }

@@ -7,7 +7,8 @@
 //!   where zeros are not all the middle, `P.weight_zero_point` I32 `[ceil(out * bits / 32), groups]`, a
 //!   stream for each group; with act-order `P.weight_g_idx` I32 `[in]`. Codes and zeros are signed, and
 //!   stored with `2^(bits - 1)` added.
-//! - int-quantized, naive-quantized: `P.weight` I8 `[out, in]`, scales as above, `P.weight_zero_point` I8.
+//! - int-quantized, naive-quantized: `P.weight` I8 `[out, in]` at any width, scales as above,
+//!   `P.weight_zero_point` I8.
 //! - float-quantized: `P.weight` F8_E4M3, `P.weight_scale` `[1]`, `[out, 1]` or one for each block.
 //! - nvfp4-pack-quantized, mxfp4-pack-quantized: as in [`super::fp4`], `P.weight_packed` and
 //!   `P.weight_global_scale`.
@@ -144,6 +145,8 @@ fn integers(packed: &Packed<'_>, stem: &str, codes: &TensorInfo, scheme: &Scheme
         return Err(fail(format!("has shape {:?}, two dimensions were expected", codes.shape)));
     };
     let is_packed = codes.dtype != DType::I8;
+    // Unpacked, codes of any width fill bytes.
+    let width = if is_packed { scheme.bits as u32 } else { 8 };
     let mut parts = vec![codes.name.clone()];
     let cols = if is_packed {
         check(codes, &[DType::I32], &[rows, row])?;
@@ -166,9 +169,6 @@ fn integers(packed: &Packed<'_>, stem: &str, codes: &TensorInfo, scheme: &Scheme
         parts.push(shape.name.clone());
         cols
     } else {
-        if scheme.bits != 8 {
-            return Err(fail(format!("is I8, but config_groups says {} bits", scheme.bits)));
-        }
         row
     };
     let scale = format!("{stem}.weight_scale");
@@ -202,7 +202,7 @@ fn integers(packed: &Packed<'_>, stem: &str, codes: &TensorInfo, scheme: &Scheme
         [Some(&scales), zeros.as_ref(), g_idx.as_ref()].into_iter().flatten().map(|t| t.name.clone()),
     );
     parts.extend(packed.of_activations(stem));
-    let shape = Shape { rows, cols, bits: scheme.bits as u32, group_size, groups };
+    let shape = Shape { rows, cols, bits: width, group_size, groups };
     let codes = Matrix { shape, codes: codes.clone(), scales, of_row, zeros, g_idx };
     Ok(matrix(format!("{stem}.weight"), parts, codes))
 }
