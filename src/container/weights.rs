@@ -2,6 +2,8 @@
 
 use std::path::Path;
 
+use serde_json::{Map, Value as Json};
+
 use super::pytorch;
 use super::safetensors;
 use super::shards::{Given, Located};
@@ -16,10 +18,12 @@ pub struct Weights {
     pub store: Store,
     /// `safetensors` or `PyTorch`.
     pub format: &'static str,
+    /// What the file itself says in numbers and words, by names as tensors have them: of HQQ's modules.
+    pub values: Map<String, Json>,
 }
 
 /// Opens a file (any shard), an index, or a directory; a directory's safetensors come before its
-/// PyTorch files. Formats are told apart by content.
+/// PyTorch files, and these before HQQ's `qmodel.pt`. Formats are told apart by content.
 ///
 /// # Errors
 /// `Io` when something cannot be read, `Unsupported` when there are no weights, and what the
@@ -34,6 +38,10 @@ pub fn open(path: &Path, limits: &Limits) -> Result<Weights> {
                     break;
                 }
             }
+            let hqq = dir.join(pytorch::HQQ_FILE);
+            if found.is_none() && hqq.is_file() {
+                found = Some(pytorch::NAMING.of_file(&hqq, limits)?);
+            }
             found.ok_or_else(|| {
                 Error::unsupported("holds no weights")
                     .at(dir)
@@ -46,10 +54,11 @@ pub fn open(path: &Path, limits: &Limits) -> Result<Weights> {
     };
     let first = located.files.first().map_or(Ok(false), |first| is_pytorch(first));
     Ok(if first? {
-        Weights { store: pytorch::open_located(&located, limits)?, format: pytorch::NAMING.format }
+        let (store, values) = pytorch::open_located(&located, limits)?;
+        Weights { store, format: pytorch::NAMING.format, values }
     } else {
         let store = safetensors::open_located(&located, limits)?.store;
-        Weights { store, format: safetensors::NAMING.format }
+        Weights { store, format: safetensors::NAMING.format, values: Map::new() }
     })
 }
 

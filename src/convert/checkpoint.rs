@@ -55,10 +55,11 @@ impl Checkpoint {
         if !config.is_object() {
             return Err(Error::malformed("is no JSON object").at(&config_path));
         }
-        let quantization = quantization(&config, &dir, limits)?;
-        let store = weights::open(path, limits)?.store;
-        let (store, quant_method) =
-            packed::unpack(store, quantization.as_ref()).map_err(|e| e.at(&config_path))?;
+        let weights = weights::open(path, limits)?;
+        let quantization = packed::stated(quantization(&config, &dir, limits)?, weights.values);
+        let (store, quant_method) = quantization
+            .and_then(|stated| packed::unpack(weights.store, stated.as_ref()))
+            .map_err(|e| e.at(&config_path))?;
         let model_card = read_side_file(&dir.join("README.md"), limits.side_file_bytes)?
             .map(|text| String::from_utf8_lossy(&text).into_owned());
         let generation = read_side_file(&dir.join("generation_config.json"), limits.side_file_bytes)?

@@ -18,11 +18,13 @@ mod exact;
 mod fp4;
 mod fp8;
 mod gptq;
+mod hqq;
 mod modelopt;
 mod mxfp4;
 pub mod write;
 
 pub use exact::{BLOCKS, give_blocks};
+pub use hqq::stated;
 
 use std::sync::Arc;
 
@@ -55,6 +57,7 @@ static FORMATS: &[Format] = &[
     bnb::FORMAT,
     compressed::FORMAT,
     bitnet::FORMAT,
+    hqq::FORMAT,
     modelopt::FORMAT,
     mxfp4::FORMAT,
 ];

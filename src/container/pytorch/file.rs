@@ -3,10 +3,11 @@
 use std::collections::HashMap;
 
 use indexmap::IndexSet;
+use serde_json::{Map, Value as Json};
 
 use super::globals::shown;
 use super::machine::{Fault, Pickle, Value};
-use super::state_dict::{Place, bytes_of, entries};
+use super::state_dict::{self, Place, bytes_of};
 use super::zip::{Archive, LOCAL_HEADER};
 use crate::container::InputFile;
 use crate::error::{Error, Result};
@@ -35,6 +36,8 @@ pub struct Contents {
     /// Of tensors whose elements are not in order: how they lie, from the tensor's offset on.
     pub strided: HashMap<String, StridedCopy>,
     pub big_endian: bool,
+    /// Numbers and words beside the tensors, by name, where each module has a dict of its own.
+    pub values: Map<String, Json>,
 }
 
 enum Layout {
@@ -254,9 +257,10 @@ fn contents(
 ) -> Result<Contents> {
     let mut tensors = Vec::new();
     let mut strided = HashMap::new();
-    for entry in entries(pickle, limits)? {
+    let (entries, values) = state_dict::read(pickle, limits)?;
+    for entry in entries {
         let base = offsets.get(entry.storage).copied().unwrap_or(u64::MAX);
-        let name = entry.name.to_owned();
+        let name = entry.name.into_owned();
         let within = match entry.place {
             Place::From(byte) => byte,
             Place::Strided(copy) => {
@@ -276,5 +280,5 @@ fn contents(
             nbytes: entry.nbytes,
         });
     }
-    Ok(Contents { tensors, strided, big_endian })
+    Ok(Contents { tensors, strided, big_endian, values })
 }

@@ -53,12 +53,22 @@ pub enum Value<'a> {
     Int(i64),
     /// An integer of more than 64 bits: two's complement, little-endian.
     Long(&'a [u8]),
-    /// A truth value or a float, of no interest.
-    Other,
+    Bool(bool),
+    Float(f64),
     Text(&'a str),
     Global(Global),
     /// Index into [`Pickle::objects`].
     Object(usize),
+}
+
+impl<'a> Value<'a> {
+    /// The text, where it is one.
+    pub fn text(self) -> Option<&'a str> {
+        match self {
+            Self::Text(text) => Some(text),
+            _ => None,
+        }
+    }
 }
 
 /// What values refer to; it can be referred to more than once.
@@ -206,7 +216,8 @@ impl<'a> Machine<'a> {
             }
             b'(' => self.marks.push(self.stack.len()), // MARK
             b'N' => self.push(Value::None),            // NONE
-            0x88 | 0x89 => self.push(Value::Other),    // NEWTRUE, NEWFALSE
+            // NEWTRUE, NEWFALSE
+            0x88 | 0x89 => self.push(Value::Bool(opcode == 0x88)),
             // BININT1, BININT2, BININT
             b'K' => self.int(1)?,
             b'M' => self.int(2)?,
@@ -219,8 +230,8 @@ impl<'a> Machine<'a> {
             0x8b => self.long(4)?,
             // BINFLOAT
             b'G' => {
-                self.array::<8>()?;
-                self.push(Value::Other);
+                let x = f64::from_be_bytes(self.array()?);
+                self.push(Value::Float(x));
             }
             // SHORT_BINUNICODE, BINUNICODE, BINUNICODE8; SHORT_BINSTRING, BINSTRING of Python 2
             0x8c | b'U' => self.text(1)?,

@@ -20,10 +20,15 @@ pub use file::is_pytorch;
 use std::collections::HashMap;
 use std::path::Path;
 
+use serde_json::{Map, Value as Json};
+
 use super::Store;
 use super::shards::{Located, Naming};
 use crate::error::{Error, Result};
 use crate::limits::Limits;
+
+/// What HQQ's own library calls its file.
+pub const HQQ_FILE: &str = "qmodel.pt";
 
 /// How the files are called.
 pub const NAMING: Naming = Naming { format: "PyTorch", stem: "pytorch_model", suffix: "bin" };
@@ -36,23 +41,28 @@ pub const NAMING: Naming = Naming { format: "PyTorch", stem: "pytorch_model", su
 /// pickles that hold more than dicts of tensors; `Malformed` and `Limit` as
 /// `formats/spec/pytorch.md` lists.
 pub fn open(path: &Path, limits: &Limits) -> Result<Store> {
-    open_located(&NAMING.locate(path, limits)?, limits)
+    Ok(open_located(&NAMING.locate(path, limits)?, limits)?.0)
 }
 
-/// Opens the files that were found.
+/// Opens the files that were found. A second result are the numbers and words beside the tensors, by
+/// name, in files that have a dict for each module.
 ///
 /// # Errors
 /// As [`open`].
-pub fn open_located(located: &Located, limits: &Limits) -> Result<Store> {
+pub fn open_located(located: &Located, limits: &Limits) -> Result<(Store, Map<String, Json>)> {
     let (store, more) = located.open(limits, |input, number| {
         let contents = file::read(input, number, limits)?;
-        Ok((contents.tensors, (contents.strided, contents.big_endian)))
+        Ok((contents.tensors, (contents.big_endian, contents.strided, contents.values)))
     })?;
-    let big_endian = more.iter().any(|(_, big)| *big);
-    if big_endian && !more.iter().all(|(_, big)| *big) {
+    let big_endian = more.iter().any(|(big, ..)| *big);
+    if big_endian && !more.iter().all(|(big, ..)| *big) {
         return Err(Error::unsupported("its shards are of both byte orders"));
     }
-    let strided: HashMap<_, _> = more.into_iter().flat_map(|(strided, _)| strided).collect();
+    let (mut strided, mut values) = (HashMap::new(), Map::new());
+    for (_, of_file, said) in more {
+        strided.extend(of_file);
+        values.extend(said);
+    }
     let store = store.with_strided(strided);
-    Ok(if big_endian { store.into_big_endian() } else { store })
+    Ok((if big_endian { store.into_big_endian() } else { store }, values))
 }

@@ -1,7 +1,11 @@
 //! The dict of tensors in a pickle, and where each tensor lies within its storage.
 
+use std::borrow::Cow;
 use std::collections::HashSet;
 
+use serde_json::{Map, Value as Json, json};
+
+use super::globals::Global;
 use super::globals::shown;
 use super::machine::{Object, Pickle, Storage, Tensor, Value};
 use crate::error::{Error, Result};
@@ -10,10 +14,16 @@ use crate::tensor::{self, DType, Dim, StridedCopy};
 
 /// Most dimensions of a tensor; GGUF has four.
 const MAX_DIMS: usize = 8;
+/// Most bytes of all names that are put together.
+const MAX_NAMES: usize = 64 << 20;
+/// Longest text and list among plain values.
+const MAX_TEXT: usize = 64;
+/// What marks a module of HQQ in a dict of modules.
+const MARK: &str = "W_q";
 
 /// A tensor of the state dict.
 pub struct Entry<'a> {
-    pub name: &'a str,
+    pub name: Cow<'a, str>,
     pub dtype: DType,
     pub shape: Vec<u64>,
     pub nbytes: u64,
@@ -30,32 +40,45 @@ pub enum Place {
     Strided(StridedCopy),
 }
 
-/// The tensors of `pickle`, in its order.
+/// The tensors of `pickle`, in its order; and, where there is a dict for each module as HQQ's own
+/// library saves them, the numbers and words in these.
 ///
 /// # Errors
 /// `Unsupported` when there is no dict of tensors, or more than one; `Malformed` for a name that
 /// comes twice and a tensor that leaves its storage; `Limit`.
-pub fn entries<'a>(pickle: &Pickle<'a>, limits: &Limits) -> Result<Vec<Entry<'a>>> {
-    let dict = find(pickle)?;
+pub fn read<'a>(pickle: &Pickle<'a>, limits: &Limits) -> Result<(Vec<Entry<'a>>, Map<String, Json>)> {
+    let (dict, in_modules) = match find(pickle)? {
+        Found::Tensors(dict) => {
+            (dict.iter().map(|(k, v)| (k.text().map(Cow::Borrowed), *v)).collect(), false)
+        }
+        Found::Modules(id) => (flatten(pickle, id)?, true),
+    };
     let mut entries = Vec::new();
+    let mut values = Map::new();
     let mut names = HashSet::new();
     let mut used = HashSet::new();
-    for (key, value) in dict {
-        let Value::Object(id) = value else { continue };
-        let Some(Object::Tensor(tensor)) = pickle.objects.get(*id) else { continue };
-        let Value::Text(name) = key else {
-            return Err(Error::unsupported("a tensor's key in its dict is no text"));
+    for (name, value) in dict {
+        let tensor = match value {
+            Value::Object(id) => pickle.objects.get(id).map(|object| (id, object)),
+            _ => None,
         };
-        if !names.insert(*name) {
-            return Err(Error::malformed(format!("tensor {:?} appears twice", shown(name))));
+        let Some((id, Object::Tensor(tensor))) = tensor else {
+            if let (true, Some(name), Some(value)) = (in_modules, name, plain(pickle, value)) {
+                values.insert(name.into_owned(), value);
+            }
+            continue;
+        };
+        let name = name.ok_or_else(|| Error::unsupported("a tensor's key in its dict is no text"))?;
+        if !names.insert(name.clone()) {
+            return Err(Error::malformed(format!("tensor {:?} appears twice", shown(&name))));
         }
         if entries.len() as u64 >= limits.tensors {
             return Err(Error::limit(format!("more than the {} tensors allowed", limits.tensors)));
         }
         let entry =
-            locate(pickle, name, tensor).map_err(|e| e.context(format_args!("tensor {:?}", shown(name))))?;
-        entries.push(entry);
-        used.insert(*id);
+            locate(pickle, tensor).map_err(|e| e.context(format_args!("tensor {:?}", shown(&name))))?;
+        entries.push(Entry { name, ..entry });
+        used.insert(id);
     }
     // What would be left out without a word.
     let all = pickle.objects.iter().filter(|o| matches!(o, Object::Tensor(_))).count();
@@ -66,19 +89,83 @@ pub fn entries<'a>(pickle: &Pickle<'a>, limits: &Limits) -> Result<Vec<Entry<'a>
         ))
         .hint("save the state dict alone, or as safetensors"));
     }
-    Ok(entries)
+    Ok((entries, values))
+}
+
+/// All that lies in dicts within a dict, by its keys with dots between. Memory stays in proportion to
+/// the pickle: each dict counts once, and names that many share are not copied without end.
+fn flatten<'a>(pickle: &Pickle<'a>, root: usize) -> Result<Vec<(Option<Cow<'a, str>>, Value<'a>)>> {
+    let mut seen = vec![false; pickle.objects.len()];
+    let mut bytes = 0;
+    let mut flat = Vec::new();
+    let mut stack = vec![(String::new(), root, 0)];
+    while let Some((prefix, id, at)) = stack.pop() {
+        let Some(Object::Dict(dict)) = pickle.objects.get(id) else { continue };
+        let Some((key, value)) = dict.get(at) else { continue };
+        let key = key.text().ok_or_else(|| Error::unsupported("a key in a dict of modules is no text"))?;
+        bytes += prefix.len() + key.len();
+        if bytes > MAX_NAMES {
+            return Err(Error::limit(format!("its names have more than {MAX_NAMES} bytes")));
+        }
+        let name = if prefix.is_empty() { key.to_string() } else { format!("{prefix}.{key}") };
+        stack.push((prefix, id, at + 1));
+        match value {
+            Value::Object(id) if matches!(pickle.objects.get(*id), Some(Object::Dict(_))) => {
+                match seen.get_mut(*id) {
+                    Some(seen) if !*seen => *seen = true,
+                    _ => {
+                        return Err(Error::malformed(format!("the dict of {:?} comes twice", shown(&name))));
+                    }
+                }
+                stack.push((name, *id, 0));
+            }
+            _ => flat.push((Some(Cow::Owned(name)), *value)),
+        }
+    }
+    Ok(flat)
+}
+
+/// A number, a word, or a few numbers.
+fn plain(pickle: &Pickle, value: Value) -> Option<Json> {
+    match value {
+        Value::Int(n) => Some(json!(n)),
+        Value::Bool(b) => Some(json!(b)),
+        Value::Float(x) => Some(json!(x)),
+        Value::Text(text) if text.len() <= MAX_TEXT => Some(json!(text)),
+        Value::Global(Global::DType(dtype)) => Some(json!(dtype.name())),
+        _ => {
+            let number = |v: &Value| match v {
+                Value::Int(n) => Some(*n),
+                _ => None,
+            };
+            let items = pickle.items(value).filter(|items| items.len() <= MAX_DIMS)?;
+            items.iter().map(number).collect::<Option<Vec<_>>>().map(Json::from)
+        }
+    }
+}
+
+enum Found<'p, 'a> {
+    Tensors(&'p Pairs<'a>),
+    /// The outermost object, which holds a dict for each module.
+    Modules(usize),
 }
 
 type Pairs<'a> = [(Value<'a>, Value<'a>)];
 
-/// The one dict that holds tensors: the outermost object, or a dict within dicts from there.
-fn find<'p, 'a>(pickle: &'p Pickle<'a>) -> Result<&'p Pairs<'a>> {
+/// The one dict that holds tensors: the outermost object, or a dict within dicts from there; or
+/// modules of HQQ.
+fn find<'p, 'a>(pickle: &'p Pickle<'a>) -> Result<Found<'p, 'a>> {
     let has_tensors = |dict: &Pairs| {
         dict.iter().any(|(_, v)| match v {
             Value::Object(id) => matches!(pickle.objects.get(*id), Some(Object::Tensor(_))),
             _ => false,
         })
     };
+    let root = match pickle.root {
+        Value::Object(id) => Some(id),
+        _ => None,
+    };
+    let mut is_hqq = false;
     let mut seen = vec![false; pickle.objects.len()];
     let mut queue = vec![("", pickle.root)];
     let mut found: Vec<(&str, &Pairs)> = Vec::new();
@@ -92,18 +179,17 @@ fn find<'p, 'a>(pickle: &'p Pickle<'a>) -> Result<&'p Pairs<'a>> {
         }
         if has_tensors(dict) {
             found.push((key, dict));
+            is_hqq |= Some(id) != root && dict.iter().any(|(k, _)| k.text() == Some(MARK));
         }
-        queue.extend(dict.iter().map(|(k, v)| match k {
-            Value::Text(key) => (*key, *v),
-            _ => ("", *v),
-        }));
+        queue.extend(dict.iter().map(|(k, v)| (k.text().unwrap_or(""), *v)));
     }
     match found.as_slice() {
-        [(_, dict)] => Ok(dict),
+        _ if is_hqq => Ok(Found::Modules(root.unwrap_or(0))),
+        [(_, dict)] => Ok(Found::Tensors(dict)),
         [] => match (pickle.root, pickle.storages.is_empty()) {
             // A state dict without tensors, as an empty shard has it.
             (Value::Object(id), true) => match pickle.objects.get(id) {
-                Some(Object::Dict(dict)) if dict.is_empty() => Ok(dict),
+                Some(Object::Dict(dict)) if dict.is_empty() => Ok(Found::Tensors(dict)),
                 _ => Err(Error::unsupported("holds no dict of tensors")),
             },
             _ => Err(Error::unsupported("holds no dict of tensors")),
@@ -118,7 +204,8 @@ fn find<'p, 'a>(pickle: &'p Pickle<'a>) -> Result<&'p Pairs<'a>> {
     }
 }
 
-fn locate<'a>(pickle: &Pickle<'a>, name: &'a str, tensor: &Tensor<'a>) -> Result<Entry<'a>> {
+/// The entry without its name.
+fn locate<'a>(pickle: &Pickle<'a>, tensor: &Tensor<'a>) -> Result<Entry<'a>> {
     let storage = pickle.storages.get(tensor.storage).ok_or_else(|| Error::malformed("has no storage"))?;
     let numbers = |value: Value, what: &str| -> Result<Vec<u64>> {
         let items = pickle.items(value).ok_or_else(|| Error::malformed(format!("its {what} is no tuple")))?;
@@ -144,7 +231,8 @@ fn locate<'a>(pickle: &Pickle<'a>, name: &'a str, tensor: &Tensor<'a>) -> Result
     let nbytes = dtype.nbytes(&shape)?;
     let bytes = bytes_of(storage)?;
     let numel = bytes / dtype.type_size();
-    let entry = |shape, place| Entry { name, dtype, shape, nbytes, storage: tensor.storage, place };
+    let entry =
+        |shape, place| Entry { name: Cow::default(), dtype, shape, nbytes, storage: tensor.storage, place };
     if elements == 0 {
         return Ok(entry(shape, Place::From(0)));
     }
