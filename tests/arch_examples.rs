@@ -23,7 +23,7 @@ use qconv::container::gguf::{Gguf, Metadata, Value, write};
 use qconv::container::safetensors;
 use qconv::convert::FileType;
 use qconv::convert::{
-    Folding, GgufToHf, HfToGguf, MethodChoice, Quantize, Quantizer, Recipe, Silent, TokenCheck,
+    Folding, HfToGguf, MethodChoice, Quantize, Quantizer, Recipe, Silent, ToHf, TokenCheck,
 };
 use qconv::eval::embed::output;
 use qconv::ggml;
@@ -162,13 +162,10 @@ impl Trial {
             return Err(format!("all {} are the same", output.name()));
         }
         let folds = self.fold(values)?;
-        GgufToHf {
-            source: path("a.gguf"),
-            output: path("back"),
+        ToHf {
             dtype: Some(DType::F32),
-            max_shard_size: 1 << 30,
             arch_file: Some(self.definition.clone()),
-            limits: Limits::default(),
+            ..ToHf::new(path("a.gguf"), path("back"))
         }
         .plan()
         .and_then(|job| job.run(false, &common::budget(), &Silent))

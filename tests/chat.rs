@@ -318,14 +318,7 @@ fn templates_are_carried_both_ways() {
             }
         }
         let _ = fs::remove_dir_all(&back);
-        let job = qconv::convert::GgufToHf {
-            source: gguf.clone(),
-            output: back.clone(),
-            dtype: None,
-            max_shard_size: 1 << 30,
-            arch_file: None,
-            limits: qconv::limits::Limits::default(),
-        };
+        let job = qconv::convert::ToHf::new(&gguf, &back);
         job.plan().unwrap().run(true, &common::budget(), &qconv::convert::Silent).unwrap();
         assert_eq!(converted(&back, &again), found, "{files:?}: there and back");
     }

@@ -7,7 +7,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use qconv::container::gguf::Gguf;
-use qconv::convert::{GgufToHf, Silent, TokenCheck};
+use qconv::convert::{Silent, ToHf, TokenCheck};
 use qconv::eval::embed::{hidden_states, texts};
 use qconv::ggml::{Model, ModelOptions, Pooling};
 use qconv::limits::Limits;
@@ -42,17 +42,7 @@ fn pooled_bert(dir: &Path, mode: &str) -> PathBuf {
 }
 
 fn back(source: &Path, output: &Path) {
-    GgufToHf {
-        source: source.to_path_buf(),
-        output: output.to_path_buf(),
-        dtype: None,
-        max_shard_size: 1 << 30,
-        arch_file: None,
-        limits: Limits::default(),
-    }
-    .plan()
-    .and_then(|job| job.run(true, &common::budget(), &Silent))
-    .unwrap();
+    ToHf::new(source, output).plan().and_then(|job| job.run(true, &common::budget(), &Silent)).unwrap();
 }
 
 #[test]

@@ -17,7 +17,7 @@ use common::expected::recorded;
 use qconv::arch;
 use qconv::container::gguf::Gguf;
 use qconv::container::safetensors::write::layout;
-use qconv::convert::{FileType, GgufToHf, HfToGguf, Silent, TokenCheck};
+use qconv::convert::{FileType, HfToGguf, Silent, ToHf, TokenCheck};
 use qconv::error::{ErrorKind, Result};
 use qconv::limits::Limits;
 use qconv::tensor::DType;
@@ -307,14 +307,7 @@ fn has_no_way_back() {
     let scratch = tempfile::tempdir().unwrap();
     let trial = one(scratch.path(), "gemma3");
     trial.convert("f16");
-    let back = GgufToHf {
-        source: trial.dir.join("mmproj-f16.gguf"),
-        output: scratch.path().join("back"),
-        dtype: None,
-        max_shard_size: 1 << 30,
-        arch_file: None,
-        limits: Limits::default(),
-    };
+    let back = ToHf::new(trial.dir.join("mmproj-f16.gguf"), scratch.path().join("back"));
     let e = back.plan().unwrap_err();
     assert_eq!(e.kind(), ErrorKind::Unsupported);
     assert!(e.to_string().contains("is a projector"), "{e}");

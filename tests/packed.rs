@@ -14,7 +14,7 @@ use checkpoint::{Made, Random, f32_bytes, i32_bytes};
 use qconv::ErrorKind;
 use qconv::ErrorKind::{Malformed, Unsupported};
 use qconv::container::gguf::Gguf;
-use qconv::convert::{GgufToHf, HfToGguf, Silent};
+use qconv::convert::{HfToGguf, Silent, ToHf};
 use qconv::limits::Limits;
 use qconv::tensor::DType;
 use serde_json::{Value as Json, json};
@@ -124,7 +124,7 @@ fn gptq_that_does_not_fit_together() {
     refused(Unsupported, "marlin", &set("checkpoint_format", json!("marlin")));
     refused(Unsupported, "pack_dtype", &set("pack_dtype", json!("int16")));
     refused(Unsupported, "quantized by quip", &set("quant_method", json!("quip")));
-    refused(Malformed, "AWQ: 8 inputs", &set("quant_method", json!("awq")));
+    refused(Malformed, "quant_method is \"awq\"", &set("quant_method", json!("awq")));
     refused(Malformed, "\"p.qweight\" is packed as in GPTQ", &|m| m.config = json!({}));
     refused(Malformed, "by mxfp4, but no tensor", &set("quant_method", json!("mxfp4")));
     // The right bytes in the wrong place show when they are read.
@@ -360,14 +360,7 @@ fn mxfp4_comes_back_in_bf16_without_loss() {
         (common::fixture("models/gpt_oss-mxfp4"), dir.path().join("kept.gguf"), dir.path().join("f32.gguf"));
     common::convert(&source, &kept, None);
     let hf = dir.path().join("hf");
-    let back = GgufToHf {
-        source: kept,
-        output: hf.clone(),
-        dtype: None,
-        max_shard_size: u64::MAX,
-        arch_file: None,
-        limits: Limits::default(),
-    };
+    let back = ToHf::new(kept, &hf);
     back.plan().unwrap().run(true, &common::budget(), &Silent).unwrap();
     let made = Made::of(&hf);
     assert!(made.config.get("quantization_config").is_none());

@@ -11,7 +11,7 @@ use qconv::ErrorKind::{Malformed, Unsupported};
 use qconv::container::pytorch::write::layout;
 use qconv::container::shards::Layout;
 use qconv::container::{pytorch, weights};
-use qconv::convert::{FilePlan, GgufToHf, Silent};
+use qconv::convert::{FilePlan, Silent, ToHf};
 use qconv::limits::Limits;
 use qconv::sys::{read_exact_at, write_all_at};
 use qconv::tensor::DType;
@@ -189,14 +189,8 @@ fn a_conversion_writes_them() {
     let path = |name: &str| dir.path().join(name);
     let limits = Limits::default();
     common::convert(&common::fixture("models/llama"), &path("a.gguf"), Some("f16"));
-    let back = |output: &str, max_shard_size| GgufToHf {
-        source: path("a.gguf"),
-        output: path(output),
-        dtype: None,
-        max_shard_size,
-        arch_file: None,
-        limits: limits.clone(),
-    };
+    let back =
+        |output: &str, max_shard_size| ToHf { max_shard_size, ..ToHf::new(path("a.gguf"), path(output)) };
     back("expected", u64::MAX).plan().unwrap().run(false, &common::budget(), &Silent).unwrap();
     let expected = weights::open(&path("expected"), &limits).unwrap().store;
 

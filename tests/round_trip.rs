@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use qconv::container::gguf::{Gguf, Metadata};
-use qconv::convert::{Budget, FileType, GgufToHf, HfToGguf, Silent};
+use qconv::convert::{Budget, FileType, HfToGguf, Silent, ToHf};
 use qconv::limits::Limits;
 use qconv::tensor::DType;
 
@@ -30,17 +30,10 @@ fn back_and_forth() {
             let (there, again) = (dir.path().join("a.gguf"), dir.path().join("b.gguf"));
             common::convert(&common::fixture(name), &there, Some(file_type));
             let hf = dir.path().join("hf");
-            GgufToHf {
-                source: there.clone(),
-                output: hf.clone(),
-                dtype: DType::from_name(file_type),
-                max_shard_size: 300_000, // several shards
-                arch_file: None,
-                limits: Limits::default(),
-            }
-            .plan()
-            .and_then(|job| job.run(true, &common::budget(), &Silent))
-            .unwrap_or_else(|e| panic!("{name} {file_type}: {e}"));
+            ToHf { dtype: DType::from_name(file_type), max_shard_size: 300_000, ..ToHf::new(&there, &hf) }
+                .plan()
+                .and_then(|job| job.run(true, &common::budget(), &Silent))
+                .unwrap_or_else(|e| panic!("{name} {file_type}: {e}"));
             common::convert(&hf, &again, Some(file_type));
             std::fs::remove_dir_all(&hf).unwrap();
             let (a, b) = (contents(&there), contents(&again));
@@ -86,17 +79,10 @@ fn quantized_and_transposed() {
     let [a, b] = ["a.gguf", "b.gguf"].map(|n| dir.path().join(n));
     common::convert(&common::fixture("models/gpt2"), &a, Some("q8_0"));
     let hf = dir.path().join("hf");
-    GgufToHf {
-        source: a.clone(),
-        output: hf.clone(),
-        dtype: Some(DType::F32),
-        max_shard_size: 1 << 30,
-        arch_file: None,
-        limits: Limits::default(),
-    }
-    .plan()
-    .and_then(|job| job.run(false, &common::budget(), &Silent))
-    .unwrap();
+    ToHf { dtype: Some(DType::F32), ..ToHf::new(&a, &hf) }
+        .plan()
+        .and_then(|job| job.run(false, &common::budget(), &Silent))
+        .unwrap();
     HfToGguf {
         source: hf,
         output: Some(b.clone()),

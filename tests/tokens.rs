@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use qconv::ErrorKind;
 use qconv::container::gguf::Gguf;
-use qconv::convert::{GgufToHf, HfToGguf, Job, Silent, TokenCheck};
+use qconv::convert::{HfToGguf, Job, Silent, ToHf, TokenCheck};
 use qconv::eval::parity::Explanation;
 use qconv::limits::Limits;
 use qconv::vocab;
@@ -173,14 +173,7 @@ fn unigram_in_a_decoder_gets_the_tokenizer_that_agrees() {
 
     // And back, and again.
     let hf = dir.path().join("hf");
-    let back = GgufToHf {
-        source: job.output.clone(),
-        output: hf.clone(),
-        dtype: None,
-        max_shard_size: 1 << 30,
-        arch_file: None,
-        limits: Limits::default(),
-    };
+    let back = ToHf::new(&job.output, &hf);
     back.plan().and_then(|job| job.run(true, &common::budget(), &Silent)).unwrap();
     let again = plan(hf, None, TokenCheck::Required).unwrap().tokens.unwrap();
     assert_eq!(again.model, "t5");

@@ -2,12 +2,11 @@
 
 use std::path::PathBuf;
 
-use qconv::convert::GgufToHf;
-use qconv::limits::Limits;
-use qconv::tensor::DType;
+use qconv::convert::ToHf;
 
 use super::Status;
 use super::common::{self, WriteArgs};
+use super::convert::dtype_arg;
 
 /// Turn a GGUF file back into a Hugging Face directory
 #[derive(clap::Args, Debug)]
@@ -36,21 +35,12 @@ pub struct Args {
 }
 
 pub fn run(args: &Args) -> anyhow::Result<Status> {
-    let dtype = match &args.dtype {
-        None => None,
-        Some(name) => Some(
-            DType::from_name(name)
-                .ok_or_else(|| qconv::Error::misuse(format!("{name:?} is no type; f32, f16 and bf16 are")))?,
-        ),
-    };
-    let job = GgufToHf {
-        source: args.source.clone(),
-        output: args.output.clone(),
-        dtype,
+    let conversion = ToHf {
+        dtype: dtype_arg(args.dtype.as_deref())?,
         max_shard_size: args.max_shard_size,
         arch_file: args.arch_file.clone(),
-        limits: Limits::default(),
-    }
-    .plan()?;
-    common::finish(&job, &args.write)
+        ..ToHf::new(&args.source, &args.output)
+    };
+    conversion.check_gguf()?;
+    common::finish(&conversion.plan()?, &args.write)
 }

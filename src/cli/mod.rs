@@ -11,6 +11,7 @@ mod calibration;
 mod common;
 mod completions;
 mod config;
+mod convert;
 #[cfg(feature = "ggml")]
 mod embed;
 #[cfg(feature = "ggml")]
@@ -48,6 +49,7 @@ struct Cli {
 enum Command {
     HfToGguf(hf_to_gguf::Args),
     GgufToHf(gguf_to_hf::Args),
+    Convert(convert::Args),
     LoraToGguf(lora_to_gguf::Args),
     Quantize(quantize::Args),
     Imatrix(imatrix::Args),
@@ -159,6 +161,7 @@ fn run(command: Command) -> anyhow::Result<Status> {
     match command {
         Command::HfToGguf(args) => hf_to_gguf::run(&args),
         Command::GgufToHf(args) => gguf_to_hf::run(&args),
+        Command::Convert(args) => convert::run(&args),
         Command::LoraToGguf(args) => lora_to_gguf::run(&args),
         Command::Quantize(args) => quantize::run(&args),
         Command::Imatrix(args) => imatrix::run(&args).map(|()| Status::Done),

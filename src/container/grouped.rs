@@ -87,6 +87,13 @@ impl Rows {
         matrix.lines(stored, rows, &mut self.scales, &mut self.zeros)
     }
 
+    /// The weights of all these rows, of a matrix of this shape whose groups follow on each other.
+    pub fn all_weights(&self, shape: &Shape, out: &mut [f32]) {
+        for (r, out) in out.chunks_exact_mut((shape.cols as usize).max(1)).enumerate() {
+            self.weights(r, shape, None, out);
+        }
+    }
+
     /// The weights of row `r` among these, of a matrix of this shape.
     fn weights(&self, r: usize, shape: &Shape, groups: Option<&[u32]>, out: &mut [f32]) {
         let (cols, n, size) = (shape.cols as usize, shape.groups as usize, shape.group_size as usize);

@@ -186,6 +186,11 @@ impl Store {
         Ok(())
     }
 
+    /// The files behind it, and how tensors lie in them.
+    pub fn stored(&self) -> &Stored {
+        &self.stored
+    }
+
     /// All files.
     pub fn files(&self) -> &[InputFile] {
         &self.stored.files

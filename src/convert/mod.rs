@@ -1,6 +1,6 @@
 //! Conversions. Each is the same six steps: open, recognise, plan, stream, finish, verify.
 //!
-//! [`HfToGguf`], [`LoraToGguf`], [`GgufToHf`] and [`Quantize`] open their source, recognise it, and make a
+//! [`HfToGguf`], [`LoraToGguf`], [`ToHf`] and [`Quantize`] open their source, recognise it, and make a
 //! [`Plan`]; [`Job::run`] streams and finishes it. Verification stands in [`crate::verify`],
 //! since it reads the finished file as a stranger would.
 
@@ -10,7 +10,6 @@ mod edits;
 mod fold;
 mod gather;
 mod general;
-mod gguf_to_hf;
 mod guide;
 mod hf_to_gguf;
 mod journal;
@@ -18,6 +17,7 @@ mod lora_to_gguf;
 mod low_rank;
 mod model_id;
 mod outcome;
+mod pack;
 mod plan;
 mod quantize;
 mod quantizer;
@@ -27,6 +27,7 @@ mod sentence;
 mod shards;
 mod stage;
 mod stream;
+mod to_hf;
 mod tokens;
 mod types;
 
@@ -34,11 +35,11 @@ pub use checkpoint::{Checkpoint, GGUF_METADATA_FILE};
 pub use edits::MetadataEdits;
 pub use fold::{Factor, FoldPlan, Folding};
 pub use gather::{Scratch, Source, identity};
-pub use gguf_to_hf::GgufToHf;
 pub use guide::{MethodChoice, Way, parse_method, parse_tensor_method, strip_awq};
 pub use hf_to_gguf::{HfToGguf, MergeLora, source_tensors};
 pub use lora_to_gguf::LoraToGguf;
 pub use outcome::{Fallback, Outcome, OutputError};
+pub use pack::{Origin, Packing, PartPlan};
 pub use plan::{Budget, FilePlan, Guide, Importance, Obstacle, Plan, Rounding, TensorPlan};
 pub use quantize::Quantize;
 pub use quantizer::{ImatrixChoice, Quantizer};
@@ -46,6 +47,7 @@ pub use recipe::{Choice, ModelFacts, Overrides, Recipe, Role, parse_tensor_type}
 pub use shards::{Reshard, Sharding};
 pub use stage::{OutputFile, Stage, Temporary};
 pub use stream::{Observer, Silent};
+pub use to_hf::{HfContainer, ToHf, Wanted};
 pub use tokens::{TokenCheck, Tokens};
 pub use types::{FILE_TYPES, FileType, base_name};
 

@@ -11,7 +11,6 @@ use crate::block::Codec;
 use crate::block::gram::PANEL;
 use crate::error::Result;
 use crate::quantize::Prepared;
-use crate::tensor::DType;
 
 /// Why a tensor, or a part of it, is not rounded by the method that was asked for.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -27,8 +26,11 @@ pub struct Fallback {
 pub struct Outcome {
     /// Its name in the output.
     pub name: String,
-    /// Its type there.
-    pub dtype: DType,
+    /// Its type there, or the format of a packed matrix.
+    pub dtype: &'static str,
+    /// What its weights lost, in parts of their mean square: 0 where they are the same. `None` where that
+    /// was not looked at.
+    pub nmse: Option<f64>,
     /// How its weights became codes: `rtn`, `imatrix` or a method; `copy` where nothing was rounded.
     pub method: &'static str,
     /// What its output lost, by a sample of its rows; `None` where no method looked at second moments.
@@ -51,6 +53,26 @@ pub struct OutputError {
     pub before: f64,
     /// As it was rounded.
     pub after: f64,
+}
+
+/// What weights lost by being stored, as sums of squares.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Loss {
+    /// Of the differences.
+    pub lost: f64,
+    /// Of the weights.
+    pub power: f64,
+}
+
+/// What became of a span.
+#[derive(Debug, Default)]
+pub(super) struct Spanned {
+    /// Bytes written.
+    pub bytes: u64,
+    /// What became of the rows of each expert in it.
+    pub tallies: Vec<Tally>,
+    /// What it lost, where that was looked at.
+    pub loss: Option<Loss>,
 }
 
 /// What rows of one expert add to an outcome.
@@ -114,8 +136,8 @@ const COLLAPSED: f64 = 0.25;
 #[derive(Debug)]
 pub(super) struct Ledger(Vec<Mutex<Vec<Entry>>>);
 
-/// The first element of a span, and what became of the rows of each expert in it.
-type Entry = (u64, Vec<Tally>);
+/// The first element of a span, and what became of it.
+type Entry = (u64, Spanned);
 
 impl Ledger {
     pub fn new(plan: &Plan) -> Self {
@@ -123,9 +145,10 @@ impl Ledger {
     }
 
     /// What became of a span, from element `start` on, of tensor number `tensor`.
-    pub fn enter(&self, tensor: usize, start: u64, tallies: Vec<Tally>) {
-        if let Some(entries) = self.0.get(tensor).filter(|_| !tallies.is_empty()) {
-            entries.lock().unwrap_or_else(|e| e.into_inner()).push((start, tallies));
+    pub fn enter(&self, tensor: usize, start: u64, spanned: Spanned) {
+        let says = !spanned.tallies.is_empty() || spanned.loss.is_some();
+        if let Some(entries) = self.0.get(tensor).filter(|_| says) {
+            entries.lock().unwrap_or_else(|e| e.into_inner()).push((start, spanned));
         }
     }
 
@@ -138,13 +161,17 @@ impl Ledger {
 
 fn outcome(t: &TensorPlan, mut entries: Vec<Entry>) -> Outcome {
     entries.sort_by_key(|(start, _)| *start);
-    let tallies: Vec<Tally> = entries.into_iter().flat_map(|(_, tallies)| tallies).collect();
+    let losses: Vec<Loss> = entries.iter().filter_map(|(_, spanned)| spanned.loss).collect();
+    let tallies: Vec<Tally> = entries.into_iter().flat_map(|(_, spanned)| spanned.tallies).collect();
+    let (lost, power) = losses.iter().fold((0.0, 0.0), |(a, b), l| (a + l.lost, b + l.power));
+    let nmse = (!losses.is_empty()).then(|| if lost == 0.0 { 0.0 } else { lost / power });
     let sum = |of: fn(&Tally) -> f64| tallies.iter().map(of).sum::<f64>();
     let (output, before, after) = (sum(|t| t.output), sum(|t| t.before), sum(|t| t.after));
     let dead: BTreeMap<u64, u64> = tallies.iter().map(|t| (t.expert, t.dead_columns)).collect();
     Outcome {
         name: t.name.clone(),
-        dtype: t.dtype,
+        dtype: t.type_name(),
+        nmse,
         method: if t.is_rounded() { t.rounding.name() } else { "copy" },
         error: (output > 0.0).then(|| OutputError { before: before / output, after: after / output }),
         damp: tallies.iter().map(|t| t.damp).reduce(f64::max),

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use super::fold::{self, FoldPlan};
 use super::gather::Source;
 use super::outcome::Fallback;
+use super::pack::Packing;
 use super::readers::Readers;
 use crate::block::gram::PANEL;
 use crate::block::{Lattice, codec};
@@ -29,6 +30,10 @@ pub struct Plan {
     pub files: Vec<FilePlan>,
     /// What the user should know: fallbacks, warnings, what was recognised and how.
     pub notes: Vec<String>,
+    /// Whether it is found out what each tensor loses by being stored in another type.
+    pub measures: bool,
+    /// Whether a tensor that loses something ends the conversion.
+    pub exact_only: bool,
     /// Why this cannot be carried out, although it can be shown.
     pub obstacle: Option<Obstacle>,
 }
@@ -152,6 +157,8 @@ pub struct TensorPlan {
     pub source: Source,
     /// How its weights become codes, where they are not copied.
     pub rounding: Rounding,
+    /// The tensors that are written in its place, where it is a matrix of a quantized checkpoint.
+    pub packing: Option<Packing>,
     /// Why that is not, or not everywhere, what was asked for.
     pub fallback: Option<Fallback>,
     /// Which output file.
@@ -177,8 +184,19 @@ impl TensorPlan {
         let context = |e: Error| e.context(format!("tensor {name:?}"));
         let nbytes = dtype.nbytes(&shape).map_err(context)?;
         let rounding = Rounding::Nearest;
-        let planned =
-            Self { name, shape, dtype, wanted, source, rounding, fallback: None, file: 0, offset: 0, nbytes };
+        let planned = Self {
+            name,
+            shape,
+            dtype,
+            wanted,
+            source,
+            rounding,
+            packing: None,
+            fallback: None,
+            file: 0,
+            offset: 0,
+            nbytes,
+        };
         planned.check()?;
         Ok(planned)
     }
@@ -201,7 +219,12 @@ impl TensorPlan {
 
     /// Whether bytes are copied as they are.
     pub fn is_plain(&self) -> bool {
-        self.source.is_plain(self.dtype)
+        self.packing.is_none() && self.source.is_plain(self.dtype)
+    }
+
+    /// What its type is called: that of a packed matrix is the format.
+    pub fn type_name(&self) -> &'static str {
+        self.packing.as_ref().map_or(self.dtype.name(), |p| p.format)
     }
 
     /// Whether weights become codes of blocks.
@@ -258,9 +281,14 @@ impl Budget {
     pub fn span(&self, tensor: &TensorPlan) -> u64 {
         let held = tensor.source.held_bytes(SCATTERED_SPAN);
         let most = (self.memory / self.threads as u64).saturating_sub(held) / BYTES_PER_ELEMENT;
-        let wish = if tensor.source.is_contiguous() { SPAN } else { SCATTERED_SPAN };
+        let scattered = !tensor.source.is_contiguous() || tensor.packing.is_some();
+        let wish = if scattered { SCATTERED_SPAN } else { SPAN };
         let span = wish.min(most).max(MIN_SPAN);
         let (row, _) = tensor.rows();
+        if let Some(packing) = &tensor.packing {
+            let unit = row.saturating_mul(packing.layout.unit());
+            return (span / unit * unit).max(unit);
+        }
         match tensor.rounding {
             // Rows are weighed as a whole.
             Rounding::Even | Rounding::Weighed(_) => return (span / row * row).max(row),
@@ -317,7 +345,15 @@ impl Budget {
 impl Plan {
     /// A plan for tensors in this order, whose files are not laid out yet.
     pub fn new(tensors: Vec<TensorPlan>) -> Self {
-        Self { tensors, folds: Vec::new(), files: Vec::new(), notes: Vec::new(), obstacle: None }
+        Self {
+            tensors,
+            folds: Vec::new(),
+            files: Vec::new(),
+            notes: Vec::new(),
+            measures: false,
+            exact_only: false,
+            obstacle: None,
+        }
     }
 
     /// Whether it can be carried out.

@@ -6,12 +6,13 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 
 use super::gather::Scratch;
 use super::journal::{Journal, Span};
-use super::outcome::{Ledger, Outcome, Tally};
+use super::outcome::{Ledger, Loss, Outcome, Spanned, Tally};
+use super::pack::Buffers;
 use super::plan::{Budget, Guide, Importance, Plan, Rounding, TensorPlan};
 use super::stage::OutputFile;
 use crate::block::{Codec, codec};
 use crate::container::Store;
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::quantize::Prepared;
 
 /// Who watches a conversion: the command line's progress bar, or nobody.
@@ -62,6 +63,14 @@ pub fn stream(
     if journal.is_some_and(Journal::is_begun) {
         observer.resumed();
     }
+    let fail = |e: Error, tensor: &TensorPlan| {
+        stop.store(true, Ordering::Relaxed);
+        let mut failure = lock(&failure);
+        failure.get_or_insert_with(|| match (e.kind(), e.path()) {
+            (ErrorKind::Interrupted, _) | (_, Some(_)) => e,
+            _ => e.context(format!("tensor {:?}", tensor.name)),
+        });
+    };
     let work = || {
         let mut worker = Worker::default();
         while !stop.load(Ordering::Relaxed) {
@@ -78,20 +87,18 @@ pub fn stream(
                 Err(Error::interrupted())
             } else {
                 let span = Span { tensor: k, start, end };
-                worker.span_once(tensor, store, &files[tensor.file], span, journal, &guides)
+                worker.span_once(plan, store, files, span, journal, &guides)
             };
             match done {
-                Ok((bytes, tallies)) => {
-                    ledger.enter(k, start, tallies);
+                Ok(Spanned { loss: Some(loss), .. }) if plan.exact_only && loss.lost > 0.0 => {
+                    fail(Error::misuse("--exact-only: it is not the same after rounding"), tensor);
+                }
+                Ok(spanned) => {
+                    let bytes = spanned.bytes;
+                    ledger.enter(k, start, spanned);
                     observer.advance(bytes, &tensor.name);
                 }
-                Err(e) => {
-                    stop.store(true, Ordering::Relaxed);
-                    let mut failure = lock(&failure);
-                    failure.get_or_insert_with(|| {
-                        if e.path().is_some() { e } else { e.context(format!("tensor {:?}", tensor.name)) }
-                    });
-                }
+                Err(e) => fail(e, tensor),
             }
         }
     };
@@ -111,6 +118,8 @@ pub fn stream(
 struct Worker {
     scratch: Scratch,
     values: Vec<f32>,
+    stored: Vec<f32>,
+    packing: Buffers,
     importance: Vec<f32>,
     /// The tensor and expert whose importance was read last.
     important: Option<(String, u64)>,
@@ -121,26 +130,34 @@ impl Worker {
     /// A span, unless an earlier process has finished it.
     fn span_once(
         &mut self,
-        t: &TensorPlan,
+        plan: &Plan,
         store: &Store,
-        file: &OutputFile,
+        files: &[OutputFile],
         span: Span,
         journal: Option<&Journal>,
         guides: &Guides,
-    ) -> Result<(u64, Vec<Tally>)> {
-        let Span { start, end, .. } = span;
+    ) -> Result<Spanned> {
+        let Span { tensor, start, end } = span;
+        let t = &plan.tensors[tensor];
+        if let Some(packing) = &t.packing {
+            let (bytes, loss) = packing.write(t, store, files, (start, end), &mut self.packing)?;
+            return Ok(Spanned { bytes, loss: Some(loss), ..Spanned::default() });
+        }
+        let file = &files[t.file];
         if let Some(journal) = journal {
             let at = t.offset + t.dtype.bytes_for(start)?;
             self.bytes.resize(t.dtype.bytes_for(end - start)? as usize, 0);
             if let Some(tallies) = journal.find(span, &mut self.bytes, |bytes| file.read_at(at, bytes)) {
-                return Ok((self.bytes.len() as u64, tallies.to_vec()));
+                let bytes = self.bytes.len() as u64;
+                return Ok(Spanned { bytes, tallies: tallies.to_vec(), loss: None });
             }
         }
         let (bytes, tallies) = self.span(t, store, file, start, end, guides)?;
         if let Some(journal) = journal {
             journal.add(span, &self.bytes, &tallies)?;
         }
-        Ok((bytes, tallies))
+        let loss = if plan.measures { Some(self.loss(t)?) } else { None };
+        Ok(Spanned { bytes, tallies, loss })
     }
 
     fn span(
@@ -178,6 +195,24 @@ impl Worker {
         }
         file.write_at(t.offset + t.dtype.bytes_for(start)?, &self.bytes)?;
         Ok((self.bytes.len() as u64, tallies))
+    }
+
+    /// What the span that was just written lost.
+    fn loss(&mut self, t: &TensorPlan) -> Result<Loss> {
+        if t.is_plain() {
+            return Ok(Loss::default());
+        }
+        let codec =
+            codec(t.dtype).ok_or_else(|| Error::unsupported(format!("type {} cannot be read", t.dtype)))?;
+        self.stored.resize(self.values.len(), 0.0);
+        codec.decode(&self.bytes, &mut self.stored)?;
+        // What is not finite stays what it is.
+        let pairs = || self.values.iter().zip(&self.stored).filter(|(w, y)| w != y && !w.is_nan());
+        let square = |x: f32| f64::from(x).powi(2);
+        Ok(Loss {
+            lost: pairs().map(|(w, y)| square(w - y)).sum(),
+            power: self.values.iter().filter(|w| w.is_finite()).map(|w| square(*w)).sum(),
+        })
     }
 
     /// Encodes whole rows from element `start` on, those of each expert with its own importance.

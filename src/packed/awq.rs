@@ -23,6 +23,12 @@ pub(super) const FORMAT: Format = Format {
     join: |packed| {
         match packed.config.get("version").or(packed.config.get("checkpoint_format")) {
             None | Some(Json::Null) => {}
+            Some(Json::String(v)) if v.starts_with("gptq") => {
+                return Err(Error::malformed(format!(
+                    "quantization_config: quant_method is \"awq\", and checkpoint_format {v:?}"
+                ))
+                .hint("one of the two is wrong: GPTQ's tensors have a g_idx, AWQ's have none"));
+            }
             Some(Json::String(v)) if v.eq_ignore_ascii_case("gemm") => {}
             Some(other) => return Err(unsupported("version", other).hint("\"gemm\" is")),
         }

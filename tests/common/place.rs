@@ -1,4 +1,5 @@
 //! A place to run the command line in, as a user does.
+#![allow(dead_code)] // each test uses its part
 
 use std::collections::BTreeMap;
 use std::fs;

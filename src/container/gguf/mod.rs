@@ -11,5 +11,5 @@ mod value;
 pub mod write;
 
 pub use layout::{DEFAULT_ALIGNMENT, MAGIC};
-pub use read::Gguf;
+pub use read::{Gguf, is_gguf};
 pub use value::{Array, Metadata, Value, ValueType};

@@ -57,6 +57,20 @@ struct Split {
     tensors: u64,
 }
 
+/// Whether a file begins as GGUF does.
+///
+/// # Errors
+/// `Io` when it cannot be read.
+pub fn is_gguf(path: &Path) -> Result<bool> {
+    let file = InputFile::open(path)?;
+    let mut magic = [0; MAGIC.len()];
+    if file.len() < magic.len() as u64 {
+        return Ok(false);
+    }
+    file.read_at(0, &mut magic)?;
+    Ok(magic == MAGIC)
+}
+
 impl Gguf {
     /// The metadata of the one file `path`, whatever set it belongs to.
     ///

@@ -10,6 +10,7 @@ mod fp8;
 mod gptq;
 mod integers;
 mod mxfp4;
+mod regrid;
 mod target;
 
 use std::fmt::Debug;
@@ -21,6 +22,7 @@ pub use fp8::Fp8;
 pub use gptq::Gptq;
 pub use integers::{Grid, round};
 pub use mxfp4::Mxfp4;
+pub use regrid::{Data as IntegerData, Integers, Regrid};
 pub use target::{CompressedFormat, Format, Target};
 
 use crate::container::grouped::Rows;

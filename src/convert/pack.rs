@@ -1,0 +1,194 @@
+//! Matrices of quantized checkpoints in the plan: one planned tensor, several that are written.
+
+use std::sync::Arc;
+
+use super::gather::{Scratch, Source};
+use super::outcome::Loss;
+use super::plan::TensorPlan;
+use super::stage::OutputFile;
+use crate::container::Store;
+use crate::container::grouped::Rows;
+use crate::error::{Error, Result};
+use crate::packed::write::{Data, IntegerData, Integers, Layout, Regrid, lost, round};
+use crate::tensor::DType;
+
+/// How a planned matrix is stored as several tensors.
+#[derive(Debug)]
+pub struct Packing {
+    /// The format's name.
+    pub format: &'static str,
+    /// Where codes and scales lie.
+    pub layout: Arc<dyn Layout>,
+    /// The tensors.
+    pub parts: Vec<PartPlan>,
+    /// What of the source is taken over as it is.
+    pub origin: Option<Origin>,
+}
+
+/// One tensor of a packed matrix.
+#[derive(Debug)]
+pub struct PartPlan {
+    /// Name in the output.
+    pub name: String,
+    /// Its type.
+    pub dtype: DType,
+    /// Its shape, outermost dimension first.
+    pub shape: Vec<u64>,
+    /// Which output file.
+    pub file: usize,
+    /// First byte in that file.
+    pub offset: u64,
+}
+
+/// What needs no rounding.
+#[derive(Debug)]
+pub enum Origin {
+    /// Integers that are on the layout's grid.
+    Integers(Integers, Regrid),
+    /// Blocks of MXFP4.
+    Mxfp4,
+}
+
+/// As many groups as are looked at together.
+const GROUPS: u64 = 1 << 18;
+
+impl Packing {
+    /// A matrix of a stack (rows of all its members together), called `name` in the output.
+    ///
+    /// # Errors
+    /// `Unsupported` for sizes that the layout cannot hold.
+    pub fn new(format: &'static str, layout: Arc<dyn Layout>, name: &str, shape: &[u64]) -> Result<Self> {
+        let (cols, outer) = shape.split_last().map_or((1, &[][..]), |(c, outer)| (*c, outer));
+        let rows = crate::tensor::elements(outer)?;
+        let stem = name.strip_suffix(".weight").or_else(|| name.strip_suffix("_blocks")).unwrap_or(name);
+        let part = |part: crate::packed::write::Part| {
+            // A stack stays one.
+            let shape = match (part.shape.split_first(), outer) {
+                (Some((first, rest)), [_, _, ..]) if *first == rows => [outer, rest].concat(),
+                _ => part.shape,
+            };
+            PartPlan { name: format!("{stem}{}", part.suffix), dtype: part.dtype, shape, file: 0, offset: 0 }
+        };
+        let parts = layout.parts(rows, cols)?.into_iter().map(part).collect();
+        Ok(Self { format, layout, parts, origin: None })
+    }
+
+    /// Bytes of all its tensors.
+    ///
+    /// # Errors
+    /// `Malformed` for impossible sizes.
+    pub fn nbytes(&self) -> Result<u64> {
+        self.parts.iter().try_fold(0u64, |sum, p| {
+            let n = p.dtype.nbytes(&p.shape)?;
+            sum.checked_add(n).ok_or_else(|| Error::malformed("a matrix would exceed 2^64 bytes"))
+        })
+    }
+
+    /// Finds out whether codes and scales of the source can be taken over.
+    ///
+    /// # Errors
+    /// As reads fail.
+    pub fn settle(&mut self, integers: Option<Integers>, source: &Source, store: &Store) -> Result<()> {
+        if self.layout.grid().is_none() {
+            let blocks = self.format == crate::packed::write::Format::Mxfp4.name();
+            self.origin = (blocks && source.is_plain(DType::MXFP4)).then_some(Origin::Mxfp4);
+            return Ok(());
+        }
+        let (Some(integers), Some(grid)) = (integers, self.layout.grid()) else { return Ok(()) };
+        let regrid = Regrid::new(integers.shape(), grid);
+        if !integers.are_in_order(store.stored())? {
+            return Ok(());
+        }
+        let shape = integers.shape();
+        let step = (GROUPS / shape.groups.max(1)).max(1);
+        let (mut rows, mut bytes, mut scratch) = (Rows::default(), Vec::new(), Scratch::default());
+        let mut first = 0;
+        while first < shape.rows {
+            let end = shape.rows.min(first + step);
+            let data = fetch(&integers, source, store, (first, end), &mut bytes, &mut scratch)?;
+            integers.read_lines(data, first..end, &mut rows)?;
+            if !regrid.holds(&rows) {
+                return Ok(());
+            }
+            first = end;
+        }
+        self.origin = Some(Origin::Integers(integers, regrid));
+        Ok(())
+    }
+
+    /// Writes the elements `start..end`, whole rows, and returns the bytes written and what was lost.
+    ///
+    /// # Errors
+    /// As reads and writes fail; `Malformed` for weights that cannot be stored.
+    pub(super) fn write(
+        &self,
+        t: &TensorPlan,
+        store: &Store,
+        files: &[OutputFile],
+        (start, end): (u64, u64),
+        buffers: &mut Buffers,
+    ) -> Result<(u64, Loss)> {
+        let Buffers { values, scratch, bytes, rows, moved } = buffers;
+        let (cols, _) = t.rows();
+        let (first, last) = (start / cols, end / cols);
+        let mut written = 0;
+        let mut put = |part: usize, offset: u64, bytes: &[u8]| {
+            let part = self.parts.get(part).ok_or_else(|| Error::misuse("a part that is not there"))?;
+            written += bytes.len() as u64;
+            files[part.file].write_at(part.offset + offset, bytes)
+        };
+        let shape = [t.source.elements() / cols, cols];
+        match &self.origin {
+            Some(Origin::Integers(integers, regrid)) => {
+                let data = fetch(integers, &t.source, store, (first, last), bytes, scratch)?;
+                integers.read(data, first..last, rows)?;
+                regrid.apply(rows, moved)?;
+                self.layout.write(shape, first, Data::Integers(moved), &mut put)?;
+                return Ok((written, Loss::default()));
+            }
+            Some(Origin::Mxfp4) => {
+                t.source.raw(store, start, end, bytes, scratch)?;
+                self.layout.write(shape, first, Data::Mxfp4(bytes), &mut put)?;
+                return Ok((written, Loss::default()));
+            }
+            None => {}
+        }
+        t.source.values(store, start, end, values, scratch)?;
+        let power = values.iter().map(|w| f64::from(*w).powi(2)).sum();
+        let lost = match self.layout.grid() {
+            Some(grid) => {
+                round(grid, values, cols, rows)?;
+                self.layout.write(shape, first, Data::Integers(rows), &mut put)?;
+                let mut stored = vec![0.0; values.len()];
+                rows.all_weights(&grid.shape(last - first, cols), &mut stored);
+                lost(values, &stored)
+            }
+            None => self.layout.write(shape, first, Data::Weights(values), &mut put)?,
+        };
+        Ok((written, Loss { lost, power }))
+    }
+}
+
+/// Buffers of one worker.
+#[derive(Debug, Default)]
+pub(super) struct Buffers {
+    values: Vec<f32>,
+    scratch: Scratch,
+    bytes: Vec<u8>,
+    rows: Rows,
+    moved: Rows,
+}
+
+/// What integers are read from: the files, or the bytes of these rows.
+fn fetch<'a>(
+    integers: &Integers,
+    source: &Source,
+    store: &'a Store,
+    (first, end): (u64, u64),
+    bytes: &'a mut Vec<u8>,
+    scratch: &mut Scratch,
+) -> Result<IntegerData<'a>> {
+    let Integers::Blocks(_, shape) = integers else { return Ok(IntegerData::Stored(store.stored())) };
+    source.raw(store, first * shape.cols, end * shape.cols, bytes, scratch)?;
+    Ok(IntegerData::Blocks(bytes))
+}

@@ -1,0 +1,135 @@
+//! A GGUF file as a Hugging Face directory would have it.
+
+use std::collections::HashMap;
+use std::path::Path;
+
+use serde_json::{Map, Value as Json, json};
+
+use super::model::HfModel;
+use super::{SMALL, pretty};
+use crate::arch::{self, Model};
+use crate::block::codec;
+use crate::container::Store;
+use crate::container::gguf::{Gguf, Metadata};
+use crate::convert::checkpoint::GGUF_METADATA_FILE;
+use crate::convert::edits::format_typed;
+use crate::convert::sentence;
+use crate::error::{Error, Result};
+use crate::limits::Limits;
+use crate::tensor::DType;
+use crate::vocab::Vocab;
+
+/// What the way back depends on.
+pub struct Wish<'a> {
+    /// Type of the weights that are not packed.
+    pub dtype: Option<DType>,
+    /// What config.json will say of the method, where definitions ask for it.
+    pub quant_method: Option<&'static str>,
+    /// A definition outside the program.
+    pub arch_file: Option<&'a Path>,
+}
+
+/// Opens and recognises.
+///
+/// # Errors
+/// What is no GGUF file, unknown architectures, tensors without a place.
+pub fn open(path: &Path, wish: &Wish<'_>, limits: &Limits) -> Result<HfModel> {
+    let gguf = Gguf::open(path, limits)?;
+    gguf.check_model()?;
+    let Gguf { metadata, store, .. } = gguf;
+    let at = |e: Error| e.at(path);
+    let model = match wish.arch_file {
+        Some(file) => Model::from_gguf_as(arch::read(file, limits)?, &metadata, store.tensors()),
+        None => Model::from_gguf(&metadata, store.tensors()),
+    };
+    let mut model = model.map_err(at)?;
+    let vocab = Vocab::from_metadata(&metadata).map_err(at)?;
+    let dtype = wish.dtype.unwrap_or_else(|| main_dtype(&store));
+    model.facts_mut().n_tokens = Some(vocab.tokens.len() as u64);
+    complete(&mut model, &vocab, &store, dtype, wish.quant_method)?;
+    let mut mapped = model.map_back(store.tensors()).map_err(at)?;
+    mapped.extend(model.scalars_back(&metadata).map_err(at)?);
+    let mut config = model.config().clone();
+    if let Some(config) = config.as_object_mut() {
+        config.shift_remove("quantization_config");
+    }
+    let mut side = Vec::new();
+    if let Some(generation) = generation_config(&config) {
+        side.push(("generation_config.json".to_string(), pretty(&generation)));
+    }
+    side.push((GGUF_METADATA_FILE.to_string(), pretty(&general_metadata(&metadata))));
+    side.extend(vocab.write_hf()?);
+    let number = |key: &str| metadata.u64(&format!("{}.{key}", model.arch.arch));
+    if let (Some(pooling), Some(n_embd)) = (number("pooling_type"), number("embedding_length")) {
+        side.extend(
+            sentence::files(pooling, n_embd).into_iter().map(|(name, config)| (name, pretty(&config))),
+        );
+    }
+    let name = metadata.str("general.name").map(|name| name.replace(['/', ' '], "-"));
+    Ok(HfModel { store, mapped, config, side, dtype, keeps_types: false, name, notes: vocab.notes })
+}
+
+/// What config.json says beyond the metadata.
+fn complete(
+    model: &mut Model,
+    vocab: &Vocab,
+    store: &Store,
+    dtype: DType,
+    quant_method: Option<&str>,
+) -> Result<()> {
+    let mut extra = Map::new();
+    let embedded = store.get("token_embd.weight").and_then(|t| t.shape.first().copied());
+    extra.insert("vocab_size".into(), json!(embedded.unwrap_or(vocab.tokens.len() as u64)));
+    extra.insert("tie_word_embeddings".into(), json!(store.get("output.weight").is_none()));
+    extra.extend(vocab.config_ids().map(|(key, id)| (key, json!(id))));
+    extra.insert("torch_dtype".into(), json!(super::torch_name(dtype)));
+    if let Some(method) = quant_method {
+        extra.insert("quantization_config".into(), json!({"quant_method": method}));
+    }
+    let has_bias = |role: &str| store.get(&format!("blk.0.{role}.bias")).is_some();
+    if model.config().get("attention_bias").is_none() && model.arch.arch == "llama" {
+        extra.insert("attention_bias".into(), json!(has_bias("attn_q")));
+        extra.insert("mlp_bias".into(), json!(has_bias("ffn_up")));
+    }
+    let mut generated = HashMap::new();
+    for name in model.arch.generates() {
+        let Some(t) = store.get(&name).filter(|t| t.elements() <= SMALL) else { continue };
+        let bytes = store.read_all(t)?;
+        let mut values = vec![0.0; t.elements() as usize];
+        codec(t.dtype)
+            .ok_or_else(|| Error::unsupported(format!("{name} cannot be read")))?
+            .decode(&bytes, &mut values)?;
+        generated.insert(name, values);
+    }
+    model.complete_config(extra, &generated)
+}
+
+/// The type of most weights, where Hugging Face has it.
+fn main_dtype(store: &Store) -> DType {
+    let mut bytes = std::collections::BTreeMap::new();
+    for t in store.tensors() {
+        *bytes.entry(t.dtype).or_insert(0u64) += t.nbytes;
+    }
+    let most = bytes.into_iter().max_by_key(|(_, n)| *n).map(|(d, _)| d);
+    most.filter(|d| matches!(d, DType::F32 | DType::F16)).unwrap_or(DType::BF16)
+}
+
+/// What config.json cannot hold: name, authors, licence ... , in the form of `--set`.
+fn general_metadata(metadata: &Metadata) -> Json {
+    const ELSEWHERE: [&str; 4] =
+        ["general.architecture", "general.type", "general.file_type", "general.quantization_version"];
+    Json::Object(
+        metadata
+            .iter()
+            .filter(|(k, _)| k.starts_with("general.") && !ELSEWHERE.contains(k) && *k != "general.alignment")
+            .filter_map(|(k, v)| Some((k.to_string(), Json::from(format_typed(v)?))))
+            .collect(),
+    )
+}
+
+fn generation_config(config: &Json) -> Option<Json> {
+    let keys = ["bos_token_id", "eos_token_id", "pad_token_id"];
+    let ids: Map<String, Json> =
+        keys.iter().filter_map(|k| Some((k.to_string(), config.get(*k)?.clone()))).collect();
+    (!ids.is_empty()).then_some(Json::Object(ids))
+}

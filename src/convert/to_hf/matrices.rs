@@ -1,0 +1,170 @@
+//! Which matrices of a model are quantized, and with how many bits where nobody said.
+
+use regex::Regex;
+
+use super::Wanted;
+use crate::arch::Mapped;
+use crate::container::Store;
+use crate::container::grouped::Rows;
+use crate::convert::gather::Source;
+use crate::error::{Error, Result};
+use crate::packed::write::{Format, IntegerData, Integers, Target};
+
+/// Parts of names between the number of a block and `weight` that mean: not this one. Routers choose
+/// experts, and small changes change the choice; embeddings are no products.
+const LEFT: [&str; 8] =
+    ["norm", "router", "embed", "conv", "rotary", "relative_attention_bias", "ln_", "lora"];
+/// The same, as whole parts.
+const LEFT_WHOLE: [&str; 5] = ["gate", "gate_inp", "shared_expert_gate", "wte", "wpe"];
+/// Towers that see or hear, which are small and suffer most.
+const TOWERS: [&str; 6] = ["vision", "visual", "audio", "image", "speech", "projector"];
+
+/// Whether a tensor is a matrix that `format` quantizes, unless that is not wished.
+pub fn is_wanted(format: Format, name: &str, shape: &[u64], ignore: &[Regex]) -> bool {
+    let module = module(name);
+    if ignore.iter().any(|pattern| pattern.is_match(module)) {
+        return false;
+    }
+    if format == Format::Mxfp4 {
+        return name.ends_with("_blocks") && shape.len() == 3;
+    }
+    let parts: Vec<&str> = module.split('.').collect();
+    // Matrices of a block: below a number.
+    let Some(number) = parts.iter().position(|p| !p.is_empty() && p.bytes().all(|b| b.is_ascii_digit()))
+    else {
+        return false;
+    };
+    let inner = &parts[number + 1..];
+    name.ends_with(".weight")
+        && shape.len() == 2
+        && !inner.is_empty()
+        && !parts.iter().any(|p| TOWERS.iter().any(|tower| p.contains(tower)))
+        && !inner.iter().any(|p| LEFT_WHOLE.contains(p) || LEFT.iter().any(|left| p.contains(left)))
+}
+
+/// A module that stays as it is, where it could have been quantized.
+pub fn is_kept(name: &str, shape: &[u64]) -> bool {
+    name.ends_with(".weight") && shape.len() == 2
+}
+
+/// `model.layers.0.mlp.up_proj.weight` -> `model.layers.0.mlp.up_proj`.
+pub fn module(name: &str) -> &str {
+    name.strip_suffix(".weight").or_else(|| name.strip_suffix("_blocks")).unwrap_or(name)
+}
+
+/// The integers that a tensor consists of, where it is taken over whole.
+pub fn integers(m: &Mapped, source: &Source, store: &Store) -> Option<Integers> {
+    let cols = m.shape.last().copied()?;
+    let dtype = source.dtype()?;
+    if source.is_plain(dtype)
+        && let Some(integers) = Integers::blocks(dtype, source.elements() / cols.max(1), cols)
+    {
+        return Some(integers);
+    }
+    let (matrix, _) = store.grouped(store.get(&m.name)?)?;
+    let whole = source.is_plain(dtype) && [matrix.shape().rows, matrix.shape().cols] == m.shape[..];
+    whole.then(|| Integers::Grouped(matrix.clone()))
+}
+
+/// Completes what is wanted by what most matrices of the source have already, or by what is customary.
+///
+/// # Errors
+/// `Misuse` for what the format has not; as reads fail.
+pub fn decide<'a>(
+    wanted: &Wanted,
+    of_source: impl Iterator<Item = &'a Integers>,
+    store: &Store,
+) -> Result<Target> {
+    let mut target = Target::new(wanted.format);
+    let mut kinds: Vec<(u64, &Integers)> = Vec::new();
+    for integers in of_source {
+        let shape = integers.shape();
+        let n = shape.rows * shape.cols;
+        let same = |other: &Integers| {
+            let other = other.shape();
+            (other.bits, other.group_size) == (shape.bits, shape.group_size)
+        };
+        match kinds.iter_mut().find(|(_, other)| same(other)) {
+            Some((count, _)) => *count += n,
+            None => kinds.push((n, integers)),
+        }
+    }
+    let found = kinds.into_iter().max_by_key(|(n, _)| *n).map(|(_, integers)| integers);
+    if let Some(integers) = found.filter(|_| wanted.format.has_grid()) {
+        let shape = integers.shape();
+        let like = Target {
+            bits: shape.bits,
+            group_size: (shape.groups > 1).then_some(shape.group_size),
+            symmetric: is_symmetric(integers, store)?,
+            ..target.clone()
+        };
+        // AWQ has 4 bits, whatever the source has.
+        if like.check().is_ok() {
+            target = like;
+        }
+    }
+    target.bits = wanted.bits.unwrap_or(target.bits);
+    if wanted.bits == Some(8) && wanted.group_size.is_none() && found.is_none() {
+        target.group_size = Target::new(wanted.format).group_size;
+    }
+    match wanted.group_size {
+        None => {}
+        Some(-1) => target.group_size = None,
+        Some(n @ 1..) => target.group_size = Some(n as u64),
+        Some(n) => {
+            return Err(Error::misuse(format!("--group-size {n}: columns of a group, or -1 for a row")));
+        }
+    }
+    target.symmetric = wanted.symmetric.unwrap_or(target.symmetric);
+    target.desc_act = wanted.desc_act;
+    target.second_version = wanted.second_version;
+    target.double_quant = wanted.double_quant;
+    target.check()?;
+    Ok(target)
+}
+
+/// Whether all zeros of a matrix are the middle code.
+fn is_symmetric(integers: &Integers, store: &Store) -> Result<bool> {
+    let middle = (1u32 << (integers.shape().bits - 1)) as f32;
+    if let Some(symmetric) = integers.is_symmetric() {
+        return Ok(symmetric);
+    }
+    let mut rows = Rows::default();
+    let n = integers.shape().rows.min(256);
+    integers.read_lines(IntegerData::Stored(store.stored()), 0..n, &mut rows)?;
+    Ok(rows.zeros.iter().all(|zero| *zero == middle))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn matrices_of_blocks_but_for_routers() {
+        let ignore = [Regex::new("down_proj$").unwrap()];
+        let wanted = |name: &str| is_wanted(Format::Gptq, name, &[64, 64], &ignore);
+        for name in [
+            "model.layers.0.self_attn.q_proj.weight",
+            "model.layers.11.mlp.gate_proj.weight",
+            "model.layers.1.mlp.experts.3.up_proj.weight",
+            "model.language_model.layers.1.mlp.up_proj.weight",
+            "encoder.block.0.layer.0.SelfAttention.q.weight",
+        ] {
+            assert!(wanted(name), "{name}");
+        }
+        for name in [
+            "lm_head.weight",
+            "model.embed_tokens.weight",
+            "model.layers.0.mlp.gate.weight",
+            "model.layers.0.block_sparse_moe.gate.weight",
+            "model.layers.0.mlp.router.weight",
+            "model.layers.0.input_layernorm.weight",
+            "model.layers.0.mlp.down_proj.weight",
+            "model.layers.0.self_attn.q_proj.bias",
+            "model.vision_tower.layers.0.fc1.weight",
+        ] {
+            assert!(!wanted(name), "{name}");
+        }
+        assert!(!is_wanted(Format::Gptq, "model.layers.0.mlp.experts.gate_up_proj", &[4, 64, 64], &[]));
+    }
+}

@@ -1,0 +1,171 @@
+//! A model in the terms of Hugging Face, whatever it is read from.
+
+use std::fs;
+use std::path::Path;
+
+use serde_json::{Value as Json, json};
+
+use super::torch_name;
+use crate::arch::{Data, Mapped, Piece};
+use crate::container::Store;
+use crate::container::side::read_side_file;
+use crate::convert::checkpoint::Checkpoint;
+use crate::convert::gather::identity;
+use crate::error::{Error, Result};
+use crate::limits::Limits;
+use crate::tensor::{DType, Dim, StridedCopy, TensorInfo};
+
+/// Opened and recognised: everything but types and places is known.
+pub struct HfModel {
+    /// What values are read from.
+    pub store: Store,
+    /// Tensors by their names in a checkpoint.
+    pub mapped: Vec<Mapped>,
+    /// config.json, without what it says of quantization.
+    pub config: Json,
+    /// The other files of the directory.
+    pub side: Vec<(String, Vec<u8>)>,
+    /// Type of the weights that are not packed.
+    pub dtype: DType,
+    /// Whether tensors that are not packed in the source keep their own types.
+    pub keeps_types: bool,
+    /// The model's own name.
+    pub name: Option<String>,
+    /// What was done on the way.
+    pub notes: Vec<String>,
+}
+
+/// Files that have no place in another format, or are written anew.
+const LEFT: [&str; 3] = ["config.json", "quantize_config.json", "quant_config.json"];
+/// Endings of files that go along.
+const TAKEN: [&str; 9] = ["json", "jinja", "model", "txt", "md", "py", "tiktoken", "vocab", "yaml"];
+/// The ending of the name of MXFP4's codes.
+const BLOCKS: &str = "_blocks";
+
+/// Opens a directory. Stacks of experts come as `blocks` wants them: `[expert, out, in]`, called `X_blocks`,
+/// or as the parameter `X` of the model itself, `[expert, in, out]`.
+///
+/// # Errors
+/// What is no model.
+pub fn open(path: &Path, dtype: Option<DType>, blocks: bool, limits: &Limits) -> Result<HfModel> {
+    let checkpoint = Checkpoint::open(path, limits)?;
+    let notes = checkpoint.notes().into_iter().collect();
+    let name = Some(checkpoint.dir_name()).filter(|n| !n.is_empty());
+    let Checkpoint { dir, store, mut config, .. } = checkpoint;
+    let own = config_dtype(&config).unwrap_or(DType::BF16);
+    let mapped = store.tensors().iter().map(|t| mapped(t, blocks)).collect::<Result<_>>()?;
+    drop_quantization(&mut config);
+    if let Some(text) = config.get_mut("text_config") {
+        drop_quantization(text);
+    }
+    set_dtype(&mut config, dtype.unwrap_or(own));
+    let side = side_files(&dir, limits)?;
+    let keeps_types = dtype.is_none();
+    Ok(HfModel { store, mapped, config, side, dtype: dtype.unwrap_or(own), keeps_types, name, notes })
+}
+
+fn drop_quantization(config: &mut Json) {
+    if let Some(config) = config.as_object_mut() {
+        config.shift_remove("quantization_config");
+    }
+}
+
+/// The type that config.json states.
+fn config_dtype(config: &Json) -> Option<DType> {
+    let text = config.get("text_config").unwrap_or(&Json::Null);
+    let stated = [config, text].into_iter().flat_map(|c| [c.get("dtype"), c.get("torch_dtype")]).flatten();
+    let known = [DType::F32, DType::F16, DType::BF16];
+    stated
+        .filter_map(Json::as_str)
+        .find_map(|name| known.into_iter().find(|d| torch_name(*d) == name.trim_start_matches("torch.")))
+}
+
+/// States the type wherever the config stated one.
+fn set_dtype(config: &mut Json, dtype: DType) {
+    let Some(fields) = config.as_object_mut() else { return };
+    let mut stated = false;
+    for key in ["dtype", "torch_dtype"] {
+        if let Some(value) = fields.get_mut(key) {
+            *value = json!(torch_name(dtype));
+            stated = true;
+        }
+    }
+    if !stated {
+        fields.insert("torch_dtype".into(), json!(torch_name(dtype)));
+    }
+    for (_, inner) in fields.iter_mut().filter(|(key, _)| key.ends_with("_config")) {
+        for key in ["dtype", "torch_dtype"] {
+            if let Some(value) = inner.get_mut(key).filter(|v| v.is_string()) {
+                *value = json!(torch_name(dtype));
+            }
+        }
+    }
+}
+
+/// A tensor as it is, but for stacks of experts.
+fn mapped(t: &TensorInfo, blocks: bool) -> Result<Mapped> {
+    let as_is = || identity(std::slice::from_ref(t)).remove(0);
+    let stack = t.name.contains(".experts.") && t.shape.len() == 3;
+    match (t.dtype == DType::MXFP4, blocks) {
+        (true, false) => {
+            let name = t.name.strip_suffix(BLOCKS).unwrap_or(&t.name);
+            transposed(t, name.to_string())
+        }
+        (false, true) if stack && t.name.ends_with("_proj") => transposed(t, format!("{}{BLOCKS}", t.name)),
+        _ => Ok(as_is()),
+    }
+}
+
+/// Each matrix of a stack, transposed.
+fn transposed(t: &TensorInfo, name: String) -> Result<Mapped> {
+    let [stack, rows, cols] = t.shape[..] else {
+        return Err(Error::unsupported(format!(
+            "tensor {:?} has shape {:?}, a stack of matrices was expected",
+            t.name, t.shape
+        )));
+    };
+    let dims = vec![
+        Dim { n: stack, src: rows * cols, dst: rows * cols },
+        Dim { n: cols, src: 1, dst: rows },
+        Dim { n: rows, src: cols, dst: 1 },
+    ];
+    let piece = Piece { source: t.name.clone(), copy: StridedCopy::new(dims, 0, 0) };
+    let data = Data::Copied { pieces: vec![piece], elementwise: Vec::new() };
+    Ok(Mapped { name, shape: vec![stack, cols, rows], data, fixed: None })
+}
+
+/// The small files of a directory, and of those in it that hold parts of a pipeline.
+fn side_files(dir: &Path, limits: &Limits) -> Result<Vec<(String, Vec<u8>)>> {
+    let mut side = Vec::new();
+    for name in names(dir)? {
+        let path = dir.join(&name);
+        if path.is_dir() {
+            // Of sentence-transformers: 1_Pooling/config.json.
+            if name.starts_with(|c: char| c.is_ascii_digit())
+                && let Some(bytes) = read_side_file(&path.join("config.json"), limits.side_file_bytes)?
+            {
+                side.push((format!("{name}/config.json"), bytes));
+            }
+            continue;
+        }
+        let ending = name.rsplit_once('.').map_or("", |(_, ending)| ending);
+        let is_licence = ["LICENSE", "LICENCE", "NOTICE"].iter().any(|l| name.starts_with(l));
+        let taken = TAKEN.contains(&ending) || is_licence;
+        let is_index = name.ends_with(".index.json");
+        if !taken || is_index || LEFT.contains(&name.as_str()) || name.starts_with('.') {
+            continue;
+        }
+        if let Some(bytes) = read_side_file(&path, limits.side_file_bytes)? {
+            side.push((name, bytes));
+        }
+    }
+    Ok(side)
+}
+
+/// The names in a directory that are UTF-8, in their order.
+fn names(dir: &Path) -> Result<Vec<String>> {
+    let entries = fs::read_dir(dir).map_err(|e| Error::io("read", dir, e))?;
+    let mut names: Vec<String> = entries.filter_map(|e| e.ok()?.file_name().into_string().ok()).collect();
+    names.sort();
+    Ok(names)
+}

@@ -1,0 +1,215 @@
+//! Integers of one grid on another, without rounding: codes and zeros are moved together, scales stay.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use super::Grid;
+use crate::block::{f16_from_f32, f32_from_f16};
+use crate::container::Stored;
+use crate::container::grouped::{Grouped, Rows, Shape};
+use crate::error::{Error, Result};
+use crate::tensor::DType;
+
+/// A matrix of integers in groups, wherever it lies.
+#[derive(Clone, Debug)]
+pub enum Integers {
+    /// Packed in a checkpoint.
+    Grouped(Arc<dyn Grouped>),
+    /// Blocks of ggml, each of which is a group of 32.
+    Blocks(DType, Shape),
+}
+
+/// Columns of a block of any type in [`super::super::BLOCKS`].
+const BLOCK: usize = 32;
+
+/// What integers are read from.
+pub enum Data<'a> {
+    /// The files behind them.
+    Stored(&'a Stored),
+    /// The bytes of whole rows.
+    Blocks(&'a [u8]),
+}
+
+impl Integers {
+    /// A matrix of so many rows and columns in blocks of `dtype`; `None` for other types and sizes.
+    pub fn blocks(dtype: DType, rows: u64, cols: u64) -> Option<Self> {
+        let bits = match dtype {
+            DType::Q4_0 | DType::Q4_1 => 4,
+            DType::Q8_0 => 8,
+            _ => return None,
+        };
+        let group_size = BLOCK as u64;
+        let fits = cols > 0 && cols.is_multiple_of(group_size);
+        fits.then(|| Self::Blocks(dtype, Shape { rows, cols, bits, group_size, groups: cols / group_size }))
+    }
+
+    /// Its size.
+    pub fn shape(&self) -> &Shape {
+        match self {
+            Self::Grouped(matrix) => matrix.shape(),
+            Self::Blocks(_, shape) => shape,
+        }
+    }
+
+    /// Whether the columns of a group are all that follow on each other.
+    ///
+    /// # Errors
+    /// As reads fail.
+    pub fn are_in_order(&self, stored: &Stored) -> Result<bool> {
+        let Self::Grouped(matrix) = self else { return Ok(true) };
+        let size = matrix.shape().group_size as usize;
+        let groups = matrix.groups(stored)?;
+        Ok(groups.is_none_or(|groups| groups.iter().enumerate().all(|(c, g)| c / size == *g as usize)))
+    }
+
+    /// Reads whole rows.
+    ///
+    /// # Errors
+    /// As reads fail; `Misuse` for data of the other kind.
+    pub fn read(&self, data: Data<'_>, rows: Range<u64>, out: &mut Rows) -> Result<()> {
+        match (self, data) {
+            (Self::Grouped(matrix), Data::Stored(stored)) => out.read(&**matrix, stored, rows),
+            (Self::Blocks(dtype, _), Data::Blocks(bytes)) => {
+                split(*dtype, bytes, out);
+                Ok(())
+            }
+            _ => Err(Error::misuse("integers of the other kind are wanted")),
+        }
+    }
+
+    /// The same without codes, where that is cheaper.
+    ///
+    /// # Errors
+    /// As [`Self::read`].
+    pub fn read_lines(&self, data: Data<'_>, rows: Range<u64>, out: &mut Rows) -> Result<()> {
+        match (self, data) {
+            (Self::Grouped(matrix), Data::Stored(stored)) => {
+                let n = ((rows.end - rows.start) * matrix.shape().groups) as usize;
+                out.scales.resize(n, 0.0);
+                out.zeros.resize(n, 0.0);
+                matrix.lines(stored, rows, &mut out.scales, &mut out.zeros)
+            }
+            (integers, data) => integers.read(data, rows, out),
+        }
+    }
+
+    /// Whether zeros are the middle code, by the type; `None` where that has to be looked up.
+    pub fn is_symmetric(&self) -> Option<bool> {
+        match self {
+            Self::Blocks(dtype, _) => Some(*dtype != DType::Q4_1),
+            Self::Grouped(_) => None,
+        }
+    }
+}
+
+/// Takes blocks apart: one scale and zero for each.
+fn split(dtype: DType, bytes: &[u8], out: &mut Rows) {
+    let size = dtype.type_size() as usize;
+    let half = |b: &[u8], at: usize| f32_from_f16(u16::from_le_bytes([b[at], b[at + 1]]));
+    out.codes.clear();
+    out.scales.clear();
+    out.zeros.clear();
+    for block in bytes.chunks_exact(size) {
+        let scale = half(block, 0);
+        out.scales.push(scale);
+        let halves = |codes: &mut Vec<u8>, qs: &[u8]| {
+            codes.extend(qs.iter().map(|q| q & 15));
+            codes.extend(qs.iter().map(|q| q >> 4));
+        };
+        match dtype {
+            DType::Q8_0 => {
+                out.zeros.push(128.0);
+                out.codes.extend(block[2..].iter().map(|q| q.wrapping_add(128)));
+            }
+            DType::Q4_1 => {
+                let min = half(block, 2);
+                let zero = if min == 0.0 { 0.0 } else { -min / scale };
+                // A minimum that is no multiple of the scale has no zero.
+                out.zeros.push(if zero * scale == -min { zero } else { f32::NAN });
+                halves(&mut out.codes, &block[4..]);
+            }
+            _ => {
+                out.zeros.push(8.0);
+                halves(&mut out.codes, &block[2..]);
+            }
+        }
+    }
+}
+
+/// Brings integers onto another grid.
+#[derive(Clone, Debug)]
+pub struct Regrid {
+    from: Shape,
+    to: Shape,
+    grid: Grid,
+}
+
+impl Regrid {
+    /// From matrices of this shape.
+    pub fn new(from: &Shape, grid: &Grid) -> Self {
+        Self { from: from.clone(), to: grid.shape(from.rows, from.cols), grid: grid.clone() }
+    }
+
+    /// Whether rows with these scales and zeros keep all their values.
+    pub fn holds(&self, rows: &Rows) -> bool {
+        let n = self.from.groups.max(1) as usize;
+        let line = |row: usize, g: usize| (rows.scales[row * n + g], rows.zeros[row * n + g]);
+        (0..rows.scales.len() / n).all(|row| {
+            (0..self.to.groups).all(|g| {
+                let mut sources = self.sources(g);
+                let first = line(row, sources.start);
+                self.shift(first).is_some() && sources.all(|s| line(row, s) == first)
+            })
+        })
+    }
+
+    /// The groups that a group of the target consists of.
+    fn sources(&self, group: u64) -> Range<usize> {
+        let first = group * self.to.group_size;
+        let end = (first + self.to.group_size).min(self.to.cols);
+        (first / self.from.group_size) as usize..end.div_ceil(self.from.group_size) as usize
+    }
+
+    /// What is added to codes and zero; `None` where the grid has no such line.
+    fn shift(&self, (scale, zero): (f32, f32)) -> Option<i32> {
+        if !scale.is_finite() || f32_from_f16(f16_from_f32(scale)).to_bits() != scale.to_bits() {
+            return None;
+        }
+        if zero.fract() != 0.0 || zero.abs() > 1024.0 {
+            return None;
+        }
+        let zero = zero as i32;
+        let most = (1 << self.grid.bits) - 1;
+        let wanted = match self.grid.symmetric {
+            true => i32::from(self.grid.middle()),
+            false => zero.clamp(self.grid.least_zero.into(), most),
+        };
+        let shift = wanted - zero;
+        (shift >= 0 && (1 << self.from.bits) - 1 + shift <= most).then_some(shift)
+    }
+
+    /// Rows that [`Self::holds`] is true of.
+    ///
+    /// # Errors
+    /// `Misuse` for others.
+    pub fn apply(&self, from: &Rows, to: &mut Rows) -> Result<()> {
+        let (n, cols) = (self.from.groups as usize, self.from.cols as usize);
+        to.codes.clone_from(&from.codes);
+        to.scales.clear();
+        to.zeros.clear();
+        for (row, codes) in to.codes.chunks_exact_mut(cols.max(1)).enumerate() {
+            for (g, codes) in (0..self.to.groups).zip(codes.chunks_mut(self.to.group_size as usize)) {
+                let at = row * n + self.sources(g).start;
+                let (scale, zero) = (from.scales[at], from.zeros[at]);
+                let shift = self.shift((scale, zero));
+                let shift = shift.ok_or_else(|| Error::misuse("integers are not on this grid"))?;
+                if shift != 0 {
+                    codes.iter_mut().for_each(|code| *code += shift as u8);
+                }
+                to.scales.push(scale);
+                to.zeros.push(zero + shift as f32);
+            }
+        }
+        Ok(())
+    }
+}
