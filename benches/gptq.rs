@@ -111,11 +111,9 @@ fn main() {
         println!("  factor: {:.1} s (at most {})", begun.elapsed().as_secs_f64(), peak());
         let weights = noise(n * SAMPLE);
         for dtype in [DType::Q4_0, DType::Q4_K, DType::Q2_K] {
-            let mut bytes = vec![0; dtype.bytes_for(weights.len() as u64).unwrap() as usize];
             let lattice = lattice(dtype).unwrap();
-            let codec = lattice.codec().unwrap();
-            let scales =
-                time(1, || codec.encode(&weights, n, Some(feedback.importance()), &mut bytes).unwrap());
+            let mut bytes = vec![0; lattice.bytes(weights.len())];
+            let scales = time(1, || lattice.encode(&weights, n, feedback.importance(), &mut bytes).unwrap());
             let all = time(1, || drop(feedback.encode(lattice, &weights, &mut bytes).unwrap()));
             let of_all = ALL_ROWS / SAMPLE as f64;
             println!(

@@ -22,6 +22,17 @@ const _: () = assert!(size_of::<Block>() as u64 == DType::IQ4_NL.type_size());
 pub(super) const LEVELS: [i8; 16] =
     [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113];
 
+/// The same.
+pub(super) const AS_FLOATS: [f32; 16] = {
+    let mut levels = [0.0; 16];
+    let mut i = 0;
+    while i < 16 {
+        levels[i] = LEVELS[i] as f32;
+        i += 1;
+    }
+    levels
+};
+
 /// Attempts of the search: the plain scale and 15 more, side by side.
 const LANES: usize = 16;
 
@@ -38,7 +49,7 @@ pub(super) const NUMERATORS: [f32; LANES] = {
 
 impl Latticed<32> for Block {
     const GROUP: usize = 32;
-    const LEVELS: &'static [i8] = &LEVELS;
+    const LEVELS: &'static [f32] = &AS_FLOATS;
 
     fn lines(&self, lines: &mut [(f32, f32)]) {
         let d = f32_from_f16(u16::from_le_bytes(self.d));

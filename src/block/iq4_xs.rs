@@ -1,7 +1,7 @@
 //! IQ4_XS: 256 weights in 136 bytes, 8 groups with a scale of 6 bits, the levels of IQ4_NL.
 
 use super::cast::{extreme, inverse};
-use super::iq4_nl::{LEVELS, dequantize, deviation, quantize, search, squares, weigh};
+use super::iq4_nl::{AS_FLOATS, dequantize, deviation, quantize, search, squares, weigh};
 use super::kquant::{nearest, pack_halves};
 use super::lattice::{Latticed, steps};
 use super::{Codec, decode_pairs, encode_pairs, f16_from_f32, f32_from_f16};
@@ -24,7 +24,7 @@ const _: () = assert!(size_of::<Block>() as u64 == DType::IQ4_XS.type_size());
 
 impl Latticed<256> for Block {
     const GROUP: usize = 32;
-    const LEVELS: &'static [i8] = &LEVELS;
+    const LEVELS: &'static [f32] = &AS_FLOATS;
 
     fn lines(&self, lines: &mut [(f32, f32)]) {
         let d = f32_from_f16(u16::from_le_bytes(self.d));

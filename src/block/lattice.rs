@@ -1,7 +1,8 @@
 //! The values that weights of an encoded block can take, its scales given. Quantizers that choose codes
 //! by other means than rounding each weight by itself (GPTQ and its like) search among these, and store
-//! the codes they chose.
+//! the codes they chose. Blocks are those of a type, or of integers in groups ([`super::uniform`]).
 
+use super::uniform::Grid;
 use super::{Codec, codec, f16_from_f32};
 use crate::error::{Error, Result};
 use crate::tensor::DType;
@@ -12,7 +13,7 @@ pub(super) trait Latticed<const N: usize>: bytemuck::Pod {
     /// Weights that share a scale.
     const GROUP: usize;
     /// What codes stand for, ascending: a weight is `scale * LEVELS[code] + offset`.
-    const LEVELS: &'static [i8];
+    const LEVELS: &'static [f32];
 
     /// Scale and offset of each group, as the decoder reads them.
     fn lines(&self, lines: &mut [(f32, f32)]);
@@ -23,25 +24,35 @@ pub(super) trait Latticed<const N: usize>: bytemuck::Pod {
     fn set(&mut self, group: usize, line: (f32, f32));
 }
 
-/// The lattice of a type.
+/// The lattice of a type, or of integers in groups.
 #[derive(Clone, Copy, Debug)]
 pub struct Lattice {
-    /// The type.
-    pub dtype: DType,
+    /// Weights of a block.
+    pub block_size: usize,
+    /// Bytes of a block.
+    pub type_size: usize,
     /// Weights that share a scale.
     pub group: usize,
     /// What codes stand for, ascending: a weight is `scale * levels[code] + offset`, in F32.
-    pub levels: &'static [i8],
-    lines: fn(&[u8], &mut [(f32, f32)]),
-    put: fn(&[u8], &mut [u8]),
-    set: fn(usize, (f32, f32), &mut [u8]),
+    pub levels: &'static [f32],
+    form: Form,
+}
+
+/// How blocks are made.
+#[derive(Clone, Copy, Debug)]
+enum Form {
+    Type {
+        dtype: DType,
+        lines: fn(&[u8], &mut [(f32, f32)]),
+        put: fn(&[u8], &mut [u8]),
+        set: fn(usize, (f32, f32), &mut [u8]),
+    },
+    Grid(Grid),
 }
 
 const fn lattice_of<B: Latticed<N>, const N: usize>(dtype: DType) -> Lattice {
-    Lattice {
+    let form = Form::Type {
         dtype,
-        group: B::GROUP,
-        levels: B::LEVELS,
         lines: |bytes, lines| {
             let blocks = bytemuck::cast_slice::<u8, B>(bytes);
             for (block, lines) in blocks.iter().zip(lines.chunks_exact_mut(N / B::GROUP)) {
@@ -60,7 +71,8 @@ const fn lattice_of<B: Latticed<N>, const N: usize>(dtype: DType) -> Lattice {
                 block.set(group % (N / B::GROUP), line);
             }
         },
-    }
+    };
+    Lattice { block_size: N, type_size: size_of::<B>(), group: B::GROUP, levels: B::LEVELS, form }
 }
 
 /// Every type that has a lattice: the one table.
@@ -83,13 +95,71 @@ static LATTICES: &[Lattice] = &[
 
 /// The lattice of `dtype`; `None` for types whose codes are not independent, or that have no scale.
 pub fn lattice(dtype: DType) -> Option<&'static Lattice> {
-    LATTICES.iter().find(|l| l.dtype == dtype)
+    LATTICES.iter().find(|l| l.dtype() == Some(dtype))
 }
 
 impl Lattice {
+    /// That of integers in groups of so many.
+    pub(super) fn of_grid(grid: Grid, group: usize, type_size: usize, levels: &'static [f32]) -> Self {
+        Self { block_size: group, type_size, group, levels, form: Form::Grid(grid) }
+    }
+
+    /// The type whose blocks these are; `None` for integers in groups.
+    pub fn dtype(&self) -> Option<DType> {
+        match self.form {
+            Form::Type { dtype, .. } => Some(dtype),
+            Form::Grid(_) => None,
+        }
+    }
+
     /// Whether offsets can be other than 0: those of types whose levels count from 0.
     pub fn has_offset(&self) -> bool {
-        self.levels.first() == Some(&0)
+        self.levels.first() == Some(&0.0)
+    }
+
+    /// Whether offsets are the scale times a whole number, the zero, with its sign changed.
+    pub fn has_zero(&self) -> bool {
+        self.has_offset() && matches!(self.form, Form::Grid(_))
+    }
+
+    /// Bytes of so many weights, which have to fill whole blocks.
+    pub fn bytes(&self, weights: usize) -> usize {
+        weights / self.block_size * self.type_size
+    }
+
+    /// Encodes rows of `row` weights by the search that the type or grid has, the errors of each column
+    /// weighed by its importance.
+    ///
+    /// # Errors
+    /// As [`Codec::encode`]; `Misuse` when sizes do not fit.
+    pub fn encode(&self, weights: &[f32], row: usize, importance: &[f32], bytes: &mut [u8]) -> Result<()> {
+        match &self.form {
+            Form::Type { dtype, .. } => codec_of(*dtype)?.encode(weights, row, Some(importance), bytes),
+            Form::Grid(grid) => {
+                self.check(bytes, Some(weights.len()))?;
+                if row != importance.len() || row == 0 || !row.is_multiple_of(self.group) {
+                    let what = format!("importance of {} columns for rows of {row}", importance.len());
+                    return Err(Error::misuse(what));
+                }
+                grid.encode(self.group, weights, importance, bytes);
+                Ok(())
+            }
+        }
+    }
+
+    /// The weights of encoded blocks.
+    ///
+    /// # Errors
+    /// `Misuse` when `bytes` are not the blocks of so many weights.
+    pub fn decode(&self, bytes: &[u8], weights: &mut [f32]) -> Result<()> {
+        match &self.form {
+            Form::Type { dtype, .. } => codec_of(*dtype)?.decode(bytes, weights),
+            Form::Grid(grid) => {
+                self.check(bytes, Some(weights.len()))?;
+                grid.decode(self.group, bytes, weights);
+                Ok(())
+            }
+        }
     }
 
     /// Scale and offset of each group of encoded weights: one pair for each [`Self::group`] weights.
@@ -98,7 +168,10 @@ impl Lattice {
     /// `Misuse` when `bytes` are not whole blocks, or `lines` are not as many as their groups.
     pub fn lines(&self, bytes: &[u8], lines: &mut [(f32, f32)]) -> Result<()> {
         self.check(bytes, lines.len().checked_mul(self.group))?;
-        (self.lines)(bytes, lines);
+        match &self.form {
+            Form::Type { lines: read, .. } => read(bytes, lines),
+            Form::Grid(grid) => grid.lines(self.group, bytes, lines),
+        }
         Ok(())
     }
 
@@ -109,7 +182,10 @@ impl Lattice {
     /// `Misuse` when `bytes` are not whole blocks, or `codes` are not as many as their weights.
     pub fn put(&self, codes: &[u8], bytes: &mut [u8]) -> Result<()> {
         self.check(bytes, Some(codes.len()))?;
-        (self.put)(codes, bytes);
+        match &self.form {
+            Form::Type { put, .. } => put(codes, bytes),
+            Form::Grid(grid) => grid.put(self.group, codes, bytes),
+        }
         Ok(())
     }
 
@@ -120,42 +196,44 @@ impl Lattice {
     /// # Errors
     /// `Misuse` when `bytes` are not whole blocks, or have no such group.
     pub fn set(&self, group: usize, line: (f32, f32), bytes: &mut [u8]) -> Result<()> {
-        let weights = bytes.len() / self.dtype.type_size() as usize * self.dtype.block_size() as usize;
+        let weights = bytes.len() / self.type_size * self.block_size;
         self.check(bytes, Some(weights))?;
         if group >= weights / self.group {
             return Err(Error::misuse(format!("{weights} weights have no group {group}")));
         }
         if line.0.is_finite() && line.1.is_finite() {
-            (self.set)(group, line, bytes);
+            match &self.form {
+                Form::Type { set, .. } => set(group, line, bytes),
+                Form::Grid(grid) => grid.set(line, &mut bytes[group * self.type_size..]),
+            }
         }
         Ok(())
     }
 
-    /// The codec whose blocks these are.
-    ///
-    /// # Errors
-    /// Never for a row of the table.
-    pub fn codec(&self) -> Result<&'static Codec> {
-        codec(self.dtype).ok_or_else(|| Error::unsupported(format!("type {} has no codec", self.dtype)))
-    }
-
     fn check(&self, bytes: &[u8], weights: Option<usize>) -> Result<()> {
-        let (block, size) = (self.dtype.block_size() as usize, self.dtype.type_size() as usize);
+        let (block, size) = (self.block_size, self.type_size);
         let fits = weights.is_some_and(|n| n.is_multiple_of(block) && n / block * size == bytes.len());
         if !fits {
-            let what = format!("{} bytes are not the blocks of these {} weights", bytes.len(), self.dtype);
-            return Err(Error::misuse(what));
+            let of = self.dtype().map_or_else(|| "integers in groups".to_string(), |dtype| dtype.to_string());
+            return Err(Error::misuse(format!(
+                "{} bytes are not the blocks of these {of} weights",
+                bytes.len()
+            )));
         }
         Ok(())
     }
 }
 
+fn codec_of(dtype: DType) -> Result<&'static Codec> {
+    codec(dtype).ok_or_else(|| Error::unsupported(format!("type {dtype} has no codec")))
+}
+
 /// `N` levels, one apart.
-pub(super) const fn whole<const N: usize>(first: i8) -> [i8; N] {
-    let mut levels = [0; N];
+pub(super) const fn whole<const N: usize>(first: i16) -> [f32; N] {
+    let mut levels = [0.0; N];
     let mut i = 0;
     while i < N {
-        levels[i] = first.wrapping_add(i as i8);
+        levels[i] = (first + i as i16) as f32;
         i += 1;
     }
     levels
@@ -183,9 +261,14 @@ mod tests {
     #[test]
     fn every_row_is_a_block_type_of_its_own() {
         for (i, l) in LATTICES.iter().enumerate() {
-            assert!(l.levels.is_sorted(), "{}", l.dtype);
-            assert!((l.dtype.block_size() as usize).is_multiple_of(l.group));
-            assert!(LATTICES[..i].iter().all(|other| other.dtype != l.dtype));
+            let dtype = l.dtype().unwrap();
+            assert!(l.levels.is_sorted(), "{dtype}");
+            assert!(l.block_size.is_multiple_of(l.group));
+            assert_eq!(
+                [l.block_size, l.type_size].map(|n| n as u64),
+                [dtype.block_size(), dtype.type_size()]
+            );
+            assert!(LATTICES[..i].iter().all(|other| other.dtype() != l.dtype()));
         }
         assert!(lattice(DType::Q4_0).unwrap().lines(&[0; 17], &mut [(0.0, 0.0)]).is_err());
         assert!(lattice(DType::Q4_0).unwrap().put(&[0; 31], &mut [0; 18]).is_err());
@@ -196,21 +279,27 @@ mod tests {
         /// What is put is what the decoder reads, whatever the scales.
         #[test]
         fn decoded_is_what_was_put(picks in prop::collection::vec(any::<u8>(), 512), row in prop::collection::vec(-3f32..3.0, 512)) {
-            for lattice in LATTICES {
-                let codec = lattice.codec().unwrap();
-                let mut bytes = vec![0; lattice.dtype.bytes_for(512).unwrap() as usize];
-                codec.encode(&row, 512, None, &mut bytes).unwrap();
+            let grid = |bits, group_size, symmetric| {
+                Grid { bits, group_size, symmetric, least_zero: 1 }.lattice(512).unwrap()
+            };
+            let grids = [grid(4, Some(32), true), grid(8, None, true), grid(2, Some(128), false), grid(8, Some(64), false)];
+            for lattice in LATTICES.iter().chain(&grids) {
+                let mut bytes = vec![0; lattice.bytes(512)];
+                match lattice.dtype() {
+                    Some(dtype) => codec_of(dtype).unwrap().encode(&row, 512, None, &mut bytes).unwrap(),
+                    None => lattice.encode(&row, 512, &[1.0; 512], &mut bytes).unwrap(),
+                }
                 let mut lines = vec![(0.0, 0.0); 512 / lattice.group];
                 lattice.lines(&bytes, &mut lines).unwrap();
                 let codes: Vec<u8> =
                     picks.iter().map(|&p| (usize::from(p) % lattice.levels.len()) as u8).collect();
                 lattice.put(&codes, &mut bytes).unwrap();
                 let mut decoded = vec![0f32; 512];
-                codec.decode(&bytes, &mut decoded).unwrap();
+                lattice.decode(&bytes, &mut decoded).unwrap();
                 for (i, (&code, &y)) in codes.iter().zip(&decoded).enumerate() {
                     let (scale, offset) = lines[i / lattice.group];
-                    let expected = scale * f32::from(lattice.levels[usize::from(code)]) + offset;
-                    prop_assert!(expected == y, "{} weight {i}: {expected} {y}", lattice.dtype);
+                    let expected = scale * lattice.levels[usize::from(code)] + offset;
+                    prop_assert!(expected == y, "{lattice:?} weight {i}: {expected} {y}");
                 }
                 let mut after = lines.clone();
                 lattice.lines(&bytes, &mut after).unwrap();
@@ -228,7 +317,8 @@ mod tests {
                 lattice.set(group, (f32::NAN, 0.0), &mut bytes).unwrap();
                 lattice.lines(&bytes, &mut after).unwrap();
                 let (line, was) = (after[group], lines[group]);
-                prop_assert!((wanted - line.0).abs() <= before && line.1 == was.1, "{} {line:?}", lattice.dtype);
+                let near = (wanted - line.0).abs() <= before && (line.1 == was.1 || lattice.has_zero());
+                prop_assert!(near, "{lattice:?} {line:?}");
                 after[group] = was;
                 prop_assert_eq!(&after, &lines);
             }

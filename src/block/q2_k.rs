@@ -24,7 +24,7 @@ const _: () = assert!(size_of::<Block>() as u64 == DType::Q2_K.type_size());
 
 impl Latticed<256> for Block {
     const GROUP: usize = 16;
-    const LEVELS: &'static [i8] = &whole::<4>(0);
+    const LEVELS: &'static [f32] = &whole::<4>(0);
 
     fn lines(&self, lines: &mut [(f32, f32)]) {
         for (line, (scale, min)) in lines.iter_mut().zip(self.values()) {

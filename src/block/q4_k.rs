@@ -45,7 +45,7 @@ impl Scales {
 
 impl Latticed<256> for Block {
     const GROUP: usize = 32;
-    const LEVELS: &'static [i8] = &whole::<16>(0);
+    const LEVELS: &'static [f32] = &whole::<16>(0);
 
     fn lines(&self, lines: &mut [(f32, f32)]) {
         for (line, (scale, min)) in lines.iter_mut().zip(self.scales.values()) {

@@ -34,7 +34,7 @@ impl weighed::Weighed for Block {
 
 impl Latticed<32> for Block {
     const GROUP: usize = 32;
-    const LEVELS: &'static [i8] = &whole::<32>(0);
+    const LEVELS: &'static [f32] = &whole::<32>(0);
 
     fn lines(&self, lines: &mut [(f32, f32)]) {
         let d = f32_from_f16(u16::from_le_bytes(self.d));

@@ -26,7 +26,7 @@ const _: () = assert!(size_of::<Block>() as u64 == DType::Q6_K.type_size());
 
 impl Latticed<256> for Block {
     const GROUP: usize = 16;
-    const LEVELS: &'static [i8] = &whole::<64>(-32);
+    const LEVELS: &'static [f32] = &whole::<64>(-32);
 
     fn lines(&self, lines: &mut [(f32, f32)]) {
         let d = f32_from_f16(u16::from_le_bytes(self.d));

@@ -17,7 +17,7 @@ const _: () = assert!(size_of::<Block>() as u64 == DType::Q8_0.type_size());
 
 impl Latticed<32> for Block {
     const GROUP: usize = 32;
-    const LEVELS: &'static [i8] = &whole::<255>(-127);
+    const LEVELS: &'static [f32] = &whole::<255>(-127);
 
     fn lines(&self, lines: &mut [(f32, f32)]) {
         let d = f32_from_f16(u16::from_le_bytes(self.d));

@@ -18,7 +18,7 @@ const _: () = assert!(size_of::<Block>() as u64 == DType::TQ2_0.type_size());
 
 impl Latticed<256> for Block {
     const GROUP: usize = 256;
-    const LEVELS: &'static [i8] = &whole::<3>(-1);
+    const LEVELS: &'static [f32] = &whole::<3>(-1);
 
     fn lines(&self, lines: &mut [(f32, f32)]) {
         let d = f32_from_f16(u16::from_le_bytes(self.d));

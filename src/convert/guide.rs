@@ -74,7 +74,7 @@ impl Guiding {
         tensor: &TensorPlan,
     ) -> std::result::Result<(Guide, Option<String>), String> {
         let lattice =
-            lattice(tensor.dtype).ok_or_else(|| format!("type {} has no fixed grid", tensor.dtype))?;
+            *lattice(tensor.dtype).ok_or_else(|| format!("type {} has no fixed grid", tensor.dtype))?;
         let Some(Importance::Diagonal { moments, input }) = self.diagonal(name) else {
             return Err("the moments have nothing of what it reads".into());
         };
@@ -109,7 +109,7 @@ impl Guiding {
     ) -> Result<Option<Guide>> {
         let (tensor, name) = (&tensors[number], &originals[number]);
         let columns = tensor.rows().0;
-        let (Some(lattice), Some(moments)) = (lattice(tensor.dtype), &self.moments) else { return Ok(None) };
+        let (Some(&lattice), Some(moments)) = (lattice(tensor.dtype), &self.moments) else { return Ok(None) };
         if moments.input_of(name).is_some() || !columns.is_multiple_of(PANEL as u64) {
             return Ok(None);
         }

@@ -102,7 +102,7 @@ pub struct Guide {
     /// The method.
     pub method: Method,
     /// The values that weights can take.
-    pub lattice: &'static Lattice,
+    pub lattice: Lattice,
     /// What stands in the place of moments, where the tensor is no factor of a product: the name in
     /// `input` is then its own.
     pub readers: Option<Arc<Readers>>,

@@ -246,7 +246,7 @@ impl Worker {
         by_expert(t, start, values, bytes, |expert, row, values, bytes| {
             match guides.get(guide, expert, t.source.column_scales(expert))? {
                 Some(prepared) => {
-                    let costs = prepared.encode(guide.lattice, values, bytes)?;
+                    let costs = prepared.encode(&guide.lattice, values, bytes)?;
                     tallies.push(Tally::new((expert, first), &prepared, codec, values, bytes, &costs)?);
                     Ok(())
                 }

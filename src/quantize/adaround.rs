@@ -156,8 +156,8 @@ impl Choice {
                 true => (rows.weights[column][r] - offset[r]) / scale[r],
                 false => 0.0,
             };
-            let above = levels.partition_point(|&l| f32::from(l) <= wish).clamp(1, levels.len() - 1);
-            let (low, high) = (f32::from(levels[above - 1]), f32::from(levels[above]));
+            let above = levels.partition_point(|&l| l <= wish).clamp(1, levels.len() - 1);
+            let (low, high) = (levels[above - 1], levels[above]);
             new.levels.0[r] = low;
             new.levels.1[r] = high;
             new.low[r] = scale[r] * low + offset[r];

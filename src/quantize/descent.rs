@@ -256,12 +256,15 @@ impl Descent {
                 let panel = &self.panels[c];
                 product(panel, &rows.errors, &mut gradient);
                 product(&panel[columns.clone()], &rows.levels[columns.clone()], &mut bend);
-                for j in 0..PANEL {
+                let mut ones = [0f64; PANEL];
+                for row in &panel[columns.clone()] {
+                    ones.iter_mut().zip(row).for_each(|(sum, x)| *sum += f64::from(*x));
+                }
+                for (j, &ones) in ones.iter().enumerate() {
                     let k = c * PANEL + j;
                     if !columns.contains(&k) {
                         continue;
                     }
-                    let ones = panel[columns.clone()].iter().map(|row| f64::from(row[j])).sum::<f64>();
                     for (r, slopes) in slopes.iter_mut().enumerate() {
                         slopes.add(rows.levels[k][r], gradient[j][r], bend[j][r], ones);
                     }
@@ -305,6 +308,15 @@ impl Slopes {
         (self.a - o * self.ab) / self.aa
     }
 
+    /// The best steps of both, from these values, where the offset is to be `-zero` times the scale.
+    fn with_zero(&self, zero: f64, scale: f64, offset: f64) -> (f64, f64) {
+        // The offset's step without one of the scale.
+        let first = -zero * scale - offset;
+        let slope = self.a - zero * self.b - first * (self.ab - zero * self.bb);
+        let s = slope / (self.aa - 2.0 * zero * self.ab + zero * zero * self.bb);
+        (s, first - zero * s)
+    }
+
     /// The best step of the offset, both free.
     fn offset(&self) -> f64 {
         let area = self.aa * self.bb - self.ab * self.ab;
@@ -319,7 +331,7 @@ impl<'a> Rows<'a> {
     pub fn new(lattice: &'a Lattice, weights: &[f32], columns: usize, bytes: &[u8]) -> Result<Self> {
         let count = weights.len() / columns;
         let mut decoded = vec![0f32; weights.len()];
-        lattice.codec()?.decode(bytes, &mut decoded)?;
+        lattice.decode(bytes, &mut decoded)?;
         let mut lines = vec![(0.0, 0.0); weights.len() / lattice.group];
         lattice.lines(bytes, &mut lines)?;
         let lanes = |row_major: &[f32]| {
@@ -369,8 +381,8 @@ impl<'a> Rows<'a> {
         if !(slopes.aa > 0.0 && slopes.a.is_finite() && slopes.b.is_finite()) {
             return Ok(false);
         }
-        let in_block = lattice.dtype.block_size() as usize / lattice.group;
-        let size = lattice.dtype.type_size() as usize;
+        let in_block = lattice.block_size / lattice.group;
+        let size = lattice.type_size;
         let at = (r * self.groups() + g) / in_block * size;
         let block = &mut self.bytes[at..at + size];
         let was = self.lines[r * (self.weights.len() / lattice.group) + g];
@@ -387,17 +399,25 @@ impl<'a> Rows<'a> {
             Ok((change, line, tried))
         };
         let mut best = attempt(slopes.scale(0.0), 0.0)?;
-        if lattice.has_offset() {
+        let mut keep = |other: (f64, (f32, f32), Vec<u8>)| {
+            if other.0 < best.0 {
+                best = other;
+            }
+        };
+        if lattice.has_zero() {
+            let zero = |s: f64, o: f64| (-(offset + o) / (scale + s)).round();
+            let (own, o) = (zero(0.0, 0.0), slopes.offset());
+            for zero in [own, own - 1.0, own + 1.0, zero(slopes.scale(o), o)] {
+                let (s, o) = slopes.with_zero(zero, scale, offset);
+                keep(attempt(s, o)?);
+            }
+        } else if lattice.has_offset() {
             let o = slopes.offset();
             let both = attempt(slopes.scale(o), o)?;
             // With the offset as it can be stored.
             let o = f64::from(both.1.1) - offset;
-            let again = attempt(slopes.scale(o), o)?;
-            for other in [both, again] {
-                if other.0 < best.0 {
-                    best = other;
-                }
-            }
+            keep(both);
+            keep(attempt(slopes.scale(o), o)?);
         }
         let (change, line, tried) = best;
         if !(change < 0.0 && line != was) {
@@ -416,7 +436,7 @@ impl<'a> Rows<'a> {
     /// The blocks, with the codes that were found.
     pub fn finish(self) -> Result<Vec<u8>> {
         let Self { lattice, count, levels, mut bytes, .. } = self;
-        let code = |level: f32| lattice.levels.partition_point(|&l| f32::from(l) < level) as u8;
+        let code = |level: f32| lattice.levels.partition_point(|&l| l < level) as u8;
         let codes: Vec<u8> =
             (0..count).flat_map(|r| levels.iter().map(move |level| code(level[r]))).collect();
         lattice.put(&codes, &mut bytes)?;
@@ -492,7 +512,7 @@ mod tests {
         let weights = noise(n, 9);
         for dtype in [DType::Q4_1, DType::Q3_K, DType::IQ4_XS, DType::TQ1_0] {
             let lattice = lattice(dtype).unwrap();
-            let mut bytes = vec![0; dtype.bytes_for(n as u64).unwrap() as usize];
+            let mut bytes = vec![0; lattice.bytes(n)];
             let cost = descent.encode(lattice, &weights, &mut bytes).unwrap()[0];
             let rows = Rows::new(lattice, &weights, n, &bytes).unwrap();
             let mut gradient = vec![0.0; n];
@@ -500,7 +520,7 @@ mod tests {
             for (k, gradient) in gradient.iter().enumerate() {
                 let (scale, offset) = rows.lines_at(k);
                 for &level in lattice.levels {
-                    let moved = scale[0] * f32::from(level) + offset[0] - rows.values[k][0];
+                    let moved = scale[0] * level + offset[0] - rows.values[k][0];
                     let change = moved * (moved * descent.diagonal(k) - 2.0 * gradient);
                     assert!(f64::from(change) >= -1e-4 * cost, "{dtype} {k}: {change} of {cost}");
                 }

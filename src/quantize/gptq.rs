@@ -362,7 +362,7 @@ pub(super) fn keep_better(best: &mut [f64], out: &mut [u8], costs: &[f64], attem
 /// Next to `values`: codes, their levels, and the values of the lattice. A scale of 0 gives the offset.
 #[inline(always)]
 pub(super) fn nearest(
-    levels: &[i8],
+    levels: &[f32],
     values: &[f32; PANEL],
     scale: &[f32; PANEL],
     offset: &[f32; PANEL],
@@ -373,18 +373,18 @@ pub(super) fn nearest(
     let mut level = [0f32; PANEL];
     let mut codes = [0u8; PANEL];
     for r in 0..PANEL {
-        level[r] = ((values[r] - offset[r]) / scale[r]).max(f32::from(first)).min(f32::from(last));
+        level[r] = ((values[r] - offset[r]) / scale[r]).max(first).min(last);
     }
-    if levels.len() == (i16::from(last) - i16::from(first) + 1) as usize {
+    if levels.len() == (last - first + 1.0) as usize {
         for r in 0..PANEL {
             level[r] = (level[r] + WHOLE) - WHOLE;
-            codes[r] = (level[r] - f32::from(first)) as u8;
+            codes[r] = (level[r] - first) as u8;
         }
     } else {
         for r in 0..PANEL {
-            let above = levels.windows(2).map(|l| 0.5 * (f32::from(l[0]) + f32::from(l[1])));
+            let above = levels.windows(2).map(|l| 0.5 * (l[0] + l[1]));
             codes[r] = above.map(|middle| u8::from(level[r] > middle)).sum();
-            level[r] = f32::from(levels[usize::from(codes[r])]);
+            level[r] = levels[usize::from(codes[r])];
         }
     }
     let mut rounded = [0f32; PANEL];
@@ -407,7 +407,7 @@ fn factor(matrix: &mut [f64], n: usize) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::block::lattice;
+    use crate::block::{codec, lattice};
     use crate::tensor::DType;
 
     /// Random numbers of about unit size.
@@ -485,8 +485,8 @@ mod tests {
             .unwrap();
             for dtype in TYPES {
                 let lattice = lattice(dtype).unwrap();
-                let codec = lattice.codec().unwrap();
-                let mut bytes = vec![0; dtype.bytes_for((n * rows) as u64).unwrap() as usize];
+                let codec = codec(dtype).unwrap();
+                let mut bytes = vec![0; lattice.bytes(n * rows)];
                 let decode = |bytes: &[u8]| {
                     let mut y = vec![0f32; n * rows];
                     codec.decode(bytes, &mut y).unwrap();
@@ -508,7 +508,7 @@ mod tests {
                     assert!((claimed - after).abs() <= 1e-2 * after, "{dtype}: {claimed} {after}");
                 }
                 // Rows do not depend on each other.
-                let mut alone = vec![0; dtype.bytes_for(n as u64).unwrap() as usize];
+                let mut alone = vec![0; lattice.bytes(n)];
                 feedback.encode(lattice, &weights[37 * n..38 * n], &mut alone).unwrap();
                 assert_eq!(alone, bytes[37 * alone.len()..38 * alone.len()], "{dtype}");
             }
@@ -528,7 +528,7 @@ mod tests {
         let mut bytes = vec![0; 18 * 3];
         feedback.encode(lattice, &weights, &mut bytes).unwrap();
         let mut rounded = vec![0f32; n];
-        lattice.codec().unwrap().decode(&bytes, &mut rounded).unwrap();
+        lattice.decode(&bytes, &mut rounded).unwrap();
         let mut lines = vec![(0.0, 0.0); 3];
         lattice.lines(&bytes, &mut lines).unwrap();
 

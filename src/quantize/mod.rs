@@ -12,6 +12,8 @@ mod sample;
 pub mod ternary;
 
 use crate::block::Lattice;
+use crate::block::uniform::Grid;
+use crate::container::grouped::Rows;
 use crate::container::moments::{Input, Moments};
 use crate::error::{Error, Result};
 
@@ -207,6 +209,24 @@ impl Prepared {
     }
 }
 
+impl Prepared {
+    /// Rounds whole rows to integers in groups, which stay as they are: columns are rounded in any order,
+    /// groups follow on each other. Returns what each row costs, as [`Self::encode`].
+    ///
+    /// # Errors
+    /// `Malformed` for weights that are not finite, or too large for a scale in F16; `Misuse` when groups do
+    /// not divide rows.
+    pub fn round(&self, grid: &Grid, weights: &[f32], rows: &mut Rows) -> Result<Vec<f64>> {
+        let cols = self.feedback().columns() as u64;
+        let lattice = grid.lattice(cols)?;
+        grid.check(weights, cols)?;
+        let mut blocks = vec![0; lattice.bytes(weights.len())];
+        let costs = self.encode(&lattice, weights, &mut blocks)?;
+        grid.unpack(&blocks, cols, rows)?;
+        Ok(costs)
+    }
+}
+
 /// The moments of one expert.
 pub fn sums<'a>(moments: &'a Moments, input: &'a Input, expert: u64) -> impl gptq::Sums + 'a {
     OfExpert { moments, input, expert, scales: None }
@@ -245,6 +265,7 @@ mod tests {
     use super::sample::{Square, noise};
     use super::*;
     use crate::block::lattice;
+    use crate::block::uniform::{round, weigh};
     use crate::tensor::DType;
 
     const TYPES: [DType; 4] = [DType::Q4_0, DType::Q2_K, DType::IQ4_XS, DType::TQ2_0];
@@ -289,7 +310,7 @@ mod tests {
                 let (start, _) = encode(&gptq, dtype, &weights);
                 let (costs, bytes) = encode(&prepared, dtype, &weights);
                 let mut decoded = vec![0f32; n * rows];
-                lattice(dtype).unwrap().codec().unwrap().decode(&bytes, &mut decoded).unwrap();
+                lattice(dtype).unwrap().decode(&bytes, &mut decoded).unwrap();
                 for (r, (&cost, start)) in costs.iter().zip(&start).enumerate() {
                     assert!(cost <= start * (1.0 + 1e-4), "{name} {dtype}: {cost} after {start}");
                     gain += (1.0 - cost / start) / (rows * TYPES.len()) as f64;
@@ -305,6 +326,66 @@ mod tests {
                 assert_eq!(alone, bytes[32 * alone.len()..], "{name} {dtype}");
             }
             assert!(gain > 0.01, "{name}: {gain}");
+        }
+    }
+
+    /// Integers in groups: each method loses less than the one before, and what it says.
+    #[test]
+    fn grids_have_an_order_of_methods() {
+        let (n, tokens, rows) = (128, 160, 5);
+        let sums = Square::new(n, tokens);
+        let weights = noise(n * rows, 3);
+        let [gptq, trainable, adaround] = ["gptq", "trainable", "adaround"]
+            .map(|name| prepare(&brief(name), &sums, tokens as u64).unwrap());
+        let lost = |grid: &Grid, found: &Rows| -> Vec<f64> {
+            let shape = grid.shape(rows as u64, n as u64);
+            let (groups, size) = (shape.groups as usize, shape.group_size as usize);
+            let middle = f32::from(grid.middle());
+            assert!(found.scales.iter().all(|s| *s != 0.0 && s.is_finite()));
+            assert!(found.zeros.iter().all(|z| if grid.symmetric { *z == middle } else { *z >= 1.0 }));
+            assert!(found.codes.iter().all(|c| u32::from(*c) < 1 << grid.bits));
+            let value = |i: usize| {
+                let g = i / n * groups + i % n / size;
+                (f32::from(found.codes[i]) - found.zeros[g]) * found.scales[g]
+            };
+            let errors: Vec<f32> = weights.iter().enumerate().map(|(i, w)| w - value(i)).collect();
+            errors.chunks(n).map(|row| sums.cost(tokens, 0.01, row)).collect()
+        };
+        for bits in [2, 3, 4, 8] {
+            for group_size in [Some(32), Some(64), None] {
+                for symmetric in [false, true] {
+                    let grid = Grid { bits, group_size, symmetric, least_zero: 1 };
+                    let mut found = Rows::default();
+                    round(&grid, &weights, n as u64, &mut found).unwrap();
+                    let nearest = lost(&grid, &found);
+                    let importance = gptq.feedback().importance();
+                    weigh(&grid, &weights, n as u64, importance, &mut found).unwrap();
+                    let weighed = lost(&grid, &found);
+                    let mut guided = |prepared: &Prepared| {
+                        let costs = prepared.round(&grid, &weights, &mut found).unwrap();
+                        let lost = lost(&grid, &found);
+                        for (cost, exact) in costs.iter().zip(&lost) {
+                            assert!((cost - exact).abs() <= 1e-3 * exact, "{grid:?}: {cost} {exact}");
+                        }
+                        lost
+                    };
+                    let [first, second, third] = [&gptq, &trainable, &adaround].map(&mut guided);
+                    for (start, after) in first.iter().zip(second.iter().zip(&third)) {
+                        assert!(*after.0 <= start * 1.0001 && *after.1 <= start * 1.0001, "{grid:?}");
+                    }
+                    let total = |costs: &[f64]| costs.iter().sum::<f64>();
+                    let [nearest, weighed, first] = [&nearest, &weighed, &first].map(|c| total(c));
+                    // What is weighed by column may lose more where columns depend on each other.
+                    assert!(first < 0.5 * weighed.min(nearest), "{grid:?}: {nearest} {weighed} {first}");
+                    assert!(total(&second) < first, "{grid:?}: {first} {}", total(&second));
+                }
+            }
+        }
+        let grid = Grid { bits: 4, group_size: Some(96), symmetric: true, least_zero: 0 };
+        assert!(gptq.round(&grid, &weights, &mut Rows::default()).is_err());
+        let grid = Grid { group_size: None, ..grid };
+        for w in [f32::NAN, 1e30] {
+            assert!(gptq.round(&grid, &vec![w; n], &mut Rows::default()).is_err());
         }
     }
 
@@ -375,6 +456,13 @@ mod tests {
                 for dtype in [DType::Q4_0, DType::Q2_K, DType::TQ2_0] {
                     let (costs, _) = encode(&prepared, dtype, &weights);
                     assert!(costs.iter().all(|c| c.is_finite()), "{name} {dtype} {costs:?}");
+                }
+                for (bits, symmetric) in [(2, true), (4, false), (8, true)] {
+                    let grid = Grid { bits, group_size: None, symmetric, least_zero: 1 };
+                    let mut rows = Rows::default();
+                    let costs = prepared.round(&grid, &weights, &mut rows).unwrap();
+                    assert!(costs.iter().all(|c| c.is_finite()), "{name} {grid:?} {costs:?}");
+                    assert!(rows.scales.iter().all(|s| s.is_finite() && *s != 0.0), "{name} {grid:?}");
                 }
             }
             let nothing = Square { n, sums: vec![0.0; n * n] };

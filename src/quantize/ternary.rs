@@ -119,7 +119,7 @@ impl Ternary {
 
 /// Whether codes of the lattice are -1, 0 and 1.
 pub(super) fn is_ternary(lattice: &Lattice) -> bool {
-    lattice.levels == [-1, 0, 1]
+    lattice.levels == [-1.0, 0.0, 1.0]
 }
 
 /// Encodes rows of `n` values by the type's own search with `importance`. The ternary types have none
@@ -137,7 +137,7 @@ pub(super) fn search(
 ) -> Result<()> {
     match is_ternary(lattice) {
         true => scales(lattice, values, n, importance, threshold, out),
-        false => lattice.codec()?.encode(values, n, Some(importance), out),
+        false => lattice.encode(values, n, importance, out),
     }
 }
 

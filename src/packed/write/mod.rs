@@ -8,7 +8,6 @@ mod bnb;
 mod compressed;
 mod fp8;
 mod gptq;
-mod integers;
 mod mxfp4;
 mod regrid;
 mod target;
@@ -20,10 +19,11 @@ pub use bnb::{Bnb4, Bnb8};
 pub use compressed::{Compressed, CompressedFp8};
 pub use fp8::Fp8;
 pub use gptq::Gptq;
-pub use integers::{Grid, round};
 pub use mxfp4::Mxfp4;
 pub use regrid::{Data as IntegerData, Integers, Regrid};
 pub use target::{CompressedFormat, Format, Target};
+
+pub use crate::block::uniform::{Grid, round, weigh};
 
 use crate::container::grouped::Rows;
 use crate::error::{Error, Result};
