@@ -39,6 +39,10 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         if args.metadata {
             report.tensors.clear();
         }
+        if let Some(quantization) = &mut report.quantization {
+            let shown = |name: &str| !args.metadata && args.tensor.as_ref().is_none_or(|r| r.is_match(name));
+            quantization.matrices.retain(|m| shown(&m.name));
+        }
         serde_json::to_writer_pretty(&mut out, &report).map_err(std::io::Error::from)?;
         writeln!(out)?;
     } else {
@@ -47,5 +51,9 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         print(&report, &filter, &mut out)?;
     }
     out.flush()?;
-    Ok(())
+    // What is there is shown all the same.
+    match report.quantization.and_then(|q| q.contradiction) {
+        Some(e) => Err(e.into()),
+        None => Ok(()),
+    }
 }

@@ -7,7 +7,7 @@ use std::fmt::Debug;
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::{Stored, View};
+use super::{Packing, Stored, View};
 use crate::error::{Error, Result};
 
 /// The size of a matrix of integers in groups.
@@ -23,6 +23,14 @@ pub struct Shape {
     pub group_size: u64,
     /// Groups in a row.
     pub groups: u64,
+}
+
+impl Shape {
+    /// What people want to know of it.
+    pub fn packing(&self) -> Packing {
+        let cols = if self.groups == 1 { 0 } else { self.group_size };
+        Packing { bits: self.bits, block: [1, cols] }
+    }
 }
 
 /// A matrix of integers in groups, in files.
@@ -146,6 +154,10 @@ impl View for Values {
 
     fn is_scattered(&self) -> bool {
         self.0.is_scattered()
+    }
+
+    fn packing(&self) -> Packing {
+        self.0.shape().packing()
     }
 
     fn grouped(&self) -> Option<&Arc<dyn Grouped>> {

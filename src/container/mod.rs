@@ -23,7 +23,7 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 
 pub use low_rank::{Factor, LowRank};
-pub use store::{Joined, Store, Stored, View};
+pub use store::{Joined, Packing, Store, Stored, View};
 
 use crate::error::{Error, Result};
 use crate::sys;

@@ -16,6 +16,8 @@ pub struct Store {
     tensors: Vec<TensorInfo>,
     by_name: HashMap<String, usize>,
     views: HashMap<String, Box<dyn View>>,
+    /// What joined tensors take the place of.
+    parts: HashMap<String, Vec<TensorInfo>>,
     /// What is added to the values of some tensors.
     added: HashMap<String, Vec<LowRank>>,
 }
@@ -43,10 +45,23 @@ pub trait View: Debug + Send + Sync {
         false
     }
 
+    /// How wide its codes are, and what shares a scale.
+    fn packing(&self) -> Packing;
+
     /// The integers in groups that it decodes, where it does.
     fn grouped(&self) -> Option<&Arc<dyn Grouped>> {
         None
     }
+}
+
+/// How the weights of a joined tensor are packed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Packing {
+    /// Bits of a code.
+    pub bits: u32,
+    /// Rows and columns of the weights that share a scale; columns may go on into the next row, and 0 are
+    /// all of a row.
+    pub block: [u64; 2],
 }
 
 /// A tensor that several stored ones make up.
@@ -119,11 +134,13 @@ impl Store {
             let context = |e: Error| e.context(format!("tensor {name:?}"));
             let nbytes = dtype.nbytes(&shape).map_err(context)?;
             let mut place = self.tensors.len();
+            let mut infos = Vec::with_capacity(parts.len());
             for part in &parts {
                 let at = self.by_name.get(part).copied().filter(|&at| gone.insert(at)).ok_or_else(|| {
                     context(Error::malformed(format!("its part {part:?} is missing, or part of another")))
                 })?;
                 place = place.min(at);
+                infos.extend(self.tensors.get(at).cloned());
             }
             if self.by_name.contains_key(&name) && !parts.contains(&name) || self.views.contains_key(&name) {
                 return Err(context(Error::malformed("is there, and packed as well"))
@@ -132,6 +149,7 @@ impl Store {
             let first = self.tensors.get(place).ok_or_else(|| context(Error::malformed("has no parts")))?;
             let info = TensorInfo { name, dtype, shape, file: first.file, offset: first.offset, nbytes };
             self.views.insert(info.name.clone(), view);
+            self.parts.insert(info.name.clone(), infos);
             at_place.insert(place, info);
         }
         let tensors = std::mem::take(&mut self.tensors);
@@ -166,6 +184,11 @@ impl Store {
     /// Whether the tensor is joined from others ([`Self::join`]).
     pub fn is_joined(&self, tensor: &TensorInfo) -> bool {
         self.views.contains_key(&tensor.name)
+    }
+
+    /// How a joined tensor is packed, and the stored tensors that it takes the place of.
+    pub fn packing(&self, tensor: &TensorInfo) -> Option<(Packing, &[TensorInfo])> {
+        Some((self.views.get(&tensor.name)?.packing(), self.parts.get(&tensor.name)?))
     }
 
     /// The integers in groups behind a joined tensor, and the files they are read from.

@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use serde_json::Value as Json;
+use serde_json::{Map, Value as Json};
 
 use crate::container::side::{read_json, read_side_file};
 use crate::container::{Store, weights};
@@ -56,8 +56,7 @@ impl Checkpoint {
             return Err(Error::malformed("is no JSON object").at(&config_path));
         }
         let weights = weights::open(path, limits)?;
-        let quantization = packed::stated(quantization(&config, &dir, limits)?, weights.values);
-        let (store, quant_method) = quantization
+        let (store, quant_method) = quantization(&config, &dir, weights.values, limits)
             .and_then(|stated| packed::unpack(weights.store, stated.as_ref()))
             .map_err(|e| e.at(&config_path))?;
         let model_card = read_side_file(&dir.join("README.md"), limits.side_file_bytes)?
@@ -107,17 +106,25 @@ impl Checkpoint {
 }
 
 /// What the model says of its quantization: in config.json, or, of early GPTQ models, in a file of
-/// its own.
-fn quantization(config: &Json, dir: &Path, limits: &Limits) -> Result<Option<Json>> {
+/// its own, or with the weights (`values`).
+///
+/// # Errors
+/// `Io`, `Limit` and `Malformed` of that file; `Malformed` for contradictions.
+pub fn quantization(
+    config: &Json,
+    dir: &Path,
+    values: Map<String, Json>,
+    limits: &Limits,
+) -> Result<Option<Json>> {
     let text = config.get("text_config").unwrap_or(&Json::Null);
     let stated =
         [config, text].into_iter().find_map(|c| c.get("quantization_config").filter(|q| !q.is_null()));
     if stated.is_some() {
-        return Ok(stated.cloned());
+        return packed::stated(stated.cloned(), values);
     }
     let mut early = read_json::<Json>(&dir.join("quantize_config.json"), limits.side_file_bytes)?;
     if let Some(fields) = early.as_mut().and_then(Json::as_object_mut) {
         fields.entry("quant_method").or_insert_with(|| "gptq".into());
     }
-    Ok(early)
+    packed::stated(early, values)
 }

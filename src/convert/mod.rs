@@ -31,7 +31,7 @@ mod to_hf;
 mod tokens;
 mod types;
 
-pub use checkpoint::{Checkpoint, GGUF_METADATA_FILE};
+pub use checkpoint::{Checkpoint, GGUF_METADATA_FILE, quantization};
 pub use edits::MetadataEdits;
 pub use fold::{Factor, FoldPlan, Folding};
 pub use gather::{Scratch, Source, identity};

@@ -1,5 +1,9 @@
 //! Inspection: what a file or directory holds, from its headers alone.
 
+mod quantization;
+
+pub use quantization::{Kind, Matrix, Quantization, Sums, Unquantized};
+
 use std::fs;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
@@ -12,6 +16,7 @@ use serde_json::{Map, Value as Json, json};
 use crate::container::gguf::{Array, Gguf, MAGIC, Value};
 use crate::container::side::read_json;
 use crate::container::{InputFile, Store, pytorch, safetensors, weights};
+use crate::convert;
 use crate::error::{Error, Result};
 use crate::limits::Limits;
 use crate::tensor::DType;
@@ -33,6 +38,9 @@ pub struct Report {
     pub tensors: Vec<Tensor>,
     /// Sums over all tensors.
     pub totals: Totals,
+    /// How the weights are quantized already, of a Hugging Face directory that is.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub quantization: Option<Quantization>,
 }
 
 /// One tensor.
@@ -60,7 +68,7 @@ pub struct Tensor {
 pub struct Totals {
     /// Number of tensors.
     pub tensors: usize,
-    /// Number of weights.
+    /// Number of weights; those of packed tensors as they are when unpacked.
     pub parameters: u64,
     /// Bytes of data.
     pub bytes: u64,
@@ -138,7 +146,15 @@ fn directory(path: &Path, limits: &Limits) -> Result<Report> {
     let mut container = Map::new();
     container.insert("weights".into(), json!(opened.format));
     container.insert("shards".into(), json!(opened.store.files().len()));
-    Ok(report(path, "Hugging Face", &opened.store, container, metadata, false))
+    let mut report = report(path, "Hugging Face", &opened.store, container, metadata, false);
+    let config = Json::Object(report.metadata.clone());
+    let stated = convert::quantization(&config, dir, opened.values, limits);
+    report.quantization = Quantization::of(opened.store, stated, &dir.join("config.json"));
+    if let Some(whole) = report.quantization.as_ref().and_then(|q| q.whole.as_ref()) {
+        report.totals.parameters = whole.parameters;
+        report.totals.bits_per_weight = whole.bits_per_weight;
+    }
+    Ok(report)
 }
 
 fn report(
@@ -173,7 +189,8 @@ fn report(
     }
     totals.bits_per_weight = bytes as f64 * 8.0 / totals.parameters.max(1) as f64;
     let files = store.files().iter().map(|f| (f.path().to_path_buf(), f.len())).collect();
-    Report { path: path.to_path_buf(), format, container, files, metadata, tensors, totals }
+    let quantization = None;
+    Report { path: path.to_path_buf(), format, container, files, metadata, tensors, totals, quantization }
 }
 
 fn json_of(value: &Value) -> Json {
@@ -217,6 +234,10 @@ pub fn print(report: &Report, filter: &Filter, out: &mut impl Write) -> io::Resu
                 )?;
             }
         }
+        if let Some(quantization) = &report.quantization {
+            writeln!(out)?;
+            quantization.print(out)?;
+        }
         writeln!(out)?;
     }
     if filter.metadata_only {
@@ -242,6 +263,9 @@ pub fn print(report: &Report, filter: &Filter, out: &mut impl Write) -> io::Resu
             t.bytes,
             t.share * 100.0
         )?;
+    }
+    if let Some(quantization) = &report.quantization {
+        quantization.print_matrices(filter.tensor.as_ref(), out)?;
     }
     if filter.tensor.is_none() {
         let t = &report.totals;

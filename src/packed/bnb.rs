@@ -14,7 +14,7 @@
 use serde_json::Value as Json;
 
 use super::{FLOATS, Format, Packed, bytes, check, tiles, unsupported, values};
-use crate::container::{Joined, Stored, View};
+use crate::container::{Joined, Packing, Stored, View};
 use crate::error::{Error, Result};
 use crate::tensor::{DType, TensorInfo};
 
@@ -160,6 +160,10 @@ impl FourBits {
 }
 
 impl View for FourBits {
+    fn packing(&self) -> Packing {
+        Packing { bits: 4, block: [1, self.block] }
+    }
+
     fn read(&self, stored: &Stored, start: u64, out: &mut [u8]) -> Result<()> {
         let out = out.as_chunks_mut::<4>().0;
         if out.is_empty() {
@@ -187,6 +191,10 @@ struct EightBits {
 }
 
 impl View for EightBits {
+    fn packing(&self) -> Packing {
+        Packing { bits: 8, block: [1, 0] }
+    }
+
     fn read(&self, stored: &Stored, start: u64, out: &mut [u8]) -> Result<()> {
         let out = out.as_chunks_mut::<4>().0;
         let end = start + out.len() as u64;

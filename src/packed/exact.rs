@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use crate::block::{f16_from_f32, f32_from_f16};
 use crate::container::grouped::{Grouped, Rows};
-use crate::container::{Store, Stored, View};
+use crate::container::{Packing, Store, Stored, View};
 use crate::error::Result;
 use crate::tensor::DType;
 
@@ -113,6 +113,10 @@ struct Blocks {
 }
 
 impl View for Blocks {
+    fn packing(&self) -> Packing {
+        self.matrix.shape().packing()
+    }
+
     fn read(&self, stored: &Stored, start: u64, out: &mut [u8]) -> Result<()> {
         let shape = self.matrix.shape();
         let size = self.dtype.type_size() as usize;

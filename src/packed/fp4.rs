@@ -7,7 +7,7 @@
 //! ModelOpt's `NVFP4QTensor`, compressed-tensors' `nvfp4_quantized.py`.
 
 use super::{bytes, values};
-use crate::container::{Stored, View};
+use crate::container::{Packing, Stored, View};
 use crate::error::{Error, Result};
 use crate::tensor::{DType, TensorInfo};
 
@@ -34,6 +34,10 @@ pub(super) struct Fp4 {
 }
 
 impl View for Fp4 {
+    fn packing(&self) -> Packing {
+        Packing { bits: 4, block: [1, self.group] }
+    }
+
     fn read(&self, stored: &Stored, start: u64, out: &mut [u8]) -> Result<()> {
         let out = out.as_chunks_mut::<4>().0;
         let end = start + out.len() as u64;

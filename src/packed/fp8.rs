@@ -10,7 +10,7 @@
 use serde_json::Value as Json;
 
 use super::{FLOATS, Format, Packed, View, check, tiles, values};
-use crate::container::{Joined, Stored};
+use crate::container::{Joined, Packing, Stored};
 use crate::error::{Error, Result};
 use crate::tensor::{DType, TensorInfo};
 
@@ -111,6 +111,11 @@ struct Blocked {
 }
 
 impl View for Blocked {
+    fn packing(&self) -> Packing {
+        let [rows, cols] = self.block;
+        Packing { bits: 8, block: [rows, if cols == self.cols { 0 } else { cols }] }
+    }
+
     fn read(&self, stored: &Stored, start: u64, out: &mut [u8]) -> Result<()> {
         let [bh, bw] = self.block;
         let (scale_rows, scale_cols) = (self.rows.div_ceil(bh), self.cols.div_ceil(bw));

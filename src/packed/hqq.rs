@@ -16,7 +16,7 @@ use serde_json::{Map, Value as Json, json};
 
 use super::{FLOATS, Format, Packed, bytes, matrix, tiles, values};
 use crate::container::grouped::{Grouped, Shape};
-use crate::container::{Joined, Stored, View};
+use crate::container::{Joined, Packing, Stored, View};
 use crate::error::{Error, Result};
 use crate::tensor::{DType, TensorInfo, elements};
 
@@ -220,7 +220,7 @@ fn module(packed: &Packed<'_>, stem: &str, codes: &TensorInfo) -> Result<Joined>
         let shape = Shape { rows, cols, bits, group_size, groups: cols / group_size };
         return Ok(matrix(name, parts, Matrix { shape, codes, scale, zero }));
     }
-    let view = Lines { codes, scale, zero, width, by_rows };
+    let view = Lines { codes, scale, zero, width, group_size, by_rows };
     Ok(Joined { name, dtype: DType::F32, shape: vec![rows, cols], parts, view: Box::new(view) })
 }
 
@@ -294,10 +294,16 @@ struct Lines {
     scale: TensorInfo,
     zero: TensorInfo,
     width: u64,
+    group_size: u64,
     by_rows: bool,
 }
 
 impl View for Lines {
+    fn packing(&self) -> Packing {
+        let block = if self.by_rows { [1, self.group_size] } else { [self.group_size, 1] };
+        Packing { bits: self.codes.bits, block }
+    }
+
     fn read(&self, stored: &Stored, start: u64, out: &mut [u8]) -> Result<()> {
         let mut out = out.as_chunks_mut::<4>().0.iter_mut();
         let mut codes = vec![0; out.len()];

@@ -9,7 +9,7 @@
 //! the two apart. Source: transformers' `integrations/mxfp4.py`, checked by values.
 
 use super::{Format, Packed, View, check};
-use crate::container::{Joined, Stored};
+use crate::container::{Joined, Packing, Stored};
 use crate::error::{Error, Result};
 use crate::tensor::{DType, TensorInfo};
 
@@ -54,6 +54,10 @@ struct Blocks {
 }
 
 impl View for Blocks {
+    fn packing(&self) -> Packing {
+        Packing { bits: 4, block: [1, DType::MXFP4.block_size()] }
+    }
+
     fn read(&self, stored: &Stored, start: u64, out: &mut [u8]) -> Result<()> {
         let first = start / DType::MXFP4.block_size();
         let n = out.len() / TYPE_SIZE;

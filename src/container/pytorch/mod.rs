@@ -1,5 +1,5 @@
 //! PyTorch checkpoints: `pytorch_model.bin`, whole or in shards, and files by any other name.
-//! Layouts, opcodes and what is refused are described in `formats/spec/pytorch.md`. [`write`] lays
+//! Layouts, opcodes and what is refused are described in `formats/spec/pytorch.md`. [`mod@write`] lays
 //! out files of our own.
 //!
 //! A checkpoint is a pickle, a program for a machine that can call any function by name. Nothing
