@@ -219,7 +219,9 @@ $(CHECKPOINTS)/stamp: $(WANTED)
 
 peers-checkpoints: build $(CHECKPOINTS)/stamp
 	@set -e; export HF_HUB_OFFLINE=1; \
-	$(CHECKPOINTS)/bin/python tests/peers/checkpoints/reading.py $(QCONV) $(EXAMPLES)
+	$(CHECKPOINTS)/bin/python tests/peers/checkpoints/reading.py $(QCONV) $(EXAMPLES); \
+	$(CHECKPOINTS)/bin/python tests/peers/checkpoints/hqq_models.py $(QCONV); \
+	$(CHECKPOINTS)/bin/python tests/peers/checkpoints/pytorch.py $(QCONV)
 
 # Each architecture beside transformers and llama.cpp's own converter. PyTorch is large: CI leaves this out.
 MODEL_PEERS := torch==2.15.0 transformers==5.23.0 safetensors==0.8.0 numpy==2.4.6 sentencepiece protobuf pyyaml requests

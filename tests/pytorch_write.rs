@@ -1,5 +1,5 @@
 //! PyTorch files that we lay out: our own reader takes them, and the `zip` crate, which compares
-//! checksums. `tests/peers/torch_load.py` has torch itself read what `convert` writes.
+//! checksums. `tests/peers/checkpoints/pytorch.py` has torch itself read what `convert` writes.
 
 mod common;
 
