@@ -84,6 +84,18 @@ fn each_matrix_of_the_libraries() {
 }
 
 #[test]
+fn blocks_as_wide_as_rows_are_blocks() {
+    let dir = tempfile::tempdir().unwrap();
+    Made::new(json!({}))
+        .with("p.weight", "F8_E4M3", &[4, 8], [0x38; 32])
+        .with("p.weight_scale_inv", "F32", &[2, 1], [0; 8])
+        .quantized(json!({"quant_method": "fp8", "weight_block_size": [2, 8]}))
+        .write(dir.path(), dir.path());
+    let q = quantization(dir.path());
+    assert_eq!((q.matrices[0].bits, q.matrices[0].block), (8, [2, 8]), "{:?}", q.error);
+}
+
+#[test]
 fn hqq_in_both_forms() {
     for form in ["hqq/qmodel", "hqq/safetensors"] {
         let q = quantization(&common::fixture(form));

@@ -78,7 +78,14 @@ pub(super) fn join(
             dtype: DType::F32,
             shape: weight.shape.clone(),
             parts: parts.into_iter().chain(packed.of_activations(stem)).collect(),
-            view: Box::new(Blocked { rows, cols, block, weight: weight.clone(), scale: scale.clone() }),
+            view: Box::new(Blocked {
+                rows,
+                cols,
+                block,
+                is_grid: grid.is_some(),
+                weight: weight.clone(),
+                scale: scale.clone(),
+            }),
         });
     }
     Ok(joined)
@@ -108,12 +115,14 @@ struct Blocked {
     rows: u64,
     cols: u64,
     block: [u64; 2],
+    /// Whether config.json tells the block, which may be as wide as a row.
+    is_grid: bool,
 }
 
 impl View for Blocked {
     fn packing(&self) -> Packing {
         let [rows, cols] = self.block;
-        Packing { bits: 8, block: [rows, if cols == self.cols { 0 } else { cols }] }
+        Packing { bits: 8, block: [rows, if self.is_grid { cols } else { 0 }] }
     }
 
     fn read(&self, stored: &Stored, start: u64, out: &mut [u8]) -> Result<()> {
