@@ -179,3 +179,35 @@ fn what_does_not_fit_is_refused() {
     let with = |m: &mut Made| m.tensors.push((k("zero_scale"), ("F16".into(), vec![1], vec![0; 2])));
     check(changed(with), Unsupported, "zero_scale");
 }
+
+/// Whatever byte is damaged: an error, or other values, but no panic, and no more memory than the file has.
+#[test]
+fn damaged_files_do_no_harm() {
+    let mut random = checkpoint::Random(5);
+    let dir = tempfile::tempdir().unwrap();
+    for (form, file) in [("hqq/qmodel", "qmodel.pt"), ("hqq/safetensors", "model.safetensors")] {
+        let source = common::fixture(form);
+        let whole = fs::read(source.join(file)).unwrap();
+        let place = dir.path().join(form);
+        fs::create_dir_all(&place).unwrap();
+        fs::copy(source.join("config.json"), place.join("config.json")).unwrap();
+        let (mut read, mut refused) = (0, 0);
+        for _ in 0..250 {
+            let mut bytes = whole.clone();
+            for _ in 0..=random.below(3) {
+                let at = random.below(bytes.len() as u64) as usize;
+                bytes[at] = random.below(256) as u8;
+            }
+            fs::write(place.join(file), bytes).unwrap();
+            let Ok(opened) = checkpoint(&place) else {
+                refused += 1;
+                continue;
+            };
+            for t in opened.store.tensors() {
+                assert!(t.nbytes < 1 << 20, "{}", t.name);
+                read += usize::from(opened.store.read_all(t).is_ok());
+            }
+        }
+        assert!(read > 100 && refused > 20, "{form}: {read} {refused}");
+    }
+}
