@@ -210,18 +210,26 @@ peers: build
 # Quantized checkpoints beside the libraries that read and write them, on a CPU. CI leaves this out: it is large.
 CHECKPOINTS := .venv-checkpoints
 WANTED      := tests/peers/checkpoints/requirements.txt
-EXAMPLES    ?=
 
 $(CHECKPOINTS)/stamp: $(WANTED)
 	@set -e; $(PYTHON) -m venv --clear $(CHECKPOINTS); \
 	$(CHECKPOINTS)/bin/python -m pip install -q --disable-pip-version-check -r $(WANTED) </dev/null; \
+	$(CHECKPOINTS)/bin/python -m pip install -q --disable-pip-version-check --no-deps --target $(CHECKPOINTS)/earlier \
+		compressed-tensors==0.17.1 </dev/null; \
 	touch $@
 
 peers-checkpoints: build $(CHECKPOINTS)/stamp
 	@set -e; export HF_HUB_OFFLINE=1; \
-	$(CHECKPOINTS)/bin/python tests/peers/checkpoints/reading.py $(QCONV) $(EXAMPLES); \
+	echo '== what the libraries made, read by us'; \
+	$(CHECKPOINTS)/bin/python tests/peers/checkpoints/reading.py $(QCONV); \
 	$(CHECKPOINTS)/bin/python tests/peers/checkpoints/hqq_models.py $(QCONV); \
-	$(CHECKPOINTS)/bin/python tests/peers/checkpoints/pytorch.py $(QCONV)
+	echo '== what we wrote, read by the libraries'; \
+	$(CHECKPOINTS)/bin/python tests/peers/checkpoints/writing.py $(QCONV); \
+	$(CHECKPOINTS)/bin/python tests/peers/checkpoints/pytorch.py $(QCONV); \
+	echo '== what compressed-tensors 0.17.1 reads, and later versions do not'; \
+	export PYTHONPATH=$(CHECKPOINTS)/earlier; \
+	$(CHECKPOINTS)/bin/python tests/peers/checkpoints/reading.py $(QCONV) pack4-act pack4-asym; \
+	$(CHECKPOINTS)/bin/python tests/peers/checkpoints/writing.py $(QCONV) pack-asym
 
 # Each architecture beside transformers and llama.cpp's own converter. PyTorch is large: CI leaves this out.
 MODEL_PEERS := torch==2.15.0 transformers==5.23.0 safetensors==0.8.0 numpy==2.4.6 sentencepiece protobuf pyyaml requests

@@ -127,7 +127,8 @@ impl Layout for Bnb8 {
         for row in weights.chunks(cols as usize) {
             let most = row.iter().fold(0f32, |most, w| most.max(w.abs()));
             scales.extend(most.to_le_bytes());
-            let scale = if most > 0.0 { 127.0 / most } else { 0.0 };
+            // Rounded twice, as bitsandbytes does.
+            let scale = if most > 0.0 { 1.0 / most * 127.0 } else { 0.0 };
             let code = |w: &f32| (w * scale).round_ties_even() as i8;
             codes.extend(row.iter().map(|w| code(w) as u8));
             stored.extend(row.iter().map(|w| f32::from(code(w)) * most / 127.0));

@@ -6,9 +6,11 @@
 import json
 import shutil
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
 from directory import config, is_quantized, tensors, write
 
@@ -130,6 +132,9 @@ def compressed(layout: str, **weights):
         parts["weight_scale"] = scales if is_float else scales.bfloat16().float()
         if not args.symmetric:
             parts["weight_zero_point"] = zeros.round().to(torch.int8)
+        if args.actorder == "group":
+            groups = torch.arange(weight.shape[1], dtype=torch.int32) // args.group_size
+            parts["weight_g_idx"] = groups[torch.randperm(len(groups), generator=torch.Generator().manual_seed(2))]
         parts = BaseCompressor.get_value_from_registry(layout).compress(parts, scheme)
         if not is_float:
             parts["weight_scale"] = parts["weight_scale"].bfloat16()
@@ -210,6 +215,17 @@ def auto_round(layout: str):
     return make
 
 
+def as_gptqmodel_names(directory: Path):
+    """Experts of Mixtral under the names that GPTQModel gives them."""
+    names = {".block_sparse_moe.": ".mlp.", ".w1.": ".gate_proj.", ".w2.": ".down_proj.", ".w3.": ".up_proj."}
+    found = {}
+    for name, t in tensors(directory).items():
+        for old, new in names.items():
+            name = name.replace(old, new)
+        found[name] = t
+    save_file(found, directory / "model.safetensors", metadata={"format": "pt"})
+
+
 INT = {"type": "int", "observer": "minmax"}
 
 EXAMPLES = {
@@ -257,9 +273,16 @@ EXAMPLES = {
     "auto-round-awq": (auto_round, ("auto_round:auto_awq",), {}),
 }
 
+# Versions of compressed-tensors before 0.20 have an order of groups.
+if not version("compressed-tensors").startswith("0.2"):
+    EXAMPLES["pack4-act"] = (compressed, ("pack-quantized",), {
+        **INT, "num_bits": 4, "strategy": "group", "group_size": 32, "actorder": "group"})
+
 
 def make(name: str, source: Path, to: Path):
     if config(source)["model_type"] == "gpt_oss":
         return mxfp4(source, to)
     maker, args, settings = EXAMPLES[name]
-    return maker(*args, **settings)(source, to)
+    maker(*args, **settings)(source, to)
+    if name.startswith("gptq") and config(source)["model_type"] == "mixtral":
+        as_gptqmodel_names(to)

@@ -28,14 +28,16 @@ def values(path: Path) -> dict[str, np.ndarray]:
     return {t.name: t.data for t in gguf.GGUFReader(path).tensors}
 
 
-def compared(binary: str, name: str, model: str, tmp: Path) -> str:
+def compared(binary: str, name: str, model: str, tmp: Path, damaged=False) -> str:
     """How much the two files differ; empty where they do not."""
     packed, plain = tmp / "packed", tmp / "plain"
     make(name, fixture(model), packed)
-    quantization = config(packed)["quantization_config"]
     stored = tensors(packed)
-    found = decoded(stored, quantization)
+    found = decoded(stored, config(packed)["quantization_config"])
     assert len(found) < len(stored), "nothing is packed"
+    if damaged:
+        name = next(k for k in sorted(found) if "o_proj" in k)
+        found[name][3, 5] += found[name].abs().max() * 2**-20
     write(plain, packed, found, None, "float32")
     files = []
     for directory in (packed, plain):
@@ -63,6 +65,9 @@ def main() -> None:
                     found = traceback.format_exc()
             print(f"{'FAILED' if found else 'equal '} {name} of {model} {found}", flush=True)
             failed += [name] * bool(found)
+    with tempfile.TemporaryDirectory() as tmp:
+        control = compared(binary, "gptq4", "llama", Path(tmp), damaged=True)
+    assert control.startswith("1 of "), f"one weight was changed a little, and this was found: {control!r}"
     if failed:
         sys.exit(f"{len(failed)} examples are read otherwise than by the library that made them")
 
