@@ -130,6 +130,7 @@ impl Job {
         observer: &dyn Observer,
     ) -> Result<Vec<Outcome>> {
         fold::settle(&self.plan, &self.store, budget, observer)?;
+        pack::survey(&self.plan, &self.store, budget, observer)?;
         for (file, plan) in stage.files().iter().zip(&self.plan.files) {
             file.write_at(0, &plan.header)?;
         }

@@ -1,11 +1,13 @@
 //! Matrices of quantized checkpoints in the plan: one planned tensor, several that are written.
 
-use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use super::gather::{Scratch, Source};
 use super::outcome::Loss;
-use super::plan::TensorPlan;
+use super::plan::{Budget, Plan, TensorPlan};
 use super::stage::OutputFile;
+use super::stream::Observer;
 use crate::container::Store;
 use crate::container::grouped::Rows;
 use crate::error::{Error, Result};
@@ -23,6 +25,8 @@ pub struct Packing {
     pub parts: Vec<PartPlan>,
     /// What of the source is taken over as it is.
     pub origin: Option<Origin>,
+    /// The same layout, once it is known what it has to know of all weights.
+    informed: OnceLock<Arc<dyn Layout>>,
 }
 
 /// One tensor of a packed matrix.
@@ -70,7 +74,7 @@ impl Packing {
             PartPlan { name: format!("{stem}{}", part.suffix), dtype: part.dtype, shape, file: 0, offset: 0 }
         };
         let parts = layout.parts(rows, cols)?.into_iter().map(part).collect();
-        Ok(Self { format, layout, parts, origin: None })
+        Ok(Self { format, layout, parts, origin: None, informed: OnceLock::new() })
     }
 
     /// Bytes of all its tensors.
@@ -138,35 +142,92 @@ impl Packing {
             files[part.file].write_at(part.offset + offset, bytes)
         };
         let shape = [t.source.elements() / cols, cols];
+        let layout = self.informed.get().unwrap_or(&self.layout);
         match &self.origin {
             Some(Origin::Integers(integers, regrid)) => {
                 let data = fetch(integers, &t.source, store, (first, last), bytes, scratch)?;
                 integers.read(data, first..last, rows)?;
                 regrid.apply(rows, moved)?;
-                self.layout.write(shape, first, Data::Integers(moved), &mut put)?;
+                layout.write(shape, first, Data::Integers(moved), &mut put)?;
                 return Ok((written, Loss::default()));
             }
             Some(Origin::Mxfp4) => {
                 t.source.raw(store, start, end, bytes, scratch)?;
-                self.layout.write(shape, first, Data::Mxfp4(bytes), &mut put)?;
+                layout.write(shape, first, Data::Mxfp4(bytes), &mut put)?;
                 return Ok((written, Loss::default()));
             }
             None => {}
         }
         t.source.values(store, start, end, values, scratch)?;
         let power = values.iter().map(|w| f64::from(*w).powi(2)).sum();
-        let lost = match self.layout.grid() {
+        let lost = match layout.grid() {
             Some(grid) => {
                 round(grid, values, cols, rows)?;
-                self.layout.write(shape, first, Data::Integers(rows), &mut put)?;
+                layout.write(shape, first, Data::Integers(rows), &mut put)?;
                 let mut stored = vec![0.0; values.len()];
                 rows.all_weights(&grid.shape(last - first, cols), &mut stored);
                 lost(values, &stored)
             }
-            None => self.layout.write(shape, first, Data::Weights(values), &mut put)?,
+            None => layout.write(shape, first, Data::Weights(values), &mut put)?,
         };
         Ok((written, Loss { lost, power }))
     }
+}
+
+/// Finds out what layouts have to know of all weights of a matrix before any is written.
+///
+/// # Errors
+/// As reads fail; `Interrupted`.
+pub(super) fn survey(plan: &Plan, store: &Store, budget: &Budget, observer: &dyn Observer) -> Result<()> {
+    let wanting = |t: &&TensorPlan| t.packing.as_ref().is_some_and(|p| p.layout.survey(&[]).is_some());
+    let wanting: Vec<_> = plan.tensors.iter().filter(wanting).collect();
+    let next = AtomicUsize::new(0);
+    let failure = Mutex::new(None);
+    let work = || {
+        let mut buffers = Buffers::default();
+        while let Some(t) = wanting.get(next.fetch_add(1, Ordering::Relaxed)) {
+            if let Err(e) = survey_one(t, store, budget, observer, &mut buffers) {
+                next.store(wanting.len(), Ordering::Relaxed);
+                failure.lock().unwrap_or_else(|e| e.into_inner()).get_or_insert(e);
+            }
+        }
+    };
+    std::thread::scope(|scope| {
+        for _ in 1..budget.threads.min(wanting.len()) {
+            scope.spawn(work);
+        }
+        work();
+    });
+    failure.into_inner().unwrap_or_else(|e| e.into_inner()).map_or(Ok(()), Err)
+}
+
+fn survey_one(
+    t: &TensorPlan,
+    store: &Store,
+    budget: &Budget,
+    observer: &dyn Observer,
+    buffers: &mut Buffers,
+) -> Result<()> {
+    let Some(packing) = &t.packing else { return Ok(()) };
+    let (mut sum, mut n, mut start) = (0.0, 0, 0);
+    let (row, _) = t.rows();
+    while start < t.source.elements() {
+        if observer.interrupted() {
+            return Err(Error::interrupted());
+        }
+        let end = (start + budget.span(t)).min(t.source.elements());
+        t.source.values(store, start, end, &mut buffers.values, &mut buffers.scratch)?;
+        // Row by row, so that spans do not matter.
+        for weights in buffers.values.chunks(row as usize) {
+            let (more, of) = packing.layout.survey(weights).unwrap_or_default();
+            (sum, n) = (sum + more, n + of);
+        }
+        start = end;
+    }
+    if let Some(layout) = packing.layout.informed(sum / n.max(1) as f64) {
+        packing.informed.get_or_init(|| layout);
+    }
+    Ok(())
 }
 
 /// Buffers of one worker.

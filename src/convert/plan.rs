@@ -286,7 +286,7 @@ impl Budget {
         let span = wish.min(most).max(MIN_SPAN);
         let (row, _) = tensor.rows();
         if let Some(packing) = &tensor.packing {
-            let unit = row.saturating_mul(packing.layout.unit());
+            let unit = row.saturating_mul(packing.layout.unit(row));
             return (span / unit * unit).max(unit);
         }
         match tensor.rounding {

@@ -41,7 +41,7 @@ impl Layout for Awq {
         ])
     }
 
-    fn unit(&self) -> u64 {
+    fn unit(&self, _cols: u64) -> u64 {
         8
     }
 

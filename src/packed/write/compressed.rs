@@ -42,7 +42,7 @@ impl Layout for Compressed {
         Ok(parts)
     }
 
-    fn unit(&self) -> u64 {
+    fn unit(&self, _cols: u64) -> u64 {
         // Zeros of so many rows fill whole words.
         32
     }

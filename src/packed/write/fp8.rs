@@ -36,7 +36,7 @@ impl Layout for Fp8 {
         ])
     }
 
-    fn unit(&self) -> u64 {
+    fn unit(&self, _cols: u64) -> u64 {
         self.block[0]
     }
 

@@ -44,7 +44,7 @@ impl Layout for Gptq {
         ])
     }
 
-    fn unit(&self) -> u64 {
+    fn unit(&self, _cols: u64) -> u64 {
         UNIT
     }
 

@@ -9,10 +9,12 @@ mod compressed;
 mod fp8;
 mod gptq;
 mod mxfp4;
+mod nested;
 mod regrid;
 mod target;
 
 use std::fmt::Debug;
+use std::sync::Arc;
 
 pub use awq::Awq;
 pub use bnb::{Bnb4, Bnb8};
@@ -91,9 +93,20 @@ pub trait Layout: Debug + Send + Sync {
     /// `Unsupported` where it cannot hold such a matrix.
     fn parts(&self, rows: u64, cols: u64) -> Result<Vec<Part>>;
 
-    /// Rows are written in multiples of so many, but for the last ones.
-    fn unit(&self) -> u64 {
+    /// Rows of so many columns are written in multiples of so many, but for the last ones.
+    fn unit(&self, _cols: u64) -> u64 {
         1
+    }
+
+    /// The sum over whole rows of what has to be known of all weights before any is written, and of how many
+    /// numbers; `None` where nothing has.
+    fn survey(&self, _weights: &[f32]) -> Option<(f64, u64)> {
+        None
+    }
+
+    /// Itself, for a matrix whose mean of that is known.
+    fn informed(&self, _mean: f64) -> Option<Arc<dyn Layout>> {
+        None
     }
 
     /// Puts the rows from `first` on, of a matrix of so many rows and columns. Returns the sum of the

@@ -179,7 +179,7 @@ impl Target {
     /// # Errors
     /// `Unsupported` for sizes that have no place.
     pub fn layout(&self, sizes: &[[u64; 2]], dtype: &str) -> Result<Arc<dyn Layout>> {
-        let bnb4 = |fp4| Bnb4 { fp4, compute: dtype.to_string() };
+        let bnb4 = |fp4| Bnb4 { fp4, compute: dtype.to_string(), nested: self.double_quant.then_some(None) };
         Ok(match self.format {
             Format::Gptq => Arc::new(Gptq { grid: self.grid(), first_version: self.first_version() }),
             Format::Awq => Arc::new(Awq { grid: self.grid() }),
