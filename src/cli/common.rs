@@ -148,7 +148,7 @@ pub fn carry_out(job: &Job, args: &WriteArgs) -> Result<Option<Done>> {
     }
     if args.work.verbose {
         for t in &job.plan.tensors {
-            ui::say(&format!("{:<40} {:>8} {:?}", t.name, t.dtype, t.shape));
+            ui::say(&format!("{:<40} {:>8} {:?}", t.name, t.type_name(), t.shape));
         }
     }
     if !args.work.quiet {
@@ -172,7 +172,7 @@ fn show_plan(job: &Job, budget: &Budget, json: bool) -> std::io::Result<()> {
             .tensors
             .iter()
             .map(|t| {
-                json!({"name": t.name, "shape": t.shape, "type": t.dtype, "wanted": t.wanted,
+                json!({"name": t.name, "shape": t.shape, "type": t.type_name(), "wanted": t.wanted,
                        "file": t.file, "offset": t.offset, "bytes": t.nbytes})
             })
             .collect();
@@ -187,7 +187,7 @@ fn show_plan(job: &Job, budget: &Budget, json: bool) -> std::io::Result<()> {
     }
     let width = plan.tensors.iter().map(|t| t.name.len()).max().unwrap_or(0);
     for t in &plan.tensors {
-        writeln!(out, "{:<width$}  {:>6}  {:>12}  {:?}", t.name, t.dtype, t.nbytes, t.shape)?;
+        writeln!(out, "{:<width$}  {:>6}  {:>12}  {:?}", t.name, t.type_name(), t.nbytes, t.shape)?;
     }
     writeln!(out, "\noutput: {}", job.output.display())?;
     for f in plan.files.iter().filter(|f| !f.name.as_os_str().is_empty()) {

@@ -23,6 +23,8 @@ use crate::vocab::Vocab;
 pub struct Wish<'a> {
     /// Type of the weights that are not packed.
     pub dtype: Option<DType>,
+    /// Whether tensors keep their own types where none was said.
+    pub keeps_types: bool,
     /// What config.json will say of the method, where definitions ask for it.
     pub quant_method: Option<&'static str>,
     /// A definition outside the program.
@@ -66,7 +68,8 @@ pub fn open(path: &Path, wish: &Wish<'_>, limits: &Limits) -> Result<HfModel> {
         );
     }
     let name = metadata.str("general.name").map(|name| name.replace(['/', ' '], "-"));
-    Ok(HfModel { store, mapped, config, side, dtype, keeps_types: false, name, notes: vocab.notes })
+    let keeps_types = wish.keeps_types && wish.dtype.is_none();
+    Ok(HfModel { store, mapped, config, side, dtype, keeps_types, name, notes: vocab.notes })
 }
 
 /// What config.json says beyond the metadata.

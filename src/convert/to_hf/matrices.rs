@@ -98,10 +98,9 @@ pub fn decide<'a>(
             symmetric: is_symmetric(integers, store)?,
             ..target.clone()
         };
-        // AWQ has 4 bits, whatever the source has.
-        if like.check().is_ok() {
-            target = like;
-        }
+        // Where the format has no such codes, wider ones hold them.
+        let wider = Target { bits: 8, ..like.clone() };
+        target = [like, wider].into_iter().find(|t| t.check().is_ok()).unwrap_or(target);
     }
     target.bits = wanted.bits.unwrap_or(target.bits);
     if wanted.bits == Some(8) && wanted.group_size.is_none() && found.is_none() {

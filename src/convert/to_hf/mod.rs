@@ -4,7 +4,7 @@ mod gguf;
 mod matrices;
 mod model;
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use regex::Regex;
 use serde_json::Value as Json;
@@ -175,10 +175,9 @@ impl ToHf {
         if self.exact_only {
             check_exact(&plan)?;
         }
-        let beside = self.source.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
         let output = match &self.output {
             Some(output) => output.clone(),
-            None => beside.join(name(&model, target.as_ref())),
+            None => self.source.with_file_name(name(&model, target.as_ref())),
         };
         lay_out(&mut plan, self.container, model.config, model.side, self.max_shard_size)?;
         Ok(Job {
@@ -194,11 +193,13 @@ impl ToHf {
 
     fn open(&self) -> Result<HfModel> {
         let wanted = self.wanted.as_ref();
-        let dtype = self.dtype.or_else(|| wanted.and_then(Wanted::dtype));
+        let customary = wanted.filter(|_| !self.exact_only).and_then(Wanted::dtype);
+        let dtype = self.dtype.or(customary);
         let blocks = wanted.is_some_and(|w| w.format == Format::Mxfp4);
         if self.source.is_file() && is_gguf(&self.source)? {
             let quant_method = blocks.then_some(Format::Mxfp4.name());
-            let wish = gguf::Wish { dtype, quant_method, arch_file: self.arch_file.as_deref() };
+            let arch_file = self.arch_file.as_deref();
+            let wish = gguf::Wish { dtype, keeps_types: self.exact_only, quant_method, arch_file };
             return gguf::open(&self.source, &wish, &self.limits);
         }
         if self.arch_file.is_some() {
@@ -317,9 +318,10 @@ impl HfModel {
     }
 }
 
-/// Refuses what is known to lose something.
+/// Refuses integers that are not on the grid. Of other formats it shows when they are written.
 fn check_exact(plan: &Plan) -> Result<()> {
-    let rounded = |t: &&TensorPlan| t.packing.as_ref().is_some_and(|p| p.origin.is_none());
+    let rounded =
+        |t: &&TensorPlan| t.packing.as_ref().is_some_and(|p| p.origin.is_none() && p.layout.grid().is_some());
     let mut lossy = plan.tensors.iter().filter(rounded);
     let Some(first) = lossy.next() else { return Ok(()) };
     Err(Error::misuse(format!(
