@@ -2,15 +2,19 @@
 
 use std::path::PathBuf;
 
-use qconv::convert::{HfContainer, Job, Outcome, ToHf, Wanted};
+use qconv::convert::{
+    HfContainer, ImatrixChoice, Job, MethodChoice, Outcome, ToHf, Wanted, parse_method, parse_tensor_method,
+};
 use qconv::error::{Error, Result};
 use qconv::packed::write::{CompressedFormat, Format};
+use qconv::quantize::Tuning;
 use qconv::tensor::DType;
 use regex::Regex;
 use serde_json::{Value as Json, json};
 
 use super::Status;
 use super::common::{self, WriteArgs};
+use super::quantizer::{parse_count, parse_damp};
 use super::ui;
 
 /// Write a checkpoint for transformers and vLLM, quantized or not, from any source
@@ -49,6 +53,9 @@ pub struct Args {
 
     #[command(flatten)]
     pub grid: GridArgs,
+
+    #[command(flatten)]
+    pub rounding: RoundingArgs,
 
     /// Take the definition of the architecture from this file (CONTRIBUTING.md describes it)
     #[arg(long, value_name = "FILE")]
@@ -95,6 +102,64 @@ pub struct GridArgs {
     /// Quantize the scales of bitsandbytes' 4 bits as well
     #[arg(long)]
     pub double_quant: bool,
+}
+
+/// How weights become integers.
+#[derive(clap::Args, Debug)]
+#[command(next_help_heading = "Rounding")]
+pub struct RoundingArgs {
+    /// Of gptq, awq and compressed-tensors: rtn (the next code), imatrix (weighed by --imatrix, or by the
+    /// diagonal of --moments), gptq, trainable or adaround, which need --moments
+    #[arg(long, value_name = "METHOD")]
+    pub method: Option<String>,
+
+    /// Method for the tensors whose name matches, such as down_proj=gptq; the first that matches counts
+    #[arg(long, value_name = "REGEX=METHOD")]
+    pub tensor_method: Vec<String>,
+
+    /// Second moments of the inputs, as qconv calibrate writes them
+    #[arg(long, value_name = "FILE")]
+    pub moments: Option<PathBuf>,
+
+    /// Weigh errors by this importance matrix (GGUF, or the older .dat)
+    #[arg(long, value_name = "FILE")]
+    pub imatrix: Option<PathBuf>,
+
+    /// Damping: what is added to the diagonal of the second moments, in parts of its mean (0.01 unless given)
+    #[arg(long, value_name = "PART", value_parser = parse_damp)]
+    pub damp_percent: Option<f64>,
+
+    /// Rounds of trainable, steps of adaround; at most
+    #[arg(long, value_name = "N", value_parser = parse_count)]
+    pub iters: Option<usize>,
+}
+
+impl RoundingArgs {
+    /// # Errors
+    /// `Misuse` for unknown methods, and for options that mean nothing to those that are given.
+    fn choice(&self) -> Result<Option<MethodChoice>> {
+        let tensors = self.tensor_method.iter().map(|e| parse_tensor_method(e));
+        let by_tensor = tensors.collect::<Result<Vec<_>>>()?;
+        let (fold, others) = match self.method.as_deref().map(parse_method).transpose()? {
+            Some((fold, way)) => (fold, Some(way)),
+            None => (None, None),
+        };
+        let choice = MethodChoice {
+            fold,
+            by_tensor,
+            others,
+            moments: self.moments.clone(),
+            ..MethodChoice::default()
+        };
+        let tuning = Tuning { damp: self.damp_percent, iters: self.iters, ..Tuning::default() };
+        let choice = choice.tuned(&tuning)?;
+        match (choice.is_empty(), &self.moments) {
+            (true, Some(_)) => Err(Error::misuse("--moments has no effect without a method")
+                .hint("--method gptq makes the most of them, --method imatrix takes their diagonal")),
+            (true, None) => Ok(None),
+            (false, _) => Ok(Some(choice)),
+        }
+    }
 }
 
 /// What `--to` says.
@@ -204,7 +269,13 @@ pub fn run(args: &Args) -> anyhow::Result<Status> {
             None
         }
     };
+    let (method, imatrix) = (args.rounding.choice()?, args.rounding.imatrix.clone());
+    if wanted.is_none() && (method.is_some() || imatrix.is_some()) {
+        return Err(Error::misuse("a method means nothing for weights that are not quantized").into());
+    }
     let job = ToHf {
+        method,
+        imatrix: imatrix.map(|path| ImatrixChoice { path, include: Vec::new(), exclude: Vec::new() }),
         output: args.output.clone(),
         container: if args.to == To::Pytorch { HfContainer::Pytorch } else { HfContainer::Safetensors },
         wanted,

@@ -164,7 +164,7 @@ fn parse_tensor_method_arg(text: &str) -> std::result::Result<String, String> {
     parse_tensor_method(text).map(|_| text.to_string()).map_err(|e| e.to_string())
 }
 
-fn parse_damp(text: &str) -> std::result::Result<f64, String> {
+pub fn parse_damp(text: &str) -> std::result::Result<f64, String> {
     let damp = text.parse().ok().filter(|d: &f64| (0.0..=1.0).contains(d));
     damp.ok_or_else(|| "a number from 0 to 1 is needed: 0.01 is one percent".into())
 }

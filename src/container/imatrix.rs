@@ -409,6 +409,16 @@ impl Entry {
         self.columns.saturating_mul(self.counts.len() as u64)
     }
 
+    /// Columns of one expert's matrix.
+    pub fn columns(&self) -> u64 {
+        self.columns
+    }
+
+    /// Experts; 1 where there are none.
+    pub fn experts(&self) -> u64 {
+        self.counts.len() as u64
+    }
+
     /// What the sum at `i` means.
     fn mean(&self, i: u64, sum: f32) -> f32 {
         match self.counts.get((i / self.columns) as usize) {

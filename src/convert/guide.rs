@@ -10,7 +10,7 @@ use super::plan::{Guide, Importance, Rounding, TensorPlan};
 use super::readers::Readers;
 use crate::arch::folds;
 use crate::block::gram::PANEL;
-use crate::block::lattice;
+use crate::block::{Lattice, lattice};
 use crate::container::moments::{Input, Moments};
 use crate::error::{Error, Result};
 use crate::limits::Limits;
@@ -65,16 +65,14 @@ impl Guiding {
         matching.map(|(_, way)| *way).or(by_rule).or(self.choice.others)
     }
 
-    /// The guide for a tensor, named as in the model, or why there is none. Where some experts have seen
+    /// The guide for a tensor, named as in the model, whose weights take such values, or why there is none. Where some experts have seen
     /// too little, it says so as well.
     pub fn guide(
         &self,
         method: Method,
         name: &str,
-        tensor: &TensorPlan,
+        lattice: Lattice,
     ) -> std::result::Result<(Guide, Option<String>), String> {
-        let lattice =
-            *lattice(tensor.dtype).ok_or_else(|| format!("type {} has no fixed grid", tensor.dtype))?;
         let Some(Importance::Diagonal { moments, input }) = self.diagonal(name) else {
             return Err("the moments have nothing of what it reads".into());
         };

@@ -5,13 +5,13 @@ use std::sync::{Arc, Mutex, OnceLock};
 
 use super::gather::{Scratch, Source};
 use super::outcome::Loss;
-use super::plan::{Budget, Plan, TensorPlan};
+use super::plan::{Budget, Plan, Rounding, TensorPlan};
 use super::stage::OutputFile;
-use super::stream::Observer;
+use super::stream::{Guides, Observer};
 use crate::container::Store;
 use crate::container::grouped::Rows;
 use crate::error::{Error, Result};
-use crate::packed::write::{Data, IntegerData, Integers, Layout, Regrid, lost, round};
+use crate::packed::write::{Data, Grid, IntegerData, Integers, Layout, Regrid, lost, round, weigh};
 use crate::tensor::DType;
 
 /// How a planned matrix is stored as several tensors.
@@ -25,6 +25,8 @@ pub struct Packing {
     pub parts: Vec<PartPlan>,
     /// What of the source is taken over as it is.
     pub origin: Option<Origin>,
+    /// The number of the matrix in the stack that calibration knows it in.
+    pub expert: u64,
     /// The same layout, once it is known what it has to know of all weights.
     informed: OnceLock<Arc<dyn Layout>>,
 }
@@ -74,7 +76,7 @@ impl Packing {
             PartPlan { name: format!("{stem}{}", part.suffix), dtype: part.dtype, shape, file: 0, offset: 0 }
         };
         let parts = layout.parts(rows, cols)?.into_iter().map(part).collect();
-        Ok(Self { format, layout, parts, origin: None, informed: OnceLock::new() })
+        Ok(Self { format, layout, parts, origin: None, expert: 0, informed: OnceLock::new() })
     }
 
     /// Bytes of all its tensors.
@@ -131,8 +133,9 @@ impl Packing {
         files: &[OutputFile],
         (start, end): (u64, u64),
         buffers: &mut Buffers,
+        guides: &Guides<'_>,
     ) -> Result<(u64, Loss)> {
-        let Buffers { values, scratch, bytes, rows, moved } = buffers;
+        let Buffers { values, scratch, bytes, rows, moved, importance } = buffers;
         let (cols, _) = t.rows();
         let (first, last) = (start / cols, end / cols);
         let mut written = 0;
@@ -162,7 +165,7 @@ impl Packing {
         let power = values.iter().map(|w| f64::from(*w).powi(2)).sum();
         let lost = match layout.grid() {
             Some(grid) => {
-                round(grid, values, cols, rows)?;
+                self.round(t, grid, values, rows, importance, guides)?;
                 layout.write(shape, first, Data::Integers(rows), &mut put)?;
                 let mut stored = vec![0.0; values.len()];
                 rows.all_weights(&grid.shape(last - first, cols), &mut stored);
@@ -171,6 +174,34 @@ impl Packing {
             None => layout.write(shape, first, Data::Weights(values), &mut put)?,
         };
         Ok((written, Loss { lost, power }))
+    }
+}
+
+impl Packing {
+    /// Rounds whole rows by the method of the plan.
+    fn round(
+        &self,
+        t: &TensorPlan,
+        grid: &Grid,
+        values: &[f32],
+        rows: &mut Rows,
+        importance: &mut Vec<f32>,
+        guides: &Guides<'_>,
+    ) -> Result<()> {
+        let (cols, _) = t.rows();
+        importance.resize(cols as usize, 1.0);
+        match &t.rounding {
+            Rounding::Nearest => return round(grid, values, cols, rows),
+            Rounding::Even => importance.fill(1.0),
+            Rounding::Weighed(source) => source.read(self.expert, importance)?,
+            Rounding::Guided(guide) => {
+                if let Some(prepared) = guides.get(guide, self.expert, None)? {
+                    return prepared.round(grid, values, rows).map(drop);
+                }
+                guide.moments.mean_squares(&guide.input, self.expert, importance)?;
+            }
+        }
+        weigh(grid, values, cols, importance, rows)
     }
 }
 
@@ -238,6 +269,7 @@ pub(super) struct Buffers {
     bytes: Vec<u8>,
     rows: Rows,
     moved: Rows,
+    importance: Vec<f32>,
 }
 
 /// What integers are read from: the files, or the bytes of these rows.

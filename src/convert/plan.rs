@@ -229,7 +229,10 @@ impl TensorPlan {
 
     /// Whether weights become codes of blocks.
     pub fn is_rounded(&self) -> bool {
-        self.dtype.is_block() && !self.is_plain()
+        match &self.packing {
+            Some(packing) => packing.origin.is_none(),
+            None => self.dtype.is_block() && !self.is_plain(),
+        }
     }
 
     /// Weights in a row, and rows that share an importance: those of one expert.

@@ -13,7 +13,7 @@ use super::outcome::Fallback;
 use super::plan::{Importance, Obstacle, Plan, Rounding, TensorPlan};
 use super::recipe::{Choice, ModelFacts, Overrides, Recipe, loader_order};
 use crate::arch::Mapped;
-use crate::block::codec;
+use crate::block::{codec, lattice};
 use crate::container::Store;
 use crate::container::gguf::{Array, Metadata, Value};
 use crate::container::imatrix::{Entry, ImportanceMatrix};
@@ -220,7 +220,9 @@ impl Quantizer {
         guiding.map_or(Ok(()), |g| g.check_fit(&original, &planned)).map_err(context)?;
         let way = guiding.and_then(|g| g.way(&planned.name, choice.way));
         if let (Some(Way::Method(method)), Some(guiding), true) = (way, guiding, planned.is_rounded()) {
-            let (found, why) = match guiding.guide(method, &original, &planned) {
+            let grid =
+                lattice(planned.dtype).ok_or_else(|| format!("type {} has no fixed grid", planned.dtype));
+            let (found, why) = match grid.and_then(|grid| guiding.guide(method, &original, *grid)) {
                 Ok((guide, some)) => (Some(guide), some),
                 Err(all) => (None, Some(all)),
             };

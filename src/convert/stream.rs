@@ -140,7 +140,7 @@ impl Worker {
         let Span { tensor, start, end } = span;
         let t = &plan.tensors[tensor];
         if let Some(packing) = &t.packing {
-            let (bytes, loss) = packing.write(t, store, files, (start, end), &mut self.packing)?;
+            let (bytes, loss) = packing.write(t, store, files, (start, end), &mut self.packing, guides)?;
             return Ok(Spanned { bytes, loss: Some(loss), ..Spanned::default() });
         }
         let file = &files[t.file];
@@ -289,7 +289,7 @@ fn by_expert(
 
 /// What methods have prepared for the inputs that are being worked on. Workers share it: rows of the same
 /// input need the same, and it is large.
-struct Guides<'a> {
+pub(super) struct Guides<'a> {
     plan: &'a Plan,
     store: &'a Store,
     /// The last used last.
@@ -311,7 +311,12 @@ impl<'a> Guides<'a> {
 
     /// For the rows of an expert, whose columns folds have multiplied with `scales`, all that read the
     /// same alike; `None` where too few tokens reached it.
-    fn get(&self, guide: &Guide, expert: u64, scales: Option<&[f32]>) -> Result<Option<Arc<Prepared>>> {
+    pub(super) fn get(
+        &self,
+        guide: &Guide,
+        expert: u64,
+        scales: Option<&[f32]>,
+    ) -> Result<Option<Arc<Prepared>>> {
         let key = (guide.input.name.clone(), expert);
         let cell = {
             let mut recent = lock(&self.recent);

@@ -6,6 +6,7 @@ use std::path::Path;
 use serde_json::{Map, Value as Json, json};
 
 use super::model::HfModel;
+use super::rounding::places_of_gguf;
 use super::{SMALL, pretty};
 use crate::arch::{self, Model};
 use crate::block::codec;
@@ -69,7 +70,8 @@ pub fn open(path: &Path, wish: &Wish<'_>, limits: &Limits) -> Result<HfModel> {
     }
     let name = metadata.str("general.name").map(|name| name.replace(['/', ' '], "-"));
     let keeps_types = wish.keeps_types && wish.dtype.is_none();
-    Ok(HfModel { store, mapped, config, side, dtype, keeps_types, name, notes: vocab.notes })
+    let places = places_of_gguf(&mapped, &store);
+    Ok(HfModel { store, mapped, config, side, dtype, keeps_types, name, places, notes: vocab.notes })
 }
 
 /// What config.json says beyond the metadata.

@@ -3,6 +3,7 @@
 mod gguf;
 mod matrices;
 mod model;
+mod rounding;
 
 use std::path::PathBuf;
 
@@ -10,10 +11,13 @@ use regex::Regex;
 use serde_json::Value as Json;
 
 use self::model::HfModel;
+use self::rounding::Rounder;
 use super::Job;
 use super::gather::{Scratch, Source};
+use super::guide::MethodChoice;
 use super::pack::Packing;
 use super::plan::{FilePlan, Plan, TensorPlan};
+use super::quantizer::ImatrixChoice;
 use crate::arch::Mapped;
 use crate::block::codec;
 use crate::container::gguf::is_gguf;
@@ -46,6 +50,10 @@ pub struct ToHf {
     pub container: HfContainer,
     /// How matrices are quantized; `None`: not at all.
     pub wanted: Option<Wanted>,
+    /// How weights become integers, where it is not the next code.
+    pub method: Option<MethodChoice>,
+    /// The importance matrix for that.
+    pub imatrix: Option<ImatrixChoice>,
     /// Type of the weights that are not quantized: F32, F16 or BF16; `None` takes the source's own, or
     /// what is customary in the format.
     pub dtype: Option<DType>,
@@ -117,6 +125,8 @@ impl ToHf {
             output: Some(output.into()),
             container: HfContainer::Safetensors,
             wanted: None,
+            method: None,
+            imatrix: None,
             dtype: None,
             ignore: Vec::new(),
             max_shard_size: 5 << 30,
@@ -206,7 +216,8 @@ impl ToHf {
             return Err(Error::misuse("--arch-file describes the way back from GGUF; this source is none")
                 .at(&self.source));
         }
-        model::open(&self.source, dtype, blocks, &self.limits)
+        let needs_places = self.method.is_some() || self.imatrix.is_some();
+        model::open(&self.source, dtype, blocks, needs_places, &self.limits)
     }
 
     /// Packs the matrices that are wanted, and says so in the config.
@@ -244,6 +255,9 @@ impl ToHf {
             .collect();
         let computed = torch_name(model.dtype);
         let layout = target.layout(&sizes, computed)?;
+        let places = std::mem::take(&mut model.places);
+        let (method, imatrix) = (self.method.as_ref(), self.imatrix.as_ref());
+        let rounder = Rounder::open(wanted, method, imatrix, places, &self.limits)?;
         let mut kept: Vec<String> = Vec::new();
         for ((t, integers), chosen) in plan.tensors.iter_mut().zip(integers).zip(chosen) {
             if !chosen {
@@ -258,6 +272,10 @@ impl ToHf {
                 context(e).hint(format!("--ignore '{}' leaves it as it is", matrices::module(&t.name)))
             })?;
             packing.settle(integers, &t.source, &model.store).map_err(context)?;
+            if let (Some(rounder), None) = (&rounder, &packing.origin) {
+                let found = rounder.rounding(t, &*layout).map_err(context)?;
+                (t.rounding, packing.expert, t.fallback) = found;
+            }
             (t.nbytes, t.dtype) = (packing.nbytes().map_err(context)?, DType::F32);
             t.packing = Some(packing);
         }
@@ -275,6 +293,7 @@ impl ToHf {
         let exact = plan.tensors.iter().filter(|t| t.packing.as_ref().is_some_and(|p| p.origin.is_some()));
         let (exact, all) = (exact.count(), sizes.len());
         plan.notes.push(describe(&target, exact, all));
+        plan.notes.extend(rounder.iter().flat_map(|r| r.notes(&plan.tensors)));
         Ok(target)
     }
 }
@@ -296,7 +315,7 @@ fn describe(target: &Target, exact: usize, all: usize) -> String {
         _ => "",
     };
     let kept = match exact {
-        0 => "each weight rounded to the next code".to_string(),
+        0 => "rounded".to_string(),
         n if n == all => "with the codes and scales they have".to_string(),
         n => format!("{n} with the codes and scales they have, the others rounded"),
     };

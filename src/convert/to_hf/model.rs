@@ -5,6 +5,7 @@ use std::path::Path;
 
 use serde_json::{Value as Json, json};
 
+use super::rounding::{Places, places_of_checkpoint};
 use super::torch_name;
 use crate::arch::{Data, Mapped, Piece};
 use crate::container::Store;
@@ -31,6 +32,8 @@ pub struct HfModel {
     pub keeps_types: bool,
     /// The model's own name.
     pub name: Option<String>,
+    /// Where matrices are in GGUF, if that was asked for.
+    pub places: Places,
     /// What was done on the way.
     pub notes: Vec<String>,
 }
@@ -47,11 +50,21 @@ const BLOCKS: &str = "_blocks";
 ///
 /// # Errors
 /// What is no model.
-pub fn open(path: &Path, dtype: Option<DType>, blocks: bool, limits: &Limits) -> Result<HfModel> {
+pub fn open(
+    path: &Path,
+    dtype: Option<DType>,
+    blocks: bool,
+    needs_places: bool,
+    limits: &Limits,
+) -> Result<HfModel> {
     let checkpoint = Checkpoint::open(path, limits)?;
     let notes = checkpoint.notes().into_iter().collect();
     let name = Some(checkpoint.dir_name()).filter(|n| !n.is_empty());
     let Checkpoint { dir, store, mut config, .. } = checkpoint;
+    let places = match needs_places {
+        true => places_of_checkpoint(&config, &store).map_err(|e| e.at(&dir.join("config.json")))?,
+        false => Places::new(),
+    };
     let own = config_dtype(&config).unwrap_or(DType::BF16);
     let mapped = store.tensors().iter().map(|t| mapped(t, blocks)).collect::<Result<_>>()?;
     drop_quantization(&mut config);
@@ -61,7 +74,8 @@ pub fn open(path: &Path, dtype: Option<DType>, blocks: bool, limits: &Limits) ->
     set_dtype(&mut config, dtype.unwrap_or(own));
     let side = side_files(&dir, limits)?;
     let keeps_types = dtype.is_none();
-    Ok(HfModel { store, mapped, config, side, dtype: dtype.unwrap_or(own), keeps_types, name, notes })
+    let dtype = dtype.unwrap_or(own);
+    Ok(HfModel { store, mapped, config, side, dtype, keeps_types, name, places, notes })
 }
 
 fn drop_quantization(config: &mut Json) {

@@ -1,0 +1,162 @@
+//! By which method matrices of integers are rounded: what calibration says of their inputs, by the names that
+//! these have in GGUF.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use super::Wanted;
+use crate::arch::{self, Data, Mapped};
+use crate::container::Store;
+use crate::container::imatrix::ImportanceMatrix;
+use crate::convert::guide::{Guiding, MethodChoice, Way};
+use crate::convert::outcome::Fallback;
+use crate::convert::plan::{Importance, Rounding, TensorPlan};
+use crate::convert::quantizer::ImatrixChoice;
+use crate::error::{Error, Result};
+use crate::limits::Limits;
+use crate::packed::write::Layout;
+use crate::quantize::Method;
+
+/// Where a matrix is in GGUF: its name, and its number in a stack of experts.
+pub type Places = HashMap<String, (String, u64)>;
+
+/// The places of the tensors of a checkpoint.
+///
+/// # Errors
+/// Unknown architectures; as definitions say.
+pub fn places_of_checkpoint(config: &serde_json::Value, store: &Store) -> Result<Places> {
+    let model = arch::recognise(config, store.tensors(), None)?;
+    let mut places = Places::new();
+    for m in model.map(store.tensors())? {
+        let Data::Copied { pieces, .. } = &m.data else { continue };
+        let matrix = matrix_of_stack(&m.shape);
+        for piece in pieces {
+            let expert = matrix.map_or(0, |n| piece.copy.dst_base / n);
+            places.entry(piece.source.clone()).or_insert_with(|| (m.name.clone(), expert));
+        }
+    }
+    Ok(places)
+}
+
+/// The places of tensors that come from GGUF.
+pub fn places_of_gguf(mapped: &[Mapped], store: &Store) -> Places {
+    let of = |m: &Mapped| {
+        let Data::Copied { pieces, .. } = &m.data else { return None };
+        let piece = pieces.first()?;
+        let matrix = matrix_of_stack(&store.get(&piece.source)?.shape).filter(|_| m.shape.len() == 2);
+        let expert = matrix.map_or(0, |n| piece.copy.src_base / n);
+        Some((m.name.clone(), (piece.source.clone(), expert)))
+    };
+    mapped.iter().filter_map(of).collect()
+}
+
+/// Elements of each matrix of a stack.
+fn matrix_of_stack(shape: &[u64]) -> Option<u64> {
+    match shape {
+        [_, rows, cols] => rows.checked_mul(*cols).filter(|n| *n > 0),
+        _ => None,
+    }
+}
+
+/// Methods, and what they need.
+pub struct Rounder {
+    guiding: Guiding,
+    matrix: Option<Arc<ImportanceMatrix>>,
+    places: Places,
+}
+
+impl Rounder {
+    /// Opens what was asked for; `None` where nothing was.
+    ///
+    /// # Errors
+    /// `Misuse` for methods that the format has no use for; as files open.
+    pub fn open(
+        wanted: &Wanted,
+        method: Option<&MethodChoice>,
+        imatrix: Option<&ImatrixChoice>,
+        places: Places,
+        limits: &Limits,
+    ) -> Result<Option<Self>> {
+        if method.is_none() && imatrix.is_none() {
+            return Ok(None);
+        }
+        let name = wanted.format.name();
+        if !wanted.format.has_grid() {
+            return Err(Error::misuse(format!("{name} has no methods: each weight becomes the next code"))
+                .hint("gptq, awq and compressed-tensors have"));
+        }
+        let mut choice = method.cloned().unwrap_or_default();
+        choice.others = choice.others.or(imatrix.map(|_| Way::Imatrix));
+        if choice.fold.is_some() {
+            return Err(Error::misuse("awq moves scales between tensors, which needs a step of its own").hint(
+                "qconv hf-to-gguf SRC -t awq_bf16 --moments FILE -o folded.gguf, and convert that with --method \
+                 imatrix or gptq",
+            ));
+        }
+        let ways = choice.by_tensor.iter().map(|(_, way)| way).chain(&choice.others);
+        if ways.into_iter().any(|way| matches!(way, Way::Method(Method::Ternary(_)))) {
+            return Err(Error::misuse(format!(
+                "ternary has no use for {name}: its grids have 2 bits and more"
+            )));
+        }
+        let guiding = Guiding::open(&choice, imatrix.is_some(), limits)?;
+        let matrix = imatrix.map(|choice| ImportanceMatrix::open(&choice.path, limits).map(Arc::new));
+        Ok(Some(Self { guiding, matrix: matrix.transpose()?, places }))
+    }
+
+    /// How a tensor is rounded, and the number of its expert; with the reason where it is not as asked for.
+    ///
+    /// # Errors
+    /// `Misuse` for what belongs to another model; as the layout's grid has no such rows.
+    pub fn rounding(&self, t: &TensorPlan, layout: &dyn Layout) -> Result<(Rounding, u64, Option<Fallback>)> {
+        let (columns, _) = t.rows();
+        let way = self.guiding.way(&t.name, None);
+        let (wanted, method) = match way {
+            None | Some(Way::Rtn) => return Ok((Rounding::Nearest, 0, None)),
+            Some(Way::Imatrix) => ("imatrix", None),
+            Some(Way::Method(method)) => (method.name(), Some(method)),
+        };
+        let without = |why: String| Ok((Rounding::Nearest, 0, Some(Fallback { wanted, why })));
+        let Some((name, expert)) = self.places.get(&t.name) else {
+            return without("its name in GGUF is not known".into());
+        };
+        let importance = match self.importance(name)? {
+            None => return without("calibration has nothing of what it reads".into()),
+            Some(importance) => importance,
+        };
+        let (has, experts) = match &importance {
+            Importance::Matrix { entry, .. } => (entry.columns(), entry.experts()),
+            Importance::Diagonal { input, .. } => (input.columns, input.experts),
+        };
+        if has != columns || *expert >= experts.max(1) {
+            return Err(Error::misuse(format!(
+                "has {columns} columns, and is number {expert} of its stack; {name} was calibrated with {has} \
+                 columns and {experts} experts"
+            ))
+            .hint("what calibration wrote is of another model"));
+        }
+        let (Some(method), Some(grid)) = (method, layout.grid()) else {
+            return Ok((Rounding::Weighed(importance), *expert, None));
+        };
+        match self.guiding.guide(method, name, grid.lattice(columns)?) {
+            Ok((guide, some)) => {
+                let fallback = some.map(|why| Fallback { wanted, why });
+                Ok((Rounding::Guided(guide), *expert, fallback))
+            }
+            Err(why) => Ok((Rounding::Weighed(importance), *expert, Some(Fallback { wanted, why }))),
+        }
+    }
+
+    fn importance(&self, name: &str) -> Result<Option<Importance>> {
+        let of_matrix = self.matrix.as_ref().and_then(|matrix| {
+            let entry = matrix.entries.get(name)?.clone();
+            Some(Importance::Matrix { matrix: matrix.clone(), entry })
+        });
+        Ok(of_matrix.or_else(|| self.guiding.diagonal(name)))
+    }
+
+    /// What was rounded how.
+    pub fn notes(&self, tensors: &[TensorPlan]) -> Vec<String> {
+        self.guiding.notes(tensors)
+    }
+}
