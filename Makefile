@@ -188,6 +188,7 @@ architectures: system
 bench: system
 	@$(ENV) \
 	$(CARGO) bench --profile release --bench block; \
+	$(CARGO) bench --profile release --bench packed; \
 	$(CARGO) bench --profile release --bench convert
 
 # Third-party readers read what we write. Versions are pinned; nothing outside .venv changes.

@@ -109,9 +109,7 @@ fn packed_integers(random: &mut Random) -> Example {
         .with("p.weight_shape", "I64", &[2], [34u64, 70].map(u64::to_le_bytes).concat())
         .quantized(compressed(3, "pack-quantized", json!({"strategy": "group", "group_size": 24})));
     // Each column's group is looked up: as if there were a group for each column.
-    let spread =
-        |x: &[f32]| -> Vec<f32> { (0..34 * 70).map(|i| x[i / 70 * 3 + order[i % 70] as usize]).collect() };
-    g.scales = spread(&g.scales);
+    g.scales = (0..34 * 70).map(|i| g.scales[i / 70 * 3 + order[i % 70] as usize]).collect();
     g.zeros = (0..34 * 70).map(|i| g.zeros[i / 70 * 3 + order[i % 70] as usize]).collect();
     g.size = 1;
     (made, g.values())

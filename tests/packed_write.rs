@@ -124,7 +124,7 @@ proptest! {
         let shape = [rows * 32, 96];
         let dir = tempfile::tempdir().unwrap();
         for (layout, config) in layouts(bits, group_size, symmetric) {
-            let grid = layout.grid().unwrap().clone();
+            let grid = *layout.grid().unwrap();
             let wanted = integers(&mut Random(seed), &grid, shape);
             let cut = |first, end| Input::Integers(part(&wanted, shape, first, end));
             let made = written(&*layout, shape, step, config, &cut);

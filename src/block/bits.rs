@@ -44,6 +44,27 @@ pub fn pack(codes: &[u8], bits: u32, stream: &mut [u8]) {
     }
 }
 
+/// Words of 4 bytes in rows of `cols` become rows of its columns.
+///
+/// # Panics
+/// When `words` are not whole rows, or `out` has another length.
+pub fn transpose(words: &[[u8; 4]], cols: usize, out: &mut [[u8; 4]]) {
+    assert!(words.len() == out.len() && words.len().is_multiple_of(cols));
+    let rows = words.len() / cols;
+    // Squares: of each row, and of each column, as much as a line of the cache holds.
+    const SIDE: usize = 16;
+    for r in (0..rows).step_by(SIDE) {
+        for c in (0..cols).step_by(SIDE) {
+            let (high, wide) = (SIDE.min(rows - r), SIDE.min(cols - c));
+            for k in 0..wide {
+                let to = &mut out[(c + k) * rows + r..][..high];
+                let from = words[r * cols + c + k..].iter().step_by(cols);
+                to.iter_mut().zip(from).for_each(|(to, from)| *to = *from);
+            }
+        }
+    }
+}
+
 /// Eight codes fill `BITS` bytes.
 fn unpack_as<const BITS: usize>(stream: &[u8], first: usize, codes: &mut [u8]) {
     let single = |i: usize| {
@@ -68,16 +89,45 @@ fn unpack_as<const BITS: usize>(stream: &[u8], first: usize, codes: &mut [u8]) {
 }
 
 fn pack_as<const BITS: usize>(codes: &[u8], stream: &mut [u8]) {
-    stream.fill(0);
-    let word = |codes: &[u8]| {
-        let shifted =
-            codes.iter().enumerate().map(|(k, code)| u64::from(code & mask::<BITS>()) << (k * BITS));
-        shifted.fold(0, |word, code| word | code).to_le_bytes()
-    };
     let (eights, rest) = codes.as_chunks::<8>();
-    for (bytes, codes) in stream.chunks_mut(BITS).zip(eights.iter().map(|c| &c[..]).chain([rest])) {
-        bytes.copy_from_slice(&word(codes)[..bytes.len()]);
+    let whole = stream.as_chunks_mut::<BITS>().0;
+    let n = eights.len().min(whole.len());
+    for (bytes, codes) in whole.iter_mut().zip(eights) {
+        bytes.copy_from_slice(&gather::<BITS>(codes)[..BITS]);
     }
+    let beyond = &mut stream[n * BITS..];
+    beyond.fill(0);
+    // Codes that fill no whole bytes, or of which only a part has room.
+    let mut word = [0; 8];
+    let codes = eights.get(n).map_or(rest, |codes| &codes[..]);
+    word[..codes.len()].copy_from_slice(codes);
+    let bytes = gather::<BITS>(&word);
+    beyond.iter_mut().zip(&bytes[..BITS]).for_each(|(to, from)| *to = *from);
+}
+
+/// Eight codes, one after the other: neighbours are joined, then pairs, then fours.
+#[inline(always)]
+fn gather<const BITS: usize>(codes: &[u8; 8]) -> [u8; 8] {
+    let word = u64::from_le_bytes(*codes) & const { fields(BITS, 8) };
+    let word = join(word, BITS, 8, const { fields(BITS, 16) });
+    let word = join(word, 2 * BITS, 16, const { fields(2 * BITS, 32) });
+    join(word, 4 * BITS, 32, const { fields(4 * BITS, 64) }).to_le_bytes()
+}
+
+/// Joins fields of so many bits, one in each `slot`, to pairs; `even` masks every other one.
+#[inline(always)]
+fn join(word: u64, bits: usize, slot: usize, even: u64) -> u64 {
+    word & even | word >> (slot - bits) & even << bits
+}
+
+/// The lowest bits of every `slot`.
+const fn fields(bits: usize, slot: usize) -> u64 {
+    let (mut word, mut at) = (0, 0);
+    while at < 64 {
+        word |= (u64::MAX >> (64 - bits)) << at;
+        at += slot;
+    }
+    word
 }
 
 const fn mask<const BITS: usize>() -> u8 {
@@ -112,6 +162,16 @@ mod tests {
             let mut beyond = vec![0xFF; 9];
             unpack(&stream[..n], bits, codes.len() + 8, &mut beyond);
             prop_assert_eq!(beyond, [0; 9]);
+        }
+    }
+
+    #[test]
+    fn words_change_places() {
+        for (rows, cols) in [(1, 1), (16, 32), (37, 18), (3, 40)] {
+            let words: Vec<[u8; 4]> = (0..rows * cols).map(|i| (i as u32).to_le_bytes()).collect();
+            let mut out = vec![[0; 4]; words.len()];
+            transpose(&words, cols, &mut out);
+            assert!((0..words.len()).all(|i| out[i] == words[i % rows * cols + i / rows]), "{rows} {cols}");
         }
     }
 

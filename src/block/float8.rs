@@ -80,19 +80,18 @@ const fn value(code: u32, mantissa: u32) -> f32 {
 }
 
 /// The next number of E4M3, of two as near the even one; what is beyond 448 becomes 448, NaN stays NaN.
+#[inline(always)]
 pub fn e4m3_from_f32(x: f32) -> u8 {
-    let (sign, magnitude) = ((x.to_bits() >> 31 << 7) as u8, x.abs());
-    let code = if magnitude.is_nan() {
-        0x7F
-    } else if magnitude < 0.015625 {
-        // Below the least normal number steps are 2^-9.
-        (magnitude * 512.0).round_ties_even() as u8
-    } else {
-        let bits = magnitude.min(448.0).to_bits();
-        let rounded = bits + 0x7_FFFF + (bits >> 20 & 1);
-        ((rounded >> 20) - (120 << 3)).min(0x7E) as u8
-    };
-    sign | code
+    // Both ways are taken and one chosen, that loops may do it side by side.
+    let (sign, magnitude) = (x.to_bits() >> 31 << 7, x.abs());
+    // Below the least normal number steps are 2^-9. Adding this rounds to an integer.
+    let small = (magnitude * 512.0 + 8_388_608.0).to_bits() & 0xFF;
+    let limited = if magnitude < 448.0 { magnitude } else { 448.0 };
+    let bits = limited.to_bits();
+    let rounded = bits.wrapping_add(0x7_FFFF + (bits >> 20 & 1)) >> 20;
+    let code = if magnitude < 0.015625 { small } else { rounded.wrapping_sub(120 << 3) };
+    let code = if magnitude.is_nan() { 0x7F } else { code };
+    (sign | code) as u8
 }
 
 #[cfg(test)]

@@ -364,30 +364,46 @@ impl Group {
 
     /// Tries the codes next to the weights at a scale.
     fn fit(&self, grid: &Grid, scale: f32, zero: u8) -> Attempt {
-        let (inverse, (low, high)) = (1.0 / scale, grid.limits(zero));
-        // Of the errors: their squares, and their products with the codes; the squares of these.
-        let (mut lost, mut slope, mut bend) = ([0f32; LANES], [0f32; LANES], [0f32; LANES]);
+        let (inverse, limits) = (1.0 / scale, grid.limits(zero));
         let (weights, importance) = (self.weights.as_chunks::<LANES>(), self.importance.as_chunks::<LANES>());
-        let mut last = ([0f32; LANES], [0f32; LANES]);
-        last.0[..weights.1.len()].copy_from_slice(weights.1);
-        last.1[..importance.1.len()].copy_from_slice(importance.1);
-        let lanes = weights.0.iter().zip(importance.0).chain([(&last.0, &last.1)]);
-        for (x, w) in lanes {
-            for k in 0..LANES {
-                let q = (limited(x[k] * inverse, low, high) + WHOLE) - WHOLE;
-                let error = x[k] - q * scale;
-                let weighed = w[k] * error;
-                lost[k] += weighed * error;
-                slope[k] += weighed * q;
-                bend[k] += w[k] * q * q;
-            }
+        let mut sums = Sums::default();
+        for (x, w) in weights.0.iter().zip(importance.0) {
+            sums.add(x, w, scale, inverse, limits);
+        }
+        if !weights.1.is_empty() {
+            let (mut x, mut w) = ([0f32; LANES], [0f32; LANES]);
+            x[..weights.1.len()].copy_from_slice(weights.1);
+            w[..importance.1.len()].copy_from_slice(importance.1);
+            sums.add(&x, &w, scale, inverse, limits);
         }
         let total = |lanes: [f32; LANES]| lanes.into_iter().map(f64::from).sum::<f64>();
-        let (lost, slope, bend) = (total(lost), total(slope), total(bend));
+        let (lost, slope, bend) = (total(sums.lost), total(sums.slope), total(sums.bend));
         let best = (f64::from(scale) + slope / bend) as f32;
         match bend > 0.0 && best.is_normal() {
             true => Attempt { lost, scale: best, zero, cost: lost - slope * slope / bend },
             false => Attempt { lost, scale, zero, cost: lost },
+        }
+    }
+}
+
+/// Of the errors: their squares, and their products with the codes; the squares of these. All weighed.
+#[derive(Default)]
+struct Sums {
+    lost: [f32; LANES],
+    slope: [f32; LANES],
+    bend: [f32; LANES],
+}
+
+impl Sums {
+    #[inline(always)]
+    fn add(&mut self, x: &[f32; LANES], w: &[f32; LANES], scale: f32, inverse: f32, (low, high): (f32, f32)) {
+        for k in 0..LANES {
+            let q = (limited(x[k] * inverse, low, high) + WHOLE) - WHOLE;
+            let error = x[k] - q * scale;
+            let weighed = w[k] * error;
+            self.lost[k] += weighed * error;
+            self.slope[k] += weighed * q;
+            self.bend[k] += w[k] * q * q;
         }
     }
 }

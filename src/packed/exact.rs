@@ -77,7 +77,7 @@ fn reordered(matrix: &dyn Grouped, stored: &Stored) -> Result<bool> {
 fn holds(dtype: DType, bits: u32, scale: f32, zero: f32) -> bool {
     let exact = |x: f32| x.is_finite() && f32_from_f16(f16_from_f32(x)) == x;
     let codes = match offset(dtype, zero) {
-        Some(offset) => 0 + offset..=(1 << bits) - 1 + offset,
+        Some(offset) => offset..=(1 << bits) - 1 + offset,
         None => return false,
     };
     let (least, most) = range(dtype);

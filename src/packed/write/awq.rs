@@ -1,6 +1,7 @@
 //! AWQ's layout: see [`super::super::awq`].
 
 use super::{Data, Grid, Layout, Part, Put, halves, unfit};
+use crate::block::bits;
 use crate::error::Result;
 use crate::tensor::DType;
 
@@ -49,10 +50,18 @@ impl Layout for Awq {
         let data = data.integers()?;
         let (groups, cols) = (self.grid.shape(rows, cols).groups as usize, cols as usize);
         let n = data.codes.len() / cols;
-        for c in 0..cols {
-            let code = |row: usize| data.codes[row * cols + c];
-            let words: Vec<u8> = (0..n / 8).flat_map(|w| word(|k| code(w * 8 + k))).collect();
-            put(0, (c as u64 * rows + first) / 2, &words)?;
+        let mut words = vec![[0; 4]; n / 8 * cols];
+        for (codes, words) in data.codes.chunks_exact(8 * cols).zip(words.chunks_exact_mut(cols)) {
+            let rows: [&[u8]; 8] = std::array::from_fn(|k| &codes[ORDER[k] * cols..][..cols]);
+            for (c, to) in words.iter_mut().enumerate() {
+                let word = (0..8).fold(0, |word, k| word | u32::from(rows[k][c] & 15) << (4 * k));
+                *to = word.to_le_bytes();
+            }
+        }
+        let mut sides = vec![[0; 4]; words.len()];
+        bits::transpose(&words, cols, &mut sides);
+        for (c, side) in sides.chunks_exact(n / 8).enumerate() {
+            put(0, (c as u64 * rows + first) / 2, side.as_flattened())?;
         }
         for g in 0..groups {
             let zero = |row: usize| data.zeros[row * groups + g] as u8;

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use serde_json::json;
 
-use super::{Data, Layout, Part, Put, lost, nested, unfit};
+use super::{Data, Layout, Part, Put, greatest, lost, nested, unfit};
 use crate::error::{Error, Result};
 use crate::tensor::DType;
 
@@ -21,6 +21,7 @@ pub struct Bnb4 {
 
 /// Elements that share a scale.
 const BLOCK: u64 = 64;
+const N: usize = BLOCK as usize;
 
 /// The quantiles of a normal distribution: NF4 (Dettmers et al., arXiv 2305.14314, appendix E).
 const NF4: [f32; 16] = [
@@ -53,6 +54,19 @@ impl Bnb4 {
         }
     }
 
+    /// The code of the least value; then for each greater one, from where on it is nearer than the one before,
+    /// and by how much its code is greater.
+    fn steps(&self) -> (u32, Vec<(f32, u32)>) {
+        let map = self.map();
+        let mut order: Vec<u32> = (0..16).filter(|i| !(self.fp4 && *i == 8)).collect();
+        order.sort_by(|a, b| map[*a as usize].total_cmp(&map[*b as usize]));
+        let step = |pair: &[u32]| {
+            let [low, high] = [pair[0], pair[1]];
+            ((map[low as usize] + map[high as usize]) / 2.0, high.wrapping_sub(low))
+        };
+        (order[0], order.windows(2).map(step).collect())
+    }
+
     fn kind(&self) -> &'static str {
         if self.fp4 { "fp4" } else { "nf4" }
     }
@@ -72,8 +86,7 @@ impl Bnb4 {
 
     /// The greatest magnitude of each block.
     fn scales(weights: &[f32]) -> Vec<f32> {
-        let most = |block: &[f32]| block.iter().fold(0f32, |most, w| most.max(w.abs()));
-        weights.chunks(BLOCK as usize).map(most).collect()
+        weights.chunks(N).map(greatest).collect()
     }
 }
 
@@ -124,15 +137,8 @@ impl Layout for Bnb4 {
 
     fn write(&self, [rows, cols]: [u64; 2], first: u64, data: Data<'_>, put: &mut Put<'_>) -> Result<f64> {
         let weights = data.weights()?;
-        let map = self.map();
-        let mut order: Vec<u8> = (0..16).filter(|i| !(self.fp4 && *i == 8)).collect();
-        order.sort_by(|a, b| map[usize::from(*a)].total_cmp(&map[usize::from(*b)]));
-        // Between neighbours, half way.
-        let value = |k: usize| map[usize::from(order[k])];
-        let ends: Vec<f32> = (1..order.len()).map(|k| (value(k - 1) + value(k)) / 2.0).collect();
-        let nearest = |x: f32| order[ends.partition_point(|end| *end < x)];
+        let (map, steps) = (self.map(), self.steps());
         let mut bytes = Vec::with_capacity(weights.len() / 2);
-        let mut stored = Vec::with_capacity(weights.len());
         let scales = Self::scales(weights);
         let nested = match self.nested {
             None => None,
@@ -142,13 +148,25 @@ impl Layout for Bnb4 {
             }
         };
         let given = nested.as_ref().map_or(&scales, |n| &n.values);
-        for (block, (most, given)) in weights.chunks(BLOCK as usize).zip(scales.iter().zip(given)) {
+        let mut loss = 0.0;
+        for (block, (most, given)) in weights.as_chunks::<N>().0.iter().zip(scales.iter().zip(given)) {
             let inverse = if *most > 0.0 { 1.0 / most } else { 0.0 };
-            for pair in block.as_chunks::<2>().0 {
-                let [a, b] = pair.map(|w| nearest(w * inverse));
-                bytes.push(a << 4 | b);
-                stored.extend([a, b].map(|code| map[usize::from(code)] * given));
+            // Loops over arrays: only these are done side by side.
+            let (mut parts, mut codes) = ([0f32; N], [steps.0; N]);
+            for k in 0..N {
+                parts[k] = block[k] * inverse;
             }
+            for &(end, step) in &steps.1 {
+                for k in 0..N {
+                    codes[k] = codes[k].wrapping_add(if parts[k] > end { step } else { 0 });
+                }
+            }
+            let mut stored = [0f32; N];
+            for k in 0..N {
+                stored[k] = map[(codes[k] & 15) as usize] * given;
+            }
+            bytes.extend(codes.as_chunks::<2>().0.iter().map(|[a, b]| (a << 4 | b) as u8));
+            loss += lost(block, &stored);
         }
         put(0, first * cols / 2, &bytes)?;
         let at = first * cols / BLOCK;
@@ -166,7 +184,7 @@ impl Layout for Bnb4 {
             put(2, 0, &map.map(f32::to_le_bytes).concat())?;
             put(3, 0, self.state(rows, cols).as_bytes())?;
         }
-        Ok(lost(weights, &stored))
+        Ok(loss)
     }
 }
 
@@ -177,6 +195,11 @@ fn bytes_of(values: &[f32]) -> Vec<u8> {
 /// LLM.int8: bytes with a scale for each row.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Bnb8;
+
+/// Adding this rounds to an integer, which then lies in the lowest bits.
+const WHOLE: f32 = 12_582_912.0;
+/// Below, 127 divided by a magnitude is beyond F32.
+const LEAST: f32 = 1e-36;
 
 impl Layout for Bnb8 {
     fn parts(&self, rows: u64, cols: u64) -> Result<Vec<Part>> {
@@ -189,20 +212,25 @@ impl Layout for Bnb8 {
 
     fn write(&self, [_, cols]: [u64; 2], first: u64, data: Data<'_>, put: &mut Put<'_>) -> Result<f64> {
         let weights = data.weights()?;
-        let mut codes = Vec::with_capacity(weights.len());
-        let (mut scales, mut stored) = (Vec::new(), Vec::with_capacity(weights.len()));
-        for row in weights.chunks(cols as usize) {
-            let most = row.iter().fold(0f32, |most, w| most.max(w.abs()));
+        let mut codes = vec![0; weights.len()];
+        let mut scales = Vec::new();
+        let mut stored = vec![0f32; cols as usize];
+        let mut loss = 0.0;
+        for (row, codes) in weights.chunks(cols as usize).zip(codes.chunks_mut(cols as usize)) {
+            let most = greatest(row);
             scales.extend(most.to_le_bytes());
             // Rounded twice, as bitsandbytes does.
-            let scale = if most > 0.0 { 1.0 / most * 127.0 } else { 0.0 };
-            let code = |w: &f32| (w * scale).round_ties_even() as i8;
-            codes.extend(row.iter().map(|w| code(w) as u8));
-            stored.extend(row.iter().map(|w| f32::from(code(w)) * most / 127.0));
+            let scale = if most > LEAST { 1.0 / most * 127.0 } else { 0.0 };
+            for ((w, code), stored) in row.iter().zip(codes).zip(&mut stored) {
+                let near = w * scale + WHOLE;
+                *code = near.to_bits() as u8;
+                *stored = (near - WHOLE) * most / 127.0;
+            }
+            loss += lost(row, &stored);
         }
         put(0, first * cols, &codes)?;
         put(1, first * 4, &scales)?;
         put(2, 0, &[0])?;
-        Ok(lost(weights, &stored))
+        Ok(loss)
     }
 }

@@ -1,6 +1,6 @@
 //! Layouts of compressed-tensors: see [`super::super::compressed`].
 
-use super::{Data, Grid, Layout, Part, Put, halves, unfit};
+use super::{Data, Grid, Layout, Part, Put, greatest, halves, unfit};
 use crate::block::bits;
 use crate::error::Result;
 use crate::tensor::DType;
@@ -108,7 +108,7 @@ impl Layout for CompressedFp8 {
         let mut codes = vec![0; weights.len()];
         let mut loss = 0.0;
         for (weights, codes) in weights.chunks(cols as usize).zip(codes.chunks_mut(cols as usize)) {
-            let scale = super::fp8::scale(weights.iter().copied());
+            let scale = super::fp8::scale(greatest(weights));
             loss += super::fp8::encode(weights, scale, codes);
             scales.extend(scale.to_le_bytes());
         }

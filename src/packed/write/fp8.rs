@@ -1,6 +1,6 @@
 //! FP8 in blocks: see [`super::super::fp8`].
 
-use super::{Data, Layout, Part, Put, lost};
+use super::{Data, Layout, Part, Put, greatest, lost};
 use crate::block::{e4m3_from_f32, f32_from_e4m3};
 use crate::error::Result;
 use crate::tensor::DType;
@@ -16,15 +16,20 @@ pub struct Fp8 {
 const MOST: f32 = 448.0;
 
 /// The scale that brings the greatest magnitude to the greatest number of E4M3.
-pub(super) fn scale(weights: impl Iterator<Item = f32>) -> f32 {
-    (weights.fold(0f32, |most, w| most.max(w.abs())) / MOST).max(1e-12)
+pub(super) fn scale(most: f32) -> f32 {
+    (most / MOST).max(1e-12)
 }
 
 /// Weights over `scale`, each as the next number of E4M3. Returns the sum of the squares of what they lose.
 pub(super) fn encode(weights: &[f32], scale: f32, codes: &mut [u8]) -> f64 {
-    codes.iter_mut().zip(weights).for_each(|(code, w)| *code = e4m3_from_f32(w / scale));
-    let stored: Vec<f32> = codes.iter().map(|code| f32_from_e4m3(*code) * scale).collect();
-    lost(weights, &stored)
+    let mut loss = 0.0;
+    for (weights, codes) in weights.chunks(128).zip(codes.chunks_mut(128)) {
+        codes.iter_mut().zip(weights).for_each(|(code, w)| *code = e4m3_from_f32(w / scale));
+        let mut stored = [0f32; 128];
+        stored.iter_mut().zip(&*codes).for_each(|(y, code)| *y = f32_from_e4m3(*code) * scale);
+        loss += lost(weights, &stored[..weights.len()]);
+    }
+    loss
 }
 
 impl Layout for Fp8 {
@@ -51,7 +56,8 @@ impl Layout for Fp8 {
             let mut scales = Vec::with_capacity(blocks * 4);
             for b in 0..blocks {
                 let columns = b * wide_n..row.min((b + 1) * wide_n);
-                let scale = scale(weights.chunks(row).flat_map(|w| &w[columns.clone()]).copied());
+                let most = weights.chunks(row).map(|w| greatest(&w[columns.clone()])).fold(0.0, f32::max);
+                let scale = scale(most);
                 for (weights, codes) in weights.chunks(row).zip(codes.chunks_mut(row)) {
                     loss += encode(&weights[columns.clone()], scale, &mut codes[columns.clone()]);
                 }

@@ -59,12 +59,11 @@ impl Layout for Gptq {
         for (codes, stream) in data.codes.chunks_exact(cols).zip(streams.chunks_exact_mut(row_bytes)) {
             bits::pack(codes, width, stream);
         }
-        let mut words = vec![0; n * 4];
-        for word in 0..row_bytes / 4 {
-            for (to, stream) in words.as_chunks_mut::<4>().0.iter_mut().zip(streams.chunks_exact(row_bytes)) {
-                to.copy_from_slice(&stream[word * 4..word * 4 + 4]);
-            }
-            put(0, (word as u64 * rows + first) * 4, &words)?;
+        let words = streams.as_chunks::<4>().0;
+        let mut sides = vec![[0; 4]; words.len()];
+        bits::transpose(words, row_bytes / 4, &mut sides);
+        for (word, side) in sides.chunks_exact(n).enumerate() {
+            put(0, (word as u64 * rows + first) * 4, side.as_flattened())?;
         }
         let mut stream = vec![0; n * width as usize / 8];
         for g in 0..groups {

@@ -18,7 +18,7 @@ impl Mxfp4 {
     /// Puts blocks of ggml's MXFP4 from block `first` of the stack on: bits are moved.
     fn put_blocks(first: u64, blocks: &[u8], put: &mut Put<'_>) -> Result<()> {
         let blocks = blocks.as_chunks::<TYPE_SIZE>().0;
-        let codes: Vec<u8> = blocks.iter().flat_map(|b| pairs(b)).collect();
+        let codes: Vec<u8> = blocks.iter().flat_map(pairs).collect();
         put(0, first * CODES as u64, &codes)?;
         put(1, first, &blocks.iter().map(|b| b[0]).collect::<Vec<_>>())
     }

@@ -147,7 +147,7 @@ pub struct Regrid {
 impl Regrid {
     /// From matrices of this shape.
     pub fn new(from: &Shape, grid: &Grid) -> Self {
-        Self { from: from.clone(), to: grid.shape(from.rows, from.cols), grid: grid.clone() }
+        Self { from: from.clone(), to: grid.shape(from.rows, from.cols), grid: *grid }
     }
 
     /// Whether rows with these scales and zeros keep all their values.
