@@ -45,7 +45,7 @@ fn random_model(target: &Target, seed: u64, minimum: bool, dir: &Path) {
         let shape = [shape[0], shape[1]];
         sizes.push(shape);
         let layout = target.layout(&[shape], "float16").unwrap();
-        let grid = layout.grid().unwrap().clone();
+        let grid = *layout.grid().unwrap();
         let size = grid.shape(shape[0], shape[1]);
         let lines = (size.rows * size.groups) as usize;
         let most = 1 << grid.bits;

@@ -228,10 +228,15 @@ pub fn finish(job: &Job, args: &WriteArgs) -> anyhow::Result<super::Status> {
     Ok(super::Status::Done)
 }
 
+/// Bytes of the weights as the source stores them.
+fn stored_bytes(job: &Job) -> u64 {
+    job.store.files().iter().map(|f| f.len()).sum()
+}
+
 /// The summary of a finished job as JSON.
 pub fn summary(job: &Job, done: &Done) -> serde_json::Value {
     let notes: Vec<String> = job.plan.notes.iter().cloned().chain(Outcome::notes(&done.outcomes)).collect();
-    let input: u64 = job.store.tensors().iter().map(|t| t.nbytes).sum();
+    let input = stored_bytes(job);
     json!({
         "output": job.output,
         "files": job.outputs(),
@@ -249,7 +254,7 @@ pub fn summary(job: &Job, done: &Done) -> serde_json::Value {
 /// The summary of a finished job as a line.
 pub fn say_summary(job: &Job, done: &Done) {
     let seconds = done.seconds;
-    let input: u64 = job.store.tensors().iter().map(|t| t.nbytes).sum();
+    let input = stored_bytes(job);
     let output = job.plan.total_len();
     ui::say(&format!(
         "{}: {} from {}, {} weights in {} tensors, {:.2} bits per weight, {seconds:.1} s ({}/s)",

@@ -260,8 +260,21 @@ const SCATTERED_SPAN: u64 = 1 << 20;
 const MIN_SPAN: u64 = 8 << 10;
 /// Bytes of buffers for one element of a span: source, stretch (4x), value, output.
 const BYTES_PER_ELEMENT: u64 = 8 + 16 + 4 + 4;
+/// Spans whose rows lie apart in the output as well are larger still, and of bytes alone: source, codes as they
+/// were and as they will be, output.
+const MOVED_SPAN: u64 = 4 << 20;
+const BYTES_PER_CODE: u64 = 8;
 /// Spans end where blocks end.
 const ALIGN: u64 = 256;
+
+/// Whether codes are moved, so that no floats are needed.
+fn is_moved(tensor: &TensorPlan) -> bool {
+    tensor.packing.as_ref().is_some_and(|p| p.origin.is_some())
+}
+
+fn bytes_per_element(tensor: &TensorPlan) -> u64 {
+    if is_moved(tensor) { BYTES_PER_CODE } else { BYTES_PER_ELEMENT }
+}
 
 impl Budget {
     /// Threads as the machine has cores, and 64 MiB of buffers for each.
@@ -283,9 +296,13 @@ impl Budget {
     /// Elements in each span of `tensor`; the last may be shorter.
     pub fn span(&self, tensor: &TensorPlan) -> u64 {
         let held = tensor.source.held_bytes(SCATTERED_SPAN);
-        let most = (self.memory / self.threads as u64).saturating_sub(held) / BYTES_PER_ELEMENT;
+        let most = (self.memory / self.threads as u64).saturating_sub(held) / bytes_per_element(tensor);
         let scattered = !tensor.source.is_contiguous() || tensor.packing.is_some();
-        let wish = if scattered { SCATTERED_SPAN } else { SPAN };
+        let wish = match scattered {
+            _ if is_moved(tensor) => MOVED_SPAN,
+            true => SCATTERED_SPAN,
+            false => SPAN,
+        };
         let span = wish.min(most).max(MIN_SPAN);
         let (row, _) = tensor.rows();
         if let Some(packing) = &tensor.packing {
@@ -310,7 +327,7 @@ impl Budget {
     /// Most bytes that buffers can take.
     pub fn peak(&self, plan: &Plan) -> u64 {
         let of_tensor = |t: &TensorPlan| {
-            let buffers = self.span(t).min(t.source.elements()).saturating_mul(BYTES_PER_ELEMENT);
+            let buffers = self.span(t).min(t.source.elements()).saturating_mul(bytes_per_element(t));
             buffers.saturating_add(t.source.held_bytes(SCATTERED_SPAN))
         };
         let most = plan.tensors.iter().map(of_tensor).max().unwrap_or(0);

@@ -62,10 +62,10 @@ pub fn open(
     let name = Some(checkpoint.dir_name()).filter(|n| !n.is_empty());
     let Checkpoint { dir, store, mut config, .. } = checkpoint;
     let places = match needs_places {
-        true => places_of_checkpoint(&config, &store).map_err(|e| e.at(&dir.join("config.json")))?,
+        true => places_of_checkpoint(&config, &store).map_err(|e| e.at(dir.join("config.json")))?,
         false => Places::new(),
     };
-    let own = config_dtype(&config).unwrap_or(DType::BF16);
+    let own = config_dtype(&config).or_else(|| most_floats(&store)).unwrap_or(DType::BF16);
     let mapped = store.tensors().iter().map(|t| mapped(t, blocks)).collect::<Result<_>>()?;
     drop_quantization(&mut config);
     if let Some(text) = config.get_mut("text_config") {
@@ -92,6 +92,16 @@ fn config_dtype(config: &Json) -> Option<DType> {
     stated
         .filter_map(Json::as_str)
         .find_map(|name| known.into_iter().find(|d| torch_name(*d) == name.trim_start_matches("torch.")))
+}
+
+/// The type of most values that are not packed.
+fn most_floats(store: &Store) -> Option<DType> {
+    let bytes = |dtype: &DType| {
+        let own = store.tensors().iter().filter(|t| t.dtype == *dtype && !store.is_joined(t));
+        own.map(|t| t.nbytes).sum::<u64>()
+    };
+    let known = [DType::F32, DType::F16, DType::BF16].into_iter();
+    known.filter(|d| bytes(d) > 0).max_by_key(bytes)
 }
 
 /// States the type wherever the config stated one.
