@@ -324,6 +324,16 @@ fn what_cannot_be_is_refused() {
     refused(&["--to", "gptq", "--asym", "--bits", "2", "--checkpoint-format", "gptq"], &["gptq_v2"]);
     let gpt2 = common::fixture("models/gpt2");
     place.refuses(&["convert", gpt2.to_str().unwrap(), "-o", "x", "--to", "gptq"], &["Conv1D"]);
+    // Nor read: a packed matrix is the other way round.
+    let mut made = Made::of(&gpt2);
+    let (_, shape, _) = made.take("transformer.h.0.attn.c_proj.weight");
+    let data = vec![0; (shape[0] * shape[1]) as usize];
+    let made = made
+        .with("transformer.h.0.attn.c_proj.weight", "I8", &shape, data)
+        .with("transformer.h.0.attn.c_proj.SCB", "F32", &shape[..1], vec![0; shape[0] as usize * 4])
+        .quantized(serde_json::json!({"quant_method": "bitsandbytes", "load_in_8bit": true}));
+    made.write(&place.path("conv1d"), &gpt2);
+    place.refuses(&["hf-to-gguf", "conv1d", "-o", "x"], &["Conv1D", "not read yet"]);
     let target = Target { group_size: Some(32), symmetric: false, ..Target::new(Format::Gptq) };
     random_model(&target, 5, false, &place.path("asym"));
     let args = ["convert", "asym", "-o", "x", "--to", "gptq", "--sym", "--exact-only"];

@@ -59,6 +59,13 @@ impl Checkpoint {
         let (store, quant_method) = quantization(&config, &dir, weights.values, limits)
             .and_then(|stated| packed::unpack(weights.store, stated.as_ref()))
             .map_err(|e| e.at(&config_path))?;
+        if let Some(method) = quant_method.filter(|_| is_conv1d(&config)) {
+            return Err(Error::unsupported(format!(
+                "the layers of this model are stored transposed (Conv1D): packed ones ({method}) are not read yet"
+            ))
+            .at(&config_path)
+            .hint("convert the unquantized model that it was made from"));
+        }
         let model_card = read_side_file(&dir.join("README.md"), limits.side_file_bytes)?
             .map(|text| String::from_utf8_lossy(&text).into_owned());
         let generation = read_side_file(&dir.join("generation_config.json"), limits.side_file_bytes)?
@@ -103,6 +110,12 @@ impl Checkpoint {
         let full = self.dir.canonicalize().unwrap_or_else(|_| self.dir.clone());
         full.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default()
     }
+}
+
+/// Whether matrices are stored `[in, out]`, as transformers' Conv1D has them, while packed ones are
+/// `[out, in]` in any model.
+pub(super) fn is_conv1d(config: &Json) -> bool {
+    config.get("model_type").and_then(Json::as_str).is_some_and(|t| matches!(t, "gpt2" | "jais"))
 }
 
 /// What the model says of its quantization: in config.json, or, of early GPTQ models, in a file of

@@ -13,6 +13,7 @@ use serde_json::Value as Json;
 use self::model::HfModel;
 use self::rounding::Rounder;
 use super::Job;
+use super::checkpoint::is_conv1d;
 use super::gather::{Scratch, Source};
 use super::guide::MethodChoice;
 use super::pack::Packing;
@@ -239,9 +240,9 @@ impl ToHf {
                 },
             ));
         }
-        if model.config["model_type"] == "gpt2" {
+        if is_conv1d(&model.config) {
             return Err(Error::unsupported(format!(
-                "gpt2's layers are stored transposed (Conv1D), which {name} is not written for yet"
+                "the layers of this model are stored transposed (Conv1D), which {name} is not written for yet"
             )));
         }
         let of_chosen = integers.iter().zip(&chosen).filter(|(_, c)| **c).filter_map(|(i, _)| i.as_ref());
