@@ -1,5 +1,7 @@
 //! Which matrices of a model are quantized, and with how many bits where nobody said.
 
+use std::collections::BTreeSet;
+
 use regex::Regex;
 
 use super::Wanted;
@@ -50,6 +52,29 @@ pub fn is_kept(name: &str, shape: &[u64]) -> bool {
 /// `model.layers.0.mlp.up_proj.weight` -> `model.layers.0.mlp.up_proj`.
 pub fn module(name: &str) -> &str {
     name.strip_suffix(".weight").or_else(|| name.strip_suffix("_blocks")).unwrap_or(name)
+}
+
+/// The names of modules that are quantized, for loaders that would take each linear layer of a block for one:
+/// what follows the number of the block, or all of the name where another block keeps such a module.
+/// transformers compares ends of names (`modules_in_block_to_quantize`).
+pub fn in_blocks(quantized: &[&str], kept: &[String]) -> Vec<String> {
+    let of_block = |name: &'_ str| {
+        let start = name.split('.').scan(0, |at, part| {
+            *at += part.len() + 1;
+            Some((*at, part))
+        });
+        let mut numbers =
+            start.filter(|(_, part)| !part.is_empty() && part.bytes().all(|b| b.is_ascii_digit()));
+        numbers.next().map_or(0, |(end, _)| end.min(name.len()))
+    };
+    let inner: BTreeSet<&str> = kept.iter().map(|name| &name[of_block(name)..]).collect();
+    let names: BTreeSet<&str> = quantized
+        .iter()
+        .map(|name| &name[of_block(name)..])
+        .zip(quantized)
+        .map(|(short, name)| if inner.contains(short) { *name } else { short })
+        .collect();
+    names.into_iter().map(String::from).collect()
 }
 
 /// The integers that a tensor consists of, where it is taken over whole.
@@ -165,5 +190,12 @@ mod tests {
             assert!(!wanted(name), "{name}");
         }
         assert!(!is_wanted(Format::Gptq, "model.layers.0.mlp.experts.gate_up_proj", &[4, 64, 64], &[]));
+    }
+
+    #[test]
+    fn modules_by_the_end_of_their_names() {
+        let kept = ["lm_head", "model.layers.1.mlp.up", "model.layers.0.self_attn.k"].map(String::from);
+        let quantized = ["model.layers.0.mlp.up", "model.layers.0.self_attn.q", "model.layers.1.self_attn.q"];
+        assert_eq!(in_blocks(&quantized, &kept), ["model.layers.0.mlp.up", "self_attn.q"]);
     }
 }

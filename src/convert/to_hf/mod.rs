@@ -286,8 +286,14 @@ impl ToHf {
             // Tied to the embeddings, it has no tensor; loaders must leave it alone all the same.
             kept.push("lm_head".into());
         }
-        let quantization = target.config(&kept, &sizes, computed)?;
+        let mut quantization = target.config(&kept, &sizes, computed)?;
         if wanted.format == Format::Gptq {
+            if kept.iter().any(|module| self.ignore.iter().any(|pattern| pattern.is_match(module))) {
+                let quantized = plan.tensors.iter().filter(|t| t.packing.is_some());
+                let quantized: Vec<_> = quantized.map(|t| matrices::module(&t.name)).collect();
+                quantization["modules_in_block_to_quantize"] =
+                    vec![matrices::in_blocks(&quantized, &kept)].into();
+            }
             model.side.push(("quantize_config.json".into(), pretty(&quantization)));
         }
         model.config["quantization_config"] = quantization;

@@ -50,7 +50,8 @@ impl Bnb4 {
     fn map(&self) -> [f32; 16] {
         match self.fp4 {
             false => NF4,
-            true => std::array::from_fn(|i| if i < 8 { FP4[i] } else { -FP4[i - 8] }),
+            // Both zeros are 0, none is -0.
+            true => std::array::from_fn(|i| if i < 8 { FP4[i] } else { 0.0 - FP4[i - 8] }),
         }
     }
 

@@ -7,15 +7,19 @@ use std::sync::LazyLock;
 pub const BLOCK: usize = 256;
 
 /// The values of codes: bitsandbytes' "dynamic map" (`create_dynamic_map` in `functional.py`). For each power
-/// of ten from -6 to 0, the middles of `2^i` equal parts of 0.1 .. 1, of both signs; and 0 and 1.
+/// of ten from -6 to 0, the middles of `2^i` equal parts of 0.1 .. 1, of both signs; and 0 and 1. Rounded as
+/// PyTorch does on a CPU: `linspace` comes from both ends, with one rounding for product and sum.
 static MAP: LazyLock<[f32; 256]> = LazyLock::new(|| {
     let mut map = vec![0.0, 1.0];
-    for i in 0..7 {
+    for (i, power) in [1e-6f32, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0].into_iter().enumerate() {
         let parts = 1u32 << i;
-        let end = |k: u32| 0.1 + 0.9 * f64::from(k) / f64::from(parts);
-        let power = 10f64.powi(i - 6);
+        let step = (1.0 - 0.1) / parts as f32;
+        let end = |k: u32| match k < parts.div_ceil(2) {
+            true => step.mul_add(k as f32, 0.1),
+            false => (-step).mul_add((parts - k) as f32, 1.0),
+        };
         for k in 0..parts {
-            let middle = ((end(k) + end(k + 1)) / 2.0 * power) as f32;
+            let middle = (end(k) + end(k + 1)) / 2.0 * power;
             map.extend([middle, -middle]);
         }
     }

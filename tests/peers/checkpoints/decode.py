@@ -105,6 +105,15 @@ def bitnet(parts: dict, quantization: dict) -> torch.Tensor:
         return layer(torch.eye(weight.shape[1])).T
 
 
+def modelopt(parts: dict, _: dict) -> torch.Tensor:
+    from modelopt.torch.quantization.qtensor import NVFP4QTensor
+
+    rows, packed = parts["weight"].shape
+    weight = NVFP4QTensor(torch.Size((rows, packed * 2)), torch.float32, parts["weight"])
+    return weight.dequantize(dtype=torch.float32, scale=parts["weight_scale"], double_scale=parts["weight_scale_2"],
+                             block_sizes={-1: 16})
+
+
 # The tensor that each module has, by method, and what decodes the module.
 METHODS = {
     "gptq": (("qweight",), gptq),
@@ -114,6 +123,7 @@ METHODS = {
     "compressed-tensors": (("weight_scale",), compressed_tensors),
     "fp8": (("weight_scale_inv",), fp8),
     "bitnet": (("weight_scale",), bitnet),
+    "modelopt": (("weight_scale_2",), modelopt),
 }
 
 

@@ -197,6 +197,18 @@ def bitnet(linear_class="bitlinear"):
     return lambda source, to: each(source, to, quantization, pack)
 
 
+def modelopt():
+    """ModelOpt's tensors of NVFP4."""
+    from modelopt.torch.quantization.qtensor import NVFP4QTensor
+
+    def pack(weight):
+        packed, scales, factor = NVFP4QTensor.quantize(weight, 16)
+        return {"weight": packed._quantized_data, "weight_scale": scales, "weight_scale_2": factor}
+
+    quantization = {"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16, "exclude_modules": IGNORED}
+    return lambda source, to: each(source, to, quantization, pack)
+
+
 def auto_round(layout: str):
     """AutoRound without rounds: nearest codes, packed and saved by its own exporter."""
     import transformers
@@ -268,6 +280,7 @@ EXAMPLES = {
     "fp8-tensor": (fp8, (), {}),
     "bitnet": (bitnet, (), {}),
     "bitnet-auto": (bitnet, ("autobitlinear",), {}),
+    "modelopt-nvfp4": (modelopt, (), {}),
     "auto-round": (auto_round, ("auto_round",), {}),
     "auto-round-gptq": (auto_round, ("auto_gptq",), {}),
     "auto-round-awq": (auto_round, ("auto_round:auto_awq",), {}),

@@ -53,7 +53,11 @@ def awq(parts: dict, weight: torch.Tensor, _, quantization: dict) -> dict:
 
 
 def bitsandbytes(parts: dict, _, source: torch.Tensor, quantization: dict) -> dict:
-    """From the source: codes and scales are the library's choice as well."""
+    """From the source: codes and scales are the library's choice as well.
+
+    Its FP4 has two codes for 0, of which its CPU kernel takes the second for positive weights, and that for GPUs for
+    negative ones. Its CPU kernel for the scales of scales does not always take the next code.
+    """
     import bitsandbytes.functional as functional
 
     if "SCB" in parts:
@@ -63,6 +67,12 @@ def bitsandbytes(parts: dict, _, source: torch.Tensor, quantization: dict) -> di
         source, blocksize=64, quant_type=quantization["bnb_4bit_quant_type"],
         compress_statistics=quantization["bnb_4bit_use_double_quant"])
     found = {f"weight.{k}": t for k, t in state.as_dict(packed=True).items() if not k.startswith("quant_state")}
+    if quantization["bnb_4bit_quant_type"] == "fp4":
+        low, high = ((codes >> shift) & 15 for shift in (0, 4))
+        codes = low.masked_fill(low == 8, 0) | high.masked_fill(high == 8, 0) << 4
+    if "weight.nested_absmax" in found:
+        theirs, ours = found.pop("weight.absmax").int(), parts["weight.absmax"].int()
+        assert (theirs - ours).abs().max() <= 1 and (theirs != ours).float().mean() < 0.05
     return found | {"weight": codes}
 
 

@@ -28,7 +28,7 @@ MODULE = "model.layers.0.self_attn.k_proj"
 LEFT_OUT = ["gptq4-g128", "awq-sym-g128"]
 WHOLE = ["awq", "nf4-nested", "pack4-asym"]
 LIBRARIES = {"gptq": "gptqmodel", "awq": "gptqmodel", "auto-round": "auto-round", "bitsandbytes": "bitsandbytes",
-             "compressed-tensors": "compressed-tensors", "mxfp4": "gguf"}
+             "compressed-tensors": "compressed-tensors", "mxfp4": "gguf", "modelopt": "nvidia-modelopt"}
 
 
 def llama(to: Path) -> None:

@@ -24,6 +24,8 @@ from run import qconv
 
 DENSE = ("llama", "qwen3", "tiny-llama")
 ALL = (*DENSE, "mixtral")
+# With biases as well.
+BIASES = (*ALL, "qwen2")
 
 
 @dataclass
@@ -48,31 +50,35 @@ COMPRESSED = "compressed-tensors --compressed-format"
 
 CASES = {
     **{f"gptq{bits}": Case(f"gptq --bits {bits} --group-size 32", GPTQ) for bits in (2, 3, 4, 8)},
-    "gptq": Case("gptq", GPTQ),
+    "gptq": Case("gptq", GPTQ, BIASES),
     "gptq-asym": Case("gptq --group-size 32 --asym", GPTQ),
     "gptq-asym-v1": Case("gptq --group-size 32 --asym --checkpoint-format gptq", GPTQ),
     "gptq-v2": Case("gptq --group-size 32 --checkpoint-format gptq_v2", GPTQ, DENSE),
     "gptq-rows": Case("gptq --group-size -1", GPTQ),
     "gptq-desc-act": Case("gptq --group-size 32 --desc-act", GPTQ, DENSE),
+    "gptq-left-out": Case("gptq --ignore 1.self_attn.k_proj --max-shard-size 150K", GPTQ, ("llama",)),
+    "awq-left-out": Case("awq --ignore k_proj --max-shard-size 150K", AWQ, ("llama",)),
+    "nf4-left-out": Case("bnb-nf4 --ignore k_proj --max-shard-size 150K", NF4, ("llama",)),
+    "pack-left-out": Case("compressed-tensors --ignore k_proj --max-shard-size 150K", EXACT, ("llama",)),
     "gptq-experts": Case("gptq --group-size 32", GPTQ, ("mixtral",), experts=True, loads=False),
-    "awq": Case("awq", AWQ),
+    "awq": Case("awq", AWQ, BIASES),
     "awq-experts": Case("awq", AWQ, ("mixtral",), experts=True, loads=False),
     "awq-g32": Case("awq --group-size 32", AWQ, DENSE),
     "awq-sym": Case("awq --group-size 32 --sym", AWQ, ("llama",)),
-    "nf4": Case("bnb-nf4", NF4),
-    "nf4-nested": Case("bnb-nf4 --double-quant", NF4, packer=False),
-    "fp4": Case("bnb-fp4", NF4, packer=False),
+    "nf4": Case("bnb-nf4", NF4, BIASES),
+    "nf4-nested": Case("bnb-nf4 --double-quant", NF4),
+    "fp4": Case("bnb-fp4", NF4),
     "nf4-experts": Case("bnb-nf4", NF4, ("mixtral",), experts=True, loads=False),
     "int8": Case("bnb-int8", 2e-3),
     **{f"pack{bits}": Case(f"compressed-tensors --bits {bits} --group-size 32", EXACT, experts=True)
        for bits in (2, 3, 4, 5, 8)},
-    "pack": Case("compressed-tensors", EXACT, experts=True),
+    "pack": Case("compressed-tensors", EXACT, BIASES, experts=True),
     "pack-rows": Case("compressed-tensors --group-size -1", EXACT, DENSE),
     "pack-asym": Case("compressed-tensors --group-size 32 --asym", EXACT, DENSE, loads="0.17.1"),
     "naive": Case(f"{COMPRESSED} naive-quantized", EXACT, DENSE),
     "int": Case(f"{COMPRESSED} int-quantized", EXACT, DENSE),
     "float": Case(f"{COMPRESSED} float-quantized", EXACT, experts=True, packer=False),
-    "fp8": Case("fp8", EXACT, experts=True, dtype=torch.bfloat16),
+    "fp8": Case("fp8", EXACT, BIASES, experts=True, dtype=torch.bfloat16),
     "mxfp4": Case("mxfp4", EXACT, ("gpt_oss",), experts=True, dtype=torch.bfloat16, packer=False),
 }
 
