@@ -363,6 +363,9 @@ fn names_and_plans_are_shown() {
     assert!(!place.path("m-gptq-w4-g128").exists());
     let packed = shown["tensors"].as_array().unwrap().iter().filter(|t| t["type"] == "gptq");
     assert_eq!(packed.count(), 14);
+    let shown = place.succeeds(&["convert", "m/model.safetensors", "--to", "nf4", "--dry-run", "--json"]);
+    let shown: Json = serde_json::from_slice(&shown.stdout).unwrap();
+    assert_eq!(shown["output"], "m-bnb-nf4");
     place.succeeds(&["convert", "m", "--to", "compressed-tensors", "--bits", "8", "--group-size=-1", "-q"]);
     assert!(place.path("m-compressed-tensors-w8-channel/model.safetensors").exists());
     let args = ["convert", "m", "--to", "awq", "--ignore", "down_proj$", "-o", "x", "-q"];

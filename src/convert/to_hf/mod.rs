@@ -5,7 +5,7 @@ mod matrices;
 mod model;
 mod rounding;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use regex::Regex;
 use serde_json::Value as Json;
@@ -188,7 +188,7 @@ impl ToHf {
         }
         let output = match &self.output {
             Some(output) => output.clone(),
-            None => self.source.with_file_name(name(&model, target.as_ref())),
+            None => beside(&self.source).with_file_name(name(&model, target.as_ref())),
         };
         lay_out(&mut plan, self.container, model.config, model.side, self.max_shard_size)?;
         Ok(Job {
@@ -357,6 +357,19 @@ fn check_exact(plan: &Plan) -> Result<()> {
         first.name
     ))
     .hint("other --bits, --group-size, --sym or --asym may hold them; without --exact-only they are rounded"))
+}
+
+/// The model's directory, or its GGUF file, by a path that ends in a name.
+fn beside(source: &Path) -> PathBuf {
+    let weights = source.extension().is_none_or(|e| e != "gguf") && source.is_file();
+    let place = match source.parent() {
+        Some(dir) if weights => dir,
+        _ => source,
+    };
+    match place.file_name() {
+        Some(_) => place.to_path_buf(),
+        None => place.canonicalize().unwrap_or_else(|_| place.to_path_buf()),
+    }
 }
 
 /// `{model}-{method}-w4-g128`.
