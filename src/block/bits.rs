@@ -82,8 +82,7 @@ fn unpack_as<const BITS: usize>(stream: &[u8], first: usize, codes: &mut [u8]) {
     for (codes, bytes) in eights.iter_mut().zip(whole) {
         let mut word = [0; 8];
         word[..BITS].copy_from_slice(bytes);
-        let word = u64::from_le_bytes(word);
-        *codes = std::array::from_fn(|k| (word >> (k * BITS)) as u8 & mask::<BITS>());
+        *codes = scatter::<BITS>(word);
     }
     rest[n * 8..].iter_mut().enumerate().for_each(|(k, code)| *code = single(first + n * 8 + k));
 }
@@ -112,6 +111,20 @@ fn gather<const BITS: usize>(codes: &[u8; 8]) -> [u8; 8] {
     let word = join(word, BITS, 8, const { fields(BITS, 16) });
     let word = join(word, 2 * BITS, 16, const { fields(2 * BITS, 32) });
     join(word, 4 * BITS, 32, const { fields(4 * BITS, 64) }).to_le_bytes()
+}
+
+/// The inverse of [`gather`].
+#[inline(always)]
+fn scatter<const BITS: usize>(bytes: [u8; 8]) -> [u8; 8] {
+    let word = part(u64::from_le_bytes(bytes), 4 * BITS, 32, const { fields(4 * BITS, 64) });
+    let word = part(word, 2 * BITS, 16, const { fields(2 * BITS, 32) });
+    part(word, BITS, 8, const { fields(BITS, 16) }).to_le_bytes()
+}
+
+/// Parts pairs of fields of so many bits, so that there is one in each `slot`; `even` masks every other one.
+#[inline(always)]
+fn part(word: u64, bits: usize, slot: usize, even: u64) -> u64 {
+    word & even | (word >> bits & even) << slot
 }
 
 /// Joins fields of so many bits, one in each `slot`, to pairs; `even` masks every other one.

@@ -11,7 +11,7 @@ use std::ops::Range;
 
 use serde_json::Value as Json;
 
-use super::{FLOATS, Format, Packed, bytes, matrix, unsupported, values, words};
+use super::{FLOATS, Format, Packed, bytes, matrix, unsupported, values};
 use crate::block::bits;
 use crate::container::grouped::{Grouped, Shape};
 use crate::container::{Joined, Stored};
@@ -152,25 +152,24 @@ impl Grouped for Matrix {
         let n = (rows.end - rows.start) as usize;
         let (cols, bits) = (self.shape.cols as usize, self.shape.bits);
         let words_of_row = cols * bits as usize / 32;
+        if codes.is_empty() {
+            return Ok(());
+        }
         // A row of the matrix is a column of what is stored.
         let words = if n as u64 == self.shape.rows {
-            words(stored, &self.qweight, 0, words_of_row * n)?
+            bytes(stored, &self.qweight, 0, words_of_row * n)?
         } else {
-            let mut all = Vec::with_capacity(words_of_row * n);
-            for word in 0..words_of_row as u64 {
-                all.extend(words(stored, &self.qweight, word * self.shape.rows + rows.start, n)?);
+            let mut all = vec![0; words_of_row * n * 4];
+            for (word, bytes) in (0..).zip(all.chunks_exact_mut(n * 4)) {
+                stored.read(&self.qweight, (word * self.shape.rows + rows.start) * 4, bytes)?;
             }
             all
         };
-        let mut stream = [0u8; UNIT];
-        for (unit, words) in words.chunks(bits as usize * n).enumerate() {
-            let first = unit * UNIT;
-            let of_unit = UNIT.min(cols - first);
-            for row in 0..n {
-                let column = words[row..].iter().step_by(n);
-                stream.as_chunks_mut().0.iter_mut().zip(column).for_each(|(s, w)| *s = w.to_le_bytes());
-                bits::unpack(&stream, bits, 0, &mut codes[row * cols + first..][..of_unit]);
-            }
+        let mut streams = vec![[0; 4]; words.len() / 4];
+        bits::transpose(words.as_chunks().0, n, &mut streams);
+        let streams = streams.as_flattened().chunks_exact(words_of_row * 4);
+        for (stream, codes) in streams.zip(codes.chunks_exact_mut(cols)) {
+            bits::unpack(stream, bits, 0, codes);
         }
         Ok(())
     }
