@@ -223,7 +223,7 @@ impl Baseline {
         })
     }
 
-    /// The next prediction, in the order in which [`Windows::read`] gives them.
+    /// The next prediction, in the order in which `Windows::read` gives them.
     ///
     /// # Errors
     /// `Malformed` for what is no probability, or when there is no further one; `Io`.
