@@ -150,19 +150,21 @@ impl View for Blocks {
 
 impl Blocks {
     fn block(&self, codes: &[u8; BLOCK], scale: f32, zero: f32, out: &mut [u8]) {
-        let offset = offset(self.dtype, zero).unwrap_or(0);
-        let code = |i: usize| (i32::from(codes[i]) + offset) as u8;
-        out[..2].copy_from_slice(&f16_from_f32(scale).to_le_bytes());
-        match self.dtype {
-            DType::Q8_0 => out[2..].iter_mut().enumerate().for_each(|(i, q)| *q = code(i)),
-            dtype => {
-                let mut at = 2;
-                if dtype == DType::Q4_1 {
-                    out[2..4].copy_from_slice(&f16_from_f32(-zero * scale).to_le_bytes());
-                    at = 4;
-                }
-                out[at..].iter_mut().enumerate().for_each(|(j, q)| *q = code(j) | code(j + 16) << 4);
-            }
+        // Modulo 256, as codes of 8 bits with a sign are.
+        let offset = offset(self.dtype, zero).unwrap_or(0) as u8;
+        let codes = codes.map(|code| code.wrapping_add(offset));
+        let half = |x: f32| f16_from_f32(x).to_le_bytes();
+        out[..2].copy_from_slice(&half(scale));
+        if self.dtype == DType::Q8_0 {
+            out[2..].copy_from_slice(&codes);
+            return;
         }
+        let pairs: [u8; BLOCK / 2] = std::array::from_fn(|j| codes[j] | codes[j + BLOCK / 2] << 4);
+        let minimum = out.len() - 2 - pairs.len();
+        let (minimum, qs) = out[2..].split_at_mut(minimum);
+        if self.dtype == DType::Q4_1 {
+            minimum.copy_from_slice(&half(-zero * scale));
+        }
+        qs.copy_from_slice(&pairs);
     }
 }
