@@ -61,7 +61,7 @@ fn main() {
     }
     let grid = |bits| Grid { bits, group_size: Some(128), symmetric: false, least_zero: 1 };
     let gptq = |bits| Gptq { grid: grid(bits), first_version: true };
-    let compressed = |bits, bytes| Compressed { grid: grid(bits), bytes };
+    let compressed = |bits, bytes| Compressed { grid: grid(bits), bytes, act_order: false };
     let bnb = |fp4| Bnb4 { fp4, compute: "float16".to_string(), nested: None };
     let layouts: [(&str, Box<dyn Layout>); 13] = [
         ("gptq 4 bits", Box::new(gptq(4))),

@@ -73,8 +73,10 @@ fn random_model(target: &Target, seed: u64, minimum: bool, dir: &Path) {
         let parts = layout.parts(shape[0], shape[1]).unwrap();
         let mut data: Vec<Vec<u8>> =
             parts.iter().map(|p| vec![0; p.dtype.nbytes(&p.shape).unwrap() as usize]).collect();
+        let order: Vec<u32> = (0..shape[1]).map(|_| random.below(size.groups) as u32).collect();
+        let given = if target.ordered { Data::Ordered(&rows, &order) } else { Data::Integers(&rows) };
         layout
-            .write(shape, 0, Data::Integers(&rows), &mut |part, at, bytes| {
+            .write(shape, 0, given, &mut |part, at, bytes| {
                 data[part][at as usize..][..bytes.len()].copy_from_slice(bytes);
                 Ok(())
             })
@@ -130,6 +132,10 @@ proptest! {
             bits, group_size: group, symmetric, second_version: Some(!symmetric), ..Target::new(format)
         };
         let plain = |format, bits, symmetric| Target { second_version: None, ..grid(format, bits, symmetric) };
+        // With act-order, columns name their groups.
+        let ordered = |target: Target| Target {
+            ordered: true, group_size: group.or(Some(32)), second_version: None, ..target
+        };
         // What holds what, and the block type of GGUF that does, if zeros allow it.
         let pairs = [
             (grid(Format::Gptq, 4, true), vec![PACK, Format::Awq], Some(DType::Q4_0)),
@@ -137,6 +143,8 @@ proptest! {
             (grid(Format::Gptq, 4, false), vec![PACK, Format::Awq], Some(DType::Q4_1)),
             (grid(Format::Gptq, 2, true), vec![PACK], None),
             (grid(Format::Gptq, 3, false), vec![PACK], None),
+            (ordered(grid(Format::Gptq, 4, true)), vec![PACK, Format::Gptq], None),
+            (ordered(grid(PACK, 4, false)), vec![Format::Gptq], None),
             (plain(Format::Awq, 4, false), vec![PACK, Format::Gptq], Some(DType::Q4_1)),
             (plain(PACK, 4, true), vec![Format::Gptq, Format::Awq], Some(DType::Q4_0)),
             (plain(NAIVE, 8, true), vec![Format::Gptq, PACK], Some(DType::Q8_0)),

@@ -93,9 +93,9 @@ fn layouts(bits: u32, group_size: Option<u64>, symmetric: bool) -> Vec<(Box<dyn 
         "quant_method": "compressed-tensors", "config_groups": {"g": {"targets": ["Linear"], "weights": weights}},
     });
     let mut all: Vec<(Box<dyn Layout>, Json)> =
-        vec![(Box::new(Compressed { grid: grid(0), bytes: false }), compressed.clone())];
+        vec![(Box::new(Compressed { grid: grid(0), bytes: false, act_order: false }), compressed.clone())];
     if bits == 8 {
-        all.push((Box::new(Compressed { grid: grid(0), bytes: true }), compressed));
+        all.push((Box::new(Compressed { grid: grid(0), bytes: true, act_order: false }), compressed));
     }
     if matches!(bits, 2 | 3 | 4 | 8) {
         all.push((Box::new(Gptq { grid: grid(1), first_version: true }), gptq("gptq")));
@@ -212,7 +212,7 @@ fn what_does_not_fit_is_refused() {
     refused(&gptq(4, Some(64)), 0, 0, "multiples of 32");
     refused(&Awq { grid: grid(8, Some(32)) }, 32, 64, "4 bits");
     refused(&Awq { grid: grid(4, Some(64)) }, 32, 96, "groups of 64");
-    refused(&Compressed { grid: grid(4, Some(64)), bytes: false }, 32, 96, "groups of 64");
+    refused(&Compressed { grid: grid(4, Some(64)), bytes: false, act_order: false }, 32, 96, "groups of 64");
     refused(&Bnb4 { fp4: false, compute: "float16".into(), nested: None }, 32, 96, "multiples of 64");
     refused(&Mxfp4, 32, 100, "multiples of 32");
 }

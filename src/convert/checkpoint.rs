@@ -115,7 +115,10 @@ impl Checkpoint {
 /// Whether matrices are stored `[in, out]`, as transformers' Conv1D has them, while packed ones are
 /// `[out, in]` in any model.
 pub(super) fn is_conv1d(config: &Json) -> bool {
-    config.get("model_type").and_then(Json::as_str).is_some_and(|t| matches!(t, "gpt2" | "jais"))
+    config
+        .get("model_type")
+        .and_then(Json::as_str)
+        .is_some_and(|t| matches!(t, "gpt2" | "jais" | "openai-gpt" | "imagegpt" | "decision_transformer"))
 }
 
 /// What the model says of its quantization: in config.json, or, of early GPTQ models, in a file of

@@ -101,10 +101,11 @@ impl Packing {
             return Ok(());
         }
         let (Some(integers), Some(grid)) = (integers, self.layout.grid()) else { return Ok(()) };
-        let regrid = Regrid::new(integers.shape(), grid);
-        if !integers.are_in_order(store.stored())? {
+        let order = integers.order(store.stored())?;
+        if order.is_some() && !self.layout.holds_order() {
             return Ok(());
         }
+        let Some(regrid) = Regrid::new(integers.shape(), grid, order) else { return Ok(()) };
         let shape = integers.shape();
         let step = (GROUPS / shape.groups.max(1)).max(1);
         let (mut rows, mut bytes, mut scratch) = (Rows::default(), Vec::new(), Scratch::default());
@@ -151,7 +152,11 @@ impl Packing {
                 let data = fetch(integers, &t.source, store, (first, last), bytes, scratch)?;
                 integers.read(data, first..last, rows)?;
                 regrid.apply(rows, moved)?;
-                layout.write(shape, first, Data::Integers(moved), &mut put)?;
+                let data = match regrid.order() {
+                    Some(order) => Data::Ordered(moved, order),
+                    None => Data::Integers(moved),
+                };
+                layout.write(shape, first, data, &mut put)?;
                 return Ok((written, Loss::default()));
             }
             Some(Origin::Mxfp4) => {

@@ -102,7 +102,8 @@ pub fn decide<'a>(
 ) -> Result<Target> {
     let mut target = Target::new(wanted.format);
     let mut kinds: Vec<(u64, &Integers)> = Vec::new();
-    for integers in of_source {
+    let all: Vec<&Integers> = of_source.collect();
+    for integers in all.iter().copied() {
         let shape = integers.shape();
         let n = shape.rows * shape.cols;
         let same = |other: &Integers| {
@@ -141,6 +142,12 @@ pub fn decide<'a>(
     }
     target.symmetric = wanted.symmetric.unwrap_or(target.symmetric);
     target.desc_act = wanted.desc_act;
+    let same = |i: &&&Integers| i.shape().group_size == target.group_size.unwrap_or(i.shape().cols);
+    if target.format.holds_order() {
+        for integers in all.iter().filter(same) {
+            target.ordered |= integers.order(store.stored())?.is_some();
+        }
+    }
     target.second_version = wanted.second_version;
     target.double_quant = wanted.double_quant;
     target.check()?;

@@ -12,6 +12,8 @@ pub struct Compressed {
     pub grid: Grid,
     /// Whether codes are bytes, as the int-quantized layout has them.
     pub bytes: bool,
+    /// Whether columns name their groups; not for bytes.
+    pub act_order: bool,
 }
 
 impl Layout for Compressed {
@@ -39,7 +41,14 @@ impl Layout for Compressed {
             let plain = Part::new(".weight_zero_point", DType::I8, &[rows, shape.groups]);
             parts.push(if self.bytes { plain } else { packed });
         }
+        if self.act_order {
+            parts.push(Part::new(".weight_g_idx", DType::I32, &[cols]));
+        }
         Ok(parts)
+    }
+
+    fn holds_order(&self) -> bool {
+        self.act_order
     }
 
     fn unit(&self, _cols: u64) -> u64 {
@@ -48,7 +57,7 @@ impl Layout for Compressed {
     }
 
     fn write(&self, [rows, cols]: [u64; 2], first: u64, data: Data<'_>, put: &mut Put<'_>) -> Result<f64> {
-        let data = data.integers()?;
+        let (given, data) = (data, data.integers()?);
         let shape = self.grid.shape(rows, cols);
         let (n, groups) = (data.codes.len() / cols as usize, shape.groups as usize);
         let middle = self.grid.middle();
@@ -71,6 +80,10 @@ impl Layout for Compressed {
         put(0, first * row_bytes as u64, &streams)?;
         if first == 0 {
             put(2, 0, &[rows, cols].map(u64::to_le_bytes).concat())?;
+            if self.act_order {
+                let last = if self.grid.symmetric { 3 } else { 4 };
+                put(last, 0, &given.groups(cols as usize, shape.group_size))?;
+            }
         }
         if !self.grid.symmetric {
             // A stream along the rows for each group, words side by side.

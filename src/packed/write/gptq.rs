@@ -44,12 +44,16 @@ impl Layout for Gptq {
         ])
     }
 
+    fn holds_order(&self) -> bool {
+        true
+    }
+
     fn unit(&self, _cols: u64) -> u64 {
         UNIT
     }
 
     fn write(&self, [rows, cols]: [u64; 2], first: u64, data: Data<'_>, put: &mut Put<'_>) -> Result<f64> {
-        let data = data.integers()?;
+        let (given, data) = (data, data.integers()?);
         let shape = self.grid.shape(rows, cols);
         let (cols, groups, width) = (cols as usize, shape.groups as usize, shape.bits);
         let n = data.codes.len() / cols;
@@ -75,8 +79,7 @@ impl Layout for Gptq {
             put(2, (g as u64 * rows + first) * 2, &halves(lines().map(|i| data.scales[i])))?;
         }
         if first == 0 {
-            let of_column = |c: usize| (c as u32 / shape.group_size as u32).to_le_bytes();
-            put(3, 0, &(0..cols).flat_map(of_column).collect::<Vec<_>>())?;
+            put(3, 0, &given.groups(cols, shape.group_size))?;
         }
         Ok(0.0)
     }

@@ -53,6 +53,8 @@ impl Part {
 pub enum Data<'a> {
     /// As integers in groups, on the layout's grid.
     Integers(&'a Rows),
+    /// The same, and the group of each column, where groups do not follow on each other.
+    Ordered(&'a Rows, &'a [u32]),
     /// As weights.
     Weights(&'a [f32]),
     /// As blocks of ggml's MXFP4.
@@ -62,9 +64,18 @@ pub enum Data<'a> {
 impl<'a> Data<'a> {
     fn integers(self) -> Result<&'a Rows> {
         match self {
-            Self::Integers(rows) => Ok(rows),
+            Self::Integers(rows) | Self::Ordered(rows, _) => Ok(rows),
             Self::Weights(_) | Self::Mxfp4(_) => Err(Error::misuse("integers in groups are wanted")),
         }
+    }
+
+    /// The group of each of so many columns, as I32.
+    fn groups(self, cols: usize, group_size: u64) -> Vec<u8> {
+        let of_column = |c: usize| match self {
+            Self::Ordered(_, groups) => groups.get(c).copied().unwrap_or(0),
+            _ => (c as u64 / group_size.max(1)) as u32,
+        };
+        (0..cols).flat_map(|c| of_column(c).to_le_bytes()).collect()
     }
 
     /// Weights, all of them finite: scales have no room for what is not.
@@ -72,7 +83,7 @@ impl<'a> Data<'a> {
         match self {
             Self::Weights(weights) if are_finite(weights) => Ok(weights),
             Self::Weights(_) => Err(Error::malformed("weights are NaN or infinite")),
-            Self::Integers(_) | Self::Mxfp4(_) => Err(Error::misuse("weights are wanted")),
+            _ => Err(Error::misuse("weights are wanted")),
         }
     }
 }
@@ -96,6 +107,11 @@ pub trait Layout: Debug + Send + Sync {
     /// Rows of so many columns are written in multiples of so many, but for the last ones.
     fn unit(&self, _cols: u64) -> u64 {
         1
+    }
+
+    /// Whether columns may name their groups.
+    fn holds_order(&self) -> bool {
+        false
     }
 
     /// The sum over whole rows of what has to be known of all weights before any is written, and of how many

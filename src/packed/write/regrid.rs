@@ -51,15 +51,15 @@ impl Integers {
         }
     }
 
-    /// Whether the columns of a group are all that follow on each other.
+    /// The group of each column, where groups do not follow on each other.
     ///
     /// # Errors
     /// As reads fail.
-    pub fn are_in_order(&self, stored: &Stored) -> Result<bool> {
-        let Self::Grouped(matrix) = self else { return Ok(true) };
+    pub fn order(&self, stored: &Stored) -> Result<Option<Vec<u32>>> {
+        let Self::Grouped(matrix) = self else { return Ok(None) };
         let size = matrix.shape().group_size as usize;
-        let groups = matrix.groups(stored)?;
-        Ok(groups.is_none_or(|groups| groups.iter().enumerate().all(|(c, g)| c / size == *g as usize)))
+        let in_order = |(c, g): (usize, &u32)| c / size == *g as usize;
+        Ok(matrix.groups(stored)?.filter(|groups| !groups.iter().enumerate().all(in_order)))
     }
 
     /// Reads whole rows.
@@ -142,12 +142,22 @@ pub struct Regrid {
     from: Shape,
     to: Shape,
     grid: Grid,
+    /// The group of each column, where groups do not follow on each other.
+    order: Option<Vec<u32>>,
 }
 
 impl Regrid {
-    /// From matrices of this shape.
-    pub fn new(from: &Shape, grid: &Grid) -> Self {
-        Self { from: from.clone(), to: grid.shape(from.rows, from.cols), grid: *grid }
+    /// From matrices of this shape, whose columns are of these groups. `None` where such groups have to be
+    /// others on the grid.
+    pub fn new(from: &Shape, grid: &Grid, order: Option<Vec<u32>>) -> Option<Self> {
+        let to = grid.shape(from.rows, from.cols);
+        let same = (to.group_size, to.groups) == (from.group_size, from.groups);
+        (order.is_none() || same).then(|| Self { from: from.clone(), to, grid: *grid, order })
+    }
+
+    /// The group of each column, where groups do not follow on each other.
+    pub fn order(&self) -> Option<&[u32]> {
+        self.order.as_deref()
     }
 
     /// Whether rows with these scales and zeros keep all their values.
@@ -198,16 +208,28 @@ impl Regrid {
         to.scales.clear();
         to.zeros.clear();
         for (row, codes) in to.codes.chunks_exact_mut(cols.max(1)).enumerate() {
-            for (g, codes) in (0..self.to.groups).zip(codes.chunks_mut(self.to.group_size as usize)) {
+            let mut shifts = Vec::with_capacity(self.to.groups as usize);
+            for g in 0..self.to.groups {
                 let at = row * n + self.sources(g).start;
                 let (scale, zero) = (from.scales[at], from.zeros[at]);
                 let shift = self.shift((scale, zero));
                 let shift = shift.ok_or_else(|| Error::misuse("integers are not on this grid"))?;
-                if shift != 0 {
-                    codes.iter_mut().for_each(|code| *code += shift as u8);
-                }
+                shifts.push(shift as u8);
                 to.scales.push(scale);
                 to.zeros.push(zero + shift as f32);
+            }
+            if shifts.iter().all(|shift| *shift == 0) {
+                continue;
+            }
+            match &self.order {
+                Some(order) => {
+                    let of_columns = codes.iter_mut().zip(order);
+                    of_columns.for_each(|(code, g)| *code += shifts.get(*g as usize).unwrap_or(&0));
+                }
+                None => {
+                    let of_groups = codes.chunks_mut(self.to.group_size as usize).zip(shifts);
+                    of_groups.for_each(|(codes, shift)| codes.iter_mut().for_each(|code| *code += shift));
+                }
             }
         }
         Ok(())

@@ -86,6 +86,11 @@ impl Format {
             && self != Self::Compressed(CompressedFormat::Float)
     }
 
+    /// Whether columns may name their groups.
+    pub fn holds_order(self) -> bool {
+        matches!(self, Self::Gptq | Self::Compressed(CompressedFormat::Pack))
+    }
+
     /// Bits that codes can have.
     fn bits(self) -> &'static [u32] {
         match self {
@@ -110,6 +115,8 @@ pub struct Target {
     pub symmetric: bool,
     /// Whether columns were rounded in the order of their activations: something that config.json tells.
     pub desc_act: bool,
+    /// Whether groups follow such an order, instead of the columns': each column names its own.
+    pub ordered: bool,
     /// Whether GPTQ's zeros are stored as they are, as the second version of its format has them, and not
     /// less 1. `None`: where zeros differ.
     pub second_version: Option<bool>,
@@ -127,6 +134,7 @@ impl Target {
             group_size: if eight { None } else { Some(128) },
             symmetric: format != Format::Awq,
             desc_act: false,
+            ordered: false,
             second_version: None,
             double_quant: false,
         }
@@ -153,6 +161,7 @@ impl Target {
                 only("with 2 bits and zeros needs --checkpoint-format gptq_v2")
             }
             Format::BnbNf4 | Format::BnbFp4 => Ok(()),
+            _ if self.ordered && !self.format.holds_order() => only("knows no order of columns"),
             _ if self.double_quant => only("has no double quantization"),
             _ => Ok(()),
         }
@@ -188,7 +197,8 @@ impl Target {
             Format::BnbInt8 => Arc::new(Bnb8),
             Format::Compressed(CompressedFormat::Float) => Arc::new(CompressedFp8),
             Format::Compressed(f) => {
-                Arc::new(Compressed { grid: self.grid(), bytes: f != CompressedFormat::Pack })
+                let bytes = f != CompressedFormat::Pack;
+                Arc::new(Compressed { grid: self.grid(), bytes, act_order: self.ordered })
             }
             Format::Fp8 => Arc::new(Fp8 { block: [fp8_block(sizes)?; 2] }),
             Format::Mxfp4 => Arc::new(Mxfp4),
@@ -228,7 +238,8 @@ impl Target {
             in_blocks.map(|name| (format!("-:^{}$", name.replace('.', "\\.")), json!({}))).collect();
         let mut config = json!({
             "quant_method": "gptq", "bits": self.bits, "group_size": group_size,
-            "sym": self.symmetric, "desc_act": self.desc_act, "static_groups": self.desc_act,
+            "sym": self.symmetric, "desc_act": self.desc_act || self.ordered,
+            "static_groups": self.desc_act && !self.ordered,
             "true_sequential": false, "damp_percent": 0.01, "lm_head": false, "pack_dtype": "int32",
             "checkpoint_format": if self.first_version() { "gptq" } else { "gptq_v2" },
             "meta": {"quantizer": [concat!("qconv:", env!("CARGO_PKG_VERSION"))]},
@@ -257,8 +268,8 @@ impl Target {
         let weights = json!({
             "num_bits": self.bits, "type": if float { "float" } else { "int" },
             "symmetric": self.symmetric, "strategy": if grouped.is_some() { "group" } else { "channel" },
-            "group_size": grouped, "dynamic": false, "actorder": null, "block_structure": null,
-            "observer": "minmax", "observer_kwargs": {},
+            "group_size": grouped, "dynamic": false, "actorder": self.ordered.then_some("group"),
+            "block_structure": null, "observer": "minmax", "observer_kwargs": {},
         });
         let activations = matches!(format, CompressedFormat::Int | CompressedFormat::Float).then(|| {
             json!({
