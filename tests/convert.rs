@@ -330,6 +330,10 @@ fn what_cannot_be_is_refused() {
     refused(&["--to", "gptq", "--exact-only"], &["14 matrices are not on the grid of gptq"]);
     refused(&["--to", "safetensors", "--dtype", "q4_0"], &["written as f32, f16 or bf16"]);
     refused(&["--to", "gptq", "--asym", "--bits", "2", "--checkpoint-format", "gptq"], &["gptq_v2"]);
+    let oss = common::fixture("models/gpt_oss");
+    let oss = oss.to_str().unwrap();
+    let args = ["convert", oss, "-o", "x", "--to", "mxfp4", "--ignore", "layers.0.mlp"];
+    place.refuses(&args, &["down_proj_blocks", "of all layers, or of none"]);
     let gpt2 = common::fixture("models/gpt2");
     place.refuses(&["convert", gpt2.to_str().unwrap(), "-o", "x", "--to", "gptq"], &["Conv1D"]);
     // Nor read: a packed matrix is the other way round.
@@ -355,6 +359,50 @@ fn what_cannot_be_is_refused() {
     let shown = place.succeeds(&["convert", "q8.gguf", "-o", "p", "--to", "fp8"]);
     let shown = String::from_utf8(shown.stderr).unwrap();
     assert!(shown.contains("requantized, NMSE"), "{shown}");
+}
+
+/// Loaders take the module of all experts for quantized, unless it is named.
+#[test]
+fn experts_that_stay_are_named() {
+    let place = Place::new();
+    let kept = |source: &str, to: &str, more: &[&str]| {
+        let source = common::fixture(source);
+        let args = ["convert", source.to_str().unwrap(), "-o", "x", "--force", "-q", "--to", to];
+        place.succeeds(&[&args, more].concat());
+        let config: Json = serde_json::from_slice(&fs::read(place.path("x/config.json")).unwrap()).unwrap();
+        let key = if to == "fp8" { "modules_to_not_convert" } else { "ignore" };
+        let kept = config["quantization_config"][key].as_array().unwrap().clone();
+        kept.into_iter().filter(|m| m.as_str().unwrap().ends_with(".experts")).count()
+    };
+    assert_eq!(kept("models/gpt_oss", "fp8", &[]), 2);
+    assert_eq!(kept("models/mixtral", "fp8", &["--ignore", "experts"]), 2);
+    assert_eq!(kept("models/mixtral", "compressed-tensors", &["--group-size", "32"]), 0);
+}
+
+#[test]
+fn a_directory_is_written_whole_and_not_into_itself() {
+    let place = Place::new();
+    let source = common::fixture(LLAMA);
+    let source = source.to_str().unwrap();
+    let convert = |more: &[&'static str]| [&["convert", source, "-q"], more].concat();
+    place.succeeds(&convert(&["-o", "x", "--to", "safetensors", "--max-shard-size", "200K"]));
+    assert!(place.path("x/model.safetensors.index.json").exists());
+    place.refuses(&["convert", "x", "-o", "x", "--to", "pytorch", "--force"], &["overwrite its own input"]);
+    place.refuses(
+        &["convert", "x/config.json", "-o", "x", "--to", "gptq", "--force"],
+        &["overwrite its own input"],
+    );
+    // What readers would take for a part of the new model goes; the rest stays.
+    fs::write(place.path("x/notes.txt"), "mine").unwrap();
+    place.succeeds(&convert(&["-o", "x", "--to", "gptq", "--force"]));
+    assert!(place.path("x/notes.txt").exists() && place.path("x/quantize_config.json").exists());
+    place.succeeds(&convert(&["-o", "x", "--to", "safetensors", "--force"]));
+    let names: Vec<String> = fs::read_dir(place.path("x"))
+        .unwrap()
+        .map(|e| e.unwrap().file_name().into_string().unwrap())
+        .filter(|n| n.contains("safetensors") || n.starts_with("quantize"))
+        .collect();
+    assert_eq!(names, ["model.safetensors"]);
 }
 
 #[test]

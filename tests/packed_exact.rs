@@ -133,3 +133,17 @@ fn minima_that_f16_holds() {
     let mut store = open(dir.path(), &made).unwrap();
     assert!(give_blocks(&mut store, &BLOCKS).unwrap().is_empty());
 }
+
+/// Such a matrix has any number of rows in a file of a few bytes.
+#[test]
+fn rows_of_nothing_end_soon() {
+    let rows = 1u64 << 50;
+    let made = Made::new(json!({}))
+        .with("p.qweight", "I32", &[0, rows / 8], [])
+        .with("p.qzeros", "I32", &[0, rows / 8], [])
+        .with("p.scales", "F16", &[0, rows], [])
+        .quantized(json!({"quant_method": "awq", "bits": 4, "group_size": 128}));
+    let dir = tempfile::tempdir().unwrap();
+    let Ok(mut store) = open(dir.path(), &made) else { return };
+    assert!(give_blocks(&mut store, &BLOCKS).unwrap().is_empty());
+}

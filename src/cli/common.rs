@@ -4,7 +4,7 @@ use std::io::Write;
 use std::path::PathBuf;
 use std::time::Instant;
 
-use qconv::convert::{Budget, Job, Outcome, TokenCheck};
+use qconv::convert::{Budget, Job, Outcome, PartPlan, TensorPlan, TokenCheck};
 use qconv::error::{Error, Result};
 use serde_json::json;
 
@@ -164,6 +164,12 @@ pub fn carry_out(job: &Job, args: &WriteArgs) -> Result<Option<Done>> {
     Ok(Some(Done { seconds: begun.elapsed().as_secs_f64(), outcomes }))
 }
 
+/// Where the tensors of a packed matrix lie.
+fn parts(t: &TensorPlan) -> Option<serde_json::Value> {
+    let place = |p: &PartPlan| json!({"name": p.name, "type": p.dtype, "shape": p.shape, "file": p.file, "offset": p.offset});
+    Some(t.packing.as_ref()?.parts.iter().map(place).collect())
+}
+
 fn show_plan(job: &Job, budget: &Budget, json: bool) -> std::io::Result<()> {
     let plan = &job.plan;
     let mut out = std::io::BufWriter::new(std::io::stdout().lock());
@@ -173,7 +179,7 @@ fn show_plan(job: &Job, budget: &Budget, json: bool) -> std::io::Result<()> {
             .iter()
             .map(|t| {
                 json!({"name": t.name, "shape": t.shape, "type": t.type_name(), "wanted": t.wanted,
-                       "file": t.file, "offset": t.offset, "bytes": t.nbytes})
+                       "file": t.file, "offset": t.offset, "bytes": t.nbytes, "parts": parts(t)})
             })
             .collect();
         let files: Vec<_> =

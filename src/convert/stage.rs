@@ -183,7 +183,8 @@ impl Stage {
                 for (f, target) in self.files.iter().zip(&self.targets) {
                     rename(&f.path, target)?;
                 }
-                if let Some((_, temporary)) = directory {
+                if let Some((target, temporary)) = directory {
+                    remove_stale(target, &self.targets)?;
                     fs::remove_dir_all(temporary).map_err(|e| Error::io("remove", temporary, e))?;
                 }
             }
@@ -208,6 +209,23 @@ impl Drop for Stage {
             });
         }
     }
+}
+
+/// Removes weights, indexes and what tells of their packing from a directory that was written into, where they
+/// are not of this output: readers would take them for a part of it.
+fn remove_stale(directory: &Path, written: &[PathBuf]) -> Result<()> {
+    let entries = fs::read_dir(directory).map_err(|e| Error::io("read", directory, e))?;
+    for entry in entries {
+        let path = entry.map_err(|e| Error::io("read", directory, e))?.path();
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        let is_weights = (name.starts_with("model") && name.ends_with(".safetensors"))
+            || (name.starts_with("pytorch_model") && name.ends_with(".bin"));
+        let tells = name.ends_with(".index.json") || name == "quantize_config.json";
+        if (is_weights || tells) && !written.contains(&path) {
+            fs::remove_file(&path).map_err(|e| Error::io("remove", &path, e))?;
+        }
+    }
+    Ok(())
 }
 
 /// A file that is needed for a while: gone when dropped.

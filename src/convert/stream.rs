@@ -13,7 +13,7 @@ use super::stage::OutputFile;
 use crate::block::{Codec, codec};
 use crate::container::Store;
 use crate::error::{Error, ErrorKind, Result};
-use crate::quantize::Prepared;
+use crate::quantize::{Method, Prepared};
 
 /// Who watches a conversion: the command line's progress bar, or nobody.
 pub trait Observer: Sync {
@@ -91,7 +91,8 @@ pub fn stream(
             };
             match done {
                 Ok(Spanned { loss: Some(loss), .. }) if plan.exact_only && loss.lost > 0.0 => {
-                    fail(Error::misuse("--exact-only: it is not the same after rounding"), tensor);
+                    let why = Error::misuse("--exact-only: it is not the same after rounding");
+                    fail(why.hint("--dtype f32 holds what blocks hold; fp8, mxfp4 and bnb round"), tensor);
                 }
                 Ok(spanned) => {
                     let bytes = spanned.bytes;
@@ -206,6 +207,10 @@ impl Worker {
             codec(t.dtype).ok_or_else(|| Error::unsupported(format!("type {} cannot be read", t.dtype)))?;
         self.stored.resize(self.values.len(), 0.0);
         codec.decode(&self.bytes, &mut self.stored)?;
+        if self.values.iter().zip(&self.stored).any(|(w, y)| w.is_finite() && !y.is_finite()) {
+            return Err(Error::unsupported(format!("values are too large for {}", t.dtype))
+                .hint("--dtype bf16 or f32 has room for them"));
+        }
         // What is not finite stays what it is.
         let pairs = || self.values.iter().zip(&self.stored).filter(|(w, y)| w != y && !w.is_nan());
         let square = |x: f32| f64::from(x).powi(2);
@@ -300,8 +305,8 @@ pub(super) struct Guides<'a> {
     making: Mutex<()>,
 }
 
-/// Name of an input, and an expert.
-type Key = (String, u64);
+/// Name of an input, an expert, and what is prepared for.
+type Key = (String, u64, Method);
 type Cell = OnceLock<Option<Arc<Prepared>>>;
 
 impl<'a> Guides<'a> {
@@ -317,7 +322,7 @@ impl<'a> Guides<'a> {
         expert: u64,
         scales: Option<&[f32]>,
     ) -> Result<Option<Arc<Prepared>>> {
-        let key = (guide.input.name.clone(), expert);
+        let key = (guide.input.name.clone(), expert, guide.method);
         let cell = {
             let mut recent = lock(&self.recent);
             let at = recent.iter().position(|(k, _)| *k == key);

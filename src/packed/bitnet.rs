@@ -83,7 +83,11 @@ impl Grouped for Matrix {
 
     fn lines(&self, stored: &Stored, _: Range<u64>, scales: &mut [f32], zeros: &mut [f32]) -> Result<()> {
         let scale = values(stored, &self.scale, 0, 1)?[0];
-        scales.fill(if self.divided { 1.0 / scale } else { scale });
+        let scale = if self.divided { 1.0 / scale } else { scale };
+        if !scale.is_finite() {
+            return Err(Error::malformed(format!("tensor {:?}: {scale} is no scale", self.scale.name)));
+        }
+        scales.fill(scale);
         zeros.fill(1.0);
         Ok(())
     }

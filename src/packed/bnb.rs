@@ -89,6 +89,9 @@ fn four_bits(packed: &Packed<'_>, name: &str, kind: &str, state: &TensorInfo) ->
     } else {
         None
     };
+    if weight.dtype != DType::U8 && packed.store.is_scattered(weight) {
+        return Err(Error::unsupported(format!("tensor {name:?}: its elements lie apart in the file")));
+    }
     // Of another storage type elements are several bytes: what counts is bytes.
     let weight = TensorInfo { dtype: DType::U8, shape: vec![weight.nbytes], ..weight.clone() };
     Ok(Joined {

@@ -105,19 +105,30 @@ impl Scheme {
             Some(_) => return Err(Error::malformed("quantization_config: block_structure is no two sizes")),
         };
         let targets = group.get("targets").and_then(Json::as_array).map_or(&[][..], Vec::as_slice);
+        let patterns = targets.iter().filter(|t| t.as_str().is_some_and(|t| t.starts_with("re:")));
+        if patterns.count() > MOST_PATTERNS {
+            return Err(Error::limit(format!(
+                "quantization_config: a group of config_groups has more than {MOST_PATTERNS} patterns"
+            )));
+        }
         let targets = targets.iter().map(|target| {
             let text = target.as_str().ok_or_else(|| unsupported("targets", target))?;
             Ok(match text.strip_prefix("re:") {
                 Some(pattern) => {
-                    let whole =
-                        regex::RegexBuilder::new(&format!("^(?:{pattern})")).size_limit(1 << 20).build();
+                    let whole = regex::RegexBuilder::new(&format!("^(?:{pattern})"))
+                        .size_limit(1 << 20)
+                        .dfa_size_limit(1 << 18)
+                        .build();
                     Target::Pattern(whole.map_err(|e| {
                         Error::unsupported(format!(
                             "quantization_config: pattern {pattern:?} is not read: {e}"
                         ))
                     })?)
                 }
-                None if text.contains('.') => Target::Name(text.to_string()),
+                // Classes begin with a capital: Linear.
+                None if text.contains('.') || !text.starts_with(|c: char| c.is_ascii_uppercase()) => {
+                    Target::Name(text.to_string())
+                }
                 None => Target::Class,
             })
         });
@@ -138,6 +149,9 @@ impl Scheme {
         })
     }
 }
+
+/// Each of which takes memory when it is compiled.
+const MOST_PATTERNS: usize = 256;
 
 fn integers(packed: &Packed<'_>, stem: &str, codes: &TensorInfo, scheme: &Scheme) -> Result<Joined> {
     let fail = |why: String| Error::malformed(format!("tensor {:?} {why}", codes.name));
@@ -288,6 +302,9 @@ impl Grouped for Matrix {
             let found = bytes(stored, t, first, count)?;
             let zero = |i: usize| (found[if self.of_row { i } else { 0 }] ^ 0x80).into();
             zeros.iter_mut().enumerate().for_each(|(i, z)| *z = zero(i));
+            return Ok(());
+        }
+        if zeros.is_empty() {
             return Ok(());
         }
         // A stream along the rows for each group: words of one stream lie a row apart.

@@ -44,7 +44,7 @@ pub fn give_blocks(store: &mut Store, types: &[DType]) -> Result<Vec<(DType, u64
 fn fitting(matrix: &dyn Grouped, stored: &Stored, types: &[DType]) -> Result<Option<usize>> {
     let shape = matrix.shape();
     let whole = |n: u64| n.is_multiple_of(BLOCK as u64);
-    let groups_fit = whole(shape.cols) && (shape.groups == 1 || whole(shape.group_size));
+    let groups_fit = shape.cols > 0 && whole(shape.cols) && (shape.groups == 1 || whole(shape.group_size));
     if !groups_fit || reordered(matrix, stored)? {
         return Ok(None);
     }

@@ -134,7 +134,10 @@ impl View for Blocked {
             for row in tile.rows {
                 let n = (tile.cols.end - tile.cols.start) as usize;
                 let codes = values(stored, &self.weight, row * self.cols + tile.cols.start, n)?;
-                let scale_row = row / self.rows * scale_rows + row % self.rows / bh;
+                let scale_row = match self.scale.elements() {
+                    1 => 0,
+                    _ => row / self.rows * scale_rows + row % self.rows / bh,
+                };
                 if scales.0 != scale_row {
                     let all = values(stored, &self.scale, scale_row * scale_cols, scale_cols as usize)?;
                     scales = (scale_row, all);

@@ -62,13 +62,14 @@ impl Config {
             Some(Json::String(dtype)) if dtype == "int32" => (),
             Some(other) => return Err(unsupported("pack_dtype", other)),
         }
-        let rules = packed.config.get("dynamic").and_then(Json::as_object);
+        // AutoRound's name for the same.
+        let rules = ["dynamic", "extra_config"].iter().filter_map(|k| packed.config.get(*k)?.as_object());
         Ok(Self {
             bits: packed.bits(&[2, 3, 4, 8])?,
             group_size: packed.group_size()?,
             act_order: packed.config.get("desc_act") == Some(&Json::Bool(true)),
             zero_offset,
-            dynamic: rules.is_some_and(|rules| !rules.is_empty()),
+            dynamic: rules.into_iter().any(|rules| !rules.is_empty()),
         })
     }
 

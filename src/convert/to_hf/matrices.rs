@@ -49,6 +49,12 @@ pub fn is_kept(name: &str, shape: &[u64]) -> bool {
     name.ends_with(".weight") && shape.len() == 2
 }
 
+/// The module of all experts of a block that a tensor belongs to.
+pub fn experts(name: &str) -> Option<&str> {
+    let (before, _) = name.split_once(".experts.")?;
+    name.get(..before.len() + ".experts".len())
+}
+
 /// `model.layers.0.mlp.up_proj.weight` -> `model.layers.0.mlp.up_proj`.
 pub fn module(name: &str) -> &str {
     name.strip_suffix(".weight").or_else(|| name.strip_suffix("_blocks")).unwrap_or(name)
@@ -129,9 +135,6 @@ pub fn decide<'a>(
         target = [like, wider].into_iter().find(|t| t.check().is_ok()).unwrap_or(target);
     }
     target.bits = wanted.bits.unwrap_or(target.bits);
-    if wanted.bits == Some(8) && wanted.group_size.is_none() && found.is_none() {
-        target.group_size = Target::new(wanted.format).group_size;
-    }
     match wanted.group_size {
         None => {}
         Some(-1) => target.group_size = None,
@@ -154,7 +157,7 @@ pub fn decide<'a>(
     Ok(target)
 }
 
-/// Whether all zeros of a matrix are the middle code.
+/// Whether zeros of a matrix are the middle code, by its first rows.
 fn is_symmetric(integers: &Integers, store: &Store) -> Result<bool> {
     let middle = (1u32 << (integers.shape().bits - 1)) as f32;
     if let Some(symmetric) = integers.is_symmetric() {
@@ -162,6 +165,9 @@ fn is_symmetric(integers: &Integers, store: &Store) -> Result<bool> {
     }
     let mut rows = Rows::default();
     let n = integers.shape().rows.min(256);
+    if n == 0 {
+        return Ok(true);
+    }
     integers.read_lines(IntegerData::Stored(store.stored()), 0..n, &mut rows)?;
     Ok(rows.zeros.iter().all(|zero| *zero == middle))
 }

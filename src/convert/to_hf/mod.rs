@@ -5,6 +5,7 @@ mod matrices;
 mod model;
 mod rounding;
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use regex::Regex;
@@ -187,7 +188,10 @@ impl ToHf {
             check_exact(&plan)?;
         }
         let output = match &self.output {
-            Some(output) => output.clone(),
+            Some(output) => {
+                check_apart(&self.source, output)?;
+                output.clone()
+            }
             None => beside(&self.source).with_file_name(name(&model, target.as_ref())),
         };
         lay_out(&mut plan, self.container, model.config, model.side, self.max_shard_size)?;
@@ -207,7 +211,7 @@ impl ToHf {
         let customary = wanted.filter(|_| !self.exact_only).and_then(Wanted::dtype);
         let dtype = self.dtype.or(customary);
         let blocks = wanted.is_some_and(|w| w.format == Format::Mxfp4);
-        if self.source.is_file() && is_gguf(&self.source)? {
+        if is_gguf_file(&self.source) {
             let quant_method = blocks.then_some(Format::Mxfp4.name());
             let arch_file = self.arch_file.as_deref();
             let wish = gguf::Wish { dtype, keeps_types: self.exact_only, quant_method, arch_file };
@@ -262,6 +266,12 @@ impl ToHf {
         let mut kept: Vec<String> = Vec::new();
         for ((t, integers), chosen) in plan.tensors.iter_mut().zip(integers).zip(chosen) {
             if !chosen {
+                let stack = t.name.ends_with("_blocks") && t.shape.len() == 3;
+                if wanted.format == Format::Mxfp4 && stack {
+                    let why =
+                        format!("tensor {:?}: mxfp4 stores the experts of all layers, or of none", t.name);
+                    return Err(Error::unsupported(why).hint("leave --ignore out"));
+                }
                 if matrices::is_kept(&t.name, &t.shape) {
                     kept.push(matrices::module(&t.name).to_string());
                 }
@@ -279,6 +289,20 @@ impl ToHf {
             }
             (t.nbytes, t.dtype) = (packing.nbytes().map_err(context)?, DType::F32);
             t.packing = Some(packing);
+        }
+        // Loaders replace the module of all experts of a block, unless it is named.
+        let of_experts = |is_packed: bool| {
+            let tensors = plan.tensors.iter().filter(move |t| t.packing.is_some() == is_packed);
+            tensors.filter(|t| t.shape.len() > 1).filter_map(|t| matrices::experts(&t.name))
+        };
+        let packed: BTreeSet<&str> = of_experts(true).collect();
+        let whole: BTreeSet<&str> = of_experts(false).filter(|module| !packed.contains(module)).collect();
+        kept.extend(whole.iter().map(|module| module.to_string()));
+        if !whole.is_empty() && wanted.format != Format::Mxfp4 {
+            let n = whole.len();
+            plan.notes.push(format!(
+                "the experts of {n} blocks are not quantized (stacks of matrices, or --ignore)"
+            ));
         }
         if wanted.format == Format::Mxfp4 {
             kept = MXFP4_KEPT.map(String::from).to_vec();
@@ -359,13 +383,31 @@ fn check_exact(plan: &Plan) -> Result<()> {
     .hint("other --bits, --group-size, --sym or --asym may hold them; without --exact-only they are rounded"))
 }
 
+/// Refuses to write a checkpoint into its own directory.
+fn check_apart(source: &Path, output: &Path) -> Result<()> {
+    let same = |a: &Path| Some(a.canonicalize().ok()? == output.canonicalize().ok()?);
+    match is_gguf_file(source) || same(directory(source)) != Some(true) {
+        true => Ok(()),
+        false => Err(Error::misuse("the output would overwrite its own input").at(output)),
+    }
+}
+
+fn is_gguf_file(source: &Path) -> bool {
+    source.is_file() && is_gguf(source).unwrap_or(false)
+}
+
+/// The directory of a checkpoint of which a file may be given.
+fn directory(source: &Path) -> &Path {
+    match source.parent() {
+        _ if !source.is_file() => source,
+        Some(dir) if !dir.as_os_str().is_empty() => dir,
+        _ => Path::new("."),
+    }
+}
+
 /// The model's directory, or its GGUF file, by a path that ends in a name.
 fn beside(source: &Path) -> PathBuf {
-    let weights = source.extension().is_none_or(|e| e != "gguf") && source.is_file();
-    let place = match source.parent() {
-        Some(dir) if weights => dir,
-        _ => source,
-    };
+    let place = if is_gguf_file(source) { source } else { directory(source) };
     match place.file_name() {
         Some(_) => place.to_path_buf(),
         None => place.canonicalize().unwrap_or_else(|_| place.to_path_buf()),

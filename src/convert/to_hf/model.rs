@@ -39,7 +39,14 @@ pub struct HfModel {
 }
 
 /// Files that have no place in another format, or are written anew.
-const LEFT: [&str; 3] = ["config.json", "quantize_config.json", "quant_config.json"];
+const LEFT: [&str; 6] = [
+    "config.json",
+    "quantize_config.json",
+    "quant_config.json",
+    "hf_quant_config.json",
+    "quantization_config.json",
+    "recipe.yaml",
+];
 /// Endings of files that go along.
 const TAKEN: [&str; 9] = ["json", "jinja", "model", "txt", "md", "py", "tiktoken", "vocab", "yaml"];
 /// The ending of the name of MXFP4's codes.
@@ -58,7 +65,7 @@ pub fn open(
     limits: &Limits,
 ) -> Result<HfModel> {
     let checkpoint = Checkpoint::open(path, limits)?;
-    let notes = checkpoint.notes().into_iter().collect();
+    let mut notes: Vec<String> = checkpoint.notes().into_iter().collect();
     let name = Some(checkpoint.dir_name()).filter(|n| !n.is_empty());
     let Checkpoint { dir, store, mut config, .. } = checkpoint;
     let places = match needs_places {
@@ -66,13 +73,15 @@ pub fn open(
         false => Places::new(),
     };
     let own = config_dtype(&config).or_else(|| most_floats(&store)).unwrap_or(DType::BF16);
+    // Other models have stacks too, which nobody reads so.
+    let blocks = blocks && config.get("model_type").and_then(Json::as_str) == Some("gpt_oss");
     let mapped = store.tensors().iter().map(|t| mapped(t, blocks)).collect::<Result<_>>()?;
     drop_quantization(&mut config);
     if let Some(text) = config.get_mut("text_config") {
         drop_quantization(text);
     }
     set_dtype(&mut config, dtype.unwrap_or(own));
-    let side = side_files(&dir, limits)?;
+    let side = side_files(&dir, limits, &mut notes)?;
     let keeps_types = dtype.is_none();
     let dtype = dtype.unwrap_or(own);
     Ok(HfModel { store, mapped, config, side, dtype, keeps_types, name, places, notes })
@@ -159,7 +168,7 @@ fn transposed(t: &TensorInfo, name: String) -> Result<Mapped> {
 }
 
 /// The small files of a directory, and of those in it that hold parts of a pipeline.
-fn side_files(dir: &Path, limits: &Limits) -> Result<Vec<(String, Vec<u8>)>> {
+fn side_files(dir: &Path, limits: &Limits, notes: &mut Vec<String>) -> Result<Vec<(String, Vec<u8>)>> {
     let mut side = Vec::new();
     for name in names(dir)? {
         let path = dir.join(&name);
@@ -169,6 +178,9 @@ fn side_files(dir: &Path, limits: &Limits) -> Result<Vec<(String, Vec<u8>)>> {
                 && let Some(bytes) = read_side_file(&path.join("config.json"), limits.side_file_bytes)?
             {
                 side.push((format!("{name}/config.json"), bytes));
+                if ["model.safetensors", "pytorch_model.bin"].iter().any(|w| path.join(w).exists()) {
+                    notes.push(format!("{name} has weights of its own, which are not written"));
+                }
             }
             continue;
         }

@@ -16,6 +16,7 @@ use crate::error::{Error, Result};
 use crate::limits::Limits;
 use crate::packed::write::Layout;
 use crate::quantize::Method;
+use crate::tensor::{Dim, StridedCopy};
 
 /// Where a matrix is in GGUF: its name, and its number in a stack of experts.
 pub type Places = HashMap<String, (String, u64)>;
@@ -31,6 +32,10 @@ pub fn places_of_checkpoint(config: &serde_json::Value, store: &Store) -> Result
         let Data::Copied { pieces, .. } = &m.data else { continue };
         let matrix = matrix_of_stack(&m.shape);
         for piece in pieces {
+            let Some(from) = store.get(&piece.source) else { continue };
+            if !keeps_columns(&piece.copy, &from.shape, &m.shape) {
+                continue;
+            }
             let expert = matrix.map_or(0, |n| piece.copy.dst_base / n);
             places.entry(piece.source.clone()).or_insert_with(|| (m.name.clone(), expert));
         }
@@ -43,11 +48,26 @@ pub fn places_of_gguf(mapped: &[Mapped], store: &Store) -> Places {
     let of = |m: &Mapped| {
         let Data::Copied { pieces, .. } = &m.data else { return None };
         let piece = pieces.first()?;
-        let matrix = matrix_of_stack(&store.get(&piece.source)?.shape).filter(|_| m.shape.len() == 2);
+        let from = store.get(&piece.source)?;
+        if !keeps_columns(&piece.copy, &from.shape, &m.shape) {
+            return None;
+        }
+        let matrix = matrix_of_stack(&from.shape).filter(|_| m.shape.len() == 2);
         let expert = matrix.map_or(0, |n| piece.copy.src_base / n);
         Some((m.name.clone(), (piece.source.clone(), expert)))
     };
     mapped.iter().filter_map(of).collect()
+}
+
+/// Whether rows are copied whole: what calibration says of columns is said of them in GGUF's order.
+fn keeps_columns(copy: &StridedCopy, from: &[u64], to: &[u64]) -> bool {
+    let (Some(&cols), true) = (from.last(), from.last() == to.last()) else { return false };
+    let within = |d: &Dim| d.src == d.dst && d.n.checked_mul(d.src).is_some_and(|n| n <= cols);
+    let by_rows = |d: &Dim| d.src.is_multiple_of(cols) && d.dst.is_multiple_of(cols);
+    let runs_on = |d: &Dim| (d.src, d.dst) == (1, 1) && d.n.is_multiple_of(cols);
+    cols > 0
+        && copy.src_base % cols == copy.dst_base % cols
+        && copy.dims.iter().all(|d| within(d) || by_rows(d) || runs_on(d))
 }
 
 /// Elements of each matrix of a stack.
@@ -118,7 +138,9 @@ impl Rounder {
         };
         let without = |why: String| Ok((Rounding::Nearest, 0, Some(Fallback { wanted, why })));
         let Some((name, expert)) = self.places.get(&t.name) else {
-            return without("its name in GGUF is not known".into());
+            return without(
+                "its columns have another name, or another order, where calibration saw them".into(),
+            );
         };
         let importance = match self.importance(name)? {
             None => return without("calibration has nothing of what it reads".into()),
