@@ -189,6 +189,7 @@ bench: system
 	@$(ENV) \
 	$(CARGO) bench --profile release --bench block; \
 	$(CARGO) bench --profile release --bench packed; \
+	$(CARGO) bench --profile release --bench qpack; \
 	$(CARGO) bench --profile release --bench convert
 
 # Third-party readers read what we write. Versions are pinned; nothing outside .venv changes.

@@ -104,6 +104,20 @@ fn pack_as<const BITS: usize>(codes: &[u8], stream: &mut [u8]) {
     beyond.iter_mut().zip(&bytes[..BITS]).for_each(|(to, from)| *to = *from);
 }
 
+/// The inverse of [`gather`]: halves are parted, then their halves, then theirs.
+#[inline(always)]
+fn scatter<const BITS: usize>(bytes: [u8; 8]) -> [u8; 8] {
+    let word = part(u64::from_le_bytes(bytes), 4 * BITS, 32, const { fields(4 * BITS, 64) });
+    let word = part(word, 2 * BITS, 16, const { fields(2 * BITS, 32) });
+    part(word, BITS, 8, const { fields(BITS, 16) }).to_le_bytes()
+}
+
+/// Parts pairs of fields of so many bits, so that there is one in each `slot`; `even` masks every other one.
+#[inline(always)]
+fn part(word: u64, bits: usize, slot: usize, even: u64) -> u64 {
+    word & even | (word >> bits & even) << slot
+}
+
 /// Eight codes, one after the other: neighbours are joined, then pairs, then fours.
 #[inline(always)]
 fn gather<const BITS: usize>(codes: &[u8; 8]) -> [u8; 8] {

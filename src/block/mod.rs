@@ -52,6 +52,7 @@ mod q8_0;
 mod simd;
 mod tq1_0;
 mod tq2_0;
+pub mod trits;
 pub mod uniform;
 mod weighed;
 

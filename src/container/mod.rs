@@ -12,6 +12,7 @@ pub mod imatrix;
 mod low_rank;
 pub mod moments;
 pub mod pytorch;
+pub mod qpack;
 pub mod safetensors;
 pub mod shards;
 pub mod side;

@@ -21,6 +21,7 @@ mod gptq;
 mod hqq;
 mod modelopt;
 mod mxfp4;
+pub mod qpack;
 pub mod write;
 
 pub use exact::{BLOCKS, give_blocks};

@@ -1,0 +1,440 @@
+//! The manifest: what a file holds, in the order in which it lies there.
+
+use std::collections::HashSet;
+
+use serde_json::{Map, Value as Json, json};
+
+use super::encoding::{Encoding, PartSize};
+use super::fields::{Fields, hex};
+use super::frame::{ALIGNMENT, HEADER};
+use super::json::{self, MAX_NUMBER};
+use crate::error::{Error, Result};
+use crate::limits::Limits;
+
+/// Most bytes of a tensor's name.
+const MAX_NAME: usize = 1024;
+/// Most dimensions.
+const MAX_DIMS: usize = 8;
+/// Most parts of a tensor.
+const MAX_PARTS: usize = 64;
+/// Most bytes of a part of a path.
+const MAX_COMPONENT: usize = 255;
+
+/// What a file holds.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Manifest {
+    /// Other files of the model, byte for byte; they lie before the tensors.
+    pub files: Vec<SideFile>,
+    /// The tensors.
+    pub tensors: Vec<Tensor>,
+    /// Where they come from.
+    pub provenance: Map<String, Json>,
+    /// Which part of a model in several files it is.
+    pub split: Option<Split>,
+    /// What a later version has put beside.
+    pub more: Map<String, Json>,
+}
+
+/// A file that is stored as it is.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SideFile {
+    /// Its path relative to the model's directory, with `/`.
+    pub name: String,
+    /// Its bytes.
+    pub segment: Segment,
+}
+
+/// A tensor.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Tensor {
+    /// Its name, unique in the model.
+    pub name: String,
+    /// Its shape, outermost dimension first.
+    pub shape: Vec<u64>,
+    /// What it is in a model, as qconv's definitions of architectures call it.
+    pub role: Option<String>,
+    /// How its values are stored.
+    pub encoding: Encoding,
+    /// Those the encoding has, in its order; then those that are kept for the source's sake.
+    pub parts: Vec<Part>,
+    /// The tensors that it was made from, and becomes again.
+    pub origin: Option<Json>,
+    /// What a later version has put beside.
+    pub more: Map<String, Json>,
+}
+
+/// A part of a tensor.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Part {
+    /// Its name, unique in the tensor.
+    pub name: String,
+    /// Its bytes.
+    pub segment: Segment,
+}
+
+/// A run of bytes in the file.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Segment {
+    /// How many.
+    pub bytes: u64,
+    /// Their SHA-256.
+    pub sha256: [u8; 32],
+    /// What they stand for, where they are compressed.
+    pub compression: Option<Compression>,
+}
+
+/// How bytes stand for others.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Compression {
+    /// The method.
+    pub kind: String,
+    /// How many bytes there are without.
+    pub bytes: u64,
+    /// Their SHA-256.
+    pub sha256: [u8; 32],
+    /// What the method has to know.
+    pub more: Map<String, Json>,
+}
+
+/// Which part of a model a file is.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Split {
+    /// Its number, from 1.
+    pub no: u64,
+    /// How many there are.
+    pub count: u64,
+    /// In the last file: length, and SHA-256 of the manifest, of each of the others.
+    pub seals: Vec<ShardSeal>,
+}
+
+/// What identifies another file of a split model.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct ShardSeal {
+    /// Its length.
+    pub bytes: u64,
+    /// SHA-256 of its manifest.
+    pub manifest: [u8; 32],
+}
+
+impl Segment {
+    /// Bytes whose SHA-256 is not known yet.
+    pub fn plain(bytes: u64) -> Self {
+        Self { bytes, sha256: [0; 32], compression: None }
+    }
+
+    /// Bytes without compression.
+    pub fn content_bytes(&self) -> u64 {
+        self.compression.as_ref().map_or(self.bytes, |c| c.bytes)
+    }
+
+    fn parse(fields: &mut Fields<'_>) -> Result<Self> {
+        let compression = match fields.optional("compression") {
+            None => None,
+            Some(value) => {
+                let mut inner = Fields::of(value, "compression")?;
+                Some(Compression {
+                    kind: inner.text("kind")?.to_string(),
+                    bytes: inner.number("bytes", 0..=MAX_NUMBER)?,
+                    sha256: inner.sha256("sha256")?,
+                    more: inner.rest(),
+                })
+            }
+        };
+        Ok(Self {
+            bytes: fields.number("bytes", 0..=MAX_NUMBER)?,
+            sha256: fields.sha256("sha256")?,
+            compression,
+        })
+    }
+
+    fn json(&self, name: &str) -> Json {
+        let mut map = Map::new();
+        map.insert("name".into(), json!(name));
+        map.insert("bytes".into(), json!(self.bytes));
+        map.insert("sha256".into(), json!(hex(&self.sha256)));
+        if let Some(c) = &self.compression {
+            let mut inner = c.more.clone();
+            inner.insert("kind".into(), json!(c.kind));
+            inner.insert("bytes".into(), json!(c.bytes));
+            inner.insert("sha256".into(), json!(hex(&c.sha256)));
+            map.insert("compression".into(), inner.into());
+        }
+        Json::Object(map)
+    }
+}
+
+impl Manifest {
+    /// The manifest in `bytes`.
+    ///
+    /// # Errors
+    /// `Malformed` for what is no such manifest, or contradicts itself; `Limit`.
+    pub fn parse(bytes: &[u8], limits: &Limits) -> Result<Self> {
+        let value = json::parse(bytes)?;
+        let mut fields = Fields::of(&value, "manifest")?;
+        let files = fields.list("files")?;
+        let tensors = fields.list("tensors")?;
+        for (n, what) in [(files.len(), "files"), (tensors.len(), "tensors")] {
+            if n as u64 > limits.tensors {
+                return Err(Error::limit(format!("{n} {what}, at most {} are allowed", limits.tensors)));
+            }
+        }
+        let provenance = fields.required("provenance")?;
+        let manifest = Self {
+            files: files.iter().map(SideFile::parse).collect::<Result<_>>()?,
+            tensors: tensors.iter().map(Tensor::parse).collect::<Result<_>>()?,
+            provenance: provenance.as_object().ok_or_else(|| fields.wrong("provenance", provenance))?.clone(),
+            split: fields.optional("split").map(Split::parse).transpose()?,
+            more: fields.rest(),
+        };
+        manifest.check()?;
+        Ok(manifest)
+    }
+
+    /// Its bytes.
+    ///
+    /// # Errors
+    /// `Malformed` for what a reader would refuse, `Unsupported` for what JSON has no canonical text for.
+    pub fn bytes(&self) -> Result<Vec<u8>> {
+        self.check()?;
+        let mut map = self.more.clone();
+        map.insert("files".into(), self.files.iter().map(|f| f.segment.json(&f.name)).collect());
+        map.insert("tensors".into(), self.tensors.iter().map(Tensor::json).collect());
+        map.insert("provenance".into(), self.provenance.clone().into());
+        if let Some(split) = &self.split {
+            map.insert("split".into(), split.json());
+        }
+        json::write(&map.into())
+    }
+
+    /// All segments in the order of the file.
+    pub fn segments(&self) -> impl Iterator<Item = &Segment> {
+        let of_tensors = self.tensors.iter().flat_map(|t| t.parts.iter().map(|p| &p.segment));
+        self.files.iter().map(|f| &f.segment).chain(of_tensors)
+    }
+
+    pub(super) fn segments_mut(&mut self) -> impl Iterator<Item = &mut Segment> {
+        let of_tensors = self.tensors.iter_mut().flat_map(|t| t.parts.iter_mut().map(|p| &mut p.segment));
+        self.files.iter_mut().map(|f| &mut f.segment).chain(of_tensors)
+    }
+
+    /// Where each segment begins, and at last the manifest.
+    ///
+    /// # Errors
+    /// `Malformed` beyond 2^63.
+    pub fn places(&self) -> Result<Vec<u64>> {
+        let mut places = vec![HEADER];
+        let mut at = HEADER;
+        for segment in self.segments() {
+            let end = at.checked_add(segment.bytes).and_then(|end| end.checked_next_multiple_of(ALIGNMENT));
+            at = end
+                .filter(|end| *end <= i64::MAX as u64)
+                .ok_or_else(|| Error::malformed("its segments would exceed 2^63 bytes"))?;
+            places.push(at);
+        }
+        Ok(places)
+    }
+
+    /// What a reader refuses.
+    fn check(&self) -> Result<()> {
+        let mut names = HashSet::new();
+        for file in &self.files {
+            check_path(&file.name)?;
+            if !names.insert(file.name.to_ascii_lowercase()) {
+                return Err(Error::malformed(format!("file {:?} is there twice", file.name)));
+            }
+        }
+        let mut names = HashSet::with_capacity(self.tensors.len());
+        for tensor in &self.tensors {
+            tensor.check().map_err(|e| e.context(format_args!("tensor {:?}", tensor.name)))?;
+            if !names.insert(tensor.name.as_str()) {
+                return Err(Error::malformed(format!("tensor {:?} appears twice", tensor.name)));
+            }
+        }
+        if let Some(split) = &self.split {
+            split.check()?;
+            if split.no > 1 && !self.files.is_empty() {
+                return Err(Error::malformed("a file that is not the first of its set has side files"));
+            }
+        }
+        self.places().map(drop)
+    }
+}
+
+impl SideFile {
+    fn parse(value: &Json) -> Result<Self> {
+        let mut fields = Fields::of(value, "a file")?;
+        let name = fields.text("name")?.to_string();
+        let segment = Segment::parse(&mut fields).map_err(|e| e.context(format_args!("file {name:?}")))?;
+        Ok(Self { name, segment })
+    }
+}
+
+impl Tensor {
+    /// A tensor of one's own making, without the SHA-256 of its parts. Those whose length varies have the
+    /// largest.
+    ///
+    /// # Errors
+    /// `Malformed` where such a tensor cannot be so encoded; `Misuse` for an encoding that is not known.
+    pub fn new(name: impl Into<String>, shape: Vec<u64>, encoding: Encoding) -> Result<Self> {
+        let sizes = encoding.parts(&shape)?.ok_or_else(|| Error::misuse("an encoding that is not known"))?;
+        let part = |size: PartSize| {
+            let bytes = size.dtype.nbytes(&size.shape)?;
+            Ok(Part { name: size.name.to_string(), segment: Segment::plain(bytes) })
+        };
+        let parts = sizes.into_iter().map(part).collect::<Result<_>>()?;
+        let name = name.into();
+        Ok(Self { name, shape, role: None, encoding, parts, origin: None, more: Map::new() })
+    }
+
+    fn parse(value: &Json) -> Result<Self> {
+        let mut fields = Fields::of(value, "a tensor")?;
+        let name = fields.text("name")?;
+        Self::fields(name, &mut fields).map_err(|e| e.context(format_args!("tensor {name:?}")))
+    }
+
+    fn fields(name: &str, fields: &mut Fields<'_>) -> Result<Self> {
+        let role = fields.optional("role");
+        let role = role.map(|v| v.as_str().map(String::from).ok_or_else(|| fields.wrong("role", v)));
+        let parts = fields.list("parts")?;
+        if parts.len() > MAX_PARTS {
+            return Err(Error::limit(format!("{} parts, at most {MAX_PARTS} are allowed", parts.len())));
+        }
+        let part = |value: &Json| {
+            let mut fields = Fields::of(value, "a part")?;
+            let name = fields.text("name")?.to_string();
+            let segment =
+                Segment::parse(&mut fields).map_err(|e| e.context(format_args!("part {name:?}")))?;
+            Ok(Part { name, segment })
+        };
+        Ok(Self {
+            name: name.to_string(),
+            shape: fields.numbers("shape")?,
+            role: role.transpose()?,
+            encoding: Encoding::parse(fields.required("encoding")?)?,
+            parts: parts.iter().map(part).collect::<Result<_>>()?,
+            origin: fields.optional("origin").cloned(),
+            more: fields.rest(),
+        })
+    }
+
+    fn json(&self) -> Json {
+        let mut map = self.more.clone();
+        map.insert("name".into(), json!(self.name));
+        map.insert("shape".into(), json!(self.shape));
+        map.insert("encoding".into(), self.encoding.json());
+        map.insert("parts".into(), self.parts.iter().map(|p| p.segment.json(&p.name)).collect());
+        if let Some(role) = &self.role {
+            map.insert("role".into(), json!(role));
+        }
+        if let Some(origin) = &self.origin {
+            map.insert("origin".into(), origin.clone());
+        }
+        map.into()
+    }
+
+    /// Name, shape, and that the parts are those of the encoding.
+    fn check(&self) -> Result<()> {
+        check_name(&self.name, MAX_NAME)?;
+        if self.shape.len() > MAX_DIMS {
+            return Err(Error::limit(format!("{} dimensions, at most {MAX_DIMS} are", self.shape.len())));
+        }
+        crate::tensor::elements(&self.shape)?;
+        let mut names = HashSet::new();
+        for part in &self.parts {
+            check_name(&part.name, MAX_COMPONENT)?;
+            if !names.insert(part.name.as_str()) {
+                return Err(Error::malformed(format!("part {:?} is there twice", part.name)));
+            }
+        }
+        let Some(sizes) = self.encoding.parts(&self.shape)? else { return Ok(()) };
+        let mut parts = self.parts.iter();
+        for size in &sizes {
+            let part = parts.next().filter(|p| p.name == size.name).ok_or_else(|| {
+                Error::malformed(format!("its part {:?} is missing, or not in its place", size.name))
+            })?;
+            let (found, bytes) = (part.segment.content_bytes(), size.dtype.nbytes(&size.shape)?);
+            if found > bytes || found < bytes && !size.varies {
+                return Err(Error::malformed(format!(
+                    "its part {:?} has {found} bytes, {} of shape {:?} has {bytes}",
+                    size.name, size.dtype, size.shape
+                )));
+            }
+        }
+        // A plain tensor is what its source was.
+        let may_keep = !matches!(self.encoding, Encoding::Plain(_));
+        match parts.find(|p| !may_keep || !p.name.starts_with(KEPT)) {
+            None => Ok(()),
+            Some(p) => Err(Error::malformed(format!("{:?} has no part {:?}", self.encoding.kind(), p.name))),
+        }
+    }
+}
+
+/// How the names of parts begin that are kept for the source's sake.
+const KEPT: &str = "kept.";
+
+impl Split {
+    fn parse(value: &Json) -> Result<Self> {
+        let mut fields = Fields::of(value, "split")?;
+        let seal = |value: &Json| {
+            let mut fields = Fields::of(value, "a file of split")?;
+            let bytes = fields.number("bytes", 0..=MAX_NUMBER)?;
+            Ok(ShardSeal { bytes, manifest: fields.sha256("manifest")? })
+        };
+        let seals = match fields.optional("files") {
+            None => Vec::new(),
+            Some(_) => fields.list("files")?.iter().map(seal).collect::<Result<_>>()?,
+        };
+        Ok(Self { no: fields.number("no", 1..=99_999)?, count: fields.number("count", 2..=99_999)?, seals })
+    }
+
+    fn json(&self) -> Json {
+        let mut map = Map::new();
+        map.insert("no".into(), json!(self.no));
+        map.insert("count".into(), json!(self.count));
+        if !self.seals.is_empty() {
+            let seal = |s: &ShardSeal| json!({"bytes": s.bytes, "manifest": hex(&s.manifest)});
+            map.insert("files".into(), self.seals.iter().map(seal).collect());
+        }
+        map.into()
+    }
+
+    fn check(&self) -> Result<()> {
+        let others = if self.no == self.count { self.count - 1 } else { 0 };
+        if self.no > self.count || self.seals.len() as u64 != others {
+            return Err(Error::malformed(format!(
+                "file {} of {} names {} others",
+                self.no,
+                self.count,
+                self.seals.len()
+            )));
+        }
+        Ok(())
+    }
+}
+
+/// A name that can be shown on one line.
+fn check_name(name: &str, most: usize) -> Result<()> {
+    if name.is_empty() || name.len() > most || name.chars().any(char::is_control) {
+        return Err(Error::malformed(format!(
+            "the name {name:?} is empty, too long, or has control characters"
+        )));
+    }
+    Ok(())
+}
+
+/// A path that stays below the directory it is put into, on any system.
+fn check_path(path: &str) -> Result<()> {
+    check_name(path, MAX_NAME)?;
+    let is_plain = |part: &str| {
+        !part.is_empty()
+            && part.len() <= MAX_COMPONENT
+            && !part.ends_with(['.', ' '])
+            && !part.contains(['\\', ':', '*', '?', '"', '<', '>', '|'])
+    };
+    match path.split('/').all(is_plain) {
+        true => Ok(()),
+        false => Err(Error::malformed(format!(
+            "file {path:?} is no plain path of a file in the model's directory"
+        ))),
+    }
+}

@@ -1,0 +1,28 @@
+//! qconv's own container: tensors in encodings that no other file has room for, the model's other files, and
+//! where all of it comes from. `formats/spec/qpack.md` describes every byte.
+//!
+//! A file is a header, *segments* one after the other, a manifest in canonical JSON, and a footer that says
+//! where the manifest lies and what its SHA-256 is. The manifest lists the segments in the order of the file
+//! with their lengths and SHA-256: where each begins follows from that, so that segments cannot overlap, and
+//! nothing can lie between them but zeros.
+//!
+//! Here are the bytes and the manifest; what tensors in an encoding decode to is in `packed::qpack`.
+
+mod encoding;
+mod fields;
+mod frame;
+mod json;
+mod manifest;
+mod read;
+pub mod write;
+
+pub use encoding::{
+    Codebook, Encoding, Integers, Matrix, Nested, PartSize, Scaled, Sparse, Ternary, Trits, Zeros,
+};
+pub use frame::{ALIGNMENT, VERSION, is_qpack};
+pub use manifest::{Compression, Manifest, Part, Segment, ShardSeal, SideFile, Split, Tensor};
+pub(crate) use read::part_name;
+pub use read::{Fault, Qpack, Where};
+
+/// The last part of a file's name, without the dot.
+pub const SUFFIX: &str = "qpack";

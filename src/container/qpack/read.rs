@@ -1,0 +1,332 @@
+//! Opening: the footer, then the manifest. Nothing else is read before it is asked for.
+
+use std::path::{Path, PathBuf};
+
+use sha2::{Digest, Sha256};
+
+use super::frame::{FOOTER, Footer, check_header};
+use super::manifest::{Manifest, Part, ShardSeal, SideFile, Split, Tensor};
+use super::write::sha256;
+use super::{ALIGNMENT, SUFFIX};
+use crate::container::shards::{shard_name, split_shard_name};
+use crate::container::{InputFile, Store};
+use crate::error::{Error, Result};
+use crate::limits::Limits;
+use crate::tensor::{DType, TensorInfo};
+
+/// An opened model, of one file or many.
+#[derive(Debug)]
+pub struct Qpack {
+    shards: Vec<Shard>,
+}
+
+/// An opened file.
+#[derive(Debug)]
+struct Shard {
+    file: InputFile,
+    manifest: Manifest,
+    footer: Footer,
+    /// Where each segment begins, and at last the manifest.
+    places: Vec<u64>,
+}
+
+/// What a verification found to be otherwise than the manifest says.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Fault {
+    /// The file.
+    pub path: PathBuf,
+    /// What of it.
+    pub part: Where,
+}
+
+/// A place in a file.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Where {
+    /// A part of a tensor.
+    Tensor {
+        /// The tensor's name.
+        name: String,
+        /// The part's name.
+        part: String,
+    },
+    /// A side file.
+    File(String),
+    /// The zeros behind such.
+    Padding(Box<Where>),
+    /// The signature.
+    Signature,
+}
+
+impl std::fmt::Display for Where {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Tensor { name, part } => write!(f, "tensor {name:?}, part {part:?}"),
+            Self::File(name) => write!(f, "file {name:?}"),
+            Self::Padding(behind) => write!(f, "the zeros behind {behind}"),
+            Self::Signature => write!(f, "the signature"),
+        }
+    }
+}
+
+impl Qpack {
+    /// Opens the model that the file at `path` belongs to.
+    ///
+    /// # Errors
+    /// `Malformed` for what is no such file, is cut short or grown, and for manifests that contradict
+    /// themselves or each other; `Unsupported` for a later version; `Limit`; `Io`, a missing file too.
+    pub fn open(path: impl AsRef<Path>, limits: &Limits) -> Result<Self> {
+        let path = path.as_ref();
+        let first = Shard::open(path, limits)?;
+        let Some(split) = first.manifest.split.clone() else { return Ok(Self { shards: vec![first] }) };
+        if split.count > limits.shards {
+            return Err(Error::limit(format!(
+                "{} files, at most {} are allowed",
+                split.count, limits.shards
+            ))
+            .at(path));
+        }
+        let name = path.file_name().and_then(|n| n.to_str()).unwrap_or_default();
+        let stem = match split_shard_name(name, SUFFIX) {
+            Some((stem, no, count)) if (no + 1, count) == (split.no, split.count) => stem,
+            _ => {
+                return Err(Error::malformed(format!(
+                    "is file {} of {}, and not called so",
+                    split.no, split.count
+                ))
+                .at(path)
+                .hint(format!(
+                    "such files are called {}",
+                    shard_name("NAME", split.no - 1, split.count, SUFFIX)
+                )));
+            }
+        };
+        let mut shards = Vec::new();
+        for no in 0..split.count {
+            let path = path.with_file_name(shard_name(stem, no, split.count, SUFFIX));
+            shards.push(
+                Shard::open(&path, limits)
+                    .map_err(|e| e.hint("a file of the set is missing or damaged: fetch it"))?,
+            );
+        }
+        let model = Self { shards };
+        model.check_set(limits)?;
+        Ok(model)
+    }
+
+    /// That the files belong together.
+    fn check_set(&self, limits: &Limits) -> Result<()> {
+        let count = self.shards.len() as u64;
+        let seals =
+            self.shards.last().and_then(|s| s.manifest.split.as_ref()).map_or(&[][..], |s| &s.seals[..]);
+        let (mut names, mut total) = (std::collections::HashSet::new(), 0);
+        for (k, shard) in self.shards.iter().enumerate() {
+            let at = |e: Error| e.at(shard.file.path());
+            let own = |s: &Split| (s.no, s.count) == (k as u64 + 1, count);
+            if !shard.manifest.split.as_ref().is_some_and(own) {
+                return Err(at(Error::malformed(format!(
+                    "does not say that it is file {} of {count}",
+                    k + 1
+                ))));
+            }
+            let found = ShardSeal { bytes: shard.file.len(), manifest: shard.footer.manifest_sha256 };
+            // The last one vouches for the others.
+            if k + 1 < self.shards.len() && seals.get(k) != Some(&found) {
+                return Err(at(Error::malformed("is not the file that the last one of the set names"))
+                    .hint("it belongs to another model, or another version of this"));
+            }
+            total += shard.manifest.tensors.len() as u64;
+            if total > limits.tensors {
+                return Err(at(Error::limit(format!(
+                    "{total} tensors, at most {} are allowed",
+                    limits.tensors
+                ))));
+            }
+            if let Some(t) = shard.manifest.tensors.iter().find(|t| !names.insert(t.name.as_str())) {
+                return Err(at(Error::malformed(format!("tensor {:?} is in another file too", t.name))));
+            }
+        }
+        Ok(())
+    }
+
+    /// Path and manifest of each file.
+    pub fn manifests(&self) -> impl Iterator<Item = (&Path, &Manifest)> {
+        self.shards.iter().map(|s| (s.file.path(), &s.manifest))
+    }
+
+    /// All tensors, in the order of the files.
+    pub fn tensors(&self) -> impl Iterator<Item = &Tensor> {
+        self.shards.iter().flat_map(|s| &s.manifest.tensors)
+    }
+
+    /// The model's other files.
+    pub fn files(&self) -> &[SideFile] {
+        self.shards.first().map_or(&[], |s| &s.manifest.files)
+    }
+
+    /// SHA-256 of the manifest, and the signature's length, of each file.
+    pub fn seals(&self) -> impl Iterator<Item = ([u8; 32], u64)> {
+        self.shards.iter().map(|s| (s.footer.manifest_sha256, s.footer.signature))
+    }
+
+    /// The bytes of a side file.
+    ///
+    /// # Errors
+    /// `Misuse` where there is none of this name, `Limit` for one that is too long, `Malformed` where its bytes
+    /// are not those that the manifest names, `Unsupported` where they are compressed.
+    pub fn read_file(&self, name: &str, limits: &Limits) -> Result<Vec<u8>> {
+        let missing = || Error::misuse(format!("holds no file {name:?}"));
+        let shard = self.shards.first().ok_or_else(missing)?;
+        let k = shard.manifest.files.iter().position(|f| f.name == name).ok_or_else(missing)?;
+        let segment = &shard.manifest.files[k].segment;
+        let at = |e: Error| e.context(format!("file {name:?}")).at(shard.file.path());
+        if let Some(c) = &segment.compression {
+            return Err(at(Error::unsupported(format!("compression {:?} is not known", c.kind))));
+        }
+        if segment.bytes > limits.side_file_bytes {
+            return Err(at(Error::limit(format!(
+                "{} bytes, at most {} are allowed",
+                segment.bytes, limits.side_file_bytes
+            ))));
+        }
+        let mut bytes = vec![0; segment.bytes as usize];
+        shard.file.read_at(shard.places[k], &mut bytes)?;
+        match segment.sha256 == <[u8; 32]>::from(Sha256::digest(&bytes)) {
+            true => Ok(bytes),
+            false => Err(at(Error::malformed("its bytes are not those that the manifest names"))),
+        }
+    }
+
+    /// The parts of all tensors, as tensors of their own: those of `NAME` are called `NAME / PART`, but for a
+    /// plain tensor, which is what it is. Those of encodings that are not known are bytes.
+    ///
+    /// # Errors
+    /// `Unsupported` for compressed parts, `Malformed` for names that come twice.
+    pub fn into_parts(self) -> Result<(Store, Vec<Tensor>)> {
+        let (mut files, mut infos, mut tensors) = (Vec::new(), Vec::new(), Vec::new());
+        for (number, shard) in self.shards.into_iter().enumerate() {
+            let mut places = shard.places.iter().skip(shard.manifest.files.len());
+            for tensor in &shard.manifest.tensors {
+                let sizes = tensor.encoding.parts(&tensor.shape)?.unwrap_or_default();
+                for (k, part) in tensor.parts.iter().enumerate() {
+                    let offset = places.next().copied().unwrap_or_default();
+                    let context =
+                        |e: Error| e.context(format!("tensor {:?}", tensor.name)).at(shard.file.path());
+                    if let Some(c) = &part.segment.compression {
+                        return Err(context(Error::unsupported(format!(
+                            "compression {:?} is not known",
+                            c.kind
+                        ))));
+                    }
+                    let (dtype, shape) = match sizes.get(k) {
+                        Some(size) if !size.varies => (size.dtype, size.shape.clone()),
+                        _ => (DType::U8, vec![part.segment.bytes]),
+                    };
+                    let name = part_name(tensor, part);
+                    infos.push(TensorInfo {
+                        name,
+                        dtype,
+                        shape,
+                        file: number,
+                        offset,
+                        nbytes: part.segment.bytes,
+                    });
+                }
+            }
+            files.push(shard.file);
+            tensors.extend(shard.manifest.tensors);
+        }
+        Ok((Store::new(files, infos)?, tensors))
+    }
+
+    /// Compares all bytes with what the manifests say of them. `seen` is told the bytes read, and ends it by
+    /// `false`.
+    ///
+    /// # Errors
+    /// `Io`; `Interrupted`.
+    pub fn verify(&self, mut seen: impl FnMut(u64) -> bool) -> Result<Vec<Fault>> {
+        let mut faults = Vec::new();
+        let mut buffer = vec![0; 1 << 20];
+        for shard in &self.shards {
+            let read = |at: u64, bytes: &mut [u8]| shard.file.read_at(at, bytes);
+            let mut fault = |part: Where| faults.push(Fault { path: shard.file.path().to_path_buf(), part });
+            let segments = shard.manifest.segments().zip(shard.manifest.names()).zip(shard.places.windows(2));
+            for ((segment, name), place) in segments {
+                if sha256(place[0], segment.bytes, &read, &mut buffer)? != segment.sha256 {
+                    fault(name.clone());
+                }
+                let end = place[0] + segment.bytes;
+                let mut padding = [0; ALIGNMENT as usize];
+                let padding = &mut padding[..(place[1] - end) as usize];
+                read(end, padding)?;
+                if padding.iter().any(|b| *b != 0) {
+                    fault(Where::Padding(Box::new(name)));
+                }
+                if !seen(segment.bytes) {
+                    return Err(Error::interrupted());
+                }
+            }
+            let Footer { signature, signature_sha256, .. } = shard.footer;
+            let at = shard.file.len() - FOOTER - signature;
+            if sha256(at, signature, &read, &mut buffer)? != signature_sha256 {
+                fault(Where::Signature);
+            }
+        }
+        Ok(faults)
+    }
+}
+
+impl Manifest {
+    /// Whose each segment is.
+    fn names(&self) -> impl Iterator<Item = Where> {
+        let of_tensor = |t: &Tensor| {
+            let of_part = |p: &Part| Where::Tensor { name: t.name.clone(), part: p.name.clone() };
+            t.parts.iter().map(of_part).collect::<Vec<_>>()
+        };
+        let files = self.files.iter().map(|f| Where::File(f.name.clone()));
+        files.chain(self.tensors.iter().flat_map(of_tensor))
+    }
+}
+
+/// What a part of a tensor is called as a tensor of its own.
+pub(crate) fn part_name(tensor: &Tensor, part: &Part) -> String {
+    match tensor.encoding {
+        super::Encoding::Plain(_) if part.name == "data" => tensor.name.clone(),
+        _ => format!("{} / {}", tensor.name, part.name),
+    }
+}
+
+impl Shard {
+    fn open(path: &Path, limits: &Limits) -> Result<Self> {
+        let file = InputFile::open(path)?;
+        Self::read(file, limits).map_err(|e| e.at(path))
+    }
+
+    fn read(file: InputFile, limits: &Limits) -> Result<Self> {
+        check_header(&file)?;
+        let footer = Footer::read(&file)?;
+        let (at, len) = footer.manifest;
+        if len > limits.header_bytes {
+            return Err(Error::limit(format!(
+                "its manifest has {len} bytes, at most {} are allowed",
+                limits.header_bytes
+            )));
+        }
+        // It lies within the file.
+        let mut bytes = vec![0; len as usize];
+        file.read_at(at, &mut bytes)?;
+        if footer.manifest_sha256 != <[u8; 32]>::from(Sha256::digest(&bytes)) {
+            return Err(Error::malformed("its manifest has another SHA-256 than its footer says")
+                .hint("the file is damaged: fetch it again"));
+        }
+        let manifest = Manifest::parse(&bytes, limits).map_err(|e| e.context("its manifest"))?;
+        let places = manifest.places()?;
+        match places.last() {
+            Some(end) if *end == at => Ok(Self { file, manifest, footer, places }),
+            end => Err(Error::malformed(format!(
+                "its segments end at {}, its manifest begins at {at}",
+                end.copied().unwrap_or_default()
+            ))
+            .hint("bytes are missing or were put in: fetch the file again")),
+        }
+    }
+}
