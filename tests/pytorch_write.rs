@@ -59,9 +59,9 @@ fn write(dir: &Path, tensors: &[Spec], layout: &Layout) {
             }
         }
         write_all_at(&file, &f.header, 0).unwrap();
-        let read = |at, bytes: &mut [u8]| read_exact_at(&file, bytes, at).map_err(|e| panic!("{e}"));
-        let write = |at, bytes: &[u8]| write_all_at(&file, bytes, at).map_err(|e| panic!("{e}"));
-        f.checksums.as_ref().unwrap().write(read, write).unwrap();
+        let read = |at: u64, bytes: &mut [u8]| read_exact_at(&file, bytes, at).map_err(|e| panic!("{e}"));
+        let write = |at: u64, bytes: &[u8]| write_all_at(&file, bytes, at).map_err(|e| panic!("{e}"));
+        f.ending.as_ref().unwrap().write(1, &mut Vec::new(), &read, &write).unwrap();
         assert_eq!(file.metadata().unwrap().len(), f.len, "nothing is written beyond the end");
     }
     if let Some((name, index)) = &layout.index {
@@ -140,15 +140,15 @@ fn sizes_offsets_and_counts_beyond_the_first_zip() {
     write_all_at(&file, &f.header, 0).unwrap();
     write_all_at(&file, &[9; 16], layout.places[2].1).unwrap();
     let hole = layout.places[1].1..layout.places[1].1 + (1 << 32);
-    let read = |at, bytes: &mut [u8]| {
+    let read = |at: u64, bytes: &mut [u8]| {
         if hole.contains(&at) {
             bytes.fill(0);
             return Ok(());
         }
         read_exact_at(&file, bytes, at).map_err(|e| panic!("{e}"))
     };
-    let write_at = |at, bytes: &[u8]| write_all_at(&file, bytes, at).map_err(|e| panic!("{e}"));
-    f.checksums.as_ref().unwrap().write(read, write_at).unwrap();
+    let write_at = |at: u64, bytes: &[u8]| write_all_at(&file, bytes, at).map_err(|e| panic!("{e}"));
+    f.ending.as_ref().unwrap().write(1, &mut Vec::new(), &read, &write_at).unwrap();
     let store = pytorch::open(&path, &Limits::default()).unwrap();
     let b = store.get("b").unwrap();
     assert!(b.offset > 1 << 32);

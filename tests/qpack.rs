@@ -3,19 +3,25 @@
 #[path = "common/qpack.rs"]
 mod made;
 
-use made::{Contents, example, file, fill, write};
+use made::{Contents, example, file, file_on, fill, write};
 use proptest::prelude::*;
-use qconv::block::{bf16_from_f32, f16_from_f32, f32_from_bf16, f32_from_f16};
+use qconv::block::{bf16_from_f32, codec, f16_from_f32, f32_from_bf16, f32_from_f16};
 use qconv::container::Store;
 use qconv::container::grouped::Rows;
+use qconv::container::qpack::planes::{KIND, Planes};
+use qconv::container::qpack::write::layout;
 use qconv::container::qpack::{
-    Codebook, Encoding, Integers, Matrix, Nested, Scaled, Sparse, Tensor, Ternary, Trits, Zeros,
+    Codebook, Compression, Encoding, Integers, Manifest, Matrix, Nested, Qpack, Scaled, Segment, Sparse,
+    Tensor, Ternary, Trits, Zeros,
 };
+use qconv::inspect::inspect;
 use qconv::limits::Limits;
 use qconv::packed::qpack::{
     open, put_codebook, put_integers, put_scaled, put_sparse, put_ternary, sign_bytes,
 };
+use qconv::packed::write::{Data, Grid, Layout, QpackIntegers, round};
 use qconv::tensor::DType;
+use sha2::{Digest, Sha256};
 
 /// Numbers from a seed.
 struct Noise(u64);
@@ -338,4 +344,200 @@ fn the_bytes_of_a_file() {
         std::fs::write(&path, &found).unwrap();
     }
     assert_eq!(std::fs::read_to_string(&path).unwrap(), found, "QCONV_UPDATE=1 writes it anew");
+}
+
+#[test]
+fn threads_do_not_show() {
+    let (manifest, contents) = example();
+    let (bytes, seal) = file(manifest.clone(), &contents, &[]);
+    for threads in [0, 1, 2, 16] {
+        assert_eq!(file_on(threads, manifest.clone(), &contents, &[]), (bytes.clone(), seal), "{threads}");
+    }
+}
+
+/// Rows and groups of lengths that no other layout takes.
+#[test]
+fn rounded_weights_are_laid_out() {
+    let noise = &mut Noise(7);
+    for (bits, symmetric) in [(2, false), (3, true), (4, true), (5, false), (8, true)] {
+        for (cols, group_size) in [(2880, Some(96)), (100, Some(48)), (77, None), (3, Some(128))] {
+            let grid = Grid { bits, group_size, symmetric, least_zero: 0 };
+            let layout = QpackIntegers { grid, scales: DType::F16 };
+            let weights: Vec<f32> = (0..5 * cols).map(|_| noise.number(DType::F32)).collect();
+            let mut rows = Rows::default();
+            round(&grid, &weights, cols, &mut rows).unwrap();
+            let e = Encoding::Integers(layout.encoding(cols));
+            let tensor = Tensor::new("w", vec![5, cols], e).unwrap();
+            let parts = layout.parts(5, cols).unwrap();
+            assert!(parts.iter().map(|p| &p.suffix).eq(tensor.parts.iter().map(|p| &p.name)));
+            let contents = fill(&tensor, |put| {
+                layout.write([5, cols], 0, Data::Integers(&rows), put)?;
+                Ok(())
+            });
+            let (store, _, _dir) = stored(tensor, contents);
+            let (grouped, files) = store.grouped(store.get("w").unwrap()).unwrap();
+            let mut read = Rows::default();
+            read.read(&**grouped, files, 0..5).unwrap();
+            assert_eq!(read, rows);
+        }
+    }
+}
+
+#[test]
+fn inspect_lists_what_there_is() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("any name");
+    let (manifest, contents) = example();
+    std::fs::write(&path, file(manifest, &contents, &[]).0).unwrap();
+    let report = inspect(&path, &Limits::default()).unwrap();
+    assert_eq!(report.format, "qpack");
+    assert_eq!(report.container["side_files"], serde_json::json!(["config.json"]));
+    assert_eq!(report.metadata["tool"], "qconv");
+    let names: Vec<&str> = report.tensors.iter().map(|t| t.name.as_str()).collect();
+    assert_eq!(names, ["norm", "q / codes", "q / scales", "q / zeros", "t / codes", "t / scales"]);
+    let packed = report.quantization.unwrap();
+    let found: Vec<_> = packed.matrices.iter().map(|m| (m.name.as_str(), m.bits, m.block, m.bytes)).collect();
+    assert_eq!(found, [("q", 3, [1, 4], 16), ("t", 2, [1, 0], 8)]);
+    assert_eq!(report.totals.parameters, 3 + 12 + 14);
+}
+
+#[test]
+fn files_of_a_size() {
+    let dir = tempfile::tempdir().unwrap();
+    let (manifest, contents) = example();
+    let values = |path: &std::path::Path| {
+        let (store, _) = open(path, &Limits::default()).unwrap();
+        let read = |n: &str| store.read_all(store.get(n).unwrap()).unwrap();
+        ["norm", "q", "t"].map(read)
+    };
+    let whole = dir.path().join("whole");
+    std::fs::write(&whole, file(manifest.clone(), &contents, &[]).0).unwrap();
+    for (max, count) in [(u64::MAX, 1), (36, 1), (35, 2), (28, 2), (20, 3), (0, 3)] {
+        let stem = format!("m{max}");
+        let laid = layout(&stem, manifest.clone(), max).unwrap();
+        assert_eq!((laid.files.len(), laid.places.len(), laid.index), (count, 7, None), "{max}");
+        let mut seals = Vec::new();
+        for (k, f) in laid.files.into_iter().enumerate() {
+            let bytes = std::sync::Mutex::new(vec![0; f.len as usize]);
+            let write = |at: u64, from: &[u8]| {
+                bytes.lock().unwrap()[at as usize..][..from.len()].copy_from_slice(from);
+                Ok(())
+            };
+            let read = |at: u64, out: &mut [u8]| {
+                out.copy_from_slice(&bytes.lock().unwrap()[at as usize..][..out.len()]);
+                Ok(())
+            };
+            write(0, &f.header).unwrap();
+            for (content, (_, at)) in contents.iter().zip(&laid.places).filter(|(_, (of, _))| *of == k) {
+                write(*at, content).unwrap();
+            }
+            f.ending.unwrap().write(2, &mut seals, &read, &write).unwrap();
+            let path = dir.path().join(&f.name);
+            std::fs::write(&path, bytes.lock().unwrap().as_slice()).unwrap();
+            if k + 1 == count {
+                assert_eq!(values(&path), values(&whole), "{max}");
+            }
+        }
+    }
+}
+
+/// A segment in planes of elements of so many bytes.
+fn compressed(content: &[u8], size: u64) -> (Segment, Vec<u8>) {
+    let planes = Planes::of(size);
+    let (mut bytes, mut entries) = (Vec::new(), Vec::new());
+    content.chunks(planes.chunk as usize).for_each(|c| planes.compress(c, &mut bytes, &mut entries));
+    bytes.extend(entries.iter().flat_map(|e| e.to_le_bytes()));
+    let mut more = serde_json::Map::new();
+    more.insert("planes".into(), size.into());
+    more.insert("chunk".into(), planes.chunk.into());
+    let sha256 = Sha256::digest(content).into();
+    let compression = Compression { kind: KIND.into(), bytes: content.len() as u64, sha256, more };
+    (Segment { compression: Some(compression), ..Segment::plain(bytes.len() as u64) }, bytes)
+}
+
+#[test]
+fn compressed_segments_are_read_like_others() {
+    let noise = &mut Noise(5);
+    let (shape, block) = (vec![700u64, 1000], [1, 1000]);
+    let matrix = Matrix::of(&shape, false).unwrap();
+    let mut rows = rows(noise, matrix, block, 3, DType::F16, |_| 1.0);
+    // Most are 0.
+    rows.codes.iter_mut().for_each(|c| {
+        if noise.below(8) > 0 {
+            *c = 1
+        }
+    });
+    let e = Ternary { packing: Trits::Base3, block, scales: DType::F16 };
+    let t = Tensor::new("t", shape.clone(), Encoding::Ternary(e.clone())).unwrap();
+    let floats: Vec<u8> = (0..1_500_000)
+        .flat_map(|_| bf16_from_f32(noise.next() as f32 / (1u64 << 31) as f32).to_le_bytes())
+        .collect();
+    let w = Tensor::new("w", vec![3, 500_000], Encoding::Plain(DType::BF16)).unwrap();
+    let contents = fill(&t, |put| put_ternary(&e, &shape, 0, &rows, put));
+    let text = b"the same again ".repeat(1000);
+    let mut manifest = Manifest {
+        files: vec![made::side_file("a/b.txt", &text)],
+        tensors: vec![t, w],
+        ..Manifest::default()
+    };
+    let shrink = |segment: &mut Segment, content: &[u8], size: u64| {
+        let (made, bytes) = compressed(content, size);
+        assert!(bytes.len() < content.len());
+        *segment = made;
+        bytes
+    };
+    let segments = vec![
+        shrink(&mut manifest.files[0].segment, &text, 1),
+        shrink(&mut manifest.tensors[0].parts[0].segment, &contents[0], 1),
+        contents[1].clone(),
+        shrink(&mut manifest.tensors[1].parts[0].segment, &floats, 2),
+    ];
+    // One digit in 12 is not 0: half a bit for each, where base 3 takes 1.6.
+    assert!(segments[1].len() * 10 < contents[0].len() * 4, "{} {}", segments[1].len(), contents[0].len());
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("x.qpack");
+    std::fs::write(&path, file(manifest, &segments, &[]).0).unwrap();
+    let model = Qpack::open(&path, &Limits::default()).unwrap();
+    assert!(model.verify(2, &|_| true).unwrap().is_empty());
+    assert_eq!(model.read_file("a/b.txt", &Limits::default()).unwrap(), text);
+    let (store, _) = open(&path, &Limits::default()).unwrap();
+    assert!(store.read_all(store.get("w").unwrap()).unwrap() == floats);
+    let mut some = vec![0; 100];
+    store.read(store.get("w").unwrap(), (1 << 20) - 50, &mut some).unwrap();
+    assert_eq!(some, floats[(1 << 20) - 50..][..100]);
+    let (grouped, files) = store.grouped(store.get("t").unwrap()).unwrap();
+    let mut read = Rows::default();
+    read.read(&**grouped, files, 0..700).unwrap();
+    assert!(read == rows);
+}
+
+/// `fixtures/qpack/make.py` knows the specification only.
+#[test]
+fn what_another_writer_wrote() {
+    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/qpack");
+    let path = folder.join("all.qpack");
+    let sums: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(folder.join("all.json")).unwrap()).unwrap();
+    let model = Qpack::open(&path, &Limits::default()).unwrap();
+    assert_eq!(model.verify(2, &|_| true).unwrap(), []);
+    assert_eq!(model.seals().next().unwrap().1, 13);
+    assert_eq!(model.read_file("notes/any.txt", &Limits::default()).unwrap(), b"Any bytes at all.\n");
+    let (store, tensors) = open(&path, &Limits::default()).unwrap();
+    let mut kinds = std::collections::BTreeSet::new();
+    for tensor in &tensors {
+        let name = tensor.name.as_str();
+        let Some(wanted) = sums.get(name) else {
+            assert_eq!(tensor.encoding.kind(), "of a later time");
+            assert_eq!(store.read_all(store.get("later / x").unwrap()).unwrap(), [1, 2, 3]);
+            continue;
+        };
+        let info = store.get(name).unwrap();
+        let mut values = vec![0f32; info.elements() as usize];
+        codec(info.dtype).unwrap().decode(&store.read_all(info).unwrap(), &mut values).unwrap();
+        let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+        let found: String = Sha256::digest(&bytes).iter().map(|b| format!("{b:02x}")).collect();
+        assert_eq!(found, wanted.as_str().unwrap(), "{name}");
+        kinds.insert(tensor.encoding.kind());
+    }
+    assert_eq!((tensors.len(), kinds.len()), (22, 6));
 }

@@ -127,20 +127,6 @@ fn gather<const BITS: usize>(codes: &[u8; 8]) -> [u8; 8] {
     join(word, 4 * BITS, 32, const { fields(4 * BITS, 64) }).to_le_bytes()
 }
 
-/// The inverse of [`gather`].
-#[inline(always)]
-fn scatter<const BITS: usize>(bytes: [u8; 8]) -> [u8; 8] {
-    let word = part(u64::from_le_bytes(bytes), 4 * BITS, 32, const { fields(4 * BITS, 64) });
-    let word = part(word, 2 * BITS, 16, const { fields(2 * BITS, 32) });
-    part(word, BITS, 8, const { fields(BITS, 16) }).to_le_bytes()
-}
-
-/// Parts pairs of fields of so many bits, so that there is one in each `slot`; `even` masks every other one.
-#[inline(always)]
-fn part(word: u64, bits: usize, slot: usize, even: u64) -> u64 {
-    word & even | (word >> bits & even) << slot
-}
-
 /// Joins fields of so many bits, one in each `slot`, to pairs; `even` masks every other one.
 #[inline(always)]
 fn join(word: u64, bits: usize, slot: usize, even: u64) -> u64 {

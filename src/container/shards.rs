@@ -13,6 +13,8 @@ use serde_json::{Map, json};
 use super::side::{from_json, read_side_file};
 
 use super::pytorch::write::Checksums;
+use super::qpack::ShardSeal;
+use super::qpack::write::{ReadAt, Seal, WriteAt};
 use super::unique::Unique;
 use super::{InputFile, Store};
 use crate::error::{Error, Result};
@@ -325,7 +327,40 @@ impl Index {
     }
 }
 
-/// One file to be written. The caller writes header and data, in any order, and then the checksums.
+/// What of a file depends on its data, and is written last.
+#[derive(Debug)]
+pub enum Ending {
+    /// Checksums of members.
+    Zip(Checksums),
+    /// A manifest.
+    Qpack(Box<Seal>),
+}
+
+impl Ending {
+    /// Reads the data, and writes it; both functions are given offsets in the file. `seals` are those of the
+    /// files that come before, which it adds its own to.
+    ///
+    /// # Errors
+    /// Those of `read` and `write`.
+    pub fn write(
+        &self,
+        threads: usize,
+        seals: &mut Vec<ShardSeal>,
+        read: &ReadAt<'_>,
+        write: &WriteAt<'_>,
+    ) -> Result<()> {
+        match self {
+            Self::Zip(checksums) => checksums.write(read, write)?,
+            Self::Qpack(seal) => {
+                let own = seal.write(threads, seals, read, write)?;
+                seals.push(own);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// One file to be written. The caller writes header and data, in any order, and then the ending.
 #[derive(Debug)]
 pub struct FileLayout {
     /// Its name in Hugging Face's numbering.
@@ -335,7 +370,7 @@ pub struct FileLayout {
     /// Bytes of the whole file.
     pub len: u64,
     /// What depends on the data, where there is such.
-    pub checksums: Option<Checksums>,
+    pub ending: Option<Ending>,
 }
 
 /// A checkpoint to be written.

@@ -5,6 +5,7 @@ use std::fmt::Debug;
 use std::sync::Arc;
 
 use super::grouped::Grouped;
+use super::qpack::planes::Compressed;
 use super::{InputFile, LowRank, endian};
 use crate::error::{Error, Result};
 use crate::tensor::{DType, StridedCopy, TensorInfo};
@@ -29,6 +30,8 @@ pub struct Stored {
     big_endian: bool,
     /// Tensors whose elements do not lie in order: how they do, from the tensor's offset on.
     strided: HashMap<String, StridedCopy>,
+    /// Tensors whose bytes are compressed.
+    compressed: HashMap<String, Compressed>,
 }
 
 /// How the data of a tensor come out of those it is made of.
@@ -85,12 +88,25 @@ impl Store {
     /// # Errors
     /// `Malformed` when a name appears twice, or a tensor's bytes leave its file.
     pub fn new(files: Vec<InputFile>, tensors: Vec<TensorInfo>) -> Result<Self> {
+        Self::with_compressed(files, tensors, HashMap::new())
+    }
+
+    /// As [`Self::new`], of tensors some of which are compressed, by name: their bytes are those without.
+    ///
+    /// # Errors
+    /// As there.
+    pub(super) fn with_compressed(
+        files: Vec<InputFile>,
+        tensors: Vec<TensorInfo>,
+        compressed: HashMap<String, Compressed>,
+    ) -> Result<Self> {
         let mut by_name = HashMap::with_capacity(tensors.len());
         for (i, t) in tensors.iter().enumerate() {
             let file = files
                 .get(t.file)
                 .ok_or_else(|| Error::malformed(format!("tensor {:?} has no file", t.name)))?;
-            if t.offset.checked_add(t.nbytes).is_none_or(|end| end > file.len()) {
+            let is_cut = t.offset.checked_add(t.nbytes).is_none_or(|end| end > file.len());
+            if is_cut && !compressed.contains_key(&t.name) {
                 return Err(Error::malformed(format!(
                     "tensor {:?} takes {} bytes at offset {}, the file has {}",
                     t.name,
@@ -105,7 +121,7 @@ impl Store {
                 return Err(Error::malformed(format!("tensor {:?} appears twice", t.name)).at(file.path()));
             }
         }
-        let stored = Stored { files, ..Stored::default() };
+        let stored = Stored { files, compressed, ..Stored::default() };
         Ok(Self { stored, tensors, by_name, ..Self::default() })
     }
 
@@ -173,11 +189,15 @@ impl Store {
         self.added.get(name).map_or(&[], Vec::as_slice)
     }
 
-    /// Whether small reads of the tensor are slow: its elements lie apart in the file.
+    /// Whether small reads of the tensor are slow: its elements lie apart in the file, or are compressed.
     pub fn is_scattered(&self, tensor: &TensorInfo) -> bool {
+        let is_compressed = |t: &TensorInfo| self.stored.compressed.contains_key(&t.name);
         match self.views.get(&tensor.name) {
-            Some(view) => view.is_scattered(),
-            None => self.stored.strided.contains_key(&tensor.name),
+            Some(view) => {
+                let parts = self.parts.get(&tensor.name);
+                view.is_scattered() || parts.is_some_and(|parts| parts.iter().any(is_compressed))
+            }
+            None => self.stored.strided.contains_key(&tensor.name) || is_compressed(tensor),
         }
     }
 
@@ -273,6 +293,11 @@ impl Stored {
         let (Some(file), Some(at)) = (file, at) else {
             return Err(Error::misuse(format!("tensor {:?} is not of this store", tensor.name)));
         };
+        if let Some(compressed) = self.compressed.get(&tensor.name) {
+            return compressed
+                .read(file, offset, buf)
+                .map_err(|e| e.context(format_args!("tensor {:?}", tensor.name)).at(file.path()));
+        }
         let size = tensor.dtype.type_size();
         let copy = self.strided.get(&tensor.name);
         if self.big_endian || copy.is_some() {

@@ -135,12 +135,15 @@ impl Job {
             file.write_at(0, &plan.header)?;
         }
         let outcomes = stream::stream(&self.plan, &self.store, stage.files(), journal, budget, observer)?;
+        let mut seals = Vec::new();
         for (file, plan) in stage.files().iter().zip(&self.plan.files) {
-            let read = |at, bytes: &mut [u8]| match observer.interrupted() {
+            let Some(ending) = &plan.ending else { continue };
+            let read = |at: u64, bytes: &mut [u8]| match observer.interrupted() {
                 true => Err(Error::interrupted()),
                 false => file.read_at(at, bytes),
             };
-            plan.checksums.iter().try_for_each(|c| c.write(read, |at, bytes| file.write_at(at, bytes)))?;
+            let write = |at: u64, bytes: &[u8]| file.write_at(at, bytes);
+            ending.write(budget.threads, &mut seals, &read, &write)?;
         }
         Ok(outcomes)
     }

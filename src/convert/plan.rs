@@ -13,8 +13,7 @@ use crate::block::{Lattice, codec};
 use crate::container::Store;
 use crate::container::imatrix::{Entry, ImportanceMatrix};
 use crate::container::moments::{Input, Moments};
-use crate::container::pytorch::write::Checksums;
-use crate::container::shards::FileLayout;
+use crate::container::shards::{Ending, FileLayout};
 use crate::error::{Error, Result};
 use crate::quantize::Method;
 use crate::tensor::DType;
@@ -126,19 +125,19 @@ pub struct FilePlan {
     /// Length of the finished file.
     pub len: u64,
     /// What is written last, since it depends on the data.
-    pub checksums: Option<Checksums>,
+    pub ending: Option<Ending>,
 }
 
 impl FilePlan {
     /// A file that holds these bytes and no tensors.
     pub fn whole(name: impl Into<PathBuf>, bytes: Vec<u8>) -> Self {
-        Self { name: name.into(), len: bytes.len() as u64, header: bytes, checksums: None }
+        Self { name: name.into(), len: bytes.len() as u64, header: bytes, ending: None }
     }
 }
 
 impl From<FileLayout> for FilePlan {
     fn from(f: FileLayout) -> Self {
-        Self { name: f.name.into(), header: f.header, len: f.len, checksums: f.checksums }
+        Self { name: f.name.into(), header: f.header, len: f.len, ending: f.ending }
     }
 }
 

@@ -145,12 +145,7 @@ pub(super) fn lay_out(
         for (tensor, offset) in shard.iter_mut().zip(&layout.offsets) {
             tensor.offset = *offset;
         }
-        plan.files.push(FilePlan {
-            name: file,
-            header: layout.header,
-            len: layout.total_len,
-            checksums: None,
-        });
+        plan.files.push(FilePlan { name: file, header: layout.header, len: layout.total_len, ending: None });
     }
     Ok(())
 }

@@ -14,11 +14,13 @@ use serde::Serialize;
 use serde_json::{Map, Value as Json, json};
 
 use crate::container::gguf::{Array, Gguf, MAGIC, Value};
+use crate::container::qpack::{Qpack, VERSION, is_qpack};
 use crate::container::side::read_json;
 use crate::container::{InputFile, Store, pytorch, safetensors, weights};
 use crate::convert;
 use crate::error::{Error, Result};
 use crate::limits::Limits;
+use crate::packed;
 use crate::tensor::DType;
 
 /// What was found.
@@ -26,7 +28,7 @@ use crate::tensor::DType;
 pub struct Report {
     /// What was inspected.
     pub path: PathBuf,
-    /// `GGUF`, `safetensors`, `PyTorch` or `Hugging Face`.
+    /// `GGUF`, `safetensors`, `PyTorch`, `qpack` or `Hugging Face`.
     pub format: &'static str,
     /// Facts about the container: version, byte order, alignment, shards.
     pub container: Map<String, Json>,
@@ -114,13 +116,16 @@ pub fn inspect(path: &Path, limits: &Limits) -> Result<Report> {
         let store = pytorch::open(path, limits)?;
         return Ok(report(path, "PyTorch", &store, Map::new(), Map::new(), false));
     }
+    if is_qpack(&file)? {
+        return qpack(path, limits);
+    }
     // An index, or config.json: either stands for its directory.
     if n > 0 && head[0] == b'{' {
         return directory(path, limits);
     }
     Err(Error::unsupported("is no file that can be read")
         .at(path)
-        .hint("GGUF, safetensors and PyTorch files, and Hugging Face directories are read"))
+        .hint("GGUF, safetensors, PyTorch and .qpack files, and Hugging Face directories are read"))
 }
 
 fn gguf(path: &Path, limits: &Limits) -> Result<Report> {
@@ -137,6 +142,31 @@ fn gguf(path: &Path, limits: &Limits) -> Result<Report> {
     }
     let metadata = gguf.metadata.iter().map(|(k, v)| (k.to_string(), json_of(v))).collect();
     Ok(report(path, "GGUF", &gguf.store, container, metadata, true))
+}
+
+fn qpack(path: &Path, limits: &Limits) -> Result<Report> {
+    let model = Qpack::open(path, limits)?;
+    let mut container = Map::new();
+    container.insert("version".into(), json!(VERSION));
+    let side: Vec<&str> = model.files().iter().map(|f| f.name.as_str()).collect();
+    container.insert("side_files".into(), json!(side));
+    // The last one names the others.
+    if let Some((manifest, signature)) = model.seals().last() {
+        let hex: String = manifest.iter().map(|b| format!("{b:02x}")).collect();
+        container.insert("manifest_sha256".into(), json!(hex));
+        container.insert("signature_bytes".into(), json!(signature));
+    }
+    container.insert("shards".into(), json!(model.manifests().count()));
+    let metadata = model.manifests().next().map(|(_, m)| m.provenance.clone()).unwrap_or_default();
+    let (parts, tensors) = model.into_parts()?;
+    let mut report = report(path, "qpack", &parts, container, metadata, false);
+    let store = packed::qpack::join(parts, &tensors)?;
+    report.quantization = Quantization::of_qpack(&store);
+    if let Some(whole) = report.quantization.as_ref().and_then(|q| q.whole.as_ref()) {
+        report.totals.parameters = whole.parameters;
+        report.totals.bits_per_weight = whole.bits_per_weight;
+    }
+    Ok(report)
 }
 
 fn directory(path: &Path, limits: &Limits) -> Result<Report> {

@@ -16,7 +16,7 @@ use crate::tensor::{DType, TensorInfo};
 /// What quantization has made of a checkpoint's weights.
 #[derive(Debug, Serialize)]
 pub struct Quantization {
-    /// `quant_method` of config.json.
+    /// `quant_method` of config.json, or `qpack`.
     pub method: String,
     /// Why nothing more can be said.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -132,6 +132,12 @@ impl Quantization {
                 Some(Self { error, contradiction, ..Self::empty(method) })
             }
         }
+    }
+
+    /// Of a `.qpack` file; `None` where all tensors are what they are.
+    pub(super) fn of_qpack(store: &Store) -> Option<Self> {
+        let has_joined = store.tensors().iter().any(|t| store.is_joined(t));
+        has_joined.then(|| Self::read("qpack".to_string(), store, &Json::Null))
     }
 
     fn empty(method: String) -> Self {
@@ -260,8 +266,9 @@ impl Matrix {
     fn new(t: &TensorInfo, packing: Packing, parts: &[TensorInfo], stated: &Json) -> Self {
         let bytes = parts.iter().map(|p| p.nbytes).sum();
         let [rows, cols] = packing.block;
-        let is_scale =
-            |p: &&TensorInfo| is_float(p.dtype) && ends(&p.name, &[".scale", "_scale", "_scale_inv"]);
+        let is_scale = |p: &&TensorInfo| {
+            is_float(p.dtype) && ends(&p.name, &[".scale", "_scale", "_scale_inv", " / scales"])
+        };
         let one_scale = parts.iter().find(is_scale).is_some_and(|p| p.elements() == 1);
         let block = [if cols == 0 && one_scale { 0 } else { rows }, cols];
         Self {
@@ -332,7 +339,7 @@ fn pattern(name: &str) -> String {
 /// Without zeros codes are symmetric; where there are zeros config.json may say that they are all in the
 /// middle. Zeros that are floats are not.
 fn symmetric(parts: &[TensorInfo], stated: &Json) -> Option<bool> {
-    let zeros = parts.iter().find(|p| ends(&p.name, &[".qzeros", "_zero_point", ".zero"]));
+    let zeros = parts.iter().find(|p| ends(&p.name, &[".qzeros", "_zero_point", ".zero", " / zeros"]));
     let Some(zeros) = zeros else { return Some(true) };
     if is_float(zeros.dtype) {
         return Some(false);

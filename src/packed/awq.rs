@@ -37,7 +37,7 @@ pub(super) const FORMAT: Format = Format {
 };
 
 /// Where each of eight outputs lies in their word.
-const NIBBLE: [u32; 8] = [0, 4, 1, 5, 2, 6, 3, 7];
+pub(super) const NIBBLE: [u32; 8] = [0, 4, 1, 5, 2, 6, 3, 7];
 const OF_WORD: u64 = 8;
 
 pub(super) fn join(packed: &Packed<'_>) -> Result<Vec<Joined>> {

@@ -70,6 +70,15 @@ static FORMATS: &[Format] = &[
 /// `Unsupported` for a method that is not known, or a variant of one; `Malformed` where config and
 /// tensors contradict each other, or parts do not fit together.
 pub fn unpack(store: Store, quantization: Option<&Json>) -> Result<(Store, Option<&'static str>)> {
+    unpack_some(store, quantization, 1)
+}
+
+/// As [`unpack`], where at least so many tensors are packed.
+fn unpack_some(
+    store: Store,
+    quantization: Option<&Json>,
+    least: usize,
+) -> Result<(Store, Option<&'static str>)> {
     let marked = |store: &Store| {
         store
             .tensors()
@@ -96,7 +105,7 @@ pub fn unpack(store: Store, quantization: Option<&Json>) -> Result<(Store, Optio
         ))
     })?;
     let joined = (format.join)(&Packed { store: &store, config })?;
-    if joined.is_empty() {
+    if joined.len() < least {
         return Err(Error::malformed(format!(
             "config.json says that the weights are quantized by {method}, but no tensor is packed so"
         ))

@@ -26,7 +26,8 @@ const TYPE_SIZE: usize = DType::MXFP4.type_size() as usize;
 
 fn join(packed: &Packed<'_>) -> Result<Vec<Joined>> {
     let mut joined = Vec::new();
-    for (stem, blocks) in packed.ending("_blocks") {
+    // Those that are ggml's blocks already are what they are.
+    for (stem, blocks) in packed.ending("_blocks").filter(|(_, t)| t.dtype != DType::MXFP4) {
         let [outer @ .., n, bytes] = &blocks.shape[..] else {
             return Err(Error::malformed(format!("tensor {:?} has shape {:?}", blocks.name, blocks.shape)));
         };

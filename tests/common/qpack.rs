@@ -4,7 +4,6 @@
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
-use qconv::container::qpack::write::layout;
 use qconv::container::qpack::{
     Encoding, Integers, Manifest, Segment, ShardSeal, SideFile, Tensor, Ternary, Trits, Zeros,
 };
@@ -16,11 +15,21 @@ pub type Contents = Vec<Vec<u8>>;
 
 /// The bytes of a file whose segments hold these.
 pub fn file(manifest: Manifest, contents: &Contents, others: &[ShardSeal]) -> (Vec<u8>, ShardSeal) {
-    let layout = layout(manifest).unwrap();
+    file_on(3, manifest, contents, others)
+}
+
+/// As [`file`], on so many threads.
+pub fn file_on(
+    threads: usize,
+    manifest: Manifest,
+    contents: &Contents,
+    others: &[ShardSeal],
+) -> (Vec<u8>, ShardSeal) {
+    let (layout, places) = qconv::container::qpack::write::file("x".to_string(), manifest).unwrap();
     let mut bytes = vec![0xEE; layout.len as usize];
     bytes[..layout.header.len()].copy_from_slice(&layout.header);
-    assert_eq!(layout.places.len(), contents.len());
-    for (at, content) in layout.places.iter().zip(contents) {
+    assert_eq!(places.len(), contents.len());
+    for (at, content) in places.iter().zip(contents) {
         bytes[*at as usize..][..content.len()].copy_from_slice(content);
     }
     let bytes = Mutex::new(bytes);
@@ -32,7 +41,9 @@ pub fn file(manifest: Manifest, contents: &Contents, others: &[ShardSeal]) -> (V
         bytes.lock().unwrap()[at as usize..][..from.len()].copy_from_slice(from);
         Ok(())
     };
-    let seal = layout.seal.write(3, others, &read, &write).unwrap();
+    let mut seals = others.to_vec();
+    layout.ending.unwrap().write(threads, &mut seals, &read, &write).unwrap();
+    let seal = seals.pop().unwrap();
     let bytes = bytes.into_inner().unwrap();
     assert_eq!(seal.bytes, bytes.len() as u64);
     (bytes, seal)

@@ -11,7 +11,7 @@ use super::zip::{
     ZIP64_EXTRA, ZIP64_LOCATOR,
 };
 use super::{NAMING, pickle};
-use crate::container::shards::{FileLayout, Layout, Member};
+use crate::container::shards::{Ending, FileLayout, Layout, Member};
 use crate::error::{Error, Result};
 use crate::tensor::DType;
 
@@ -75,7 +75,7 @@ fn file(name: String, tensors: &[Member<'_>]) -> Result<(FileLayout, Vec<u64>)> 
     let checksums = Checksums { entries, directory: end };
     let directory = checksums.directory(&vec![0; checksums.entries.len()]).len() as u64;
     let len = end.checked_add(directory).ok_or_else(too_large)?;
-    Ok((FileLayout { name, header, len, checksums: Some(checksums) }, places))
+    Ok((FileLayout { name, header, len, ending: Some(Ending::Zip(checksums)) }, places))
 }
 
 /// The members of a file, and where its directory is to be.

@@ -8,6 +8,7 @@ use super::encoding::{Encoding, PartSize};
 use super::fields::{Fields, hex};
 use super::frame::{ALIGNMENT, HEADER};
 use super::json::{self, MAX_NUMBER};
+use super::planes;
 use crate::error::{Error, Result};
 use crate::limits::Limits;
 
@@ -284,6 +285,12 @@ impl Tensor {
         let parts = sizes.into_iter().map(part).collect::<Result<_>>()?;
         let name = name.into();
         Ok(Self { name, shape, role: None, encoding, parts, origin: None, more: Map::new() })
+    }
+
+    /// Whether a part is compressed in a way that is not known.
+    pub fn is_closed(&self) -> bool {
+        let kinds = self.parts.iter().filter_map(|p| p.segment.compression.as_ref()).map(|c| &c.kind);
+        kinds.into_iter().any(|kind| kind != planes::KIND)
     }
 
     fn parse(value: &Json) -> Result<Self> {

@@ -13,6 +13,9 @@ mod fields;
 mod frame;
 mod json;
 mod manifest;
+mod origin;
+pub mod planes;
+mod rans;
 mod read;
 pub mod write;
 
@@ -21,6 +24,7 @@ pub use encoding::{
 };
 pub use frame::{ALIGNMENT, VERSION, is_qpack};
 pub use manifest::{Compression, Manifest, Part, Segment, ShardSeal, SideFile, Split, Tensor};
+pub use origin::{Origin, Source};
 pub(crate) use read::part_name;
 pub use read::{Fault, Qpack, Where};
 

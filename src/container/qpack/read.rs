@@ -1,12 +1,14 @@
 //! Opening: the footer, then the manifest. Nothing else is read before it is asked for.
 
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use sha2::{Digest, Sha256};
 
 use super::frame::{FOOTER, Footer, check_header};
-use super::manifest::{Manifest, Part, ShardSeal, SideFile, Split, Tensor};
-use super::write::sha256;
+use super::manifest::{Manifest, Part, Segment, ShardSeal, SideFile, Split, Tensor};
+use super::planes::{Compressed, Planes};
+use super::write::{Seen, sums};
 use super::{ALIGNMENT, SUFFIX};
 use crate::container::shards::{shard_name, split_shard_name};
 use crate::container::{InputFile, Store};
@@ -172,107 +174,93 @@ impl Qpack {
     ///
     /// # Errors
     /// `Misuse` where there is none of this name, `Limit` for one that is too long, `Malformed` where its bytes
-    /// are not those that the manifest names, `Unsupported` where they are compressed.
+    /// are not those that the manifest names, `Unsupported` where their compression is not known.
     pub fn read_file(&self, name: &str, limits: &Limits) -> Result<Vec<u8>> {
         let missing = || Error::misuse(format!("holds no file {name:?}"));
         let shard = self.shards.first().ok_or_else(missing)?;
         let k = shard.manifest.files.iter().position(|f| f.name == name).ok_or_else(missing)?;
         let segment = &shard.manifest.files[k].segment;
         let at = |e: Error| e.context(format!("file {name:?}")).at(shard.file.path());
-        if let Some(c) = &segment.compression {
-            return Err(at(Error::unsupported(format!("compression {:?} is not known", c.kind))));
-        }
-        if segment.bytes > limits.side_file_bytes {
+        let len = segment.content_bytes();
+        if len > limits.side_file_bytes {
             return Err(at(Error::limit(format!(
-                "{} bytes, at most {} are allowed",
-                segment.bytes, limits.side_file_bytes
+                "{len} bytes, at most {} are allowed",
+                limits.side_file_bytes
             ))));
         }
-        let mut bytes = vec![0; segment.bytes as usize];
-        shard.file.read_at(shard.places[k], &mut bytes)?;
-        match segment.sha256 == <[u8; 32]>::from(Sha256::digest(&bytes)) {
+        let mut bytes = vec![0; len as usize];
+        match opened(&shard.file, shard.places[k], segment).map_err(at)? {
+            Some(compressed) => compressed.read(&shard.file, 0, &mut bytes).map_err(at)?,
+            None => shard.file.read_at(shard.places[k], &mut bytes)?,
+        }
+        let named = segment.compression.as_ref().map_or(segment.sha256, |c| c.sha256);
+        match named == <[u8; 32]>::from(Sha256::digest(&bytes)) {
             true => Ok(bytes),
             false => Err(at(Error::malformed("its bytes are not those that the manifest names"))),
         }
     }
 
     /// The parts of all tensors, as tensors of their own: those of `NAME` are called `NAME / PART`, but for a
-    /// plain tensor, which is what it is. Those of encodings that are not known are bytes.
+    /// plain tensor, which is what it is. Those of encodings and compressions that are not known are bytes.
     ///
     /// # Errors
-    /// `Unsupported` for compressed parts, `Malformed` for names that come twice.
+    /// `Malformed` for names that come twice, and compressed segments that contradict themselves; `Io`.
     pub fn into_parts(self) -> Result<(Store, Vec<Tensor>)> {
         let (mut files, mut infos, mut tensors) = (Vec::new(), Vec::new(), Vec::new());
+        let mut compressed = HashMap::new();
         for (number, shard) in self.shards.into_iter().enumerate() {
             let mut places = shard.places.iter().skip(shard.manifest.files.len());
             for tensor in &shard.manifest.tensors {
-                let sizes = tensor.encoding.parts(&tensor.shape)?.unwrap_or_default();
+                let sizes = match tensor.is_closed() {
+                    true => Vec::new(),
+                    false => tensor.encoding.parts(&tensor.shape)?.unwrap_or_default(),
+                };
                 for (k, part) in tensor.parts.iter().enumerate() {
                     let offset = places.next().copied().unwrap_or_default();
-                    let context =
-                        |e: Error| e.context(format!("tensor {:?}", tensor.name)).at(shard.file.path());
-                    if let Some(c) = &part.segment.compression {
-                        return Err(context(Error::unsupported(format!(
-                            "compression {:?} is not known",
-                            c.kind
-                        ))));
+                    let name = part_name(tensor, part);
+                    let mut nbytes = part.segment.bytes;
+                    if !tensor.is_closed()
+                        && let Some(found) = opened(&shard.file, offset, &part.segment)
+                            .map_err(|e| e.context(format_args!("tensor {name:?}")).at(shard.file.path()))?
+                    {
+                        nbytes = part.segment.content_bytes();
+                        compressed.insert(name.clone(), found);
                     }
                     let (dtype, shape) = match sizes.get(k) {
                         Some(size) if !size.varies => (size.dtype, size.shape.clone()),
-                        _ => (DType::U8, vec![part.segment.bytes]),
+                        _ => (DType::U8, vec![nbytes]),
                     };
-                    let name = part_name(tensor, part);
-                    infos.push(TensorInfo {
-                        name,
-                        dtype,
-                        shape,
-                        file: number,
-                        offset,
-                        nbytes: part.segment.bytes,
-                    });
+                    infos.push(TensorInfo { name, dtype, shape, file: number, offset, nbytes });
                 }
             }
             files.push(shard.file);
             tensors.extend(shard.manifest.tensors);
         }
-        Ok((Store::new(files, infos)?, tensors))
+        Ok((Store::with_compressed(files, infos, compressed)?, tensors))
     }
 
-    /// Compares all bytes with what the manifests say of them. `seen` is told the bytes read, and ends it by
-    /// `false`.
+    /// Compares all bytes with what the manifests say of them, on so many threads.
     ///
     /// # Errors
     /// `Io`; `Interrupted`.
-    pub fn verify(&self, mut seen: impl FnMut(u64) -> bool) -> Result<Vec<Fault>> {
+    pub fn verify(&self, threads: usize, seen: &Seen<'_>) -> Result<Vec<Fault>> {
         let mut faults = Vec::new();
-        let mut buffer = vec![0; 1 << 20];
         for shard in &self.shards {
-            let read = |at: u64, bytes: &mut [u8]| shard.file.read_at(at, bytes);
-            let mut fault = |part: Where| faults.push(Fault { path: shard.file.path().to_path_buf(), part });
-            let segments = shard.manifest.segments().zip(shard.manifest.names()).zip(shard.places.windows(2));
-            for ((segment, name), place) in segments {
-                if sha256(place[0], segment.bytes, &read, &mut buffer)? != segment.sha256 {
-                    fault(name.clone());
-                }
-                let end = place[0] + segment.bytes;
-                let mut padding = [0; ALIGNMENT as usize];
-                let padding = &mut padding[..(place[1] - end) as usize];
-                read(end, padding)?;
-                if padding.iter().any(|b| *b != 0) {
-                    fault(Where::Padding(Box::new(name)));
-                }
-                if !seen(segment.bytes) {
-                    return Err(Error::interrupted());
-                }
-            }
-            let Footer { signature, signature_sha256, .. } = shard.footer;
-            let at = shard.file.len() - FOOTER - signature;
-            if sha256(at, signature, &read, &mut buffer)? != signature_sha256 {
-                fault(Where::Signature);
-            }
+            let path = shard.file.path().to_path_buf();
+            faults.extend(
+                shard.verify(threads, seen)?.into_iter().map(|part| Fault { path: path.clone(), part }),
+            );
         }
         Ok(faults)
     }
+}
+
+/// A segment that is compressed.
+fn opened(file: &InputFile, at: u64, segment: &Segment) -> Result<Option<Compressed>> {
+    let Some(c) = &segment.compression else { return Ok(None) };
+    let unknown = || Error::unsupported(format!("compression {:?} is not known", c.kind));
+    let planes = Planes::parse(c)?.ok_or_else(unknown)?;
+    Compressed::open(file, (at, segment.bytes), c.bytes, planes).map(Some)
 }
 
 impl Manifest {
@@ -290,12 +278,41 @@ impl Manifest {
 /// What a part of a tensor is called as a tensor of its own.
 pub(crate) fn part_name(tensor: &Tensor, part: &Part) -> String {
     match tensor.encoding {
-        super::Encoding::Plain(_) if part.name == "data" => tensor.name.clone(),
+        super::Encoding::Plain(_) if !tensor.is_closed() => tensor.name.clone(),
         _ => format!("{} / {}", tensor.name, part.name),
     }
 }
 
 impl Shard {
+    fn verify(&self, threads: usize, seen: &Seen<'_>) -> Result<Vec<Where>> {
+        let Footer { signature, signature_sha256, .. } = self.footer;
+        let lengths = self.manifest.segments().map(|s| s.bytes);
+        let mut segments: Vec<_> = self.places.iter().copied().zip(lengths).collect();
+        segments.push((self.file.len() - FOOTER - signature, signature));
+        let read = |at: u64, bytes: &mut [u8]| self.file.read_at(at, bytes);
+        let mut found = sums(&segments, threads, &read, seen)?.into_iter();
+        let mut faults = Vec::new();
+        let places = self.places.windows(2);
+        for (((segment, name), place), sum) in
+            self.manifest.segments().zip(self.manifest.names()).zip(places).zip(&mut found)
+        {
+            if sum != segment.sha256 {
+                faults.push(name.clone());
+            }
+            let end = place[0] + segment.bytes;
+            let mut padding = [0; ALIGNMENT as usize];
+            let padding = &mut padding[..(place[1] - end) as usize];
+            read(end, padding)?;
+            if padding.iter().any(|b| *b != 0) {
+                faults.push(Where::Padding(Box::new(name)));
+            }
+        }
+        if found.next() != Some(signature_sha256) {
+            faults.push(Where::Signature);
+        }
+        Ok(faults)
+    }
+
     fn open(path: &Path, limits: &Limits) -> Result<Self> {
         let file = InputFile::open(path)?;
         Self::read(file, limits).map_err(|e| e.at(path))

@@ -6,25 +6,14 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use sha2::{Digest, Sha256};
 
+use super::SUFFIX;
 use super::frame::{FOOTER, Footer, header};
-use super::manifest::{Manifest, Segment, ShardSeal};
+use super::manifest::{Manifest, ShardSeal, Split};
+use crate::container::shards::{Ending, FileLayout, Layout, shard_name};
 use crate::error::{Error, Result};
 
 /// Bytes that are read at a time.
-const BUFFER: u64 = 1 << 20;
-
-/// A file to be written.
-#[derive(Debug)]
-pub struct Layout {
-    /// Everything before the first segment.
-    pub header: Vec<u8>,
-    /// Where each segment begins, in the order of the manifest: side files, then the parts of each tensor.
-    pub places: Vec<u64>,
-    /// Bytes of the whole file.
-    pub len: u64,
-    /// Writes the end, once the segments are there.
-    pub seal: Seal,
-}
+const BUFFER: usize = 1 << 20;
 
 /// The end of a file, which says what the segments are.
 #[derive(Debug)]
@@ -38,19 +27,76 @@ pub struct Seal {
 pub type ReadAt<'a> = dyn Fn(u64, &mut [u8]) -> Result<()> + Sync + 'a;
 /// As [`ReadAt`].
 pub type WriteAt<'a> = dyn Fn(u64, &[u8]) -> Result<()> + Sync + 'a;
+/// Is told how many bytes were read; `false` ends it.
+pub type Seen<'a> = dyn Fn(u64) -> bool + Sync + 'a;
 
-/// Lays out one file; the SHA-256 in `manifest` play no part. The last file of a split model names the lengths of
-/// the others, which their layouts tell.
+/// Lays out a model: `STEM.qpack`, or, where tensors have more than `max_shard_size` bytes, files of at most as
+/// many in the order of the tensors; a tensor larger than that has a file of its own. The SHA-256 in `manifest`
+/// play no part. There is a place for each segment: side files, then the parts of each tensor.
 ///
 /// # Errors
 /// `Malformed` for what a reader would refuse; `Unsupported` for what has no place in a manifest.
-pub fn layout(manifest: Manifest) -> Result<Layout> {
+pub fn layout(stem: &str, manifest: Manifest, max_shard_size: u64) -> Result<Layout> {
+    let shards = divided(manifest, max_shard_size);
+    let mut layout = Layout { files: Vec::new(), places: Vec::new(), index: None };
+    let count = shards.len() as u64;
+    let mut lengths = Vec::new();
+    for (k, mut manifest) in shards.into_iter().enumerate() {
+        let name = match count {
+            1 => format!("{stem}.{SUFFIX}"),
+            _ => shard_name(stem, k as u64, count, SUFFIX),
+        };
+        if count > 1 {
+            let is_last = k as u64 + 1 == count;
+            let seals = if is_last { std::mem::take(&mut lengths) } else { Vec::new() };
+            manifest.split = Some(Split { no: k as u64 + 1, count, seals });
+        }
+        let (file, places) = file(name, manifest)?;
+        lengths.push(ShardSeal { bytes: file.len, ..ShardSeal::default() });
+        layout.files.push(file);
+        layout.places.extend(places.into_iter().map(|at| (k, at)));
+    }
+    Ok(layout)
+}
+
+/// The manifests of files of so many bytes of tensors; the first has the side files.
+fn divided(mut whole: Manifest, max_shard_size: u64) -> Vec<Manifest> {
+    let tensors = std::mem::take(&mut whole.tensors);
+    let empty = |whole: &Manifest| Manifest {
+        provenance: whole.provenance.clone(),
+        more: whole.more.clone(),
+        ..Manifest::default()
+    };
+    let mut shards = vec![whole];
+    let mut of_file = 0u64;
+    for tensor in tensors {
+        let nbytes = tensor.parts.iter().fold(0u64, |sum, p| sum.saturating_add(p.segment.bytes));
+        let is_begun = shards.last().is_some_and(|m| !m.tensors.is_empty());
+        if is_begun && of_file.saturating_add(nbytes) > max_shard_size {
+            shards.push(empty(&shards[0]));
+            of_file = 0;
+        }
+        of_file = of_file.saturating_add(nbytes);
+        if let Some(last) = shards.last_mut() {
+            last.tensors.push(tensor);
+        }
+    }
+    shards
+}
+
+/// Lays out one file, and gives the place of each of its segments. The last file of a split model names the
+/// lengths of the others, which their layouts tell.
+///
+/// # Errors
+/// As [`layout`].
+pub fn file(name: String, manifest: Manifest) -> Result<(FileLayout, Vec<u64>)> {
     let places = manifest.places()?;
     let at = places.last().copied().unwrap_or_default();
     let len = at.checked_add(manifest.bytes()?.len() as u64).and_then(|n| n.checked_add(FOOTER));
     let len = len.ok_or_else(|| Error::malformed("a file would exceed 2^64 bytes"))?;
     let of_segments = places[..places.len() - 1].to_vec();
-    Ok(Layout { header: header().to_vec(), places: of_segments, len, seal: Seal { manifest, places } })
+    let ending = Some(Ending::Qpack(Box::new(Seal { manifest, places })));
+    Ok((FileLayout { name, header: header().to_vec(), len, ending }, of_segments))
 }
 
 impl Seal {
@@ -66,7 +112,9 @@ impl Seal {
         read: &ReadAt<'_>,
         write: &WriteAt<'_>,
     ) -> Result<ShardSeal> {
-        let sums = self.sums(threads, read)?;
+        let lengths = self.manifest.segments().map(|s| s.bytes);
+        let segments: Vec<_> = self.places.iter().copied().zip(lengths).collect();
+        let sums = sums(&segments, threads, read, &|_| true)?;
         let mut manifest = self.manifest.clone();
         for (segment, sum) in manifest.segments_mut().zip(sums) {
             segment.sha256 = sum;
@@ -96,46 +144,48 @@ impl Seal {
         write(end, &footer.bytes())?;
         Ok(ShardSeal { bytes: end + FOOTER, manifest: manifest_sha256 })
     }
+}
 
-    /// The SHA-256 of each segment.
-    fn sums(&self, threads: usize, read: &ReadAt<'_>) -> Result<Vec<[u8; 32]>> {
-        let segments: Vec<(u64, &Segment)> =
-            self.places.iter().copied().zip(self.manifest.segments()).collect();
-        // The longest first, so that no thread is left with one at the end.
-        let mut order: Vec<usize> = (0..segments.len()).collect();
-        order.sort_by_key(|i| std::cmp::Reverse(segments[*i].1.bytes));
-        let next = AtomicUsize::new(0);
-        let sums = Mutex::new((vec![[0; 32]; segments.len()], None));
-        let work = || {
-            let mut buffer = vec![0; BUFFER as usize];
-            while let Some(&i) = order.get(next.fetch_add(1, Ordering::Relaxed)) {
-                let (at, segment) = segments[i];
-                let sum = sha256(at, segment.bytes, read, &mut buffer);
-                let mut sums = sums.lock().unwrap_or_else(|e| e.into_inner());
-                match sum {
-                    Ok(sum) => sums.0[i] = sum,
-                    Err(e) => {
-                        next.store(order.len(), Ordering::Relaxed);
-                        sums.1.get_or_insert(e);
-                    }
+/// The SHA-256 of segments, each given by its first byte and its length, on so many threads.
+pub(super) fn sums(
+    segments: &[(u64, u64)],
+    threads: usize,
+    read: &ReadAt<'_>,
+    seen: &Seen<'_>,
+) -> Result<Vec<[u8; 32]>> {
+    // The longest first, so that no thread is left with one at the end.
+    let mut order: Vec<usize> = (0..segments.len()).collect();
+    order.sort_by_key(|i| std::cmp::Reverse(segments[*i].1));
+    let next = AtomicUsize::new(0);
+    let sums = Mutex::new((vec![[0; 32]; segments.len()], None));
+    let work = || {
+        let mut buffer = vec![0; BUFFER];
+        while let Some(&i) = order.get(next.fetch_add(1, Ordering::Relaxed)) {
+            let sum = sha256(segments[i], read, seen, &mut buffer);
+            let mut sums = sums.lock().unwrap_or_else(|e| e.into_inner());
+            match sum {
+                Ok(sum) => sums.0[i] = sum,
+                Err(e) => {
+                    next.store(order.len(), Ordering::Relaxed);
+                    sums.1.get_or_insert(e);
                 }
             }
-        };
-        std::thread::scope(|scope| {
-            for _ in 1..threads.clamp(1, 256).min(segments.len().max(1)) {
-                scope.spawn(work);
-            }
-            work();
-        });
-        match sums.into_inner().unwrap_or_else(|e| e.into_inner()) {
-            (sums, None) => Ok(sums),
-            (_, Some(e)) => Err(e),
         }
+    };
+    std::thread::scope(|scope| {
+        for _ in 1..threads.clamp(1, 256).min(segments.len().max(1)) {
+            scope.spawn(work);
+        }
+        work();
+    });
+    match sums.into_inner().unwrap_or_else(|e| e.into_inner()) {
+        (sums, None) => Ok(sums),
+        (_, Some(e)) => Err(e),
     }
 }
 
 /// Of `len` bytes from `at` on.
-pub(super) fn sha256(at: u64, len: u64, read: &ReadAt<'_>, buffer: &mut [u8]) -> Result<[u8; 32]> {
+fn sha256((at, len): (u64, u64), read: &ReadAt<'_>, seen: &Seen<'_>, buffer: &mut [u8]) -> Result<[u8; 32]> {
     let mut hasher = Sha256::new();
     let step = buffer.len() as u64;
     let mut done = 0;
@@ -144,6 +194,9 @@ pub(super) fn sha256(at: u64, len: u64, read: &ReadAt<'_>, buffer: &mut [u8]) ->
         read(at + done, piece)?;
         hasher.update(&*piece);
         done += piece.len() as u64;
+        if !seen(piece.len() as u64) {
+            return Err(Error::interrupted());
+        }
     }
     Ok(hasher.finalize().into())
 }

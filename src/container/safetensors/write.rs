@@ -44,5 +44,5 @@ fn file(name: String, members: &[Member<'_>]) -> Result<(FileLayout, Vec<u64>)> 
     let data = header.len() as u64;
     let len = data.checked_add(begin).ok_or_else(|| Error::malformed("a file would exceed 2^64 bytes"))?;
     begins.iter_mut().for_each(|b| *b += data);
-    Ok((FileLayout { name, header, len, checksums: None }, begins))
+    Ok((FileLayout { name, header, len, ending: None }, begins))
 }

@@ -5,36 +5,58 @@
 
 mod codebook;
 mod integers;
+mod restore;
 mod scaled;
 mod sparse;
+mod take;
 mod ternary;
 
 use std::path::Path;
 use std::sync::Arc;
 
+use serde_json::Value as Json;
+
 pub use codebook::put as put_codebook;
 pub use integers::put as put_integers;
+pub use restore::restore;
 pub use scaled::put as put_scaled;
 pub use sparse::{put as put_sparse, sign_bytes};
+pub use take::{Taken, take};
 pub use ternary::put as put_ternary;
 
 use crate::block::{bf16_from_f32, f16_from_f32, f32_from_bf16, f32_from_f16};
 use crate::container::grouped::{Grouped, Rows, Values};
 use crate::container::qpack::{Encoding, Matrix, PartSize, Qpack, Tensor, part_name};
+use crate::container::side::from_json;
 use crate::container::{Joined, Store, Stored, View};
 use crate::error::{Error, Result};
 use crate::limits::Limits;
 use crate::tensor::{DType, TensorInfo};
 
 /// Opens the model that the file at `path` belongs to: its tensors as values, and what the manifest says of
-/// each. A tensor whose encoding is not known is there as its parts, `NAME / PART`, in bytes.
+/// each. A tensor whose encoding or compression is not known is there as its parts, `NAME / PART`, in
+/// bytes. What stayed in the layout of a quantized checkpoint is joined as the `quantization_config` says that is in
+/// the file's config.json.
 ///
 /// # Errors
-/// As [`Qpack::open`] and [`join`].
+/// As [`Qpack::open`], [`join`] and [`super::unpack`].
 pub fn open(path: impl AsRef<Path>, limits: &Limits) -> Result<(Store, Vec<Tensor>)> {
-    let (store, tensors) = Qpack::open(path, limits)?.into_parts()?;
-    Ok((join(store, &tensors)?, tensors))
+    let path = path.as_ref();
+    let model = Qpack::open(path, limits)?;
+    let config: Json = match model.files().iter().any(|f| f.name == CONFIG) {
+        true => from_json(&model.read_file(CONFIG, limits)?, path).map_err(|e| e.context(CONFIG))?,
+        false => Json::Null,
+    };
+    let (parts, tensors) = model.into_parts()?;
+    let store = join(parts, &tensors).map_err(|e| e.at(path))?;
+    let text = config.get("text_config").unwrap_or(&Json::Null);
+    let stated = [&config, text].into_iter().find_map(|c| c.get("quantization_config"));
+    let (store, _) = super::unpack_some(store, stated, 0).map_err(|e| e.at(path))?;
+    Ok((store, tensors))
 }
+
+/// The file that says how the rest is quantized.
+const CONFIG: &str = "config.json";
 
 /// Joins the parts of tensors ([`Qpack::into_parts`]).
 ///
@@ -59,6 +81,9 @@ pub fn join(store: Store, tensors: &[Tensor]) -> Result<Store> {
 
 /// What decodes a tensor; `None` where there is nothing to decode.
 fn view(store: &Store, tensor: &Tensor) -> Result<Option<Box<dyn View>>> {
+    if tensor.is_closed() {
+        return Ok(None);
+    }
     let parts = Parts { store, tensor };
     let shape = &tensor.shape;
     let grouped: Arc<dyn Grouped> = match &tensor.encoding {
@@ -112,6 +137,11 @@ impl Scales {
         }
         Ok(())
     }
+}
+
+/// Whether scales may have this type.
+fn shares(dtype: DType) -> bool {
+    [DType::F16, DType::BF16, DType::F32, DType::F8_E8M0].contains(&dtype)
 }
 
 /// Numbers of a part.

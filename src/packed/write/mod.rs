@@ -10,6 +10,7 @@ mod fp8;
 mod gptq;
 mod mxfp4;
 mod nested;
+mod qpack;
 mod regrid;
 mod target;
 
@@ -22,6 +23,7 @@ pub use compressed::{Compressed, CompressedFp8};
 pub use fp8::Fp8;
 pub use gptq::Gptq;
 pub use mxfp4::Mxfp4;
+pub use qpack::QpackIntegers;
 pub use regrid::{Data as IntegerData, Integers, Regrid};
 pub use target::{CompressedFormat, Format, Target};
 
