@@ -17,11 +17,14 @@ pub mod ggml;
 pub mod inspect;
 pub mod limits;
 pub mod mix;
+pub mod model;
 pub mod packed;
 pub mod quantize;
 pub mod sys;
 pub mod tensor;
 pub mod verify;
 pub mod vocab;
+pub mod work;
 
 pub use error::{Error, ErrorKind, Result};
+pub use model::{Model, open};

@@ -12,6 +12,7 @@ const ORDER: &[&str] = &[
     "verify",
     "inspect",
     "mix",
+    "model",
     "convert",
     "calibrate",
     "eval",
@@ -24,6 +25,7 @@ const ORDER: &[&str] = &[
     "container",
     "tensor",
     // The ground that all stand on.
+    "work",
     "sys",
     "limits",
     "error",

@@ -33,8 +33,14 @@ use crate::sys;
 #[derive(Debug)]
 pub struct InputFile {
     path: PathBuf,
-    file: File,
+    data: Data,
     len: u64,
+}
+
+#[derive(Debug)]
+enum Data {
+    File(File),
+    Bytes(Vec<u8>),
 }
 
 impl InputFile {
@@ -49,7 +55,12 @@ impl InputFile {
         if meta.is_dir() {
             return Err(Error::misuse("is a directory, a file was expected").at(&path));
         }
-        Ok(Self { path, file, len: meta.len() })
+        Ok(Self { path, data: Data::File(file), len: meta.len() })
+    }
+
+    /// A file that is a part of another, and was read from there. `path` is what errors call it.
+    pub fn of_bytes(path: impl Into<PathBuf>, bytes: Vec<u8>) -> Self {
+        Self { path: path.into(), len: bytes.len() as u64, data: Data::Bytes(bytes) }
     }
 
     /// Where it was opened.
@@ -81,6 +92,14 @@ impl InputFile {
             ))
             .at(&self.path));
         }
-        sys::read_exact_at(&self.file, buf, offset).map_err(|e| Error::io("read", &self.path, e))
+        match &self.data {
+            Data::File(file) => {
+                sys::read_exact_at(file, buf, offset).map_err(|e| Error::io("read", &self.path, e))
+            }
+            Data::Bytes(bytes) => {
+                buf.copy_from_slice(&bytes[offset as usize..][..buf.len()]); // within, as was checked
+                Ok(())
+            }
+        }
     }
 }

@@ -4,7 +4,6 @@ mod quantization;
 
 pub use quantization::{Kind, Matrix, Quantization, Sums, Unquantized};
 
-use std::fs;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
@@ -13,13 +12,14 @@ use regex::Regex;
 use serde::Serialize;
 use serde_json::{Map, Value as Json, json};
 
-use crate::container::gguf::{Array, Gguf, MAGIC, Value};
-use crate::container::qpack::{Qpack, VERSION, is_qpack};
-use crate::container::side::read_json;
-use crate::container::{InputFile, Store, pytorch, safetensors, weights};
+use crate::container::Store;
+use crate::container::gguf::Gguf;
+use crate::container::qpack::{Qpack, VERSION};
+use crate::container::weights::Weights;
 use crate::convert;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::limits::Limits;
+use crate::model::{Opened, json_of};
 use crate::packed;
 use crate::tensor::DType;
 
@@ -96,40 +96,19 @@ pub struct Filter {
 /// # Errors
 /// `Io` for no such path; `Unsupported` for what is none of the formats; what the readers say.
 pub fn inspect(path: &Path, limits: &Limits) -> Result<Report> {
-    let meta = fs::metadata(path).map_err(|e| Error::io("open", path, e))?;
-    if meta.is_dir() {
-        return directory(path, limits);
+    match Opened::open(path, limits)? {
+        Opened::Gguf(gguf) => Ok(of_gguf(path, &gguf)),
+        Opened::Safetensors(opened) => {
+            let metadata = opened.metadata.into_iter().flatten().map(|(k, v)| (k, json!(v))).collect();
+            Ok(report(path, "safetensors", &opened.store, Map::new(), metadata, false))
+        }
+        Opened::Pytorch(store) => Ok(report(path, "PyTorch", &store, Map::new(), Map::new(), false)),
+        Opened::Qpack(model) => of_qpack(path, model),
+        Opened::Directory { dir, weights, config } => Ok(of_directory(path, &dir, weights, config, limits)),
     }
-    let file = InputFile::open(path)?;
-    let mut head = [0; 9];
-    let n = file.len().min(head.len() as u64) as usize;
-    file.read_at(0, head.get_mut(..n).unwrap_or_default())?;
-    if head.starts_with(&MAGIC) {
-        return gguf(path, limits);
-    }
-    if n == head.len() && head[8] == b'{' && head[7] == 0 {
-        let opened = safetensors::open(path, limits)?;
-        let metadata = opened.metadata.into_iter().flatten().map(|(k, v)| (k, json!(v))).collect();
-        return Ok(report(path, "safetensors", &opened.store, Map::new(), metadata, false));
-    }
-    if pytorch::is_pytorch(&file)? {
-        let store = pytorch::open(path, limits)?;
-        return Ok(report(path, "PyTorch", &store, Map::new(), Map::new(), false));
-    }
-    if is_qpack(&file)? {
-        return qpack(path, limits);
-    }
-    // An index, or config.json: either stands for its directory.
-    if n > 0 && head[0] == b'{' {
-        return directory(path, limits);
-    }
-    Err(Error::unsupported("is no file that can be read")
-        .at(path)
-        .hint("GGUF, safetensors, PyTorch and .qpack files, and Hugging Face directories are read"))
 }
 
-fn gguf(path: &Path, limits: &Limits) -> Result<Report> {
-    let gguf = Gguf::open(path, limits)?;
+fn of_gguf(path: &Path, gguf: &Gguf) -> Report {
     let mut container = Map::new();
     container.insert("version".into(), json!(gguf.version));
     container
@@ -141,11 +120,10 @@ fn gguf(path: &Path, limits: &Limits) -> Result<Report> {
         container.insert("trailing_bytes".into(), json!(gguf.trailing_bytes));
     }
     let metadata = gguf.metadata.iter().map(|(k, v)| (k.to_string(), json_of(v))).collect();
-    Ok(report(path, "GGUF", &gguf.store, container, metadata, true))
+    report(path, "GGUF", &gguf.store, container, metadata, true)
 }
 
-fn qpack(path: &Path, limits: &Limits) -> Result<Report> {
-    let model = Qpack::open(path, limits)?;
+fn of_qpack(path: &Path, model: Qpack) -> Result<Report> {
     let mut container = Map::new();
     container.insert("version".into(), json!(VERSION));
     let side: Vec<&str> = model.files().iter().map(|f| f.name.as_str()).collect();
@@ -162,29 +140,36 @@ fn qpack(path: &Path, limits: &Limits) -> Result<Report> {
     let mut report = report(path, "qpack", &parts, container, metadata, false);
     let store = packed::qpack::join(parts, &tensors)?;
     report.quantization = Quantization::of_qpack(&store);
-    if let Some(whole) = report.quantization.as_ref().and_then(|q| q.whole.as_ref()) {
-        report.totals.parameters = whole.parameters;
-        report.totals.bits_per_weight = whole.bits_per_weight;
-    }
+    report.count_whole();
     Ok(report)
 }
 
-fn directory(path: &Path, limits: &Limits) -> Result<Report> {
-    let opened = weights::open(path, limits)?;
-    let dir = if path.is_dir() { path } else { path.parent().unwrap_or(path) };
-    let metadata = read_json(&dir.join("config.json"), limits.side_file_bytes)?.unwrap_or_default();
+fn of_directory(
+    path: &Path,
+    dir: &Path,
+    weights: Weights,
+    config: Map<String, Json>,
+    limits: &Limits,
+) -> Report {
     let mut container = Map::new();
-    container.insert("weights".into(), json!(opened.format));
-    container.insert("shards".into(), json!(opened.store.files().len()));
-    let mut report = report(path, "Hugging Face", &opened.store, container, metadata, false);
+    container.insert("weights".into(), json!(weights.format));
+    container.insert("shards".into(), json!(weights.store.files().len()));
+    let mut report = report(path, "Hugging Face", &weights.store, container, config, false);
     let config = Json::Object(report.metadata.clone());
-    let stated = convert::quantization(&config, dir, opened.values, limits);
-    report.quantization = Quantization::of(opened.store, stated, &dir.join("config.json"));
-    if let Some(whole) = report.quantization.as_ref().and_then(|q| q.whole.as_ref()) {
-        report.totals.parameters = whole.parameters;
-        report.totals.bits_per_weight = whole.bits_per_weight;
+    let stated = convert::quantization(&config, dir, weights.values, limits);
+    report.quantization = Quantization::of(weights.store, stated, &dir.join("config.json"));
+    report.count_whole();
+    report
+}
+
+impl Report {
+    /// Weights are those of packed matrices as they are when unpacked.
+    fn count_whole(&mut self) {
+        if let Some(whole) = self.quantization.as_ref().and_then(|q| q.whole.as_ref()) {
+            self.totals.parameters = whole.parameters;
+            self.totals.bits_per_weight = whole.bits_per_weight;
+        }
     }
-    Ok(report)
 }
 
 fn report(
@@ -221,27 +206,6 @@ fn report(
     let files = store.files().iter().map(|f| (f.path().to_path_buf(), f.len())).collect();
     let quantization = None;
     Report { path: path.to_path_buf(), format, container, files, metadata, tensors, totals, quantization }
-}
-
-fn json_of(value: &Value) -> Json {
-    match value {
-        Value::String(s) => json!(String::from_utf8_lossy(s)),
-        Value::Bool(b) => json!(b),
-        Value::F32(v) => serde_json::from_str(&v.to_string()).unwrap_or_else(|_| json!(v.to_string())),
-        Value::F64(v) => json!(v),
-        Value::U64(v) => json!(v),
-        Value::I64(v) => json!(v),
-        Value::I8(v) => json!(v),
-        Value::I16(v) => json!(v),
-        Value::I32(v) => json!(v),
-        Value::U8(v) => json!(v),
-        Value::U16(v) => json!(v),
-        Value::U32(v) => json!(v),
-        Value::Array(Array::Array(list)) => {
-            Json::Array(list.iter().map(|a| json_of(&Value::Array(a.clone()))).collect())
-        }
-        Value::Array(a) => Json::Array((0..a.len()).filter_map(|i| a.get(i)).map(|v| json_of(&v)).collect()),
-    }
 }
 
 /// Prints a report for people.

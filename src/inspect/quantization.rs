@@ -10,6 +10,7 @@ use serde_json::Value as Json;
 
 use crate::container::{Packing, Store};
 use crate::error::{Error, ErrorKind, Result};
+use crate::model::groups;
 use crate::packed;
 use crate::tensor::{DType, TensorInfo};
 
@@ -311,14 +312,7 @@ fn is_float(dtype: DType) -> bool {
 
 /// `4 bits, groups of 128, symmetric`.
 fn described(bits: u32, block: [u64; 2], symmetric: Option<bool>) -> String {
-    let scales = match block {
-        [0, 0] => "one scale".to_string(),
-        [1, 0] => "a scale for each row".to_string(),
-        [rows, 0] => format!("a scale for {rows} rows"),
-        [1, cols] => format!("groups of {cols}"),
-        [rows, 1] => format!("groups of {rows} along the outputs"),
-        [rows, cols] => format!("blocks of {rows} x {cols}"),
-    };
+    let scales = groups(block);
     let sign = match symmetric {
         Some(true) => ", symmetric",
         Some(false) => ", asymmetric",

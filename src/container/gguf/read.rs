@@ -80,6 +80,16 @@ impl Gguf {
         Header::open(path.as_ref(), limits).map(|(_, header)| header.metadata)
     }
 
+    /// The metadata of a file that was read into memory; errors call it `path`.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub fn metadata_of_bytes(path: impl AsRef<Path>, bytes: Vec<u8>, limits: &Limits) -> Result<Metadata> {
+        let path = path.as_ref();
+        let header = Header::parse(&InputFile::of_bytes(path, bytes), limits).map_err(|e| e.at(path))?;
+        Ok(header.metadata)
+    }
+
     /// Opens `path`; of a split set any shard, the others are found beside it by their names.
     ///
     /// # Errors

@@ -1,9 +1,6 @@
 //! Lays out files. All sizes are known beforehand, and so is the length of the manifest: what is not are the
 //! SHA-256 in it, which have the same length whatever they are. [`Seal`] fills them in when the data are there.
 
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicUsize, Ordering};
-
 use sha2::{Digest, Sha256};
 
 use super::SUFFIX;
@@ -11,6 +8,7 @@ use super::frame::{FOOTER, Footer, header};
 use super::manifest::{Manifest, ShardSeal, Split};
 use crate::container::shards::{Ending, FileLayout, Layout, shard_name};
 use crate::error::{Error, Result};
+use crate::work::each;
 
 /// Bytes that are read at a time.
 const BUFFER: usize = 1 << 20;
@@ -156,32 +154,11 @@ pub(super) fn sums(
     // The longest first, so that no thread is left with one at the end.
     let mut order: Vec<usize> = (0..segments.len()).collect();
     order.sort_by_key(|i| std::cmp::Reverse(segments[*i].1));
-    let next = AtomicUsize::new(0);
-    let sums = Mutex::new((vec![[0; 32]; segments.len()], None));
-    let work = || {
-        let mut buffer = vec![0; BUFFER];
-        while let Some(&i) = order.get(next.fetch_add(1, Ordering::Relaxed)) {
-            let sum = sha256(segments[i], read, seen, &mut buffer);
-            let mut sums = sums.lock().unwrap_or_else(|e| e.into_inner());
-            match sum {
-                Ok(sum) => sums.0[i] = sum,
-                Err(e) => {
-                    next.store(order.len(), Ordering::Relaxed);
-                    sums.1.get_or_insert(e);
-                }
-            }
-        }
-    };
-    std::thread::scope(|scope| {
-        for _ in 1..threads.clamp(1, 256).min(segments.len().max(1)) {
-            scope.spawn(work);
-        }
-        work();
-    });
-    match sums.into_inner().unwrap_or_else(|e| e.into_inner()) {
-        (sums, None) => Ok(sums),
-        (_, Some(e)) => Err(e),
-    }
+    let buffer = || vec![0; BUFFER];
+    let found = each(&order, threads, buffer, |buffer, &i| sha256(segments[i], read, seen, buffer))?;
+    let mut sums = vec![[0; 32]; segments.len()];
+    order.into_iter().zip(found).for_each(|(i, sum)| sums[i] = sum);
+    Ok(sums)
 }
 
 /// Of `len` bytes from `at` on.
