@@ -50,7 +50,7 @@ fn main() {
     let mut rows = Rows::default();
     for (bits, symmetric) in [(4, true), (4, false), (8, true), (2, false)] {
         for group_size in [Some(128), None] {
-            let grid = Grid { bits, group_size, symmetric, least_zero: 0 };
+            let grid = Grid { levels: 1 << bits, group_size, symmetric, least_zero: 0 };
             let kind = if symmetric { "symmetric" } else { "with zeros" };
             let group = group_size.map_or("of a row".to_string(), |n| format!("of {n}"));
             let name = format!("{bits} bits {kind}, {group}");
@@ -59,7 +59,7 @@ fn main() {
             show(&wanted, &format!("weigh {name}"), &mut weighed);
         }
     }
-    let grid = |bits| Grid { bits, group_size: Some(128), symmetric: false, least_zero: 1 };
+    let grid = |bits: u32| Grid { levels: 1 << bits, group_size: Some(128), symmetric: false, least_zero: 1 };
     let gptq = |bits| Gptq { grid: grid(bits), first_version: true };
     let compressed = |bits, bytes| Compressed { grid: grid(bits), bytes, act_order: false };
     let bnb = |fp4| Bnb4 { fp4, compute: "float16".to_string(), nested: None };

@@ -48,7 +48,7 @@ fn random_model(target: &Target, seed: u64, minimum: bool, dir: &Path) {
         let grid = *layout.grid().unwrap();
         let size = grid.shape(shape[0], shape[1]);
         let lines = (size.rows * size.groups) as usize;
-        let most = 1 << grid.bits;
+        let most = grid.levels.into();
         let zeros = (0..lines).map(|_| match grid.symmetric {
             true => f32::from(grid.middle()),
             false => random.below(most).max(grid.least_zero.into()) as f32,
@@ -87,7 +87,7 @@ fn random_model(target: &Target, seed: u64, minimum: bool, dir: &Path) {
             made = made.with(&format!("{stem}{}", part.suffix), dtype, &part.shape, data);
         }
     }
-    let config = target.config(&["lm_head".into()], &sizes, "float16").unwrap();
+    let config = target.config(&["lm_head".into()], &sizes, "float16").unwrap().unwrap();
     made.quantized(config).write(dir, &common::fixture(LLAMA));
 }
 

@@ -57,7 +57,7 @@ enum Input {
 fn integers(random: &mut Random, grid: &Grid, shape: [u64; 2]) -> Rows {
     let size = grid.shape(shape[0], shape[1]);
     let n = (size.rows * size.groups) as usize;
-    let most = 1 << grid.bits;
+    let most = grid.levels.into();
     let zero = |random: &mut Random| match grid.symmetric {
         true => grid.middle(),
         false => (random.below(most) as u8).max(grid.least_zero),
@@ -84,7 +84,7 @@ fn part(rows: &Rows, shape: [u64; 2], first: u64, end: u64) -> Rows {
 
 /// Layouts of integers, with what config.json says of them.
 fn layouts(bits: u32, group_size: Option<u64>, symmetric: bool) -> Vec<(Box<dyn Layout>, Json)> {
-    let grid = |least_zero| Grid { bits, group_size, symmetric, least_zero };
+    let grid = |least_zero| Grid { levels: 1 << bits, group_size, symmetric, least_zero };
     let size = group_size.map_or(-1, |n| n as i64);
     let gptq = |version: &str| json!({"quant_method": "gptq", "bits": bits, "group_size": size, "checkpoint_format": version});
     let strategy = if group_size.is_some() { "group" } else { "channel" };
@@ -200,7 +200,7 @@ fn weights_come_back_nearly() {
 
 #[test]
 fn what_does_not_fit_is_refused() {
-    let grid = |bits, group_size| Grid { bits, group_size, symmetric: true, least_zero: 0 };
+    let grid = |bits: u32, group_size| Grid { levels: 1 << bits, group_size, symmetric: true, least_zero: 0 };
     let refused = |layout: &dyn Layout, rows, cols, why: &str| {
         let error = layout.parts(rows, cols).unwrap_err().to_string();
         assert!(error.contains(why), "{error}");

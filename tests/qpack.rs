@@ -361,12 +361,12 @@ fn rounded_weights_are_laid_out() {
     let noise = &mut Noise(7);
     for (bits, symmetric) in [(2, false), (3, true), (4, true), (5, false), (8, true)] {
         for (cols, group_size) in [(2880, Some(96)), (100, Some(48)), (77, None), (3, Some(128))] {
-            let grid = Grid { bits, group_size, symmetric, least_zero: 0 };
-            let layout = QpackIntegers { grid, scales: DType::F16 };
+            let grid = Grid { levels: 1 << bits, group_size, symmetric, least_zero: 0 };
+            let layout = QpackIntegers { grid, scales: DType::F16, ordered: false };
             let weights: Vec<f32> = (0..5 * cols).map(|_| noise.number(DType::F32)).collect();
             let mut rows = Rows::default();
             round(&grid, &weights, cols, &mut rows).unwrap();
-            let e = Encoding::Integers(layout.encoding(cols));
+            let e = layout.encoding(5, cols).unwrap();
             let tensor = Tensor::new("w", vec![5, cols], e).unwrap();
             let parts = layout.parts(5, cols).unwrap();
             assert!(parts.iter().map(|p| &p.suffix).eq(tensor.parts.iter().map(|p| &p.name)));

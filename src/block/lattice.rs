@@ -279,8 +279,8 @@ mod tests {
         /// What is put is what the decoder reads, whatever the scales.
         #[test]
         fn decoded_is_what_was_put(picks in prop::collection::vec(any::<u8>(), 512), row in prop::collection::vec(-3f32..3.0, 512)) {
-            let grid = |bits, group_size, symmetric| {
-                Grid { bits, group_size, symmetric, least_zero: 1 }.lattice(512).unwrap()
+            let grid = |bits: u32, group_size, symmetric| {
+                Grid { levels: 1 << bits, group_size, symmetric, least_zero: 1 }.lattice(512).unwrap()
             };
             let grids = [grid(4, Some(32), true), grid(8, None, true), grid(2, Some(128), false), grid(8, Some(64), false)];
             for lattice in LATTICES.iter().chain(&grids) {

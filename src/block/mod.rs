@@ -50,6 +50,7 @@ mod q8_0;
 #[cfg(target_arch = "x86_64")]
 #[allow(unsafe_code)]
 mod simd;
+pub mod ternary;
 mod tq1_0;
 mod tq2_0;
 pub mod trits;

@@ -1,10 +1,11 @@
 //! Integers in groups, as quantized checkpoints hold them: a weight is `(code - zero) * scale`.
 //!
-//! [`round`] takes each group's scale from its ends, as AutoGPTQ does. [`weigh`] searches for the scale and
-//! the zero of the least weighed squared error. Methods that know more see a [`Lattice`], whose blocks are
+//! [`round`] takes each group's scale from its ends, as AutoGPTQ does, or, of ternary weights, by least squares.
+//! [`weigh`] searches for the scale and the zero of the least weighed squared error. Methods that know more see a [`Lattice`], whose blocks are
 //! groups: scale as F16, zero, and a byte for each code.
 
 use super::lattice::{half, whole};
+use super::ternary::threshold;
 use super::{Lattice, f16_from_f32, f32_from_f16};
 use crate::container::grouped::{Rows, Shape};
 use crate::error::{Error, Result};
@@ -12,8 +13,8 @@ use crate::error::{Error, Result};
 /// Integers, and how groups share scales.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Grid {
-    /// Bits of a code: 2 to 8.
-    pub bits: u32,
+    /// How many codes there are, from 0 on: 2 to the power of their bits, or [`TERNARY`].
+    pub levels: u16,
     /// Columns of a group; `None` for one group in a row.
     pub group_size: Option<u64>,
     /// Whether all zeros are the middle code.
@@ -22,6 +23,8 @@ pub struct Grid {
     pub least_zero: u8,
 }
 
+/// Codes of weights that are -1, 0 and 1 times a scale.
+pub const TERNARY: u16 = 3;
 /// What codes stand for, once their zero is taken away.
 static LEVELS: [f32; 384] = whole(-128);
 /// Where 0 stands there.
@@ -41,32 +44,42 @@ impl Grid {
     /// The size of a matrix on this grid.
     pub fn shape(&self, rows: u64, cols: u64) -> Shape {
         let group_size = self.group_size.unwrap_or(cols).max(1);
-        Shape { rows, cols, bits: self.bits, group_size, groups: cols.div_ceil(group_size) }
+        Shape { rows, cols, bits: self.bits(), group_size, groups: cols.div_ceil(group_size) }
+    }
+
+    /// Bits of a code.
+    pub fn bits(&self) -> u32 {
+        u16::BITS - self.levels.saturating_sub(1).leading_zeros()
     }
 
     /// The middle code.
     pub fn middle(&self) -> u8 {
-        1 << (self.bits - 1)
+        (self.levels / 2) as u8
+    }
+
+    /// Whether codes are the digits of ternary weights.
+    pub fn is_ternary(&self) -> bool {
+        self.levels == TERNARY
     }
 
     /// For rows of so many columns.
     ///
     /// # Errors
-    /// `Misuse` when groups do not divide rows, or codes have not 2 to 8 bits.
+    /// `Misuse` when groups do not divide rows, or codes are not 2 to 256.
     pub fn lattice(&self, cols: u64) -> Result<Lattice> {
         let size = self.shape(0, cols).group_size;
-        if cols == 0 || !cols.is_multiple_of(size) || !(2..=8).contains(&self.bits) {
-            let what = format!("rows of {cols} have no groups of {size} with codes of {} bits", self.bits);
+        if cols == 0 || !cols.is_multiple_of(size) || !(2..=256).contains(&self.levels) {
+            let what = format!("rows of {cols} have no groups of {size} with {} codes", self.levels);
             return Err(Error::misuse(what));
         }
         let first = if self.symmetric { NAUGHT - usize::from(self.middle()) } else { NAUGHT };
-        let levels = &LEVELS[first..first + (1 << self.bits)];
+        let levels = &LEVELS[first..first + usize::from(self.levels)];
         let size = usize::try_from(size).map_err(|_| Error::misuse(format!("groups of {size}")))?;
         Ok(Lattice::of_grid(*self, size, HEAD + size, levels))
     }
 
     fn most(&self) -> f32 {
-        ((1u32 << self.bits) - 1) as f32
+        f32::from(self.levels) - 1.0
     }
 
     /// Scale (a number of F16) and zero for weights from `low` to `high`, as AutoGPTQ's
@@ -81,6 +94,11 @@ impl Grid {
             false => self.nearest_zero(-low / scale),
         };
         Line { scale, zero }
+    }
+
+    /// That of a ternary group.
+    fn ternary_line(&self, weights: &[f32], importance: &[f32]) -> Line {
+        Line { scale: storable(threshold(weights, importance)), zero: self.middle() }
     }
 
     fn nearest_zero(&self, zero: f32) -> u8 {
@@ -168,7 +186,10 @@ impl Grid {
         let groups = weights.chunks_exact(size).zip(columns);
         for ((weights, importance), block) in groups.zip(bytes.chunks_exact_mut(HEAD + size)) {
             group.take(weights, importance);
-            let line = group.search(self);
+            let line = match self.is_ternary() {
+                true => self.ternary_line(&group.weights, &group.importance),
+                false => group.search(self),
+            };
             line.store(block);
             self.codes(line, &group.weights, &mut block[HEAD..]);
         }
@@ -230,19 +251,23 @@ fn too_large() -> Error {
 }
 
 /// Rounds whole rows of `cols` weights, each to the next code, with the scales of AutoGPTQ's
-/// `Quantizer.find_params`.
+/// `Quantizer.find_params`; ternary ones with those of least squares.
 ///
 /// # Errors
 /// `Malformed` for weights that are not finite, or too large for a scale in F16.
 pub fn round(grid: &Grid, weights: &[f32], cols: u64, rows: &mut Rows) -> Result<()> {
     let (size, cols) = (grid.shape(0, cols).group_size as usize, cols.max(1) as usize);
+    let even = vec![1.0; if grid.is_ternary() { size.min(cols) } else { 0 }];
     rows.codes.resize(weights.len(), 0);
     rows.scales.clear();
     rows.zeros.clear();
     for (weights, codes) in weights.chunks_exact(cols).zip(rows.codes.chunks_exact_mut(cols)) {
         for (weights, codes) in weights.chunks(size).zip(codes.chunks_mut(size)) {
             let line = ends(weights).map(|ends| grid.line(ends)).filter(|line| line.scale.is_finite());
-            let line = line.ok_or_else(too_large)?;
+            let mut line = line.ok_or_else(too_large)?;
+            if grid.is_ternary() {
+                line = grid.ternary_line(weights, &even[..weights.len()]);
+            }
             grid.codes(line, weights, codes);
             rows.scales.push(line.scale);
             rows.zeros.push(line.zero.into());
@@ -425,7 +450,7 @@ mod tests {
 
     /// Whether a checkpoint can hold them.
     fn check(grid: &Grid, rows: &Rows) {
-        let most = (1u32 << grid.bits) - 1;
+        let most = u32::from(grid.levels) - 1;
         assert!(rows.codes.iter().all(|c| u32::from(*c) <= most));
         for (&scale, &zero) in rows.scales.iter().zip(&rows.zeros) {
             assert!(scale != 0.0 && scale.is_finite() && f32_from_f16(f16_from_f32(scale)) == scale);
@@ -445,7 +470,7 @@ mod tests {
             symmetric: bool,
             least_zero in 0u8..2,
         ) {
-            let grid = Grid { bits, group_size: Some(40), symmetric, least_zero };
+            let grid = Grid { levels: 1 << bits, group_size: Some(40), symmetric, least_zero };
             let mut rows = Rows::default();
             round(&grid, &weights, 48, &mut rows).unwrap();
             check(&grid, &rows);
@@ -470,7 +495,7 @@ mod tests {
             least_zero in 0u8..2,
         ) {
             let weights: Vec<f32> = weights.iter().map(|w| w * w * w * (size / 10.0).exp2()).collect();
-            let grid = Grid { bits, group_size, symmetric, least_zero };
+            let grid = Grid { levels: 1 << bits, group_size, symmetric, least_zero };
             let (mut plain, mut found) = (Rows::default(), Rows::default());
             round(&grid, &weights, 192, &mut plain).unwrap();
             weigh(&grid, &weights, 192, &importance, &mut found).unwrap();
@@ -490,7 +515,7 @@ mod tests {
         };
         for bits in [2, 3, 4, 8] {
             for symmetric in [false, true] {
-                let grid = Grid { bits, group_size: None, symmetric, least_zero: 0 };
+                let grid = Grid { levels: 1 << bits, group_size: None, symmetric, least_zero: 0 };
                 let (mut plain, mut found, mut best) = (0.0, 0.0, 0.0);
                 for n in [32, 32, 32, 128, 128, 128] {
                     let weights: Vec<f32> = (0..n).map(|_| noise() + noise() + noise() + 0.3).collect();
@@ -520,7 +545,7 @@ mod tests {
 
     #[test]
     fn weights_that_no_scale_has() {
-        let grid = Grid { bits: 4, group_size: None, symmetric: true, least_zero: 0 };
+        let grid = Grid { levels: 1 << 4, group_size: None, symmetric: true, least_zero: 0 };
         let mut rows = Rows::default();
         for w in [f32::NAN, f32::INFINITY, 1e6] {
             assert!(round(&grid, &[1.0, w], 2, &mut rows).is_err());

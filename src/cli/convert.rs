@@ -239,7 +239,7 @@ impl GridArgs {
             Format::Compressed(CompressedFormat::Float) => &["--compressed-format"],
             Format::Compressed(_) => &["--bits", "--group-size", "--sym", "--asym", "--compressed-format"],
             Format::BnbNf4 | Format::BnbFp4 => &["--double-quant"],
-            Format::BnbInt8 | Format::Fp8 | Format::Mxfp4 => &[],
+            Format::BnbInt8 | Format::Fp8 | Format::Mxfp4 | Format::Qpack(_) => &[],
         };
         if let Some(option) = self.given().iter().find(|option| !heeded.contains(option)) {
             return Err(Error::misuse(format!("{option} means nothing with --to {}", format.name())));

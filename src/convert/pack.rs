@@ -100,12 +100,9 @@ impl Packing {
             self.origin = (blocks && source.is_plain(DType::MXFP4)).then_some(Origin::Mxfp4);
             return Ok(());
         }
-        let (Some(integers), Some(grid)) = (integers, self.layout.grid()) else { return Ok(()) };
+        let Some(integers) = integers else { return Ok(()) };
         let order = integers.order(store.stored())?;
-        if order.is_some() && !self.layout.holds_order() {
-            return Ok(());
-        }
-        let Some(regrid) = Regrid::new(integers.shape(), grid, order) else { return Ok(()) };
+        let Some(regrid) = Regrid::new(integers.shape(), &*self.layout, order) else { return Ok(()) };
         let shape = integers.shape();
         let step = (GROUPS / shape.groups.max(1)).max(1);
         let (mut rows, mut bytes, mut scratch) = (Rows::default(), Vec::new(), Scratch::default());

@@ -343,7 +343,7 @@ mod tests {
             let middle = f32::from(grid.middle());
             assert!(found.scales.iter().all(|s| *s != 0.0 && s.is_finite()));
             assert!(found.zeros.iter().all(|z| if grid.symmetric { *z == middle } else { *z >= 1.0 }));
-            assert!(found.codes.iter().all(|c| u32::from(*c) < 1 << grid.bits));
+            assert!(found.codes.iter().all(|c| u16::from(*c) < grid.levels));
             let value = |i: usize| {
                 let g = i / n * groups + i % n / size;
                 (f32::from(found.codes[i]) - found.zeros[g]) * found.scales[g]
@@ -354,7 +354,7 @@ mod tests {
         for bits in [2, 3, 4, 8] {
             for group_size in [Some(32), Some(64), None] {
                 for symmetric in [false, true] {
-                    let grid = Grid { bits, group_size, symmetric, least_zero: 1 };
+                    let grid = Grid { levels: 1 << bits, group_size, symmetric, least_zero: 1 };
                     let mut found = Rows::default();
                     round(&grid, &weights, n as u64, &mut found).unwrap();
                     let nearest = lost(&grid, &found);
@@ -381,7 +381,7 @@ mod tests {
                 }
             }
         }
-        let grid = Grid { bits: 4, group_size: Some(96), symmetric: true, least_zero: 0 };
+        let grid = Grid { levels: 1 << 4, group_size: Some(96), symmetric: true, least_zero: 0 };
         assert!(gptq.round(&grid, &weights, &mut Rows::default()).is_err());
         let grid = Grid { group_size: None, ..grid };
         for w in [f32::NAN, 1e30] {
@@ -458,7 +458,7 @@ mod tests {
                     assert!(costs.iter().all(|c| c.is_finite()), "{name} {dtype} {costs:?}");
                 }
                 for (bits, symmetric) in [(2, true), (8, false)] {
-                    let grid = Grid { bits, group_size: None, symmetric, least_zero: 1 };
+                    let grid = Grid { levels: 1 << bits, group_size: None, symmetric, least_zero: 1 };
                     let mut rows = Rows::default();
                     let costs = prepared.round(&grid, &weights, &mut rows).unwrap();
                     assert!(costs.iter().all(|c| c.is_finite()), "{name} {grid:?} {costs:?}");

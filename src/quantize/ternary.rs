@@ -9,6 +9,7 @@
 use super::descent::{self, Descent};
 use super::gptq::{Feedback, Sums};
 use crate::block::Lattice;
+use crate::block::ternary::{absmean, threshold};
 use crate::error::{Error, Result};
 
 /// How far to go.
@@ -105,7 +106,7 @@ impl Ternary {
                 let n = self.descent.columns();
                 let even = vec![1.0; n];
                 match self.stage {
-                    Stage::Absmean => scales(lattice, weights, n, &even, mean, out)?,
+                    Stage::Absmean => scales(lattice, weights, n, &even, |values, _| absmean(values), out)?,
                     Stage::Threshold => scales(lattice, weights, n, &even, threshold, out)?,
                     _ => scales(lattice, weights, n, feedback.importance(), threshold, out)?,
                 }
@@ -163,55 +164,4 @@ fn scales(
         }
     }
     lattice.put(&codes, out)
-}
-
-/// The mean magnitude.
-fn mean(values: &[f32], _: &[f32]) -> f32 {
-    values.iter().map(|v| v.abs()).sum::<f32>() / values.len() as f32
-}
-
-/// The scale `a` of least squares. It is the mean of the magnitudes that become `a`, those beyond half of
-/// it: of all such splits of the magnitudes in order, the one that explains most.
-fn threshold(values: &[f32], weights: &[f32]) -> f32 {
-    let mut order: Vec<(f32, f32)> = values.iter().map(|v| v.abs()).zip(weights.iter().copied()).collect();
-    order.sort_by(|a, b| b.0.total_cmp(&a.0));
-    let (mut sum, mut weight) = (0f64, 0f64);
-    let (mut best, mut scale) = (0f64, 0f64);
-    for (value, w) in order {
-        sum += f64::from(w) * f64::from(value);
-        weight += f64::from(w);
-        if weight > 0.0 && sum * sum / weight > best {
-            (best, scale) = (sum * sum / weight, sum / weight);
-        }
-    }
-    // Columns that no input uses say nothing: their weights may be anything.
-    scale as f32
-}
-
-#[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
-
-    use super::*;
-
-    proptest! {
-        /// No other scale does better on the same weights.
-        #[test]
-        fn thresholds_are_of_least_squares(
-            values in prop::collection::vec(-3f32..3.0, 32),
-            weights in prop::collection::vec(0f32..2.0, 32),
-            other in 0f32..4.0,
-        ) {
-            let loss = |scale: f32| -> f64 {
-                let each = values.iter().zip(&weights).map(|(v, w)| {
-                    let left = v.abs().min((v.abs() - scale).abs());
-                    f64::from(*w) * f64::from(left) * f64::from(left)
-                });
-                each.sum()
-            };
-            let best = threshold(&values, &weights);
-            prop_assert!(loss(best) <= loss(other) * (1.0 + 1e-5) + 1e-9, "{best} {other}");
-            prop_assert_eq!(threshold(&values, &[0.0; 32]), 0.0);
-        }
-    }
 }

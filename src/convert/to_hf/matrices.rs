@@ -10,7 +10,8 @@ use crate::container::Store;
 use crate::container::grouped::Rows;
 use crate::convert::gather::Source;
 use crate::error::{Error, Result};
-use crate::packed::write::{Format, IntegerData, Integers, Target};
+use crate::packed::write::{Format, IntegerData, Integers, Target, is_half};
+use crate::tensor::DType;
 
 /// Parts of names between the number of a block and `weight` that mean: not this one. Routers choose
 /// experts, and small changes change the choice; embeddings are no products.
@@ -30,6 +31,8 @@ pub fn is_wanted(format: Format, name: &str, shape: &[u64], ignore: &[Regex]) ->
     if format == Format::Mxfp4 {
         return name.ends_with("_blocks") && shape.len() == 3;
     }
+    // Stacks of experts are one tensor, which may have any name.
+    let is_stack = matches!(format, Format::Qpack(_)) && shape.len() == 3 && experts(name).is_some();
     let parts: Vec<&str> = module.split('.').collect();
     // Matrices of a block: below a number.
     let Some(number) = parts.iter().position(|p| !p.is_empty() && p.bytes().all(|b| b.is_ascii_digit()))
@@ -37,8 +40,7 @@ pub fn is_wanted(format: Format, name: &str, shape: &[u64], ignore: &[Regex]) ->
         return false;
     };
     let inner = &parts[number + 1..];
-    name.ends_with(".weight")
-        && shape.len() == 2
+    (is_stack || name.ends_with(".weight") && shape.len() == 2)
         && !inner.is_empty()
         && !parts.iter().any(|p| TOWERS.iter().any(|tower| p.contains(tower)))
         && !inner.iter().any(|p| LEFT_WHOLE.contains(p) || LEFT.iter().any(|left| p.contains(left)))
@@ -124,10 +126,12 @@ pub fn decide<'a>(
     let found = kinds.into_iter().max_by_key(|(n, _)| *n).map(|(_, integers)| integers);
     if let Some(integers) = found.filter(|_| wanted.format.has_grid()) {
         let shape = integers.shape();
+        let (symmetric, halves) = look(&all, store)?;
         let like = Target {
             bits: shape.bits,
             group_size: (shape.groups > 1).then_some(shape.group_size),
-            symmetric: is_symmetric(integers, store)?,
+            symmetric: symmetric || wanted.format.is_ternary(),
+            scales: if halves { DType::F16 } else { DType::F32 },
             ..target.clone()
         };
         // Where the format has no such codes, wider ones hold them.
@@ -157,24 +161,38 @@ pub fn decide<'a>(
     Ok(target)
 }
 
-/// Whether zeros of a matrix are the middle code, by its first rows.
-fn is_symmetric(integers: &Integers, store: &Store) -> Result<bool> {
-    let middle = (1u32 << (integers.shape().bits - 1)) as f32;
-    if let Some(symmetric) = integers.is_symmetric() {
-        return Ok(symmetric);
-    }
+/// Looks at some rows of each matrix, from all over it: whether zeros are the middle code, and scales numbers of
+/// F16.
+fn look(all: &[&Integers], store: &Store) -> Result<(bool, bool)> {
+    let (mut symmetric, mut halves) = (true, true);
     let mut rows = Rows::default();
-    let n = integers.shape().rows.min(256);
-    if n == 0 {
-        return Ok(true);
+    for integers in all {
+        if let Some(known) = integers.is_symmetric() {
+            symmetric &= known;
+            continue;
+        }
+        let shape = integers.shape();
+        let middle = (1u32 << (shape.bits - 1)) as f32;
+        let last = shape.rows.saturating_sub(1);
+        for k in 0..LOOKS.min(shape.rows) {
+            // The last is looked at, and the product is below 2^64.
+            let row =
+                (u128::from(last) * u128::from(k) / u128::from(LOOKS.min(shape.rows).max(2) - 1)) as u64;
+            integers.read_lines(IntegerData::Stored(store.stored()), row..row + 1, &mut rows)?;
+            symmetric &= rows.zeros.iter().all(|zero| *zero == middle);
+            halves &= rows.scales.iter().all(|scale| is_half(*scale));
+        }
     }
-    integers.read_lines(IntegerData::Stored(store.stored()), 0..n, &mut rows)?;
-    Ok(rows.zeros.iter().all(|zero| *zero == middle))
+    Ok((symmetric, halves))
 }
+
+/// Rows that are looked at.
+const LOOKS: u64 = 8;
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::packed::write::QpackEncoding;
 
     #[test]
     fn matrices_of_blocks_but_for_routers() {
@@ -202,7 +220,16 @@ mod tests {
         ] {
             assert!(!wanted(name), "{name}");
         }
-        assert!(!is_wanted(Format::Gptq, "model.layers.0.mlp.experts.gate_up_proj", &[4, 64, 64], &[]));
+        let stack = |format, name| is_wanted(format, name, &[4, 64, 64], &[]);
+        let qpack = Format::Qpack(QpackEncoding::Integers);
+        assert!(!stack(Format::Gptq, "model.layers.0.mlp.experts.gate_up_proj"));
+        assert!(stack(qpack, "model.layers.0.mlp.experts.gate_up_proj"));
+        assert!(!stack(qpack, "model.layers.0.conv.weight"));
+        let bias = "model.layers.0.mlp.experts.gate_up_proj_bias";
+        assert!(
+            !is_wanted(qpack, bias, &[4, 64], &[])
+                && is_wanted(qpack, "model.layers.0.q.weight", &[4, 4], &[])
+        );
     }
 
     #[test]

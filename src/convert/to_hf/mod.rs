@@ -114,7 +114,7 @@ impl Wanted {
             Format::Gptq | Format::Awq | Format::Compressed(_) => Some(DType::F16),
             // transformers computes the decoded weights in BF16.
             Format::Fp8 | Format::Mxfp4 => Some(DType::BF16),
-            Format::BnbNf4 | Format::BnbFp4 | Format::BnbInt8 => None,
+            Format::BnbNf4 | Format::BnbFp4 | Format::BnbInt8 | Format::Qpack(_) => None,
         }
     }
 }
@@ -310,7 +310,7 @@ impl ToHf {
             // Tied to the embeddings, it has no tensor; loaders must leave it alone all the same.
             kept.push("lm_head".into());
         }
-        let mut quantization = target.config(&kept, &sizes, computed)?;
+        let mut quantization = target.config(&kept, &sizes, computed)?.unwrap_or_default();
         if wanted.format == Format::Gptq {
             if kept.iter().any(|module| self.ignore.iter().any(|pattern| pattern.is_match(module))) {
                 let quantized = plan.tensors.iter().filter(|t| t.packing.is_some());
@@ -320,7 +320,9 @@ impl ToHf {
             }
             model.side.push(("quantize_config.json".into(), pretty(&quantization)));
         }
-        model.config["quantization_config"] = quantization;
+        if !quantization.is_null() {
+            model.config["quantization_config"] = quantization;
+        }
         let exact = plan.tensors.iter().filter(|t| t.packing.as_ref().is_some_and(|p| p.origin.is_some()));
         let (exact, all) = (exact.count(), sizes.len());
         plan.notes.push(describe(&target, exact, all));

@@ -28,7 +28,7 @@ impl Layout for Awq {
 
     fn parts(&self, rows: u64, cols: u64) -> Result<Vec<Part>> {
         let shape = self.grid.shape(rows, cols);
-        if self.grid.bits != 4 {
+        if self.grid.bits() != 4 {
             return Err(unfit("AWQ", rows, cols, "codes have 4 bits"));
         }
         if !rows.is_multiple_of(8) || !cols.is_multiple_of(shape.group_size) || rows * cols == 0 {

@@ -46,28 +46,73 @@ const NF4: [f32; 16] = [
 /// bitsandbytes' FP4: codes in an order of their own, the greatest of which is 1.
 const FP4: [f32; 8] = [0.0, 0.0625 / 12.0, 8.0 / 12.0, 1.0, 4.0 / 12.0, 6.0 / 12.0, 2.0 / 12.0, 3.0 / 12.0];
 
-impl Bnb4 {
-    fn map(&self) -> [f32; 16] {
-        match self.fp4 {
+/// A table of 16 numbers, and how weights find their codes.
+pub(super) struct Table {
+    /// What codes stand for.
+    pub map: [f32; 16],
+    /// The code of the least number.
+    least: u32,
+    /// For each greater one, from where on it is nearer than the one before, and by how much its code is greater.
+    steps: Vec<(f32, u32)>,
+}
+
+impl Table {
+    /// FP4, or NF4.
+    pub fn new(fp4: bool) -> Self {
+        let map = match fp4 {
             false => NF4,
             // Both zeros are 0, none is -0.
             true => std::array::from_fn(|i| if i < 8 { FP4[i] } else { 0.0 - FP4[i - 8] }),
-        }
-    }
-
-    /// The code of the least value; then for each greater one, from where on it is nearer than the one before,
-    /// and by how much its code is greater.
-    fn steps(&self) -> (u32, Vec<(f32, u32)>) {
-        let map = self.map();
-        let mut order: Vec<u32> = (0..16).filter(|i| !(self.fp4 && *i == 8)).collect();
+        };
+        let mut order: Vec<u32> = (0..16).filter(|i| !(fp4 && *i == 8)).collect();
         order.sort_by(|a, b| map[*a as usize].total_cmp(&map[*b as usize]));
         let step = |pair: &[u32]| {
             let [low, high] = [pair[0], pair[1]];
             ((map[low as usize] + map[high as usize]) / 2.0, high.wrapping_sub(low))
         };
-        (order[0], order.windows(2).map(step).collect())
+        Self { map, least: order[0], steps: order.windows(2).map(step).collect() }
     }
 
+    /// The codes of weights, the greatest magnitude of which is `most`. Returns the sum of the squares of what
+    /// they lose when they are multiplied with `scale`.
+    pub fn encode(&self, weights: &[f32], most: f32, scale: f32, codes: &mut [u8]) -> f64 {
+        let inverse = if most > 0.0 { 1.0 / most } else { 0.0 };
+        let mut loss = 0.0;
+        let (blocks, rest) = weights.as_chunks::<N>();
+        let (of_blocks, of_rest) = codes.as_chunks_mut::<N>();
+        for (weights, codes) in blocks.iter().zip(of_blocks) {
+            loss += self.encode_block(weights, inverse, scale, codes);
+        }
+        let (mut last, mut of_last) = ([0f32; N], [0; N]);
+        last[..rest.len()].copy_from_slice(rest);
+        if !rest.is_empty() {
+            loss += self.encode_block(&last, inverse, scale, &mut of_last);
+        }
+        of_rest.copy_from_slice(&of_last[..rest.len()]);
+        loss
+    }
+
+    /// Loops over arrays: only these are done side by side.
+    fn encode_block(&self, weights: &[f32; N], inverse: f32, scale: f32, out: &mut [u8; N]) -> f64 {
+        let (mut parts, mut codes) = ([0f32; N], [self.least; N]);
+        for k in 0..N {
+            parts[k] = weights[k] * inverse;
+        }
+        for &(end, step) in &self.steps {
+            for k in 0..N {
+                codes[k] = codes[k].wrapping_add(if parts[k] > end { step } else { 0 });
+            }
+        }
+        let mut stored = [0f32; N];
+        for k in 0..N {
+            stored[k] = self.map[(codes[k] & 15) as usize] * scale;
+            out[k] = codes[k] as u8;
+        }
+        lost(weights, &stored)
+    }
+}
+
+impl Bnb4 {
     fn kind(&self) -> &'static str {
         if self.fp4 { "fp4" } else { "nf4" }
     }
@@ -138,7 +183,7 @@ impl Layout for Bnb4 {
 
     fn write(&self, [rows, cols]: [u64; 2], first: u64, data: Data<'_>, put: &mut Put<'_>) -> Result<f64> {
         let weights = data.weights()?;
-        let (map, steps) = (self.map(), self.steps());
+        let table = Table::new(self.fp4);
         let mut bytes = Vec::with_capacity(weights.len() / 2);
         let scales = Self::scales(weights);
         let nested = match self.nested {
@@ -150,24 +195,10 @@ impl Layout for Bnb4 {
         };
         let given = nested.as_ref().map_or(&scales, |n| &n.values);
         let mut loss = 0.0;
-        for (block, (most, given)) in weights.as_chunks::<N>().0.iter().zip(scales.iter().zip(given)) {
-            let inverse = if *most > 0.0 { 1.0 / most } else { 0.0 };
-            // Loops over arrays: only these are done side by side.
-            let (mut parts, mut codes) = ([0f32; N], [steps.0; N]);
-            for k in 0..N {
-                parts[k] = block[k] * inverse;
-            }
-            for &(end, step) in &steps.1 {
-                for k in 0..N {
-                    codes[k] = codes[k].wrapping_add(if parts[k] > end { step } else { 0 });
-                }
-            }
-            let mut stored = [0f32; N];
-            for k in 0..N {
-                stored[k] = map[(codes[k] & 15) as usize] * given;
-            }
-            bytes.extend(codes.as_chunks::<2>().0.iter().map(|[a, b]| (a << 4 | b) as u8));
-            loss += lost(block, &stored);
+        let mut codes = [0; N];
+        for (block, (most, given)) in weights.chunks_exact(N).zip(scales.iter().zip(given)) {
+            loss += table.encode(block, *most, *given, &mut codes);
+            bytes.extend(codes.as_chunks::<2>().0.iter().map(|[a, b]| a << 4 | b));
         }
         put(0, first * cols / 2, &bytes)?;
         let at = first * cols / BLOCK;
@@ -182,7 +213,7 @@ impl Layout for Bnb4 {
             if nested.is_some() {
                 put(5, 0, &bytes_of(nested::map()))?;
             }
-            put(2, 0, &map.map(f32::to_le_bytes).concat())?;
+            put(2, 0, &table.map.map(f32::to_le_bytes).concat())?;
             put(3, 0, self.state(rows, cols).as_bytes())?;
         }
         Ok(loss)

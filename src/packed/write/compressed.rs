@@ -82,7 +82,7 @@ impl Layout for Compressed {
             put(2, 0, &[rows, cols].map(u64::to_le_bytes).concat())?;
             if self.act_order {
                 let last = if self.grid.symmetric { 3 } else { 4 };
-                put(last, 0, &given.groups(cols as usize, shape.group_size))?;
+                put(last, 0, &given.group_bytes(cols as usize, shape.group_size))?;
             }
         }
         if !self.grid.symmetric {

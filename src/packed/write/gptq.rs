@@ -79,7 +79,7 @@ impl Layout for Gptq {
             put(2, (g as u64 * rows + first) * 2, &halves(lines().map(|i| data.scales[i])))?;
         }
         if first == 0 {
-            put(3, 0, &given.groups(cols, shape.group_size))?;
+            put(3, 0, &given.group_bytes(cols, shape.group_size))?;
         }
         Ok(0.0)
     }

@@ -23,13 +23,14 @@ pub use compressed::{Compressed, CompressedFp8};
 pub use fp8::Fp8;
 pub use gptq::Gptq;
 pub use mxfp4::Mxfp4;
-pub use qpack::QpackIntegers;
-pub use regrid::{Data as IntegerData, Integers, Regrid};
-pub use target::{CompressedFormat, Format, Target};
+pub use qpack::{QpackCodebook, QpackIntegers, QpackScaled, QpackTernary};
+pub use regrid::{Data as IntegerData, Integers, Regrid, is_half};
+pub use target::{CompressedFormat, Format, QpackEncoding, Target};
 
 pub use crate::block::uniform::{Grid, round, weigh};
 
 use crate::container::grouped::Rows;
+use crate::container::qpack::Encoding;
 use crate::error::{Error, Result};
 use crate::tensor::DType;
 
@@ -71,13 +72,18 @@ impl<'a> Data<'a> {
         }
     }
 
-    /// The group of each of so many columns, as I32.
-    fn groups(self, cols: usize, group_size: u64) -> Vec<u8> {
+    /// The group of each of so many columns.
+    fn groups(self, cols: usize, group_size: u64) -> Vec<u32> {
         let of_column = |c: usize| match self {
             Self::Ordered(_, groups) => groups.get(c).copied().unwrap_or(0),
             _ => (c as u64 / group_size.max(1)) as u32,
         };
-        (0..cols).flat_map(|c| of_column(c).to_le_bytes()).collect()
+        (0..cols).map(of_column).collect()
+    }
+
+    /// The same as I32.
+    fn group_bytes(self, cols: usize, group_size: u64) -> Vec<u8> {
+        self.groups(cols, group_size).into_iter().flat_map(u32::to_le_bytes).collect()
     }
 
     /// Weights, all of them finite: scales have no room for what is not.
@@ -97,6 +103,17 @@ pub type Put<'a> = dyn FnMut(usize, u64, &[u8]) -> Result<()> + 'a;
 pub trait Layout: Debug + Send + Sync {
     /// The integers that it takes; `None` where it takes weights.
     fn grid(&self) -> Option<&Grid> {
+        None
+    }
+
+    /// Type of the scales of integers.
+    fn scales(&self) -> DType {
+        DType::F16
+    }
+
+    /// The encoding of a `.qpack` tensor of so many rows and columns, whose parts, in its order, it writes; `None`
+    /// where it writes tensors of a checkpoint.
+    fn encoding(&self, _rows: u64, _cols: u64) -> Option<Encoding> {
         None
     }
 

@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::Grid;
+use super::{Grid, Layout};
 use crate::block::{f16_from_f32, f32_from_f16};
 use crate::container::Stored;
 use crate::container::grouped::{Grouped, Rows, Shape};
@@ -136,23 +136,32 @@ fn split(dtype: DType, bytes: &[u8], out: &mut Rows) {
     }
 }
 
+/// Whether F16 has this number.
+pub fn is_half(x: f32) -> bool {
+    f32_from_f16(f16_from_f32(x)).to_bits() == x.to_bits()
+}
+
 /// Brings integers onto another grid.
 #[derive(Clone, Debug)]
 pub struct Regrid {
     from: Shape,
     to: Shape,
     grid: Grid,
+    /// Type of the scales there.
+    scales: DType,
     /// The group of each column, where groups do not follow on each other.
     order: Option<Vec<u32>>,
 }
 
 impl Regrid {
-    /// From matrices of this shape, whose columns are of these groups. `None` where such groups have to be
-    /// others on the grid.
-    pub fn new(from: &Shape, grid: &Grid, order: Option<Vec<u32>>) -> Option<Self> {
+    /// From matrices of this shape, whose columns are of these groups. `None` where the layout takes no integers,
+    /// or such groups have to be others there.
+    pub fn new(from: &Shape, layout: &dyn Layout, order: Option<Vec<u32>>) -> Option<Self> {
+        let (grid, scales) = (*layout.grid()?, layout.scales());
         let to = grid.shape(from.rows, from.cols);
         let same = (to.group_size, to.groups) == (from.group_size, from.groups);
-        (order.is_none() || same).then(|| Self { from: from.clone(), to, grid: *grid, order })
+        let fits = order.is_none() || same && layout.holds_order();
+        fits.then(|| Self { from: from.clone(), to, grid, scales, order })
     }
 
     /// The group of each column, where groups do not follow on each other.
@@ -182,14 +191,14 @@ impl Regrid {
 
     /// What is added to codes and zero; `None` where the grid has no such line.
     fn shift(&self, (scale, zero): (f32, f32)) -> Option<i32> {
-        if !scale.is_finite() || f32_from_f16(f16_from_f32(scale)).to_bits() != scale.to_bits() {
+        if !scale.is_finite() || self.scales != DType::F32 && !is_half(scale) {
             return None;
         }
         if zero.fract() != 0.0 || zero.abs() > 1024.0 {
             return None;
         }
         let zero = zero as i32;
-        let most = (1 << self.grid.bits) - 1;
+        let most = i32::from(self.grid.levels) - 1;
         let wanted = match self.grid.symmetric {
             true => i32::from(self.grid.middle()),
             false => zero.clamp(self.grid.least_zero.into(), most),

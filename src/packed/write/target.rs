@@ -8,7 +8,11 @@ use std::sync::Arc;
 use serde_json::{Value as Json, json};
 
 use super::{Awq, Bnb4, Bnb8, Compressed, CompressedFp8, Fp8, Gptq, Grid, Layout, Mxfp4};
+use super::{QpackCodebook, QpackIntegers, QpackScaled, QpackTernary};
+use crate::block::uniform::TERNARY;
+use crate::container::qpack::Trits;
 use crate::error::{Error, Result};
+use crate::tensor::DType;
 
 /// A format of quantized checkpoints.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,6 +33,43 @@ pub enum Format {
     Fp8,
     /// MXFP4, as the experts of gpt-oss are published.
     Mxfp4,
+    /// `.qpack`, in one of its encodings.
+    Qpack(QpackEncoding),
+}
+
+/// An encoding of `.qpack` files, as weights are brought into it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum QpackEncoding {
+    /// Integers of 1 to 8 bits, in groups of any size.
+    Integers,
+    /// -1, 0 and 1 times the scale of a group.
+    Ternary(Trits),
+    /// Quantiles of a normal distribution, 4 bits.
+    Nf4,
+    /// Floats of 4 bits.
+    Fp4,
+    /// 8 bits with a scale for each row, as LLM.int8.
+    Int8,
+    /// FP8 in blocks of 128 x 128.
+    Fp8,
+}
+
+impl QpackEncoding {
+    /// Names, as the command line has them.
+    pub const NAMES: &[(&str, Self)] = &[
+        ("int", Self::Integers),
+        ("ternary", Self::Ternary(Trits::Base3)),
+        ("ternary-bits2", Self::Ternary(Trits::Bits2)),
+        ("nf4", Self::Nf4),
+        ("fp4", Self::Fp4),
+        ("int8", Self::Int8),
+        ("fp8", Self::Fp8),
+    ];
+
+    /// Its name.
+    pub fn name(self) -> &'static str {
+        Self::NAMES.iter().find(|(_, e)| *e == self).map_or("", |(name, _)| name)
+    }
 }
 
 /// A format of compressed-tensors.
@@ -59,7 +100,7 @@ impl CompressedFormat {
 }
 
 impl Format {
-    /// Names, as the command line has them; of compressed-tensors the first.
+    /// Names of those that checkpoints have, as the command line has them; of compressed-tensors the first.
     pub const NAMES: &[(&str, Self)] = &[
         ("gptq", Self::Gptq),
         ("awq", Self::Awq),
@@ -75,20 +116,38 @@ impl Format {
     pub fn name(self) -> &'static str {
         let plain = match self {
             Self::Compressed(_) => Self::Compressed(CompressedFormat::Pack),
+            Self::Qpack(encoding) => return encoding.name(),
             other => other,
         };
         Self::NAMES.iter().find(|(_, f)| *f == plain).map_or("", |(name, _)| name)
     }
 
-    /// Whether it has integers in groups, whose bits and groups can be chosen.
+    /// Whether it has integers in groups, which methods can choose.
     pub fn has_grid(self) -> bool {
-        matches!(self, Self::Gptq | Self::Awq | Self::Compressed(_))
-            && self != Self::Compressed(CompressedFormat::Float)
+        match self {
+            Self::Gptq | Self::Awq => true,
+            Self::Compressed(format) => format != CompressedFormat::Float,
+            Self::Qpack(encoding) => matches!(encoding, QpackEncoding::Integers) || self.is_ternary(),
+            _ => false,
+        }
+    }
+
+    /// Whether these are -1, 0 and 1.
+    pub fn is_ternary(self) -> bool {
+        matches!(self, Self::Qpack(QpackEncoding::Ternary(_)))
+    }
+
+    /// Whether the columns of a group can be chosen.
+    pub fn has_groups(self) -> bool {
+        self.has_grid() || matches!(self, Self::Qpack(QpackEncoding::Nf4 | QpackEncoding::Fp4))
     }
 
     /// Whether columns may name their groups.
     pub fn holds_order(self) -> bool {
-        matches!(self, Self::Gptq | Self::Compressed(CompressedFormat::Pack))
+        matches!(
+            self,
+            Self::Gptq | Self::Compressed(CompressedFormat::Pack) | Self::Qpack(QpackEncoding::Integers)
+        )
     }
 
     /// Bits that codes can have.
@@ -97,6 +156,9 @@ impl Format {
             Self::Gptq => &[2, 3, 4, 8],
             Self::Compressed(CompressedFormat::Pack) => &[2, 3, 4, 5, 6, 7, 8],
             Self::Compressed(_) | Self::BnbInt8 | Self::Fp8 => &[8],
+            Self::Qpack(QpackEncoding::Integers) => &[1, 2, 3, 4, 5, 6, 7, 8],
+            Self::Qpack(QpackEncoding::Ternary(_)) => &[2],
+            Self::Qpack(QpackEncoding::Int8 | QpackEncoding::Fp8) => &[8],
             _ => &[4],
         }
     }
@@ -122,21 +184,32 @@ pub struct Target {
     pub second_version: Option<bool>,
     /// Whether the scales of bitsandbytes' 4 bits are quantized as well.
     pub double_quant: bool,
+    /// Type of the scales of integers in `.qpack`: F16 or F32. Elsewhere they are F16.
+    pub scales: DType,
 }
 
 impl Target {
     /// A format as it mostly is.
     pub fn new(format: Format) -> Self {
-        let eight = format.bits() == [8];
+        let bits = match format.bits() {
+            [bits] => *bits,
+            _ => 4,
+        };
+        let group_size = match format {
+            _ if bits == 8 => None,
+            Format::Qpack(QpackEncoding::Nf4 | QpackEncoding::Fp4) => Some(64),
+            _ => Some(128),
+        };
         Self {
             format,
-            bits: if eight { 8 } else { 4 },
-            group_size: if eight { None } else { Some(128) },
+            bits,
+            group_size,
             symmetric: format != Format::Awq,
             desc_act: false,
             ordered: false,
             second_version: None,
             double_quant: false,
+            scales: DType::F16,
         }
     }
 
@@ -161,6 +234,14 @@ impl Target {
                 only("with 2 bits and zeros needs --checkpoint-format gptq_v2")
             }
             Format::BnbNf4 | Format::BnbFp4 => Ok(()),
+            Format::Qpack(QpackEncoding::Integers) if self.bits == 1 && self.symmetric => {
+                only("with 1 bit has codes 0 and 1, which need zeros: --asym")
+            }
+            Format::Qpack(QpackEncoding::Int8) if grouped => only("has one scale for each row"),
+            Format::Qpack(QpackEncoding::Fp8) if grouped => only("has a scale for each 128 x 128"),
+            Format::Qpack(encoding) if encoding != QpackEncoding::Integers && !self.symmetric => {
+                only("has no zeros")
+            }
             _ if self.ordered && !self.format.holds_order() => only("knows no order of columns"),
             _ if self.double_quant => only("has no double quantization"),
             _ => Ok(()),
@@ -175,7 +256,7 @@ impl Target {
     fn grid(&self) -> Grid {
         let gptq = self.format == Format::Gptq;
         Grid {
-            bits: self.bits,
+            levels: if self.format.is_ternary() { TERNARY } else { 1 << self.bits },
             group_size: self.group_size,
             symmetric: self.symmetric,
             least_zero: (gptq && self.first_version()).into(),
@@ -202,17 +283,32 @@ impl Target {
             }
             Format::Fp8 => Arc::new(Fp8 { block: [fp8_block(sizes)?; 2] }),
             Format::Mxfp4 => Arc::new(Mxfp4),
+            Format::Qpack(encoding) => self.qpack(encoding),
         })
     }
 
+    fn qpack(&self, encoding: QpackEncoding) -> Arc<dyn Layout> {
+        let (grid, scales) = (self.grid(), self.scales);
+        let codebook = |fp4| QpackCodebook { fp4, group_size: self.group_size };
+        match encoding {
+            QpackEncoding::Integers => Arc::new(QpackIntegers { grid, scales, ordered: self.ordered }),
+            QpackEncoding::Ternary(packing) => Arc::new(QpackTernary { grid, packing, scales }),
+            QpackEncoding::Nf4 => Arc::new(codebook(false)),
+            QpackEncoding::Fp4 => Arc::new(codebook(true)),
+            QpackEncoding::Int8 => Arc::new(QpackScaled::Int8),
+            QpackEncoding::Fp8 => Arc::new(QpackScaled::Fp8),
+        }
+    }
+
     /// `quantization_config` of a model whose `kept` modules are not quantized, and whose matrices have
-    /// these sizes.
+    /// these sizes; `None` for `.qpack`, which says it of each tensor.
     ///
     /// # Errors
     /// As [`Self::layout`].
-    pub fn config(&self, kept: &[String], sizes: &[[u64; 2]], dtype: &str) -> Result<Json> {
+    pub fn config(&self, kept: &[String], sizes: &[[u64; 2]], dtype: &str) -> Result<Option<Json>> {
         let group_size = self.group_size.map_or(-1, |n| n as i64);
-        Ok(match self.format {
+        Ok(Some(match self.format {
+            Format::Qpack(_) => return Ok(None),
             Format::Gptq => self.gptq_config(kept, group_size),
             Format::Awq => json!({
                 "quant_method": "awq", "bits": self.bits, "group_size": group_size, "zero_point": true,
@@ -228,7 +324,7 @@ impl Target {
                 })
             }
             Format::Mxfp4 => json!({"quant_method": "mxfp4", "modules_to_not_convert": kept}),
-        })
+        }))
     }
 
     fn gptq_config(&self, kept: &[String], group_size: i64) -> Json {
@@ -307,9 +403,10 @@ mod tests {
 
     #[test]
     fn what_a_format_has_not() {
-        for (name, format) in Format::NAMES {
+        let of_qpack = QpackEncoding::NAMES.iter().map(|(name, e)| (name, Format::Qpack(*e)));
+        for (name, format) in Format::NAMES.iter().map(|(name, f)| (name, *f)).chain(of_qpack) {
             assert_eq!(format.name(), *name);
-            let target = Target::new(*format);
+            let target = Target::new(format);
             target.check().unwrap();
             assert!(Target { bits: 9, ..target.clone() }.check().is_err(), "{name}");
             let doubled = Target { double_quant: true, ..target };
@@ -329,6 +426,7 @@ mod tests {
         let kept = ["lm_head".to_string(), "model.layers.0.mlp.gate".to_string()];
         for (name, format) in Format::NAMES {
             let config = Target::new(*format).config(&kept, &[[128, 128]], "float16").unwrap();
+            let config = config.unwrap();
             assert!(config.to_string().contains("gate"), "{name}: {config}");
         }
     }
