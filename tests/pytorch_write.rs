@@ -61,7 +61,7 @@ fn write(dir: &Path, tensors: &[Spec], layout: &Layout) {
         write_all_at(&file, &f.header, 0).unwrap();
         let read = |at: u64, bytes: &mut [u8]| read_exact_at(&file, bytes, at).map_err(|e| panic!("{e}"));
         let write = |at: u64, bytes: &[u8]| write_all_at(&file, bytes, at).map_err(|e| panic!("{e}"));
-        f.ending.as_ref().unwrap().write(1, &mut Vec::new(), &read, &write).unwrap();
+        f.ending.as_ref().unwrap().write(1, &mut Vec::new(), &read, &write, &|_| true).unwrap();
         assert_eq!(file.metadata().unwrap().len(), f.len, "nothing is written beyond the end");
     }
     if let Some((name, index)) = &layout.index {
@@ -148,7 +148,7 @@ fn sizes_offsets_and_counts_beyond_the_first_zip() {
         read_exact_at(&file, bytes, at).map_err(|e| panic!("{e}"))
     };
     let write_at = |at: u64, bytes: &[u8]| write_all_at(&file, bytes, at).map_err(|e| panic!("{e}"));
-    f.ending.as_ref().unwrap().write(1, &mut Vec::new(), &read, &write_at).unwrap();
+    f.ending.as_ref().unwrap().write(1, &mut Vec::new(), &read, &write_at, &|_| true).unwrap();
     let store = pytorch::open(&path, &Limits::default()).unwrap();
     let b = store.get("b").unwrap();
     assert!(b.offset > 1 << 32);

@@ -156,8 +156,7 @@ pub fn carry_out(job: &Job, args: &WriteArgs) -> Result<Option<Done>> {
     }
     ui::catch_interrupt();
     let begun = Instant::now();
-    let bytes = job.plan.tensors.iter().map(|t| t.nbytes).sum();
-    let progress = Progress::new("converting", bytes, args.work.quiet);
+    let progress = Progress::new("converting", job.plan.work(), args.work.quiet);
     let done = job.run(args.force, &budget, &progress);
     progress.finish();
     let outcomes = done?;
@@ -167,7 +166,7 @@ pub fn carry_out(job: &Job, args: &WriteArgs) -> Result<Option<Done>> {
 /// Where the tensors of a packed matrix lie.
 fn parts(t: &TensorPlan) -> Option<serde_json::Value> {
     let place = |p: &PartPlan| json!({"name": p.name, "type": p.dtype, "shape": p.shape, "file": p.file, "offset": p.offset});
-    Some(t.packing.as_ref()?.parts.iter().map(place).collect())
+    Some(t.parts()?.iter().map(place).collect())
 }
 
 fn show_plan(job: &Job, budget: &Budget, json: bool) -> std::io::Result<()> {

@@ -180,7 +180,7 @@ const ALIASES: [(&str, Format); 6] = [
     ("compressed_tensors", Format::Compressed(CompressedFormat::Pack)),
 ];
 
-fn parse_to(text: &str) -> std::result::Result<To, String> {
+pub fn parse_to(text: &str) -> std::result::Result<To, String> {
     let packed = Format::NAMES.iter().chain(&ALIASES).find(|(name, _)| *name == text);
     match (text, packed) {
         ("safetensors" | "hf", _) => Ok(To::Safetensors),

@@ -22,6 +22,7 @@ mod imatrix;
 mod inspect;
 mod lora_to_gguf;
 mod mix;
+mod pack;
 mod quantize;
 mod quantizer;
 mod report;
@@ -31,6 +32,7 @@ mod split;
 #[cfg(feature = "ggml")]
 mod talk;
 mod ui;
+mod unpack;
 mod verify;
 
 use std::process::ExitCode;
@@ -50,6 +52,8 @@ enum Command {
     HfToGguf(hf_to_gguf::Args),
     GgufToHf(gguf_to_hf::Args),
     Convert(convert::Args),
+    Pack(pack::Args),
+    Unpack(unpack::Args),
     LoraToGguf(lora_to_gguf::Args),
     Quantize(quantize::Args),
     Imatrix(imatrix::Args),
@@ -162,6 +166,8 @@ fn run(command: Command) -> anyhow::Result<Status> {
         Command::HfToGguf(args) => hf_to_gguf::run(&args),
         Command::GgufToHf(args) => gguf_to_hf::run(&args),
         Command::Convert(args) => convert::run(&args),
+        Command::Pack(args) => pack::run(&args),
+        Command::Unpack(args) => unpack::run(args),
         Command::LoraToGguf(args) => lora_to_gguf::run(&args),
         Command::Quantize(args) => quantize::run(&args),
         Command::Imatrix(args) => imatrix::run(&args).map(|()| Status::Done),

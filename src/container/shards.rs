@@ -14,7 +14,7 @@ use super::side::{from_json, read_side_file};
 
 use super::pytorch::write::Checksums;
 use super::qpack::ShardSeal;
-use super::qpack::write::{ReadAt, Seal, WriteAt};
+use super::qpack::write::{ReadAt, Seal, Seen, WriteAt};
 use super::unique::Unique;
 use super::{InputFile, Store};
 use crate::error::{Error, Result};
@@ -338,25 +338,40 @@ pub enum Ending {
 
 impl Ending {
     /// Reads the data, and writes it; both functions are given offsets in the file. `seals` are those of the
-    /// files that come before, which it adds its own to.
+    /// files that come before, which it adds its own to. `seen` is told of bytes that were read.
     ///
     /// # Errors
-    /// Those of `read` and `write`.
+    /// Those of `read` and `write`; `Interrupted` as `seen` says.
     pub fn write(
         &self,
         threads: usize,
         seals: &mut Vec<ShardSeal>,
         read: &ReadAt<'_>,
         write: &WriteAt<'_>,
+        seen: &Seen<'_>,
     ) -> Result<()> {
         match self {
-            Self::Zip(checksums) => checksums.write(read, write)?,
+            Self::Zip(checksums) => {
+                let read = |at: u64, bytes: &mut [u8]| {
+                    read(at, bytes)?;
+                    if seen(bytes.len() as u64) { Ok(()) } else { Err(Error::interrupted()) }
+                };
+                checksums.write(read, write)?
+            }
             Self::Qpack(seal) => {
-                let own = seal.write(threads, seals, read, write)?;
+                let own = seal.write(threads, seals, read, write, seen)?;
                 seals.push(own);
             }
         }
         Ok(())
+    }
+
+    /// Bytes that it reads.
+    pub fn bytes(&self) -> u64 {
+        match self {
+            Self::Zip(checksums) => checksums.bytes(),
+            Self::Qpack(seal) => seal.bytes(),
+        }
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::{ErrorKind, Read};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
@@ -32,6 +32,64 @@ pub fn read_side_file(path: &Path, max_bytes: u64) -> Result<Option<Vec<u8>>> {
         return Err(too_long());
     }
     Ok(Some(bytes))
+}
+
+/// Endings of files that hold weights, in one form or another.
+const WEIGHTS: [&str; 15] = [
+    "safetensors",
+    "bin",
+    "pt",
+    "pth",
+    "ckpt",
+    "gguf",
+    "ggml",
+    "onnx",
+    "onnx_data",
+    "h5",
+    "msgpack",
+    "ot",
+    "npz",
+    "tflite",
+    "qpack",
+];
+/// Directories within directories.
+const MAX_DEPTH: u32 = 4;
+
+/// Whether a file is called as files of weights are.
+pub fn is_weights(name: &str) -> bool {
+    name.rsplit_once('.').is_some_and(|(_, ending)| WEIGHTS.contains(&ending))
+}
+
+/// All files in a directory and in those in it, in the order of their names, by names relative to it and by path;
+/// without those that are hidden, and those whose names are not UTF-8.
+///
+/// # Errors
+/// `Io`.
+pub fn files_below(dir: &Path) -> Result<Vec<(String, PathBuf)>> {
+    let mut found = Vec::new();
+    visit(dir, "", 0, &mut found)?;
+    found.sort();
+    Ok(found)
+}
+
+fn visit(dir: &Path, prefix: &str, depth: u32, found: &mut Vec<(String, PathBuf)>) -> Result<()> {
+    let failed = |e| Error::io("read", dir, e);
+    for entry in std::fs::read_dir(dir).map_err(failed)? {
+        let entry = entry.map_err(failed)?;
+        let Ok(name) = entry.file_name().into_string() else { continue };
+        if name.starts_with('.') {
+            continue;
+        }
+        let (path, name) = (entry.path(), format!("{prefix}{name}"));
+        let kind = entry.file_type().map_err(failed)?;
+        // Links to files are how caches are made; links to directories may lead in circles.
+        if kind.is_dir() && depth < MAX_DEPTH {
+            visit(&path, &format!("{name}/"), depth + 1, found)?;
+        } else if !kind.is_dir() && path.is_file() {
+            found.push((name, path));
+        }
+    }
+    Ok(())
 }
 
 /// A text file that the user named.

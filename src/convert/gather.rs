@@ -124,6 +124,18 @@ impl Source {
         })
     }
 
+    /// So many elements that are not read by their values.
+    pub(super) fn moved(elements: u64) -> Self {
+        Self {
+            kind: Kind::Values(Vec::new()),
+            elementwise: Vec::new(),
+            factors: Vec::new(),
+            elements,
+            contiguous: true,
+            has_gaps: false,
+        }
+    }
+
     /// Type of the source's values; `None` for values that were computed.
     pub fn dtype(&self) -> Option<DType> {
         match &self.kind {

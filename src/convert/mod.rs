@@ -8,6 +8,7 @@ mod adapter;
 mod checkpoint;
 mod edits;
 mod fold;
+mod from_qpack;
 mod gather;
 mod general;
 mod guide;
@@ -16,6 +17,7 @@ mod journal;
 mod lora_to_gguf;
 mod low_rank;
 mod model_id;
+mod moved;
 mod outcome;
 mod pack;
 mod plan;
@@ -28,16 +30,19 @@ mod shards;
 mod stage;
 mod stream;
 mod to_hf;
+mod to_qpack;
 mod tokens;
 mod types;
 
 pub use checkpoint::{Checkpoint, GGUF_METADATA_FILE, quantization};
 pub use edits::MetadataEdits;
 pub use fold::{Factor, FoldPlan, Folding};
+pub use from_qpack::FromQpack;
 pub use gather::{Scratch, Source, identity};
 pub use guide::{MethodChoice, Way, parse_method, parse_tensor_method, strip_awq};
 pub use hf_to_gguf::{HfToGguf, MergeLora, source_tensors};
 pub use lora_to_gguf::LoraToGguf;
+pub use moved::Moved;
 pub use outcome::{Fallback, Outcome, OutputError};
 pub use pack::{Origin, Packing, PartPlan};
 pub use plan::{Budget, FilePlan, Guide, Importance, Obstacle, Plan, Rounding, TensorPlan};
@@ -48,6 +53,7 @@ pub use shards::{Reshard, Sharding};
 pub use stage::{OutputFile, Stage, Temporary};
 pub use stream::{Observer, Silent};
 pub use to_hf::{HfContainer, ToHf, Wanted};
+pub use to_qpack::ToQpack;
 pub use tokens::{TokenCheck, Tokens};
 pub use types::{FILE_TYPES, FileType, base_name};
 
@@ -55,7 +61,7 @@ use std::path::{Path, PathBuf};
 
 use self::journal::Journal;
 use crate::container::Store;
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{ErrorKind, Result};
 
 /// A planned conversion, ready to run.
 #[derive(Debug)]
@@ -138,12 +144,13 @@ impl Job {
         let mut seals = Vec::new();
         for (file, plan) in stage.files().iter().zip(&self.plan.files) {
             let Some(ending) = &plan.ending else { continue };
-            let read = |at: u64, bytes: &mut [u8]| match observer.interrupted() {
-                true => Err(Error::interrupted()),
-                false => file.read_at(at, bytes),
-            };
+            let read = |at: u64, bytes: &mut [u8]| file.read_at(at, bytes);
             let write = |at: u64, bytes: &[u8]| file.write_at(at, bytes);
-            ending.write(budget.threads, &mut seals, &read, &write)?;
+            let seen = |bytes: u64| {
+                observer.advance(bytes, "checksums");
+                !observer.interrupted()
+            };
+            ending.write(budget.threads, &mut seals, &read, &write, &seen)?;
         }
         Ok(outcomes)
     }

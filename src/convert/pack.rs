@@ -46,6 +46,13 @@ pub struct PartPlan {
     pub offset: u64,
 }
 
+impl PartPlan {
+    /// A tensor whose place is not known yet.
+    pub(super) fn new(name: &str, dtype: DType, shape: &[u64]) -> Self {
+        Self { name: name.to_string(), dtype, shape: shape.to_vec(), file: 0, offset: 0 }
+    }
+}
+
 /// What needs no rounding.
 #[derive(Debug)]
 pub enum Origin {
@@ -73,7 +80,7 @@ impl Packing {
                 (Some((first, rest)), [_, _, ..]) if *first == rows => [outer, rest].concat(),
                 _ => part.shape,
             };
-            PartPlan { name: format!("{stem}{}", part.suffix), dtype: part.dtype, shape, file: 0, offset: 0 }
+            PartPlan::new(&format!("{stem}{}", part.suffix), part.dtype, &shape)
         };
         let parts = layout.parts(rows, cols)?.into_iter().map(part).collect();
         Ok(Self { format, layout, parts, origin: None, expert: 0, informed: OnceLock::new() })

@@ -5,8 +5,9 @@ use std::sync::Arc;
 
 use super::fold::{self, FoldPlan};
 use super::gather::Source;
+use super::moved::Moved;
 use super::outcome::Fallback;
-use super::pack::Packing;
+use super::pack::{Packing, PartPlan};
 use super::readers::Readers;
 use crate::block::gram::PANEL;
 use crate::block::{Lattice, codec};
@@ -158,6 +159,8 @@ pub struct TensorPlan {
     pub rounding: Rounding,
     /// The tensors that are written in its place, where it is a matrix of a quantized checkpoint.
     pub packing: Option<Packing>,
+    /// The tensors that its bytes are moved into, without being decoded.
+    pub moved: Option<Moved>,
     /// Why that is not, or not everywhere, what was asked for.
     pub fallback: Option<Fallback>,
     /// Which output file.
@@ -191,6 +194,7 @@ impl TensorPlan {
             source,
             rounding,
             packing: None,
+            moved: None,
             fallback: None,
             file: 0,
             offset: 0,
@@ -198,6 +202,44 @@ impl TensorPlan {
         };
         planned.check()?;
         Ok(planned)
+    }
+
+    /// A tensor of so many elements that is moved.
+    ///
+    /// # Errors
+    /// `Malformed` for impossible sizes.
+    pub fn moved(name: String, shape: Vec<u64>, moved: Moved) -> Result<Self> {
+        let sizes = moved.parts.iter().map(|p| p.dtype.nbytes(&p.shape));
+        let nbytes = sizes.sum::<Result<u64>>()?;
+        let source = Source::moved(crate::tensor::elements(&shape)?);
+        Ok(Self {
+            name,
+            shape,
+            dtype: DType::U8,
+            wanted: None,
+            source,
+            rounding: Rounding::Nearest,
+            packing: None,
+            moved: Some(moved),
+            fallback: None,
+            file: 0,
+            offset: 0,
+            nbytes,
+        })
+    }
+
+    /// The tensors that are written in its place, where there are such.
+    pub fn parts(&self) -> Option<&[PartPlan]> {
+        let packed = self.packing.as_ref().map(|p| p.parts.as_slice());
+        packed.or(self.moved.as_ref().map(|m| m.parts.as_slice()))
+    }
+
+    /// Places in the output: that of the tensor, or of each of its parts.
+    pub(super) fn places_mut(&mut self) -> Vec<(&mut usize, &mut u64)> {
+        let packed = self.packing.iter_mut().flat_map(|p| &mut p.parts);
+        let parts = packed.chain(self.moved.iter_mut().flat_map(|m| &mut m.parts));
+        let places: Vec<_> = parts.map(|p| (&mut p.file, &mut p.offset)).collect();
+        if places.is_empty() { vec![(&mut self.file, &mut self.offset)] } else { places }
     }
 
     /// Whether its values can be copied or converted.
@@ -218,19 +260,20 @@ impl TensorPlan {
 
     /// Whether bytes are copied as they are.
     pub fn is_plain(&self) -> bool {
-        self.packing.is_none() && self.source.is_plain(self.dtype)
+        self.packing.is_none() && self.moved.is_none() && self.source.is_plain(self.dtype)
     }
 
     /// What its type is called: that of a packed matrix is the format.
     pub fn type_name(&self) -> &'static str {
-        self.packing.as_ref().map_or(self.dtype.name(), |p| p.format)
+        let moved = self.moved.as_ref().map(|m| m.kind);
+        self.packing.as_ref().map(|p| p.format).or(moved).unwrap_or(self.dtype.name())
     }
 
     /// Whether weights become codes of blocks.
     pub fn is_rounded(&self) -> bool {
         match &self.packing {
             Some(packing) => packing.origin.is_none(),
-            None => self.dtype.is_block() && !self.is_plain(),
+            None => self.dtype.is_block() && self.moved.is_none() && !self.is_plain(),
         }
     }
 
@@ -275,6 +318,9 @@ fn bytes_per_element(tensor: &TensorPlan) -> u64 {
     if is_moved(tensor) { BYTES_PER_CODE } else { BYTES_PER_ELEMENT }
 }
 
+/// Bytes of buffers where a tensor is moved as a whole: panels of rows, before and after.
+const MOVED_BYTES: u64 = 16 << 20;
+
 impl Budget {
     /// Threads as the machine has cores, and 64 MiB of buffers for each.
     pub fn new(threads: Option<usize>, memory: Option<u64>) -> Result<Self> {
@@ -294,6 +340,9 @@ impl Budget {
 
     /// Elements in each span of `tensor`; the last may be shorter.
     pub fn span(&self, tensor: &TensorPlan) -> u64 {
+        if tensor.moved.is_some() {
+            return tensor.source.elements().max(1);
+        }
         let held = tensor.source.held_bytes(SCATTERED_SPAN);
         let most = (self.memory / self.threads as u64).saturating_sub(held) / bytes_per_element(tensor);
         let scattered = !tensor.source.is_contiguous() || tensor.packing.is_some();
@@ -326,6 +375,9 @@ impl Budget {
     /// Most bytes that buffers can take.
     pub fn peak(&self, plan: &Plan) -> u64 {
         let of_tensor = |t: &TensorPlan| {
+            if t.moved.is_some() {
+                return t.nbytes.saturating_mul(2).min(MOVED_BYTES);
+            }
             let buffers = self.span(t).min(t.source.elements()).saturating_mul(bytes_per_element(t));
             buffers.saturating_add(t.source.held_bytes(SCATTERED_SPAN))
         };
@@ -389,6 +441,12 @@ impl Plan {
     /// Bytes of all output files.
     pub fn total_len(&self) -> u64 {
         self.files.iter().map(|f| f.len).sum()
+    }
+
+    /// Bytes that are written, and read again for checksums.
+    pub fn work(&self) -> u64 {
+        let of_tensors = self.tensors.iter().map(|t| t.nbytes);
+        of_tensors.chain(self.files.iter().filter_map(|f| f.ending.as_ref().map(Ending::bytes))).sum()
     }
 
     /// Number of weights.

@@ -87,7 +87,7 @@ pub fn stream(
                 Err(Error::interrupted())
             } else {
                 let span = Span { tensor: k, start, end };
-                worker.span_once(plan, store, files, span, journal, &guides)
+                worker.span_once(plan, store, files, span, journal, &guides, observer)
             };
             match done {
                 Ok(Spanned { loss: Some(loss), .. }) if plan.exact_only && loss.lost > 0.0 => {
@@ -137,9 +137,14 @@ impl Worker {
         span: Span,
         journal: Option<&Journal>,
         guides: &Guides,
+        observer: &dyn Observer,
     ) -> Result<Spanned> {
         let Span { tensor, start, end } = span;
         let t = &plan.tensors[tensor];
+        if let Some(moved) = &t.moved {
+            moved.write(&t.name, store, files, observer)?;
+            return Ok(Spanned { loss: Some(Loss::default()), ..Spanned::default() });
+        }
         if let Some(packing) = &t.packing {
             let (bytes, loss) = packing.write(t, store, files, (start, end), &mut self.packing, guides)?;
             return Ok(Spanned { bytes, loss: Some(loss), ..Spanned::default() });

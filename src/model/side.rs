@@ -6,14 +6,10 @@ use std::path::{Path, PathBuf};
 use sha2::{Digest, Sha256};
 
 use crate::container::qpack::Qpack;
+use crate::container::side::{files_below, is_weights};
 use crate::container::{InputFile, Store};
 use crate::error::{Error, Result};
 
-/// Directories within each other.
-const MAX_DEPTH: u32 = 4;
-/// Endings of files that are weights, perhaps of another format, or list them.
-const WEIGHTS: [&str; 11] =
-    ["safetensors", "bin", "pt", "pth", "gguf", "qpack", "h5", "msgpack", "onnx", "index.json", "lock"];
 /// Bytes that are read at a time.
 const BUFFER: usize = 1 << 20;
 
@@ -72,31 +68,13 @@ pub(super) fn of_qpack(file: &Qpack) -> Vec<SideFile> {
 /// `Io`.
 pub(super) fn of_directory(dir: &Path, store: &Store) -> Result<Vec<SideFile>> {
     let mut found = Vec::new();
-    visit(dir, "", 0, store, &mut found)?;
-    found.sort_by(|a, b| a.name.cmp(&b.name));
-    Ok(found)
-}
-
-fn visit(dir: &Path, prefix: &str, depth: u32, store: &Store, found: &mut Vec<SideFile>) -> Result<()> {
-    let failed = |e| Error::io("read", dir, e);
-    for entry in fs::read_dir(dir).map_err(failed)? {
-        let entry = entry.map_err(failed)?;
-        let (path, name) = (entry.path(), entry.file_name().to_string_lossy().into_owned());
-        if name.starts_with('.') {
+    for (name, path) in files_below(dir)? {
+        let is_own = store.files().iter().any(|f| f.path() == path);
+        if is_own || is_weights(&name) || name.ends_with(".index.json") || name.ends_with(".lock") {
             continue;
         }
         let meta = fs::metadata(&path).map_err(|e| Error::io("read", &path, e))?;
-        let name = format!("{prefix}{name}");
-        if meta.is_dir() {
-            if depth < MAX_DEPTH {
-                visit(&path, &format!("{name}/"), depth + 1, store, found)?;
-            }
-        } else if meta.is_file()
-            && !WEIGHTS.iter().any(|end| name.ends_with(&format!(".{end}")))
-            && !store.files().iter().any(|f| f.path() == path)
-        {
-            found.push(SideFile { name, bytes: meta.len(), place: Place::Path(path) });
-        }
+        found.push(SideFile { name, bytes: meta.len(), place: Place::Path(path) });
     }
-    Ok(())
+    Ok(found)
 }

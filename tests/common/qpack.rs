@@ -42,7 +42,7 @@ pub fn file_on(
         Ok(())
     };
     let mut seals = others.to_vec();
-    layout.ending.unwrap().write(threads, &mut seals, &read, &write).unwrap();
+    layout.ending.unwrap().write(threads, &mut seals, &read, &write, &|_| true).unwrap();
     let seal = seals.pop().unwrap();
     let bytes = bytes.into_inner().unwrap();
     assert_eq!(seal.bytes, bytes.len() as u64);

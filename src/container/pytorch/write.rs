@@ -98,6 +98,11 @@ struct Entry {
 }
 
 impl Checksums {
+    /// Bytes that [`Self::write`] reads.
+    pub fn bytes(&self) -> u64 {
+        self.entries.iter().filter(|e| e.sum.is_none()).map(|e| e.len).sum()
+    }
+
     /// Sums up the data of each tensor, and writes its header and the directory. Both functions are
     /// given offsets in the file.
     ///

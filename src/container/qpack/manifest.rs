@@ -429,6 +429,11 @@ fn check_name(name: &str, most: usize) -> Result<()> {
     Ok(())
 }
 
+/// Whether a file of a model can be called so: a path that stays below its directory, on any system.
+pub fn is_path(path: &str) -> bool {
+    check_path(path).is_ok()
+}
+
 /// A path that stays below the directory it is put into, on any system.
 fn check_path(path: &str) -> Result<()> {
     check_name(path, MAX_NAME)?;

@@ -23,10 +23,17 @@ pub use encoding::{
     Codebook, Encoding, Integers, Matrix, Nested, PartSize, Scaled, Sparse, Ternary, Trits, Zeros,
 };
 pub use frame::{ALIGNMENT, VERSION, is_qpack};
+pub use manifest::is_path;
 pub use manifest::{Compression, Manifest, Part, Segment, ShardSeal, SideFile, Split, Tensor};
 pub use origin::{Origin, Source};
 pub(crate) use read::part_name;
 pub use read::{Fault, Qpack, Where};
 
+/// The file of a model from Hugging Face.
+pub const CONFIG: &str = "config.json";
+/// The file of a model from GGUF: its metadata, as a GGUF file without tensors.
+pub const METADATA: &str = "metadata.gguf";
+/// Where headers of the safetensors files are that a model was made from.
+pub const HEADERS: &str = ".qpack/headers/";
 /// The last part of a file's name, without the dot.
 pub const SUFFIX: &str = "qpack";

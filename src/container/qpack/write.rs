@@ -1,11 +1,16 @@
 //! Lays out files. All sizes are known beforehand, and so is the length of the manifest: what is not are the
 //! SHA-256 in it, which have the same length whatever they are. [`Seal`] fills them in when the data are there.
 
+use std::path::PathBuf;
+
+use serde_json::{Value as Json, json};
 use sha2::{Digest, Sha256};
 
 use super::SUFFIX;
+use super::fields::hex;
 use super::frame::{FOOTER, Footer, header};
 use super::manifest::{Manifest, ShardSeal, Split};
+use crate::container::InputFile;
 use crate::container::shards::{Ending, FileLayout, Layout, shard_name};
 use crate::error::{Error, Result};
 use crate::work::each;
@@ -17,6 +22,8 @@ const BUFFER: usize = 1 << 20;
 #[derive(Debug)]
 pub struct Seal {
     manifest: Manifest,
+    /// Whose SHA-256 are to stand in `provenance.sources`.
+    sources: Vec<PathBuf>,
     /// Where each segment begins, and at last the manifest.
     places: Vec<u64>,
 }
@@ -30,11 +37,22 @@ pub type Seen<'a> = dyn Fn(u64) -> bool + Sync + 'a;
 
 /// Lays out a model: `STEM.qpack`, or, where tensors have more than `max_shard_size` bytes, files of at most as
 /// many in the order of the tensors; a tensor larger than that has a file of its own. The SHA-256 in `manifest`
-/// play no part. There is a place for each segment: side files, then the parts of each tensor.
+/// play no part. There is a place for each segment: side files, then the parts of each tensor. `sources` are the
+/// files that it is made from, which its provenance tells of.
 ///
 /// # Errors
-/// `Malformed` for what a reader would refuse; `Unsupported` for what has no place in a manifest.
-pub fn layout(stem: &str, manifest: Manifest, max_shard_size: u64) -> Result<Layout> {
+/// `Malformed` for what a reader would refuse; `Unsupported` for what has no place in a manifest; `Io` for
+/// sources that are not there.
+pub fn layout(
+    stem: &str,
+    mut manifest: Manifest,
+    max_shard_size: u64,
+    mut sources: Vec<PathBuf>,
+) -> Result<Layout> {
+    if !sources.is_empty() {
+        let listed = sources.iter().map(source).collect::<Result<Vec<_>>>()?;
+        manifest.provenance.insert(SOURCES.into(), listed.into());
+    }
     let shards = divided(manifest, max_shard_size);
     let mut layout = Layout { files: Vec::new(), places: Vec::new(), index: None };
     let count = shards.len() as u64;
@@ -49,7 +67,7 @@ pub fn layout(stem: &str, manifest: Manifest, max_shard_size: u64) -> Result<Lay
             let seals = if is_last { std::mem::take(&mut lengths) } else { Vec::new() };
             manifest.split = Some(Split { no: k as u64 + 1, count, seals });
         }
-        let (file, places) = file(name, manifest)?;
+        let (file, places) = sealed(name, manifest, std::mem::take(&mut sources))?;
         lengths.push(ShardSeal { bytes: file.len, ..ShardSeal::default() });
         layout.files.push(file);
         layout.places.extend(places.into_iter().map(|at| (k, at)));
@@ -60,11 +78,7 @@ pub fn layout(stem: &str, manifest: Manifest, max_shard_size: u64) -> Result<Lay
 /// The manifests of files of so many bytes of tensors; the first has the side files.
 fn divided(mut whole: Manifest, max_shard_size: u64) -> Vec<Manifest> {
     let tensors = std::mem::take(&mut whole.tensors);
-    let empty = |whole: &Manifest| Manifest {
-        provenance: whole.provenance.clone(),
-        more: whole.more.clone(),
-        ..Manifest::default()
-    };
+    let empty = |whole: &Manifest| Manifest { more: whole.more.clone(), ..Manifest::default() };
     let mut shards = vec![whole];
     let mut of_file = 0u64;
     for tensor in tensors {
@@ -88,34 +102,77 @@ fn divided(mut whole: Manifest, max_shard_size: u64) -> Vec<Manifest> {
 /// # Errors
 /// As [`layout`].
 pub fn file(name: String, manifest: Manifest) -> Result<(FileLayout, Vec<u64>)> {
+    sealed(name, manifest, Vec::new())
+}
+
+fn sealed(name: String, manifest: Manifest, sources: Vec<PathBuf>) -> Result<(FileLayout, Vec<u64>)> {
     let places = manifest.places()?;
     let at = places.last().copied().unwrap_or_default();
     let len = at.checked_add(manifest.bytes()?.len() as u64).and_then(|n| n.checked_add(FOOTER));
     let len = len.ok_or_else(|| Error::malformed("a file would exceed 2^64 bytes"))?;
     let of_segments = places[..places.len() - 1].to_vec();
-    let ending = Some(Ending::Qpack(Box::new(Seal { manifest, places })));
+    let ending = Some(Ending::Qpack(Box::new(Seal { manifest, sources, places })));
     Ok((FileLayout { name, header: header().to_vec(), len, ending }, of_segments))
 }
 
+/// What provenance calls the files that were read.
+const SOURCES: &str = "sources";
+
+/// A source, without its SHA-256.
+fn source(path: &PathBuf) -> Result<Json> {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let len = InputFile::open(path)?.len();
+    Ok(json!({"name": name, "bytes": len, "sha256": hex(&[0; 32])}))
+}
+
 impl Seal {
-    /// Reads all segments on so many threads, and writes padding, manifest and footer. The last file of a
-    /// split model is given what writing the others returned.
+    /// Bytes that are read for it.
+    pub fn bytes(&self) -> u64 {
+        let lengths = self.manifest.provenance.get(SOURCES).and_then(Json::as_array).into_iter().flatten();
+        let of_sources: u64 = lengths.filter_map(|s| s.get("bytes")?.as_u64()).sum();
+        let of_sources = if self.sources.is_empty() { 0 } else { of_sources };
+        self.manifest.segments().map(|s| s.bytes).sum::<u64>() + of_sources
+    }
+
+    /// Reads all segments and sources on so many threads, and writes padding, manifest and footer. The last file of
+    /// a split model is given what writing the others returned.
     ///
     /// # Errors
-    /// Those of `read` and `write`.
+    /// Those of `read` and `write`; `Interrupted` as `seen` says.
     pub fn write(
         &self,
         threads: usize,
         others: &[ShardSeal],
         read: &ReadAt<'_>,
         write: &WriteAt<'_>,
+        seen: &Seen<'_>,
     ) -> Result<ShardSeal> {
         let lengths = self.manifest.segments().map(|s| s.bytes);
-        let segments: Vec<_> = self.places.iter().copied().zip(lengths).collect();
-        let sums = sums(&segments, threads, read, &|_| true)?;
+        let mut runs: Vec<_> = self.places.iter().copied().zip(lengths).collect();
+        // Sources lie behind the file, as it were.
+        let mut end = self.places.last().copied().unwrap_or_default();
+        let mut behind = Vec::new();
+        for path in &self.sources {
+            let file = InputFile::open(path)?;
+            runs.push((end, file.len()));
+            behind.push((end, file));
+            end = runs.last().and_then(|(at, len)| at.checked_add(*len)).unwrap_or(u64::MAX);
+        }
+        let read_any = |at: u64, bytes: &mut [u8]| {
+            let of_source = behind.partition_point(|(from, _)| *from <= at).checked_sub(1);
+            match of_source.and_then(|k| behind.get(k)) {
+                Some((from, file)) => file.read_at(at - from, bytes),
+                None => read(at, bytes),
+            }
+        };
+        let mut sums = sums(&runs, threads, &read_any, seen)?.into_iter();
         let mut manifest = self.manifest.clone();
-        for (segment, sum) in manifest.segments_mut().zip(sums) {
+        for (segment, sum) in manifest.segments_mut().zip(&mut sums) {
             segment.sha256 = sum;
+        }
+        let listed = manifest.provenance.get_mut(SOURCES).and_then(Json::as_array_mut);
+        for (source, sum) in listed.into_iter().flatten().zip(sums) {
+            source["sha256"] = hex(&sum).into();
         }
         if let Some(split) = manifest.split.as_mut().filter(|s| !s.seals.is_empty()) {
             if !split.seals.iter().map(|s| s.bytes).eq(others.iter().map(|s| s.bytes)) {

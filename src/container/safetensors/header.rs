@@ -47,14 +47,28 @@ impl unique::Entry for Item {
 pub(super) struct Header {
     pub tensors: Vec<TensorInfo>,
     pub metadata: IndexMap<String, String>,
+    /// Where the last tensor ends.
+    pub end: u64,
+}
+
+/// The tensors of the file number `number` that begins with `header`, and the length of that file.
+///
+/// # Errors
+/// `Malformed` for what is no such beginning; `Limit`.
+pub fn parse_header(header: Vec<u8>, number: usize, limits: &Limits) -> Result<(Vec<TensorInfo>, u64)> {
+    let header = Header::parse(&InputFile::of_bytes("", header), number, limits)?;
+    Ok((header.tensors, header.end))
 }
 
 impl Header {
     /// Reads and checks the header of `file`, whose number among the shards is `number`.
     pub fn read(file: &InputFile, number: usize, limits: &Limits) -> Result<Self> {
-        Self::parse(file, number, limits).map_err(|e| e.at(file.path()))
+        let header = Self::parse(file, number, limits).map_err(|e| e.at(file.path()))?;
+        header.check_end(file.len()).map_err(|e| e.at(file.path()))?;
+        Ok(header)
     }
 
+    /// Of a file that ends before its data.
     fn parse(file: &InputFile, number: usize, limits: &Limits) -> Result<Self> {
         let mut len = [0; 8];
         if file.len() < 8 {
@@ -89,7 +103,8 @@ impl Header {
                 limits.tensors
             )));
         }
-        let mut header = Self { tensors: Vec::with_capacity(items.0.len()), metadata: IndexMap::new() };
+        let tensors = Vec::with_capacity(items.0.len());
+        let mut header = Self { tensors, metadata: IndexMap::new(), end: data };
         for (name, item) in items.0 {
             match item {
                 Item::Metadata(map) => header.metadata = map,
@@ -101,13 +116,13 @@ impl Header {
                 }
             }
         }
-        header.check_tiling(data, file.len())?;
+        header.check_tiling(data)?;
         header.tensors.sort_by(|a, b| a.name.cmp(&b.name));
         Ok(header)
     }
 
     /// Tensors must cover the data without gap, overlap or rest: nothing can hide there.
-    fn check_tiling(&mut self, data: u64, len: u64) -> Result<()> {
+    fn check_tiling(&mut self, data: u64) -> Result<()> {
         self.tensors.sort_by_key(|t| (t.offset, t.nbytes));
         let mut end = data;
         for t in &self.tensors {
@@ -120,6 +135,13 @@ impl Header {
             }
             end = t.offset.saturating_add(t.nbytes);
         }
+        self.end = end;
+        Ok(())
+    }
+
+    /// That a file of so many bytes ends with them.
+    fn check_end(&self, len: u64) -> Result<()> {
+        let end = self.end;
         if end > len {
             return Err(Error::malformed(format!("its tensors end at byte {end}, the file has {len}"))
                 .hint("the file is cut short: fetch it again"));

@@ -5,4 +5,5 @@ mod header;
 mod read;
 pub mod write;
 
+pub use header::parse_header;
 pub use read::{NAMING, SafeTensors, open, open_located};

@@ -13,6 +13,7 @@ use serde_json::Value as Json;
 
 use self::model::HfModel;
 use self::rounding::Rounder;
+pub(super) use self::rounding::places_of_checkpoint;
 use super::Job;
 use super::checkpoint::is_conv1d;
 use super::gather::{Scratch, Source};
@@ -448,8 +449,8 @@ fn lay_out(
     let infos: Vec<(&str, DType, &[u64])> = plan
         .tensors
         .iter()
-        .flat_map(|t| match &t.packing {
-            Some(p) => p.parts.iter().map(|p| (p.name.as_str(), p.dtype, p.shape.as_slice())).collect(),
+        .flat_map(|t| match t.parts() {
+            Some(parts) => parts.iter().map(|p| (p.name.as_str(), p.dtype, p.shape.as_slice())).collect(),
             None => vec![(t.name.as_str(), t.dtype, t.shape.as_slice())],
         })
         .collect();
@@ -459,10 +460,7 @@ fn lay_out(
     };
     let mut places = layout.places.into_iter();
     for t in &mut plan.tensors {
-        let own = t.packing.iter_mut().flat_map(|p| &mut p.parts).map(|p| (&mut p.file, &mut p.offset));
-        let own: Vec<_> = own.collect();
-        let own = if own.is_empty() { vec![(&mut t.file, &mut t.offset)] } else { own };
-        for ((file, offset), (at_file, at)) in own.into_iter().zip(&mut places) {
+        for ((file, offset), (at_file, at)) in t.places_mut().into_iter().zip(&mut places) {
             (*file, *offset) = (at_file, at);
         }
     }

@@ -9,7 +9,7 @@ use super::restore::halves_exchanged;
 use super::{put_integers, shares};
 use crate::container::grouped::{Grouped, Rows};
 use crate::container::qpack::{
-    Codebook, Encoding, Integers, Nested, Origin, Part, Scaled, Segment, Source, Tensor, Zeros,
+    Codebook, Encoding, Integers, Nested, Origin, Part, Scaled, Segment, Source, Tensor, Zeros, part_name,
 };
 use crate::container::{Store, Stored};
 use crate::error::{Error, Result};
@@ -81,6 +81,33 @@ fn plain(info: &TensorInfo) -> Result<Taken> {
 }
 
 impl Taken {
+    /// A tensor of `.qpack`, part by part, out of a store of parts. What is compressed in a way that is known will
+    /// not be.
+    ///
+    /// # Errors
+    /// `Misuse` for a tensor of another store.
+    pub fn parts(store: &Store, mut tensor: Tensor) -> Result<Self> {
+        let missing = || Error::misuse(format!("tensor {:?} is not of this store", tensor.name));
+        let find = |part: &Part| store.get(&part_name(&tensor, part)).cloned().ok_or_else(missing);
+        let infos = tensor.parts.iter().map(find).collect::<Result<Vec<_>>>()?;
+        if !tensor.is_closed() {
+            tensor.parts.iter_mut().for_each(|p| p.segment = Segment::plain(p.segment.content_bytes()));
+        }
+        let from = match (&tensor.encoding, &infos[..]) {
+            (Encoding::Plain(_), [info]) if !tensor.is_closed() => Supply::Whole(info.clone()),
+            _ => Supply::Parts(infos.into_iter().map(Bytes::Copied).collect()),
+        };
+        Ok(Self { tensor, from })
+    }
+
+    /// The tensor of the store whose data are all there is to it.
+    pub fn whole(&self) -> Option<&TensorInfo> {
+        match &self.from {
+            Supply::Whole(info) => Some(info),
+            _ => None,
+        }
+    }
+
     /// Writes all parts.
     ///
     /// # Errors

@@ -1,0 +1,71 @@
+//! The files beside the weights, byte for byte.
+
+use std::path::{Path, PathBuf};
+
+use crate::container::qpack::{HEADERS, is_path};
+use crate::container::side::{files_below, is_weights, read_side_file};
+use crate::container::{InputFile, safetensors};
+use crate::error::{Error, Result};
+use crate::limits::Limits;
+
+/// What lies beside weights.
+pub struct Beside {
+    /// Paths relative to the directory, and bytes.
+    pub files: Vec<(String, Vec<u8>)>,
+    /// What was left out.
+    pub notes: Vec<String>,
+}
+
+/// All files of a directory but for weights, those in it too. Of the safetensors files that are packed (`own`) the
+/// headers are kept, that they may become the same files again.
+///
+/// # Errors
+/// `Io`; `Limit` for more files than there may be.
+pub fn beside(dir: &Path, own: &[PathBuf], format: &str, limits: &Limits) -> Result<Beside> {
+    let mut found = Beside { files: Vec::new(), notes: Vec::new() };
+    let mut left = Vec::new();
+    let is_safetensors = format == safetensors::NAMING.format;
+    for (name, path) in files_below(dir)? {
+        let is_index = name.ends_with(".index.json");
+        if own.contains(&path) {
+            if is_safetensors {
+                found.files.push((format!("{HEADERS}{name}"), header(&path, limits)?));
+            }
+            continue;
+        }
+        if is_index && !(is_safetensors && name.ends_with(".safetensors.index.json")) {
+            continue;
+        }
+        if is_weights(&name) || !is_path(&name) {
+            left.push(name);
+            continue;
+        }
+        match read_side_file(&path, limits.side_file_bytes) {
+            Ok(Some(bytes)) => found.files.push((name, bytes)),
+            Ok(None) => {}
+            Err(e) if e.kind() == crate::error::ErrorKind::Limit => left.push(name),
+            Err(e) => return Err(e),
+        }
+        if found.files.len() as u64 > limits.tensors {
+            return Err(Error::limit(format!("holds more than {} files", limits.tensors)).at(dir));
+        }
+    }
+    if !left.is_empty() {
+        let shown = left[..left.len().min(4)].join(", ");
+        let more = if left.len() > 4 { ", ..." } else { "" };
+        found.notes.push(format!("{} files are left out: {shown}{more}", left.len()));
+    }
+    Ok(found)
+}
+
+/// The length and the text before the data.
+fn header(path: &Path, limits: &Limits) -> Result<Vec<u8>> {
+    let file = InputFile::open(path)?;
+    let mut len = [0; 8];
+    file.read_at(0, &mut len)?;
+    let n = u64::from_le_bytes(len).checked_add(8).filter(|n| *n <= file.len() && *n <= limits.header_bytes);
+    let n = n.ok_or_else(|| Error::malformed("its header leaves the file").at(path))?;
+    let mut bytes = vec![0; n as usize];
+    file.read_at(0, &mut bytes)?;
+    Ok(bytes)
+}

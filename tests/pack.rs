@@ -1,0 +1,163 @@
+//! Models go into `.qpack` and come out as the files they were; the same input gives the same bytes.
+
+mod common;
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use common::{convert, fixture};
+use qconv::container::qpack::Qpack;
+use qconv::convert::{Budget, FromQpack, HfContainer, Silent, ToHf, ToQpack};
+use qconv::error::ErrorKind;
+use qconv::limits::Limits;
+use sha2::{Digest, Sha256};
+
+fn budget(threads: usize) -> Budget {
+    Budget::new(Some(threads), None).unwrap()
+}
+
+fn pack(source: &Path, output: &Path, max: u64, threads: usize) -> Vec<PathBuf> {
+    let job =
+        ToQpack { output: Some(output.into()), max_shard_size: max, ..ToQpack::new(source) }.plan().unwrap();
+    job.run(false, &budget(threads), &Silent).unwrap();
+    job.outputs()
+}
+
+fn unpack(source: &Path, output: &Path) {
+    let job = FromQpack { output: Some(output.into()), ..FromQpack::new(source) }.plan().unwrap();
+    job.run(false, &budget(2), &Silent).unwrap();
+}
+
+/// All files of a directory that `keep` names.
+fn files(dir: &Path, keep: impl Fn(&str) -> bool) -> BTreeMap<String, Vec<u8>> {
+    let read = |e: std::io::Result<std::fs::DirEntry>| {
+        let path = e.unwrap().path();
+        let name = path.file_name().unwrap().to_str().unwrap().to_string();
+        (path.is_file() && keep(&name)).then(|| (name, std::fs::read(&path).unwrap()))
+    };
+    std::fs::read_dir(dir).unwrap().filter_map(read).collect()
+}
+
+/// Reference values lie beside the models, which are no part of them.
+fn of_model(name: &str) -> bool {
+    let is_weights = name.starts_with("model") && !name.contains("moments");
+    is_weights || ![".safetensors", ".gguf"].iter().any(|e| name.ends_with(e))
+}
+
+#[test]
+fn directories_come_back_file_by_file() {
+    let dir = tempfile::tempdir().unwrap();
+    for name in
+        ["tiny-llama", "models/fmt-gptq4", "models/gpt_oss-mxfp4", "models/fmt-fp8-block", "models/bert"]
+    {
+        let (packed, back) = (dir.path().join("x.qpack"), dir.path().join("back"));
+        pack(&fixture(name), &packed, u64::MAX, 2);
+        let model = Qpack::open(&packed, &Limits::default()).unwrap();
+        assert!(model.verify(2, &|_| true).unwrap().is_empty(), "{name}");
+        unpack(&packed, &back);
+        let (was, is) = (files(&fixture(name), of_model), files(&back, |_| true));
+        assert!(was.keys().eq(is.keys()), "{name}: {:?} {:?}", was.keys(), is.keys());
+        assert!(was == is, "{name}: some file has other bytes");
+        std::fs::remove_file(packed).unwrap();
+        std::fs::remove_dir_all(back).unwrap();
+    }
+}
+
+#[test]
+fn shards_come_back_as_shards() {
+    let dir = tempfile::tempdir().unwrap();
+    let [sharded, back] = ["sharded", "back"].map(|n| dir.path().join(n));
+    let job = ToHf { max_shard_size: 2 << 20, ..ToHf::new(fixture("tiny-llama"), &sharded) }.plan().unwrap();
+    job.run(false, &budget(2), &Silent).unwrap();
+    let outputs = pack(&sharded, &dir.path().join("x.qpack"), 3 << 20, 2);
+    assert_eq!(outputs.len(), 3);
+    // Any of the set opens it.
+    unpack(&outputs[1], &back);
+    let was = files(&sharded, |_| true);
+    assert!(was.len() > 8 && was == files(&back, |_| true));
+}
+
+#[test]
+fn pytorch_comes_back_as_safetensors() {
+    let dir = tempfile::tempdir().unwrap();
+    let [torch, packed, back] = ["torch", "x.qpack", "back"].map(|n| dir.path().join(n));
+    let source = fixture("tiny-llama");
+    let job = ToHf { container: HfContainer::Pytorch, ..ToHf::new(&source, &torch) }.plan().unwrap();
+    job.run(false, &budget(2), &Silent).unwrap();
+    pack(&torch, &packed, u64::MAX, 2);
+    unpack(&packed, &back);
+    let open = |path: &Path| qconv::container::weights::open(path, &Limits::default()).unwrap().store;
+    let (was, is) = (open(&source), open(&back));
+    assert_eq!(was.tensors().len(), is.tensors().len());
+    for t in was.tensors() {
+        let other = is.get(&t.name).unwrap();
+        assert_eq!((t.dtype, &t.shape), (other.dtype, &other.shape));
+        assert!(was.read_all(t).unwrap() == is.read_all(other).unwrap(), "{}", t.name);
+    }
+}
+
+#[test]
+fn gguf_comes_back_byte_for_byte() {
+    let dir = tempfile::tempdir().unwrap();
+    for file_type in ["f16", "q8_0", "tq2_0"] {
+        let [gguf, packed, back] =
+            ["gguf", "qpack", "back.gguf"].map(|e| dir.path().join(format!("{file_type}.{e}")));
+        convert(&fixture("tiny-llama"), &gguf, Some(file_type));
+        pack(&gguf, &packed, u64::MAX, 1);
+        unpack(&packed, &back);
+        assert!(std::fs::read(&gguf).unwrap() == std::fs::read(&back).unwrap(), "{file_type}");
+    }
+}
+
+#[test]
+fn the_same_bytes_on_any_number_of_threads() {
+    let dir = tempfile::tempdir().unwrap();
+    let sums: Vec<Vec<String>> = [1, 2, 7]
+        .into_iter()
+        .map(|threads| {
+            // The name of a set is in its files' names only.
+            let output = dir.path().join(format!("{threads}.qpack"));
+            let outputs = pack(&fixture("models/fmt-gptq4"), &output, 100_000, threads);
+            outputs.iter().map(|p| format!("{:x}", Sha256::digest(std::fs::read(p).unwrap()))).collect()
+        })
+        .collect();
+    assert!(sums[0].len() > 1);
+    assert!(sums.iter().all(|s| *s == sums[0]), "{sums:?}");
+}
+
+#[test]
+fn provenance_names_the_source() {
+    let dir = tempfile::tempdir().unwrap();
+    let source = fixture("tiny-llama");
+    let outputs = pack(&source, &dir.path().join("x.qpack"), 3 << 20, 2);
+    let model = Qpack::open(&outputs[0], &Limits::default()).unwrap();
+    let manifests: Vec<_> = model.manifests().map(|(_, m)| m.clone()).collect();
+    let weights = std::fs::read(source.join("model.safetensors")).unwrap();
+    let wanted = serde_json::json!([{
+        "name": "model.safetensors", "bytes": weights.len(), "sha256": format!("{:x}", Sha256::digest(&weights)),
+    }]);
+    assert_eq!(manifests[0].provenance["sources"], wanted);
+    assert!(manifests[0].provenance["tool"].as_str().unwrap().starts_with("qconv "));
+    assert!(manifests[1..].iter().all(|m| m.provenance.is_empty()));
+    // A set that is made one file keeps what is known of it.
+    let one = dir.path().join("one.qpack");
+    pack(&outputs[0], &one, u64::MAX, 2);
+    let one = Qpack::open(&one, &Limits::default()).unwrap();
+    assert_eq!(one.manifests().next().unwrap().1.provenance, manifests[0].provenance);
+    let role = |name: &str| one.tensors().find(|t| t.name == name).unwrap().role.clone();
+    assert_eq!(role("model.layers.1.self_attn.q_proj.weight").as_deref(), Some("attn_q"));
+    assert_eq!(role("model.embed_tokens.weight").as_deref(), Some("token_embd"));
+}
+
+#[test]
+fn what_cannot_be_packed() {
+    let dir = tempfile::tempdir().unwrap();
+    let refused = |source: &Path| ToQpack::new(source).plan().unwrap_err();
+    assert_eq!(refused(dir.path()).kind(), ErrorKind::Unsupported);
+    assert_eq!(refused(&dir.path().join("none")).kind(), ErrorKind::Io);
+    let text = dir.path().join("x.txt");
+    std::fs::write(&text, "no model").unwrap();
+    assert!(refused(&text).path().is_some());
+    let e = FromQpack::new(&text).plan().unwrap_err();
+    assert_eq!(e.kind(), ErrorKind::Malformed, "{e}");
+}
