@@ -96,6 +96,16 @@ impl Error {
         self
     }
 
+    /// Names what lies below `from` as what lies below `to`: of files that were put elsewhere for a while.
+    pub(crate) fn moved(mut self, from: &Path, to: &Path) -> Self {
+        if let Some(path) = &mut self.0.path
+            && let Ok(inside) = path.strip_prefix(from)
+        {
+            *path = if inside.as_os_str().is_empty() { to.to_path_buf() } else { to.join(inside) };
+        }
+        self
+    }
+
     /// Says what to do about it.
     pub fn hint(mut self, hint: impl Into<String>) -> Self {
         self.0.hint.get_or_insert_with(|| hint.into());

@@ -1,10 +1,12 @@
-//! An opened Hugging Face directory: weights, config.json, model card.
+//! An opened Hugging Face directory: weights, config.json, model card. A `.qpack` file that was made of one
+//! is opened as the directory.
 
-use std::fs;
 use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value as Json};
 
+use super::side_files::{SideFiles, is_qpack_file};
+use crate::container::qpack::{METADATA, Qpack};
 use crate::container::side::{read_json, read_side_file};
 use crate::container::{Store, weights};
 use crate::error::{Error, Result};
@@ -17,8 +19,10 @@ pub const GGUF_METADATA_FILE: &str = "gguf_metadata.json";
 /// A model in Hugging Face's layout. Only headers are read.
 #[derive(Debug)]
 pub struct Checkpoint {
-    /// The directory.
+    /// The directory; of a `.qpack` file a temporary one, for as long as this is there.
     pub dir: PathBuf,
+    /// What keeps it.
+    pub side: SideFiles,
     /// Its weights; those that are packed, joined.
     pub store: Store,
     /// How they were quantized already, `quant_method`.
@@ -32,31 +36,23 @@ pub struct Checkpoint {
 }
 
 impl Checkpoint {
-    /// Opens a directory, or the directory of the weights file or index that is given.
+    /// Opens a directory, or the directory of the weights file or index that is given, or a `.qpack` file.
     ///
     /// # Errors
-    /// `Io` for no such path, `Malformed` or `Unsupported` for what is no model.
+    /// `Io` for no such path, `Malformed` or `Unsupported` for what is no model, and for tensors of a `.qpack`
+    /// file whose values cannot be read.
     pub fn open(path: &Path, limits: &Limits) -> Result<Self> {
-        let meta = fs::metadata(path).map_err(|e| Error::io("open", path, e))?;
-        let dir = if meta.is_dir() {
-            path.to_path_buf()
-        } else {
-            match path.parent() {
-                Some(p) if !p.as_os_str().is_empty() => p.to_path_buf(),
-                _ => PathBuf::from("."),
-            }
-        };
-        let config_path = dir.join("config.json");
-        let Some(config) = read_json::<Json>(&config_path, limits.side_file_bytes)? else {
-            return Err(Error::unsupported("is no Hugging Face model: config.json is missing")
-                .at(path)
-                .hint("give the directory that holds config.json and the weights"));
-        };
-        if !config.is_object() {
-            return Err(Error::malformed("is no JSON object").at(&config_path));
+        if is_qpack_file(path)? {
+            let model = Qpack::open(path, limits)?;
+            let side = SideFiles::extract(&model, path, limits)?;
+            let place = side.place();
+            return Self::of_qpack(path, model, side, limits).map_err(place);
         }
+        let side = SideFiles::of(path, limits)?;
+        let config = read_config(path, side.dir(), limits)?;
         let weights = weights::open(path, limits)?;
-        let (store, quant_method) = quantization(&config, &dir, weights.values, limits)
+        let config_path = side.dir().join("config.json");
+        let (store, quant_method) = quantization(&config, side.dir(), weights.values, limits)
             .and_then(|stated| packed::unpack(weights.store, stated.as_ref()))
             .map_err(|e| e.at(&config_path))?;
         if let Some(method) = quant_method.filter(|_| is_conv1d(&config)) {
@@ -66,11 +62,45 @@ impl Checkpoint {
             .at(&config_path)
             .hint("convert the unquantized model that it was made from"));
         }
+        Self::new(side, store, quant_method, config, limits)
+    }
+
+    fn of_qpack(path: &Path, model: Qpack, side: SideFiles, limits: &Limits) -> Result<Self> {
+        if !side.dir().join("config.json").is_file() {
+            let hint = match model.files().iter().any(|f| f.name == METADATA) {
+                true => "it was made from GGUF: commands that take GGUF files take it",
+                false => {
+                    "its tensors can be looked at (inspect) and checked (verify); a model has its config.json in the file"
+                }
+            };
+            return Err(Error::unsupported("is no Hugging Face model: it holds no config.json")
+                .at(path)
+                .hint(hint));
+        }
+        model.check_readable().map_err(|e| e.at(path))?;
+        let config = read_config(path, side.dir(), limits)?;
+        let stated = quantization(&config, side.dir(), Map::new(), limits)?;
+        let (parts, tensors) = model.into_parts()?;
+        let (store, method) = packed::qpack::join(parts, &tensors)
+            .and_then(|store| packed::qpack::unpack_rest(store, stated.as_ref()))
+            .map_err(|e| e.at(path))?;
+        let is_decoded = store.tensors().iter().any(|t| store.is_joined(t));
+        Self::new(side, store, method.or(is_decoded.then_some("qpack")), config, limits)
+    }
+
+    fn new(
+        side: SideFiles,
+        store: Store,
+        quant_method: Option<&'static str>,
+        config: Json,
+        limits: &Limits,
+    ) -> Result<Self> {
+        let dir = side.dir().to_path_buf();
         let model_card = read_side_file(&dir.join("README.md"), limits.side_file_bytes)?
             .map(|text| String::from_utf8_lossy(&text).into_owned());
         let generation = read_side_file(&dir.join("generation_config.json"), limits.side_file_bytes)?
             .and_then(|text| serde_json::from_slice(&text).ok());
-        Ok(Self { dir, store, quant_method, config, generation, model_card })
+        Ok(Self { dir, side, store, quant_method, config, generation, model_card })
     }
 
     /// What the user should know of the weights.
@@ -104,11 +134,18 @@ impl Checkpoint {
         }
         Ok(Json::Object(merged))
     }
+}
 
-    /// The directory's own name, links and dots resolved.
-    pub fn dir_name(&self) -> String {
-        let full = self.dir.canonicalize().unwrap_or_else(|_| self.dir.clone());
-        full.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default()
+fn read_config(path: &Path, dir: &Path, limits: &Limits) -> Result<Json> {
+    let config_path = dir.join("config.json");
+    let Some(config) = read_json::<Json>(&config_path, limits.side_file_bytes)? else {
+        return Err(Error::unsupported("is no Hugging Face model: config.json is missing")
+            .at(path)
+            .hint("give the directory that holds config.json and the weights"));
+    };
+    match config.is_object() {
+        true => Ok(config),
+        false => Err(Error::malformed("is no JSON object").at(&config_path)),
     }
 }
 

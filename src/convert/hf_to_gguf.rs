@@ -13,6 +13,7 @@ use super::plan::{Plan, TensorPlan};
 use super::quantizer::{QUANTIZATION_VERSION, Quantizer, Unquantized};
 use super::sentence::Sentence;
 use super::shards::{Sharding, lay_out};
+use super::side_files::SideFiles;
 use super::tokens::{self, TokenCheck};
 use super::types::FileType;
 use super::{Job, output_path};
@@ -85,7 +86,13 @@ impl HfToGguf {
     /// # Errors
     /// Everything that can be wrong with a source but its tensors' contents.
     pub fn plan(&self) -> Result<Job> {
-        let Recognised { checkpoint, mut model, vocab, notes } = self.recognise()?;
+        let recognised = self.recognise()?;
+        let place = recognised.checkpoint.side.place();
+        self.plan_recognised(recognised).map_err(place)
+    }
+
+    fn plan_recognised(&self, recognised: Recognised) -> Result<Job> {
+        let Recognised { checkpoint, mut model, vocab, notes } = recognised;
         let sentence = Sentence::read(&checkpoint.dir, &self.limits)?;
         let infos = checkpoint.store.tensors();
         let file_type = match (self.file_type, &self.quantizer) {
@@ -106,7 +113,7 @@ impl HfToGguf {
             None => (None, None),
         };
         let described = Described {
-            dir_name: &checkpoint.dir_name(),
+            dir_name: &checkpoint.side.model_name(),
             config: &checkpoint.config,
             generation: checkpoint.generation.as_ref(),
             model_card: checkpoint.model_card.as_deref(),
@@ -148,20 +155,19 @@ impl HfToGguf {
         let of_vocab = vocab.into_iter().flat_map(|v| v.notes);
         plan.notes.splice(0..0, notes.chain(of_vocab).chain(renamed).chain(other));
         self.edits.apply(&mut metadata)?;
-        let beside = checkpoint.dir.parent().filter(|p| !p.as_os_str().is_empty());
         let type_name = self.quantizer.as_ref().map_or(file_type.name(), |q| &q.recipe.name);
         let name = general.file_name(type_name, self.mmproj);
-        let output = output_path(self.output.as_deref(), beside.unwrap_or(Path::new(".")), &name);
+        let output = output_path(self.output.as_deref(), checkpoint.side.beside(), &name);
         lay_out(&mut plan, &mut metadata, &self.sharding, &output)?;
         Ok(Job { tokens, ..Job::gguf(plan, checkpoint.store, &output) })
     }
 
-    /// The directory of the source, also where a file in it was given.
-    pub fn directory(&self) -> &Path {
-        match self.source.parent() {
-            Some(parent) if self.source.is_file() => parent,
-            _ => &self.source,
-        }
+    /// The small files of the source, such as those of its tokenizer.
+    ///
+    /// # Errors
+    /// As [`SideFiles::of`].
+    pub fn side_files(&self) -> Result<SideFiles> {
+        SideFiles::of(&self.source, &self.limits)
     }
 
     /// Opens the source, and recognises architecture and vocabulary. What the model may ask about
@@ -170,7 +176,12 @@ impl HfToGguf {
     /// # Errors
     /// What is no model, unknown architectures, unknown tokenizers.
     pub fn recognise(&self) -> Result<Recognised> {
-        let mut checkpoint = Checkpoint::open(&self.source, &self.limits)?;
+        let checkpoint = Checkpoint::open(&self.source, &self.limits)?;
+        let place = checkpoint.side.place();
+        self.recognise_opened(checkpoint).map_err(place)
+    }
+
+    fn recognise_opened(&self, mut checkpoint: Checkpoint) -> Result<Recognised> {
         let blocks = packed::give_blocks(&mut checkpoint.store, &self.exact_types())?;
         let config_path = checkpoint.dir.join("config.json");
         if self.mmproj {

@@ -13,7 +13,7 @@ use crate::limits::Limits;
 /// The file that says what a model is, of Hugging Face.
 pub(super) const CONFIG: &str = "config.json";
 /// The same in a `.qpack` file that was made of a GGUF file.
-pub(super) const GGUF: &str = "metadata.gguf";
+pub(super) use crate::container::qpack::METADATA as GGUF;
 
 /// The entries of a GGUF file.
 pub(super) fn of_gguf(metadata: &Metadata) -> Map<String, Json> {

@@ -152,7 +152,7 @@ impl Model {
         let path = &self.path;
         let (parts, tensors) = file.into_parts()?;
         let store = packed::qpack::join(parts, &tensors).map_err(|e| e.at(path))?;
-        self.store = packed::qpack::unpack_rest(store, stated.as_ref()).map_err(|e| e.at(path))?;
+        self.store = packed::qpack::unpack_rest(store, stated.as_ref()).map_err(|e| e.at(path))?.0;
         self.manifest = tensors.into_iter().map(|t| (t.name.clone(), t)).collect();
         Ok(())
     }

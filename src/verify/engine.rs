@@ -51,7 +51,8 @@ fn tokens(gguf: &Gguf, source: Option<&SourceModel>, options: &Options) -> Resul
     let vocab = Vocab::from_metadata(&gguf.metadata)?;
     let (tokenizer, user_defined) = match source {
         Some(SourceModel::HuggingFace(hf)) => {
-            let dir = hf.directory();
+            let side = hf.side_files()?;
+            let dir = side.dir();
             (vocab::reference_tokenizer(dir)?, vocab::user_defined_pieces(dir)?)
         }
         _ => (rebuilt(&vocab)?, Vec::new()),

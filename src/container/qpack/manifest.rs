@@ -289,8 +289,27 @@ impl Tensor {
 
     /// Whether a part is compressed in a way that is not known.
     pub fn is_closed(&self) -> bool {
-        let kinds = self.parts.iter().filter_map(|p| p.segment.compression.as_ref()).map(|c| &c.kind);
-        kinds.into_iter().any(|kind| kind != planes::KIND)
+        self.unknown_compression().is_some()
+    }
+
+    fn unknown_compression(&self) -> Option<&str> {
+        let kinds = self.parts.iter().filter_map(|p| p.segment.compression.as_ref()).map(|c| c.kind.as_str());
+        kinds.into_iter().find(|kind| *kind != planes::KIND)
+    }
+
+    /// That its values can be read.
+    ///
+    /// # Errors
+    /// `Unsupported` for an encoding or a compression that is not known.
+    pub fn check_readable(&self) -> Result<()> {
+        let unknown = match &self.encoding {
+            Encoding::Unknown(_) => Some(("encoding", self.encoding.kind())),
+            _ => self.unknown_compression().map(|kind| ("compression", kind)),
+        };
+        unknown.map_or(Ok(()), |(what, kind)| {
+            Err(Error::unsupported(format!("its {what} {kind:?} is not known: its values cannot be read"))
+                .hint("a newer qconv may read it; its bytes can be verified and copied"))
+        })
     }
 
     fn parse(value: &Json) -> Result<Self> {

@@ -160,6 +160,15 @@ impl Qpack {
         self.shards.iter().flat_map(|s| &s.manifest.tensors)
     }
 
+    /// That the values of all tensors can be read.
+    ///
+    /// # Errors
+    /// `Unsupported`, by name, for an encoding or a compression that is not known.
+    pub fn check_readable(&self) -> Result<()> {
+        self.tensors()
+            .try_for_each(|t| t.check_readable().map_err(|e| e.context(format_args!("tensor {:?}", t.name))))
+    }
+
     /// The model's other files.
     pub fn files(&self) -> &[SideFile] {
         self.shards.first().map_or(&[], |s| &s.manifest.files)

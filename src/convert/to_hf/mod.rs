@@ -21,6 +21,7 @@ use super::guide::MethodChoice;
 use super::pack::Packing;
 use super::plan::{FilePlan, Plan, TensorPlan};
 use super::quantizer::ImatrixChoice;
+use super::side_files::is_qpack_file;
 use crate::arch::Mapped;
 use crate::block::codec;
 use crate::container::gguf::is_gguf;
@@ -389,7 +390,7 @@ fn check_exact(plan: &Plan) -> Result<()> {
 /// Refuses to write a checkpoint into its own directory.
 fn check_apart(source: &Path, output: &Path) -> Result<()> {
     let same = |a: &Path| Some(a.canonicalize().ok()? == output.canonicalize().ok()?);
-    match is_gguf_file(source) || same(directory(source)) != Some(true) {
+    match is_one_file(source) || same(directory(source)) != Some(true) {
         true => Ok(()),
         false => Err(Error::misuse("the output would overwrite its own input").at(output)),
     }
@@ -397,6 +398,11 @@ fn check_apart(source: &Path, output: &Path) -> Result<()> {
 
 fn is_gguf_file(source: &Path) -> bool {
     source.is_file() && is_gguf(source).unwrap_or(false)
+}
+
+/// Whether a source is no file of a directory: a GGUF or a `.qpack` file.
+fn is_one_file(source: &Path) -> bool {
+    is_gguf_file(source) || is_qpack_file(source).unwrap_or(false)
 }
 
 /// The directory of a checkpoint of which a file may be given.
@@ -408,9 +414,9 @@ fn directory(source: &Path) -> &Path {
     }
 }
 
-/// The model's directory, or its GGUF file, by a path that ends in a name.
+/// The model's directory, or its only file, by a path that ends in a name.
 fn beside(source: &Path) -> PathBuf {
-    let place = if is_gguf_file(source) { source } else { directory(source) };
+    let place = if is_one_file(source) { source } else { directory(source) };
     match place.file_name() {
         Some(_) => place.to_path_buf(),
         None => place.canonicalize().unwrap_or_else(|_| place.to_path_buf()),

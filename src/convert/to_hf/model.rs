@@ -65,9 +65,20 @@ pub fn open(
     limits: &Limits,
 ) -> Result<HfModel> {
     let checkpoint = Checkpoint::open(path, limits)?;
+    let place = checkpoint.side.place();
+    of_checkpoint(checkpoint, dtype, blocks, needs_places, limits).map_err(place)
+}
+
+fn of_checkpoint(
+    checkpoint: Checkpoint,
+    dtype: Option<DType>,
+    blocks: bool,
+    needs_places: bool,
+    limits: &Limits,
+) -> Result<HfModel> {
     let mut notes: Vec<String> = checkpoint.notes().into_iter().collect();
-    let name = Some(checkpoint.dir_name()).filter(|n| !n.is_empty());
-    let Checkpoint { dir, store, mut config, .. } = checkpoint;
+    let name = Some(checkpoint.side.model_name()).filter(|n| !n.is_empty());
+    let Checkpoint { dir, side: kept, store, mut config, .. } = checkpoint;
     let places = match needs_places {
         true => places_of_checkpoint(&config, &store).map_err(|e| e.at(dir.join("config.json")))?,
         false => Places::new(),
@@ -82,6 +93,7 @@ pub fn open(
     }
     set_dtype(&mut config, dtype.unwrap_or(own));
     let side = side_files(&dir, limits, &mut notes)?;
+    drop(kept);
     let keeps_types = dtype.is_none();
     let dtype = dtype.unwrap_or(own);
     Ok(HfModel { store, mapped, config, side, dtype, keeps_types, name, places, notes })

@@ -51,15 +51,17 @@ pub fn open(path: impl AsRef<Path>, limits: &Limits) -> Result<(Store, Vec<Tenso
     let store = join(parts, &tensors).map_err(|e| e.at(path))?;
     let text = config.get("text_config").unwrap_or(&Json::Null);
     let stated = [&config, text].into_iter().find_map(|c| c.get("quantization_config"));
-    Ok((unpack_rest(store, stated).map_err(|e| e.at(path))?, tensors))
+    let (store, _) = unpack_rest(store, stated).map_err(|e| e.at(path))?;
+    Ok((store, tensors))
 }
 
-/// Joins what stayed in the layout of a quantized checkpoint, as its config.json says of quantization.
+/// Joins what stayed in the layout of a quantized checkpoint, as its config.json says of quantization. A second
+/// result names the method that it states.
 ///
 /// # Errors
 /// As [`super::unpack`].
-pub fn unpack_rest(store: Store, stated: Option<&Json>) -> Result<Store> {
-    super::unpack_some(store, stated, 0).map(|(store, _)| store)
+pub fn unpack_rest(store: Store, stated: Option<&Json>) -> Result<(Store, Option<&'static str>)> {
+    super::unpack_some(store, stated, 0)
 }
 
 /// The file that says how the rest is quantized.

@@ -1,0 +1,136 @@
+//! Where a model's small files are: in its directory, or in its `.qpack` file.
+
+use std::fs;
+use std::io::Write as _;
+use std::path::{Component, Path, PathBuf};
+
+use tempfile::TempDir;
+
+use crate::container::InputFile;
+use crate::container::qpack::{Qpack, SUFFIX, is_qpack};
+use crate::container::shards::split_shard_name;
+use crate::error::{Error, Result};
+use crate::limits::Limits;
+
+/// A directory of side files. Those of a `.qpack` file lie in a temporary one, which is removed when this is
+/// dropped.
+#[derive(Debug)]
+pub struct SideFiles {
+    dir: PathBuf,
+    /// The `.qpack` file that they are from, and what keeps them.
+    packed: Option<(PathBuf, TempDir)>,
+}
+
+impl SideFiles {
+    /// Of the model that `path` is, or is a file of.
+    ///
+    /// # Errors
+    /// `Io`; what [`Qpack::open`] and [`Qpack::read_file`] say.
+    pub fn of(path: &Path, limits: &Limits) -> Result<Self> {
+        match is_qpack_file(path)? {
+            true => Self::extract(&Qpack::open(path, limits)?, path, limits),
+            false => {
+                let meta = fs::metadata(path).map_err(|e| Error::io("open", path, e))?;
+                let parent = path.parent().filter(|p| !p.as_os_str().is_empty());
+                let dir = if meta.is_dir() { path } else { parent.unwrap_or(Path::new(".")) };
+                Ok(Self { dir: dir.to_path_buf(), packed: None })
+            }
+        }
+    }
+
+    /// Those of a `.qpack` file. One that is longer than side files may be is left out: nobody would read it.
+    ///
+    /// # Errors
+    /// `Io`; `Malformed` for damaged bytes, and for files that cannot lie beside each other.
+    pub fn extract(model: &Qpack, path: &Path, limits: &Limits) -> Result<Self> {
+        let mut builder = tempfile::Builder::new();
+        builder.prefix("qconv-");
+        #[cfg(unix)]
+        builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o700));
+        let temporary = std::env::temp_dir();
+        let kept = builder.tempdir().map_err(|e| Error::io("create a directory in", &temporary, e))?;
+        for file in model.files() {
+            if file.segment.content_bytes() > limits.side_file_bytes {
+                continue;
+            }
+            let inside = Path::new(&file.name);
+            if inside.components().any(|c| !matches!(c, Component::Normal(_))) {
+                let why = format!("file {:?} would lie outside the model's directory", file.name);
+                return Err(Error::malformed(why).at(path));
+            }
+            let bytes = model.read_file(&file.name, limits)?;
+            let target = kept.path().join(inside);
+            let created = target
+                .parent()
+                .map_or(Ok(()), fs::create_dir_all)
+                .and_then(|()| fs::File::create_new(&target).and_then(|mut out| out.write_all(&bytes)));
+            created
+                .map_err(|e| Error::io("extract", path, e).context(format_args!("file {:?}", file.name)))?;
+        }
+        Ok(Self { dir: kept.path().to_path_buf(), packed: Some((path.to_path_buf(), kept)) })
+    }
+
+    /// The directory.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// What the model is called: its directory's name, links and dots resolved, or its file's.
+    pub fn model_name(&self) -> String {
+        let name =
+            |path: &Path| path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
+        match &self.packed {
+            Some((file, _)) => stem(&name(file)).to_string(),
+            None => name(&self.dir.canonicalize().unwrap_or_else(|_| self.dir.clone())),
+        }
+    }
+
+    /// Where something that is made of the model lies by default: beside its directory, or its file.
+    pub fn beside(&self) -> &Path {
+        let place = self.packed.as_ref().map_or(&self.dir, |(file, _)| file);
+        place.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."))
+    }
+
+    /// Lets an error name the `.qpack` file, and the file in it, where it names a temporary one.
+    pub fn place(&self) -> impl Fn(Error) -> Error + use<> {
+        let moved = self.packed.as_ref().map(|(file, _)| (self.dir.clone(), file.clone()));
+        move |e| match &moved {
+            Some((from, to)) => e.moved(from, to),
+            None => e,
+        }
+    }
+}
+
+/// Whether a path is that of a `.qpack` file, by its content.
+///
+/// # Errors
+/// `Io`.
+pub fn is_qpack_file(path: &Path) -> Result<bool> {
+    let meta = fs::metadata(path).map_err(|e| Error::io("open", path, e))?;
+    Ok(meta.is_file() && is_qpack(&InputFile::open(path)?)?)
+}
+
+/// A file's name without its ending, and without its number in a set.
+fn stem(name: &str) -> &str {
+    match split_shard_name(name, SUFFIX) {
+        Some((stem, ..)) => stem,
+        None => name.strip_suffix(&format!(".{SUFFIX}")).unwrap_or(name),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names() {
+        for (name, wanted) in [
+            ("a.qpack", "a"),
+            ("a-b.2-00001-of-00003.qpack", "a-b.2"),
+            ("model", "model"),
+            ("a.gguf", "a.gguf"),
+        ] {
+            assert_eq!(stem(name), wanted);
+        }
+    }
+}

@@ -1,0 +1,180 @@
+//! A `.qpack` file is a source as the directory is that it was made of.
+
+mod common;
+#[path = "common/qpack.rs"]
+mod made;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use qconv::container::qpack::{Encoding, Integers, Manifest, Qpack, Tensor, Zeros};
+use qconv::convert::{Checkpoint, HfToGguf, Job, Silent, ToHf, Wanted};
+use qconv::error::{Error, ErrorKind};
+use qconv::limits::Limits;
+use qconv::packed::write::Format;
+use qconv::tensor::DType;
+
+fn written(job: &Job) -> Vec<u8> {
+    job.run(true, &common::budget(), &Silent).unwrap();
+    job.outputs().iter().flat_map(|path| fs::read(path).unwrap()).collect()
+}
+
+/// The directory of a fixture and its `.qpack`, both called so.
+fn both(place: &Path, fixture: &str, name: &str) -> (PathBuf, PathBuf) {
+    let source = common::fixture(fixture);
+    let dir = place.join("plain").join(name);
+    fs::create_dir_all(&dir).unwrap();
+    for entry in fs::read_dir(&source).unwrap() {
+        let path = entry.unwrap().path();
+        fs::copy(&path, dir.join(path.file_name().unwrap())).unwrap();
+    }
+    let packed = place.join(format!("{name}.qpack"));
+    made::pack(&source, &packed);
+    (dir, packed)
+}
+
+#[test]
+fn gguf_is_that_of_the_directory() {
+    for fixture in
+        ["tiny-llama", "models/fmt-gptq4", "models/fmt-fp8-block", "models/gpt_oss-mxfp4", "models/bert"]
+    {
+        let place = tempfile::tempdir().unwrap();
+        let (dir, packed) = both(place.path(), fixture, "some-model");
+        let convert = |source: &Path, output: &str| {
+            let output = Some(place.path().join(output));
+            HfToGguf { source: source.to_path_buf(), output, ..HfToGguf::default() }.plan().unwrap()
+        };
+        let jobs = [convert(&dir, "a.gguf"), convert(&packed, "b.gguf")];
+        assert!(written(&jobs[0]) == written(&jobs[1]), "{fixture}");
+        let notes = |job: &Job| job.plan.notes.clone();
+        assert_eq!(notes(&jobs[0]), notes(&jobs[1]), "{fixture}");
+    }
+}
+
+#[test]
+fn checkpoints_are_those_of_the_directory() {
+    let place = tempfile::tempdir().unwrap();
+    let (dir, packed) = both(place.path(), "models/fmt-gptq4", "some-model");
+    let files = |source: &Path, output: &str, wanted: Option<Wanted>| {
+        let output = place.path().join(output);
+        let job = ToHf { wanted, ..ToHf::new(source, &output) }.plan().unwrap();
+        job.run(true, &common::budget(), &Silent).unwrap();
+        let mut files: Vec<_> = fs::read_dir(&output)
+            .unwrap()
+            .map(|e| e.unwrap().path())
+            .map(|p| (p.file_name().unwrap().to_owned(), fs::read(&p).unwrap()))
+            .collect();
+        files.sort();
+        files
+    };
+    assert!(files(&dir, "a", None) == files(&packed, "b", None));
+    let gptq = || Some(Wanted::new(Format::Gptq));
+    let moved = files(&packed, "c", gptq());
+    assert!(files(&dir, "d", gptq()) == moved);
+    assert!(moved.iter().any(|(name, _)| name == "tokenizer.json"));
+}
+
+/// Outputs are called after the file, and lie beside it; of a set after the set.
+#[test]
+fn names_are_those_of_the_file() {
+    let place = tempfile::tempdir().unwrap();
+    let (_, packed) = both(place.path(), "tiny-llama", "Some-Model-v2");
+    let default = |packed: &Path| {
+        let gguf = HfToGguf { source: packed.to_path_buf(), ..HfToGguf::default() }.plan().unwrap().output;
+        let hf = ToHf { output: None, ..ToHf::new(packed, "") }.plan().unwrap().output;
+        (gguf, hf)
+    };
+    let (gguf, hf) = default(&packed);
+    assert_eq!(gguf.parent(), Some(place.path()));
+    assert!(gguf.file_name().unwrap().to_str().unwrap().starts_with("Some-Model"), "{gguf:?}");
+    assert_eq!(hf, place.path().join("Some-Model-v2-bfloat16"));
+    for part in made::pack_set(&common::fixture("tiny-llama"), &packed) {
+        assert_eq!(default(&part), (gguf.clone(), hf.clone()));
+        let model = Checkpoint::open(&part, &Limits::default()).unwrap();
+        assert_eq!(model.store.files().len(), 2);
+    }
+}
+
+/// What is extracted goes away again, and nothing is written elsewhere.
+#[test]
+fn side_files_are_there_while_they_are_needed() {
+    let place = tempfile::tempdir().unwrap();
+    let packed = place.path().join("m.qpack");
+    made::pack(&common::fixture("tiny-llama"), &packed);
+    let model = Checkpoint::open(&packed, &Limits::default()).unwrap();
+    let dir = model.dir.clone();
+    let wanted = fs::read(common::fixture("tiny-llama").join("tokenizer.json")).unwrap();
+    assert!(fs::read(dir.join("tokenizer.json")).unwrap() == wanted);
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::PermissionsExt;
+        assert_eq!(fs::metadata(&dir).unwrap().permissions().mode() & 0o077, 0, "others may look");
+    }
+    drop(model);
+    assert!(!dir.exists());
+    assert_eq!(fs::read_dir(place.path()).unwrap().count(), 1);
+}
+
+fn refusal(packed: &Path) -> Error {
+    let error = HfToGguf { source: packed.to_path_buf(), ..HfToGguf::default() }.plan().err().unwrap();
+    assert!(error.to_string().starts_with(packed.to_str().unwrap()), "{error}");
+    error
+}
+
+#[test]
+fn what_is_no_model_is_refused_with_its_reason() {
+    let place = tempfile::tempdir().unwrap();
+    let packed = place.path().join("m.qpack");
+    let tensor = || (Tensor::new("x", vec![2], Encoding::Plain(DType::F32)).unwrap(), vec![vec![0; 8]]);
+    let write = |files: &[(&str, &str)]| {
+        let files = files.iter().map(|(name, text)| (name.to_string(), text.as_bytes().to_vec())).collect();
+        made::with_files(files, vec![tensor()], &packed);
+        refusal(&packed)
+    };
+    let error = write(&[]);
+    assert_eq!(error.kind(), ErrorKind::Unsupported);
+    assert!(error.to_string().contains("config.json"), "{error}");
+    assert!(error.hint_text().unwrap().contains("inspect"), "{error}");
+
+    // The file in the file is named.
+    let error = write(&[("config.json", "{")]);
+    assert_eq!(error.kind(), ErrorKind::Malformed);
+    assert!(
+        error.to_string().contains(&format!("m.qpack{}config.json", std::path::MAIN_SEPARATOR)),
+        "{error}"
+    );
+
+    // One would have to be a directory for the other.
+    let error = write(&[("config.json", "{}"), ("onnx", "x"), ("onnx/config.json", "{}")]);
+    assert_eq!(error.kind(), ErrorKind::Io);
+    assert!(error.to_string().contains("onnx/config.json"), "{error}");
+}
+
+#[test]
+fn what_cannot_be_read_is_named() {
+    let place = tempfile::tempdir().unwrap();
+    let packed = place.path().join("m.qpack");
+    let source = common::fixture("tiny-llama");
+    let e = Integers { bits: 4, block: [1, 32], scales: DType::F16, zeros: Zeros::Middle, g_idx: false };
+    let tensor = Tensor::new("some.weight", vec![4, 64], Encoding::Integers(e)).unwrap();
+    let contents: Vec<_> = tensor.parts.iter().map(|p| vec![0; p.segment.bytes as usize]).collect();
+    let mut unknown = tensor.clone();
+    unknown.encoding = Encoding::Unknown(serde_json::json!({"kind": "quasicrystal"}));
+    let mut closed = tensor.clone();
+    for part in &mut closed.parts {
+        part.segment.compression = Some(qconv::container::qpack::Compression {
+            kind: "lzfoo".into(),
+            bytes: part.segment.bytes,
+            sha256: [0; 32],
+            more: serde_json::Map::new(),
+        });
+    }
+    for (tensor, kind) in [(unknown, "quasicrystal"), (closed, "lzfoo")] {
+        made::with_side_files(&source, vec![(tensor, contents.clone())], &packed);
+        let error = refusal(&packed);
+        assert_eq!(error.kind(), ErrorKind::Unsupported);
+        assert!(error.to_string().contains("some.weight") && error.to_string().contains(kind), "{error}");
+        let _: Manifest =
+            Qpack::open(&packed, &Limits::default()).unwrap().manifests().next().unwrap().1.clone();
+    }
+}
