@@ -37,5 +37,3 @@ pub const METADATA: &str = "metadata.gguf";
 pub const HEADERS: &str = ".qpack/headers/";
 /// The last part of a file's name, without the dot.
 pub const SUFFIX: &str = "qpack";
-/// The side file of a model from GGUF: a GGUF file with all its metadata, and no tensors.
-pub const METADATA: &str = "metadata.gguf";
