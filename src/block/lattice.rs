@@ -33,6 +33,8 @@ pub struct Lattice {
     pub type_size: usize,
     /// Weights that share a scale.
     pub group: usize,
+    /// Weights that begin with a block: rows, whose last block may be filled in part; of types one block.
+    row: usize,
     /// What codes stand for, ascending: a weight is `scale * levels[code] + offset`, in F32.
     pub levels: &'static [f32],
     form: Form,
@@ -72,7 +74,7 @@ const fn lattice_of<B: Latticed<N>, const N: usize>(dtype: DType) -> Lattice {
             }
         },
     };
-    Lattice { block_size: N, type_size: size_of::<B>(), group: B::GROUP, levels: B::LEVELS, form }
+    Lattice { block_size: N, type_size: size_of::<B>(), group: B::GROUP, row: N, levels: B::LEVELS, form }
 }
 
 /// Every type that has a lattice: the one table.
@@ -99,9 +101,15 @@ pub fn lattice(dtype: DType) -> Option<&'static Lattice> {
 }
 
 impl Lattice {
-    /// That of integers in groups of so many.
-    pub(super) fn of_grid(grid: Grid, group: usize, type_size: usize, levels: &'static [f32]) -> Self {
-        Self { block_size: group, type_size, group, levels, form: Form::Grid(grid) }
+    /// That of rows of integers in groups of so many.
+    pub(super) fn of_grid(
+        grid: Grid,
+        row: usize,
+        group: usize,
+        type_size: usize,
+        levels: &'static [f32],
+    ) -> Self {
+        Self { block_size: group, type_size, group, row, levels, form: Form::Grid(grid) }
     }
 
     /// The type whose blocks these are; `None` for integers in groups.
@@ -122,9 +130,14 @@ impl Lattice {
         self.has_offset() && matches!(self.form, Form::Grid(_))
     }
 
-    /// Bytes of so many weights, which have to fill whole blocks.
+    /// Bytes of so many weights, which have to fill whole blocks, or whole rows of integers.
     pub fn bytes(&self, weights: usize) -> usize {
-        weights / self.block_size * self.type_size
+        weights / self.row * self.row.div_ceil(self.block_size) * self.type_size
+    }
+
+    /// Groups of so many weights, as for [`Self::bytes`].
+    pub fn groups(&self, weights: usize) -> usize {
+        weights / self.row * self.row.div_ceil(self.group)
     }
 
     /// Encodes rows of `row` weights by the search that the type or grid has, the errors of each column
@@ -136,8 +149,8 @@ impl Lattice {
         match &self.form {
             Form::Type { dtype, .. } => codec_of(*dtype)?.encode(weights, row, Some(importance), bytes),
             Form::Grid(grid) => {
-                self.check(bytes, Some(weights.len()))?;
-                if row != importance.len() || row == 0 || !row.is_multiple_of(self.group) {
+                self.check(bytes, weights.len())?;
+                if row != importance.len() || row != self.row {
                     let what = format!("importance of {} columns for rows of {row}", importance.len());
                     return Err(Error::misuse(what));
                 }
@@ -155,19 +168,21 @@ impl Lattice {
         match &self.form {
             Form::Type { dtype, .. } => codec_of(*dtype)?.decode(bytes, weights),
             Form::Grid(grid) => {
-                self.check(bytes, Some(weights.len()))?;
-                grid.decode(self.group, bytes, weights);
+                self.check(bytes, weights.len())?;
+                grid.decode(self.row, self.group, bytes, weights);
                 Ok(())
             }
         }
     }
 
-    /// Scale and offset of each group of encoded weights: one pair for each [`Self::group`] weights.
+    /// Scale and offset of each group of encoded weights.
     ///
     /// # Errors
     /// `Misuse` when `bytes` are not whole blocks, or `lines` are not as many as their groups.
     pub fn lines(&self, bytes: &[u8], lines: &mut [(f32, f32)]) -> Result<()> {
-        self.check(bytes, lines.len().checked_mul(self.group))?;
+        if self.groups_of(bytes) != Some(lines.len()) {
+            return Err(self.misfit(bytes));
+        }
         match &self.form {
             Form::Type { lines: read, .. } => read(bytes, lines),
             Form::Grid(grid) => grid.lines(self.group, bytes, lines),
@@ -181,10 +196,10 @@ impl Lattice {
     /// # Errors
     /// `Misuse` when `bytes` are not whole blocks, or `codes` are not as many as their weights.
     pub fn put(&self, codes: &[u8], bytes: &mut [u8]) -> Result<()> {
-        self.check(bytes, Some(codes.len()))?;
+        self.check(bytes, codes.len())?;
         match &self.form {
             Form::Type { put, .. } => put(codes, bytes),
-            Form::Grid(grid) => grid.put(self.group, codes, bytes),
+            Form::Grid(grid) => grid.put(self.row, self.group, codes, bytes),
         }
         Ok(())
     }
@@ -196,10 +211,9 @@ impl Lattice {
     /// # Errors
     /// `Misuse` when `bytes` are not whole blocks, or have no such group.
     pub fn set(&self, group: usize, line: (f32, f32), bytes: &mut [u8]) -> Result<()> {
-        let weights = bytes.len() / self.type_size * self.block_size;
-        self.check(bytes, Some(weights))?;
-        if group >= weights / self.group {
-            return Err(Error::misuse(format!("{weights} weights have no group {group}")));
+        let groups = self.groups_of(bytes).ok_or_else(|| self.misfit(bytes))?;
+        if group >= groups {
+            return Err(Error::misuse(format!("of {groups} groups there is no group {group}")));
         }
         if line.0.is_finite() && line.1.is_finite() {
             match &self.form {
@@ -210,17 +224,22 @@ impl Lattice {
         Ok(())
     }
 
-    fn check(&self, bytes: &[u8], weights: Option<usize>) -> Result<()> {
-        let (block, size) = (self.block_size, self.type_size);
-        let fits = weights.is_some_and(|n| n.is_multiple_of(block) && n / block * size == bytes.len());
-        if !fits {
-            let of = self.dtype().map_or_else(|| "integers in groups".to_string(), |dtype| dtype.to_string());
-            return Err(Error::misuse(format!(
-                "{} bytes are not the blocks of these {of} weights",
-                bytes.len()
-            )));
+    /// The groups of whole blocks.
+    fn groups_of(&self, bytes: &[u8]) -> Option<usize> {
+        let is_whole = bytes.len().is_multiple_of(self.type_size);
+        is_whole.then(|| bytes.len() / self.type_size * (self.block_size / self.group))
+    }
+
+    fn check(&self, bytes: &[u8], weights: usize) -> Result<()> {
+        match weights.is_multiple_of(self.row) && self.bytes(weights) == bytes.len() {
+            true => Ok(()),
+            false => Err(self.misfit(bytes)),
         }
-        Ok(())
+    }
+
+    fn misfit(&self, bytes: &[u8]) -> Error {
+        let of = self.dtype().map_or_else(|| "integers in groups".to_string(), |dtype| dtype.to_string());
+        Error::misuse(format!("{} bytes are not the blocks of these {of} weights", bytes.len()))
     }
 }
 
@@ -282,14 +301,14 @@ mod tests {
             let grid = |bits: u32, group_size, symmetric| {
                 Grid { levels: 1 << bits, group_size, symmetric, least_zero: 1 }.lattice(512).unwrap()
             };
-            let grids = [grid(4, Some(32), true), grid(8, None, true), grid(2, Some(128), false), grid(8, Some(64), false)];
+            let grids = [grid(4, Some(32), true), grid(8, None, true), grid(2, Some(120), false), grid(8, Some(65), false), grid(1, Some(32), false)];
             for lattice in LATTICES.iter().chain(&grids) {
                 let mut bytes = vec![0; lattice.bytes(512)];
                 match lattice.dtype() {
                     Some(dtype) => codec_of(dtype).unwrap().encode(&row, 512, None, &mut bytes).unwrap(),
                     None => lattice.encode(&row, 512, &[1.0; 512], &mut bytes).unwrap(),
                 }
-                let mut lines = vec![(0.0, 0.0); 512 / lattice.group];
+                let mut lines = vec![(0.0, 0.0); lattice.groups(512)];
                 lattice.lines(&bytes, &mut lines).unwrap();
                 let codes: Vec<u8> =
                     picks.iter().map(|&p| (usize::from(p) % lattice.levels.len()) as u8).collect();

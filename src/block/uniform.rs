@@ -62,20 +62,19 @@ impl Grid {
         self.levels == TERNARY
     }
 
-    /// For rows of so many columns.
+    /// For rows of so many columns, of which the last group may have fewer than the others.
     ///
     /// # Errors
-    /// `Misuse` when groups do not divide rows, or codes are not 2 to 256.
+    /// `Misuse` when there are no columns, or codes are not 2 to 256.
     pub fn lattice(&self, cols: u64) -> Result<Lattice> {
-        let size = self.shape(0, cols).group_size;
-        if cols == 0 || !cols.is_multiple_of(size) || !(2..=256).contains(&self.levels) {
-            let what = format!("rows of {cols} have no groups of {size} with {} codes", self.levels);
-            return Err(Error::misuse(what));
-        }
+        let row = usize::try_from(cols).ok().filter(|n| *n > 0 && n.checked_add(HEAD).is_some());
+        let (Some(row), 2..=256) = (row, self.levels) else {
+            return Err(Error::misuse(format!("rows of {cols} with {} codes", self.levels)));
+        };
+        let size = self.shape(0, cols).group_size.min(cols) as usize;
         let first = if self.symmetric { NAUGHT - usize::from(self.middle()) } else { NAUGHT };
         let levels = &LEVELS[first..first + usize::from(self.levels)];
-        let size = usize::try_from(size).map_err(|_| Error::misuse(format!("groups of {size}")))?;
-        Ok(Lattice::of_grid(*self, size, HEAD + size, levels))
+        Ok(Lattice::of_grid(*self, row, size, HEAD + size, levels))
     }
 
     fn most(&self) -> f32 {
@@ -135,17 +134,20 @@ impl Grid {
     /// Puts the codes and lines of encoded blocks of whole rows into `rows`.
     ///
     /// # Errors
-    /// `Misuse` when rows have no whole groups.
+    /// As [`Self::lattice`].
     pub fn unpack(&self, blocks: &[u8], cols: u64, rows: &mut Rows) -> Result<()> {
-        let size = self.lattice(cols)?.block_size;
+        let lattice = self.lattice(cols)?;
+        let (size, row) = (lattice.block_size, cols as usize);
+        let groups = lattice.groups(row);
         rows.codes.clear();
         rows.scales.clear();
         rows.zeros.clear();
-        for block in blocks.chunks_exact(HEAD + size) {
+        for (g, block) in blocks.chunks_exact(HEAD + size).enumerate() {
             let line = Line::of(block);
             rows.scales.push(line.scale);
             rows.zeros.push(line.zero.into());
-            rows.codes.extend_from_slice(&block[HEAD..]);
+            let wide = size.min(row - g % groups * size);
+            rows.codes.extend_from_slice(&block[HEAD..][..wide]);
         }
         Ok(())
     }
@@ -157,9 +159,10 @@ impl Grid {
         }
     }
 
-    pub(super) fn put(&self, size: usize, codes: &[u8], bytes: &mut [u8]) {
-        for (codes, block) in codes.chunks_exact(size).zip(bytes.chunks_exact_mut(HEAD + size)) {
-            block[HEAD..].copy_from_slice(codes);
+    pub(super) fn put(&self, row: usize, size: usize, codes: &[u8], bytes: &mut [u8]) {
+        let groups = codes.chunks_exact(row).flat_map(|row| row.chunks(size));
+        for (codes, block) in groups.zip(bytes.chunks_exact_mut(HEAD + size)) {
+            block[HEAD..][..codes.len()].copy_from_slice(codes);
         }
     }
 
@@ -170,8 +173,9 @@ impl Grid {
         Line { scale, zero }.store(block);
     }
 
-    pub(super) fn decode(&self, size: usize, bytes: &[u8], weights: &mut [f32]) {
-        for (weights, block) in weights.chunks_exact_mut(size).zip(bytes.chunks_exact(HEAD + size)) {
+    pub(super) fn decode(&self, row: usize, size: usize, bytes: &[u8], weights: &mut [f32]) {
+        let groups = weights.chunks_exact_mut(row).flat_map(|row| row.chunks_mut(size));
+        for (weights, block) in groups.zip(bytes.chunks_exact(HEAD + size)) {
             let Line { scale, zero } = Line::of(block);
             for (w, code) in weights.iter_mut().zip(&block[HEAD..]) {
                 *w = (f32::from(*code) - f32::from(zero)) * scale;
@@ -182,8 +186,8 @@ impl Grid {
     /// Encodes rows by the search, in groups of `size`.
     pub(super) fn encode(&self, size: usize, weights: &[f32], importance: &[f32], bytes: &mut [u8]) {
         let mut group = Group::default();
-        let columns = importance.chunks_exact(size).cycle();
-        let groups = weights.chunks_exact(size).zip(columns);
+        let rows = weights.chunks_exact(importance.len());
+        let groups = rows.flat_map(|row| row.chunks(size).zip(importance.chunks(size)));
         for ((weights, importance), block) in groups.zip(bytes.chunks_exact_mut(HEAD + size)) {
             group.take(weights, importance);
             let line = match self.is_ternary() {
@@ -191,7 +195,7 @@ impl Grid {
                 false => group.search(self),
             };
             line.store(block);
-            self.codes(line, &group.weights, &mut block[HEAD..]);
+            self.codes(line, &group.weights, &mut block[HEAD..][..weights.len()]);
         }
     }
 }
@@ -280,7 +284,7 @@ pub fn round(grid: &Grid, weights: &[f32], cols: u64, rows: &mut Rows) -> Result
 /// sum of squares, those of each column times its `importance`.
 ///
 /// # Errors
-/// As [`round`]; `Misuse` where groups do not divide rows, or `importance` has not one value for each column.
+/// As [`round`]; `Misuse` where `importance` has not one value for each column.
 pub fn weigh(grid: &Grid, weights: &[f32], cols: u64, importance: &[f32], rows: &mut Rows) -> Result<()> {
     let lattice = grid.lattice(cols)?;
     grid.check(weights, cols)?;
@@ -489,13 +493,13 @@ mod tests {
             weights in prop::collection::vec(-3f32..3.0, 384),
             importance in prop::collection::vec(prop_oneof![Just(0f32), 0f32..4.0, Just(1e25)], 192),
             size in -120f32..60.0,
-            bits in 2u32..=8,
-            group_size in prop::sample::select(vec![None, Some(32u64), Some(64), Some(24)]),
+            levels in prop_oneof![(1u32..=8).prop_map(|bits| 1 << bits), Just(TERNARY)],
+            group_size in prop::sample::select(vec![None, Some(32u64), Some(80), Some(24)]),
             symmetric: bool,
             least_zero in 0u8..2,
         ) {
             let weights: Vec<f32> = weights.iter().map(|w| w * w * w * (size / 10.0).exp2()).collect();
-            let grid = Grid { levels: 1 << bits, group_size, symmetric, least_zero };
+            let grid = Grid { levels, group_size, symmetric: symmetric && levels != 2 || levels == TERNARY, least_zero };
             let (mut plain, mut found) = (Rows::default(), Rows::default());
             round(&grid, &weights, 192, &mut plain).unwrap();
             weigh(&grid, &weights, 192, &importance, &mut found).unwrap();
@@ -561,7 +565,7 @@ mod tests {
                 check(&grid, &rows);
             }
         }
-        assert!(Grid { group_size: Some(3), ..grid }.lattice(8).is_err() && grid.lattice(0).is_err());
+        assert!(Grid { levels: 1, ..grid }.lattice(8).is_err() && grid.lattice(0).is_err());
         assert!(weigh(&grid, &[0.0; 4], 2, &[1.0], &mut rows).is_err());
     }
 }

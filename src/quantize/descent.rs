@@ -247,10 +247,9 @@ impl Descent {
     /// Moves scale and offset of each group once, where that pays; whether any moved.
     fn move_lines(&self, rows: &mut Rows) -> Result<bool> {
         let mut any = false;
-        let group = rows.lattice.group;
         let (mut gradient, mut bend): (Tile, Tile) = ([[0.0; PANEL]; PANEL], [[0.0; PANEL]; PANEL]);
-        for g in 0..self.columns() / group {
-            let columns = g * group..(g + 1) * group;
+        for g in 0..rows.groups() {
+            let columns = rows.columns(g);
             let mut slopes = [Slopes::default(); PANEL];
             for c in columns.start / PANEL..columns.end.div_ceil(PANEL) {
                 let panel = &self.panels[c];
@@ -332,7 +331,7 @@ impl<'a> Rows<'a> {
         let count = weights.len() / columns;
         let mut decoded = vec![0f32; weights.len()];
         lattice.decode(bytes, &mut decoded)?;
-        let mut lines = vec![(0.0, 0.0); weights.len() / lattice.group];
+        let mut lines = vec![(0.0, 0.0); lattice.groups(weights.len())];
         lattice.lines(bytes, &mut lines)?;
         let lanes = |row_major: &[f32]| {
             let mut lanes = vec![[0f32; PANEL]; columns];
@@ -363,7 +362,13 @@ impl<'a> Rows<'a> {
 
     /// Groups of a row.
     fn groups(&self) -> usize {
-        self.weights.len() / self.lattice.group
+        self.lattice.groups(self.weights.len())
+    }
+
+    /// The columns of a group.
+    fn columns(&self, group: usize) -> Range<usize> {
+        let size = self.lattice.group;
+        group * size..((group + 1) * size).min(self.weights.len())
     }
 
     /// Scale and offset of a column.
@@ -385,7 +390,7 @@ impl<'a> Rows<'a> {
         let size = lattice.type_size;
         let at = (r * self.groups() + g) / in_block * size;
         let block = &mut self.bytes[at..at + size];
-        let was = self.lines[r * (self.weights.len() / lattice.group) + g];
+        let was = self.lines[r * lattice.groups(self.weights.len()) + g];
         let (scale, offset) = (f64::from(was.0), f64::from(was.1));
         let mut lines = [(0f32, 0f32); 16];
         let lines = &mut lines[..in_block];
@@ -426,7 +431,7 @@ impl<'a> Rows<'a> {
         block.copy_from_slice(&tried);
         let groups = self.groups();
         self.lines[r * groups + g] = line;
-        for k in g * lattice.group..(g + 1) * lattice.group {
+        for k in self.columns(g) {
             self.values[k][r] = line.0 * self.levels[k][r] + line.1;
             self.errors[k][r] = self.weights[k][r] - self.values[k][r];
         }

@@ -236,10 +236,10 @@ impl Feedback {
         values: &mut [f32],
     ) -> Result<Vec<f64>> {
         let n = self.columns();
-        let mut lines = vec![(0.0, 0.0); weights.len() / lattice.group];
+        let mut lines = vec![(0.0, 0.0); lattice.groups(weights.len())];
         lattice.lines(bytes, &mut lines)?;
         let mut codes = vec![0u8; weights.len()];
-        let tiles = weights.chunks(n * PANEL).zip(lines.chunks(n / lattice.group * PANEL));
+        let tiles = weights.chunks(n * PANEL).zip(lines.chunks(lattice.groups(n) * PANEL));
         let results = codes.chunks_mut(n * PANEL).zip(values.chunks_mut(n * PANEL));
         let mut costs = Vec::with_capacity(weights.len() / n);
         for ((weights, lines), (codes, values)) in tiles.zip(results) {
@@ -299,7 +299,7 @@ impl Feedback {
     ) -> [f64; PANEL] {
         let n = self.columns();
         let rows = weights.len() / n;
-        let groups = n / lattice.group;
+        let groups = lattice.groups(n);
         let mut costs = [0f64; PANEL];
         // By column, in the order of rounding: what each row's weight lost.
         let mut errors = vec![[0f32; PANEL]; n];

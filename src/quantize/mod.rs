@@ -214,8 +214,8 @@ impl Prepared {
     /// groups follow on each other. Returns what each row costs, as [`Self::encode`].
     ///
     /// # Errors
-    /// `Malformed` for weights that are not finite, or too large for a scale in F16; `Misuse` when groups do
-    /// not divide rows.
+    /// `Malformed` for weights that are not finite, or too large for a scale in F16; `Misuse` when sizes do not
+    /// fit.
     pub fn round(&self, grid: &Grid, weights: &[f32], rows: &mut Rows) -> Result<Vec<f64>> {
         let cols = self.feedback().columns() as u64;
         let lattice = grid.lattice(cols)?;
@@ -265,7 +265,7 @@ mod tests {
     use super::sample::{Square, noise};
     use super::*;
     use crate::block::lattice;
-    use crate::block::uniform::{round, weigh};
+    use crate::block::uniform::{TERNARY, round, weigh};
     use crate::tensor::DType;
 
     const TYPES: [DType; 4] = [DType::Q4_0, DType::Q2_K, DType::IQ4_XS, DType::TQ2_0];
@@ -352,7 +352,7 @@ mod tests {
             errors.chunks(n).map(|row| sums.cost(tokens, 0.01, row)).collect()
         };
         for bits in [2, 3, 4, 8] {
-            for group_size in [Some(32), Some(64), None] {
+            for group_size in [Some(32), Some(48), None] {
                 for symmetric in [false, true] {
                     let grid = Grid { levels: 1 << bits, group_size, symmetric, least_zero: 1 };
                     let mut found = Rows::default();
@@ -381,9 +381,8 @@ mod tests {
                 }
             }
         }
-        let grid = Grid { levels: 1 << 4, group_size: Some(96), symmetric: true, least_zero: 0 };
-        assert!(gptq.round(&grid, &weights, &mut Rows::default()).is_err());
-        let grid = Grid { group_size: None, ..grid };
+        let grid = Grid { levels: 1 << 4, group_size: None, symmetric: true, least_zero: 0 };
+        assert!(gptq.round(&grid, &weights[1..], &mut Rows::default()).is_err());
         for w in [f32::NAN, 1e30] {
             assert!(gptq.round(&grid, &vec![w; n], &mut Rows::default()).is_err());
         }
@@ -424,7 +423,12 @@ mod tests {
         let (n, tokens, rows) = (256, 300, 8);
         let sums = Square::new(n, tokens);
         let weights = noise(n * rows, 3);
-        for dtype in [DType::TQ1_0, DType::TQ2_0] {
+        let grid = |group_size| {
+            let grid = Grid { levels: TERNARY, group_size, symmetric: true, least_zero: 0 };
+            grid.lattice(n as u64).unwrap()
+        };
+        let types = [DType::TQ1_0, DType::TQ2_0].map(|dtype| *lattice(dtype).unwrap());
+        for lattice in types.into_iter().chain([grid(None), grid(Some(96))]) {
             let totals: Vec<f64> = ternary::Stage::NAMES
                 .iter()
                 .map(|(name, stage)| {
@@ -432,7 +436,8 @@ mod tests {
                     let tuning = Tuning { ternary_stage: Some(*stage), ..Tuning::default() };
                     let (method, _) = tuned("ternary", tuning);
                     let prepared = prepare(&method, &sums, tokens as u64).unwrap();
-                    encode(&prepared, dtype, &weights).0.iter().sum()
+                    let mut bytes = vec![0; lattice.bytes(weights.len())];
+                    prepared.encode(&lattice, &weights, &mut bytes).unwrap().iter().sum()
                 })
                 .collect();
             // Each stage by itself is better than the one before, on this problem but for the second.
@@ -457,8 +462,8 @@ mod tests {
                     let (costs, _) = encode(&prepared, dtype, &weights);
                     assert!(costs.iter().all(|c| c.is_finite()), "{name} {dtype} {costs:?}");
                 }
-                for (bits, symmetric) in [(2, true), (8, false)] {
-                    let grid = Grid { levels: 1 << bits, group_size: None, symmetric, least_zero: 1 };
+                for (levels, symmetric) in [(2, false), (TERNARY, true), (4, true), (256, false)] {
+                    let grid = Grid { levels, group_size: Some(100), symmetric, least_zero: 1 };
                     let mut rows = Rows::default();
                     let costs = prepared.round(&grid, &weights, &mut rows).unwrap();
                     assert!(costs.iter().all(|c| c.is_finite()), "{name} {grid:?} {costs:?}");

@@ -154,9 +154,12 @@ fn scales(
 ) -> Result<()> {
     let mut codes = vec![1u8; values.len()];
     out.fill(0);
-    let groups = values.chunks_exact(lattice.group).zip(codes.chunks_exact_mut(lattice.group));
-    let weights = importance[..n].chunks_exact(lattice.group).cycle();
-    for (g, ((values, codes), importance)) in groups.zip(weights).enumerate() {
+    let size = lattice.group;
+    let rows = values.chunks_exact(n).zip(codes.chunks_exact_mut(n));
+    let groups = rows.flat_map(|(values, codes)| {
+        values.chunks(size).zip(codes.chunks_mut(size)).zip(importance[..n].chunks(size))
+    });
+    for (g, ((values, codes), importance)) in groups.enumerate() {
         let scale = find(values, importance);
         lattice.set(g, (scale, 0.0), out)?;
         for (code, value) in codes.iter_mut().zip(values) {
