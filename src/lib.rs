@@ -10,6 +10,7 @@ pub mod block;
 pub mod calibrate;
 pub mod container;
 pub mod convert;
+pub mod diff;
 pub mod error;
 pub mod eval;
 #[cfg(feature = "ggml")]

@@ -10,6 +10,7 @@ use regex::Regex;
 const ORDER: &[&str] = &[
     "cli",
     "verify",
+    "diff",
     "inspect",
     "mix",
     "model",

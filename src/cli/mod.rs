@@ -12,6 +12,7 @@ mod common;
 mod completions;
 mod config;
 mod convert;
+mod diff;
 #[cfg(feature = "ggml")]
 mod embed;
 #[cfg(feature = "ggml")]
@@ -61,6 +62,7 @@ enum Command {
     Merge(split::MergeArgs),
     Inspect(inspect::Args),
     Verify(verify::Args),
+    Diff(diff::Args),
     #[cfg(feature = "ggml")]
     Run(run::Args),
     #[cfg(feature = "ggml")]
@@ -175,6 +177,7 @@ fn run(command: Command) -> anyhow::Result<Status> {
         Command::Merge(args) => split::merge(&args),
         Command::Inspect(args) => inspect::run(&args).map(|()| Status::Done),
         Command::Verify(args) => verify::run(&args),
+        Command::Diff(args) => diff::run(&args),
         #[cfg(feature = "ggml")]
         Command::Run(args) => run::run(&args, ui::catch_interrupt()).map(|()| Status::Done),
         #[cfg(feature = "ggml")]

@@ -4,18 +4,20 @@ use std::path::PathBuf;
 
 use qconv::convert::MergeLora;
 use qconv::limits::Limits;
-use qconv::verify::{LogitsOptions, Options, Outcome, Report, verify};
+use qconv::verify::{LogitsOptions, Options, Outcome, Report, bytes_to_read, verify};
 
 use super::common::{self, WorkArgs, parse_scaled};
 use super::{Status, ui};
 
-/// Check a GGUF file: its structure, its tensors, its tokens, and that it runs
+/// Check a file: of GGUF its structure, its tensors, its tokens, and that it runs; of .qpack all SHA-256, that
+/// all values decode, and that quantized checkpoints come back
 #[derive(clap::Args, Debug)]
 pub struct Args {
-    /// The GGUF file; of a split one, any shard
+    /// The GGUF or .qpack file; of a split one, any shard
     pub file: PathBuf,
 
-    /// Compare with the source it was made from: a Hugging Face directory or a GGUF file
+    /// Compare with the source it was made from: a Hugging Face directory or a GGUF file; with a .qpack file
+    /// a model of any format
     #[arg(long, value_name = "SRC")]
     pub against: Option<PathBuf>,
 
@@ -74,7 +76,7 @@ pub fn run(args: &Args) -> anyhow::Result<Status> {
         limits: Limits::default(),
     };
     ui::catch_interrupt();
-    let total = std::fs::metadata(&args.file).map_or(0, |m| m.len());
+    let total = bytes_to_read(&options)?;
     let progress = ui::Progress::new("verifying", total, args.work.quiet);
     let report = verify(&options, &args.work.budget()?, &progress);
     progress.finish();
@@ -88,6 +90,14 @@ pub fn run(args: &Args) -> anyhow::Result<Status> {
                 "{:<40} {:>6}  max {:.3e}  rmse {:.3e}  relative {:.3e}  cosine {:.6}",
                 t.name, t.dtype, t.max_error, t.rmse, t.relative_rmse, t.cosine
             ));
+        }
+    }
+    if args.work.verbose {
+        for t in &report.compared {
+            let apart = t.errors.map_or(String::new(), |e| {
+                format!(": at most {:.3e} apart, NMSE {:.3e}, cosine {:.6}", e.max, e.nmse, e.cosine)
+            });
+            ui::say(&format!("{:<40} {}{apart}", t.name, t.kind.words()));
         }
     }
     Ok(say(&report, args.work.quiet))

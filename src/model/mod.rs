@@ -29,13 +29,14 @@ pub use metadata::json_of;
 pub use opened::Opened;
 pub use side::SideFile;
 
-use std::collections::HashMap;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
+use indexmap::IndexMap;
 use serde_json::{Map, Value as Json};
 
 use crate::block::codec;
+use crate::container::qpack::Encoding;
 use crate::container::side::from_json;
 use crate::container::{Store, qpack};
 use crate::convert::{self, Scratch, Source, identity};
@@ -64,7 +65,7 @@ pub struct Model {
     metadata_kind: &'static str,
     side: Vec<SideFile>,
     /// What a `.qpack` file says of its tensors.
-    manifest: HashMap<String, qpack::Tensor>,
+    manifest: IndexMap<String, qpack::Tensor>,
     note: Option<String>,
 }
 
@@ -95,7 +96,7 @@ impl Model {
             metadata: Map::new(),
             metadata_kind: "config.json",
             side: Vec::new(),
-            manifest: HashMap::new(),
+            manifest: IndexMap::new(),
             note: None,
         };
         match Opened::open(path, limits)? {
@@ -196,6 +197,20 @@ impl Model {
     /// The tensor called `name`.
     pub fn get(&self, name: &str) -> Option<Tensor<'_>> {
         self.store.get(name).map(|info| Tensor { model: self, info })
+    }
+
+    /// What a `.qpack` file's manifest says of its tensors, in the order of the file.
+    pub fn manifest(&self) -> impl Iterator<Item = &qpack::Tensor> {
+        self.manifest.values()
+    }
+
+    /// Tensors of a `.qpack` file that are there as bytes only, by name: their encoding or compression is not known.
+    pub fn unread(&self) -> impl Iterator<Item = (&str, String)> {
+        self.manifest().filter_map(|t| match (&t.encoding, t.is_closed()) {
+            (_, true) => Some((t.name.as_str(), "its compression".to_string())),
+            (Encoding::Unknown(_), _) => Some((t.name.as_str(), format!("encoding {:?}", t.encoding.kind()))),
+            _ => None,
+        })
     }
 
     /// The store behind it.

@@ -4,6 +4,7 @@
 //! promises, token parity, and a forward pass. Nothing here trusts what the conversion knew.
 
 mod chat;
+mod qpack;
 mod tensors;
 
 #[cfg(feature = "ggml")]
@@ -21,16 +22,18 @@ use serde::Serialize;
 
 use crate::arch::PROJECTOR;
 use crate::container::gguf::Gguf;
+use crate::container::qpack::Qpack;
 use crate::convert::{Budget, HfToGguf, MergeLora, Observer, TokenCheck};
+use crate::diff::TensorDiff;
 use crate::error::{Error, ErrorKind, Result};
 use crate::limits::Limits;
 
 /// What to verify, and how thoroughly.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// A GGUF file, any shard of it.
+    /// A GGUF or `.qpack` file, any shard of it.
     pub file: PathBuf,
-    /// Its source: a Hugging Face directory or a GGUF file.
+    /// Its source: a Hugging Face directory or a GGUF file; of a `.qpack` file, a model of any format.
     pub against: Option<PathBuf>,
     /// Elements to look at in each tensor; `None` looks at all.
     pub sample: Option<u64>,
@@ -95,6 +98,9 @@ pub struct Report {
     pub checks: Vec<Check>,
     /// Each tensor compared.
     pub tensors: Vec<TensorCheck>,
+    /// The same of a `.qpack` file, its source first.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub compared: Vec<TensorDiff>,
     /// The logits beside the source's.
     #[cfg(feature = "ggml")]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -127,16 +133,19 @@ impl Report {
 /// Only what keeps the checks from being made: no such file, an unreadable source, an interrupt.
 /// What is wrong with the file itself is in the report.
 pub fn verify(options: &Options, budget: &Budget, observer: &dyn Observer) -> Result<Report> {
-    #[cfg(not(feature = "ggml"))]
-    let _ = budget; // the engine's
     let mut report = Report {
         file: options.file.clone(),
         against: options.against.clone(),
         checks: Vec::new(),
         tensors: Vec::new(),
+        compared: Vec::new(),
         #[cfg(feature = "ggml")]
         proof: None,
     };
+    if qpack::is_meant(&options.file)? {
+        qpack::check(&mut report, options, budget, observer)?;
+        return Ok(report);
+    }
     let gguf = match Gguf::open(&options.file, &options.limits) {
         Ok(gguf) => gguf,
         Err(e) if matches!(e.kind(), ErrorKind::Malformed | ErrorKind::Limit | ErrorKind::Unsupported) => {
@@ -180,6 +189,21 @@ pub fn verify(options: &Options, budget: &Budget, observer: &dyn Observer) -> Re
         Ok((Outcome::Skipped, "token parity and forward pass need a build with the feature ggml".into())),
     );
     Ok(report)
+}
+
+/// Bytes that [`verify`] tells an observer of, about.
+///
+/// # Errors
+/// `Io`.
+pub fn bytes_to_read(options: &Options) -> Result<u64> {
+    let io = |e| Error::io("open", &options.file, e);
+    let file = std::fs::metadata(&options.file).map_err(io)?.len();
+    if !options.file.is_file() || !qpack::is_meant(&options.file)? {
+        return Ok(file);
+    }
+    let Ok(model) = Qpack::open(&options.file, &options.limits) else { return Ok(file) };
+    let bytes: u64 = model.manifests().flat_map(|(_, m)| m.segments()).map(|s| s.bytes).sum();
+    Ok(bytes.saturating_mul(2 + u64::from(options.against.is_some())))
 }
 
 fn is_projector(gguf: &Gguf) -> bool {

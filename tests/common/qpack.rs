@@ -76,6 +76,21 @@ pub fn fill(
     contents
 }
 
+/// The bytes of a file with all that a Hugging Face directory holds in one safetensors file, and its config.json.
+pub fn of_directory(dir: &Path) -> Vec<u8> {
+    let text = std::fs::read(dir.join("config.json")).unwrap();
+    let config: serde_json::Value = serde_json::from_slice(&text).unwrap();
+    let store = qconv::container::safetensors::open(&dir.join("model.safetensors"), &Default::default());
+    let stated = config.get("quantization_config");
+    let (store, _) = qconv::packed::unpack(store.unwrap().store, stated).unwrap();
+    let taken = qconv::packed::qpack::take(&store, stated).unwrap();
+    let files = vec![side_file("config.json", &text)];
+    let tensors = taken.iter().map(|t| t.tensor.clone()).collect();
+    let filled = taken.iter().flat_map(|t| fill(&t.tensor, |put| t.write(&store, put)));
+    let contents = [text].into_iter().chain(filled).collect();
+    file(Manifest { files, tensors, ..Manifest::default() }, &contents, &[]).0
+}
+
 /// A file with one of everything.
 pub fn example() -> (Manifest, Contents) {
     let integers =

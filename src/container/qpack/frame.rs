@@ -24,7 +24,12 @@ pub fn is_qpack(file: &InputFile) -> Result<bool> {
         return Ok(false);
     }
     file.read_at(0, &mut magic)?;
-    Ok(magic == MAGIC)
+    Ok(is_magic(&magic))
+}
+
+/// Whether these are the first 8 bytes of such a file, and the last.
+pub fn is_magic(bytes: &[u8; 8]) -> bool {
+    *bytes == MAGIC
 }
 
 pub(super) fn header() -> [u8; HEADER as usize] {

@@ -22,7 +22,7 @@ pub mod write;
 pub use encoding::{
     Codebook, Encoding, Integers, Matrix, Nested, PartSize, Scaled, Sparse, Ternary, Trits, Zeros,
 };
-pub use frame::{ALIGNMENT, VERSION, is_qpack};
+pub use frame::{ALIGNMENT, VERSION, is_magic, is_qpack};
 pub use manifest::is_path;
 pub use manifest::{Compression, Manifest, Part, Segment, ShardSeal, SideFile, Split, Tensor};
 pub use origin::{Origin, Source};

@@ -18,7 +18,7 @@ use serde_json::Value as Json;
 
 pub use codebook::put as put_codebook;
 pub use integers::put as put_integers;
-pub use restore::restore;
+pub use restore::{KNOWN_LAYOUTS, restore};
 pub use scaled::put as put_scaled;
 pub use sparse::{put as put_sparse, sign_bytes};
 pub use take::{Taken, take};

@@ -9,6 +9,9 @@ use crate::packed::awq::NIBBLE;
 use crate::packed::write::Put;
 use crate::tensor::{DType, TensorInfo};
 
+/// The layouts that [`restore`] knows.
+pub const KNOWN_LAYOUTS: [&str; 7] =
+    ["gptq", "awq", "pack-quantized", "int-quantized", "mxfp4", "bitsandbytes", "plain"];
 /// Bytes that are moved at a time.
 const BUFFER: u64 = 1 << 20;
 /// Bytes of rows that change places with columns at a time.
