@@ -7,8 +7,11 @@ mod made;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use qconv::container::gguf::{Gguf, Metadata, is_gguf, write};
 use qconv::container::qpack::{Encoding, Integers, Manifest, Qpack, Tensor, Zeros};
-use qconv::convert::{Checkpoint, HfToGguf, Job, Silent, ToHf, Wanted};
+use qconv::convert::{
+    Checkpoint, HfToGguf, Job, LoraToGguf, Quantize, Quantizer, Recipe, Silent, ToHf, ToQpack, Wanted,
+};
 use qconv::error::{Error, ErrorKind};
 use qconv::limits::Limits;
 use qconv::packed::write::Format;
@@ -29,8 +32,14 @@ fn both(place: &Path, fixture: &str, name: &str) -> (PathBuf, PathBuf) {
         fs::copy(&path, dir.join(path.file_name().unwrap())).unwrap();
     }
     let packed = place.join(format!("{name}.qpack"));
-    made::pack(&source, &packed);
+    pack(&dir, &packed, u64::MAX);
     (dir, packed)
+}
+
+fn pack(source: &Path, output: &Path, max_shard_size: u64) -> Vec<PathBuf> {
+    let job = ToQpack { output: Some(output.into()), max_shard_size, ..ToQpack::new(source) }.plan().unwrap();
+    job.run(true, &common::budget(), &Silent).unwrap();
+    job.outputs()
 }
 
 #[test]
@@ -88,10 +97,10 @@ fn names_are_those_of_the_file() {
     assert_eq!(gguf.parent(), Some(place.path()));
     assert!(gguf.file_name().unwrap().to_str().unwrap().starts_with("Some-Model"), "{gguf:?}");
     assert_eq!(hf, place.path().join("Some-Model-v2-bfloat16"));
-    for part in made::pack_set(&common::fixture("tiny-llama"), &packed) {
-        assert_eq!(default(&part), (gguf.clone(), hf.clone()));
-        let model = Checkpoint::open(&part, &Limits::default()).unwrap();
-        assert_eq!(model.store.files().len(), 2);
+    let set = pack(&common::fixture("tiny-llama"), &packed, 3 << 20);
+    assert_eq!(set.len(), 3);
+    for part in &set {
+        assert_eq!(default(part), (gguf.clone(), hf.clone()));
     }
 }
 
@@ -100,7 +109,7 @@ fn names_are_those_of_the_file() {
 fn side_files_are_there_while_they_are_needed() {
     let place = tempfile::tempdir().unwrap();
     let packed = place.path().join("m.qpack");
-    made::pack(&common::fixture("tiny-llama"), &packed);
+    pack(&common::fixture("tiny-llama"), &packed, u64::MAX);
     let model = Checkpoint::open(&packed, &Limits::default()).unwrap();
     let dir = model.dir.clone();
     let wanted = fs::read(common::fixture("tiny-llama").join("tokenizer.json")).unwrap();
@@ -177,4 +186,87 @@ fn what_cannot_be_read_is_named() {
         let _: Manifest =
             Qpack::open(&packed, &Limits::default()).unwrap().manifests().next().unwrap().1.clone();
     }
+}
+
+/// What was made of GGUF is GGUF to all that read it.
+#[test]
+fn a_packed_gguf_is_that_gguf() {
+    let place = tempfile::tempdir().unwrap();
+    let gguf = place.path().join("m.gguf");
+    common::convert(&common::fixture("tiny-llama"), &gguf, Some("bf16"));
+    for (max, name) in [(u64::MAX, "one.qpack"), (3 << 20, "many.qpack")] {
+        let packed = pack(&gguf, &place.path().join(name), max).pop().unwrap();
+        assert!(is_gguf(&packed).unwrap());
+        let [a, b] = [&gguf, &packed].map(|p| Gguf::open(p, &Limits::default()).unwrap());
+        assert_eq!((a.metadata, a.version), (b.metadata, b.version));
+
+        let quantized = |source: &Path, output: &str| {
+            let quantizer = Quantizer::new(Recipe::parse("q4_k_m").unwrap());
+            written(&Quantize::new(source, place.path().join(output), quantizer).plan().unwrap())
+        };
+        assert!(quantized(&gguf, "a.gguf") == quantized(&packed, "b.gguf"), "{name}");
+        let back = |source: &Path| {
+            let job = ToHf::new(source, place.path().join("back")).plan().unwrap();
+            job.run(true, &common::budget(), &Silent).unwrap();
+            fs::read(place.path().join("back/model.safetensors")).unwrap()
+        };
+        assert!(back(&gguf) == back(&packed), "{name}");
+    }
+}
+
+#[test]
+fn packed_bases_of_adapters() {
+    let place = tempfile::tempdir().unwrap();
+    let base = common::fixture("models/llama");
+    let gguf = place.path().join("m.gguf");
+    common::convert(&base, &gguf, None);
+    let [hf, of_gguf] = [(&base, "hf.qpack"), (&gguf, "gguf.qpack")]
+        .map(|(source, name)| pack(source, &place.path().join(name), u64::MAX).remove(0));
+    let adapted = |base: &Path| {
+        let (adapter, output) = (common::fixture("lora/llama"), Some(place.path().join("lora.gguf")));
+        let base = base.to_path_buf();
+        written(&LoraToGguf { adapter, base, output, ..LoraToGguf::default() }.plan().unwrap())
+    };
+    assert!(adapted(&base) == adapted(&hf));
+    assert!(adapted(&gguf) == adapted(&of_gguf));
+}
+
+#[test]
+fn what_is_no_packed_gguf_is_refused_with_its_reason() {
+    let place = tempfile::tempdir().unwrap();
+    let packed = place.path().join("m.qpack");
+    let metadata = |tensors: &[(&str, DType, &[u64])]| {
+        let mut metadata = Metadata::default();
+        metadata.set("general.architecture", "llama");
+        ("metadata.gguf".to_string(), write::Layout::new(&metadata, tensors).unwrap().header)
+    };
+    let tensor = |encoding: Encoding| {
+        let tensor = Tensor::new("x", vec![2, 32], encoding).unwrap();
+        let contents: Vec<_> = tensor.parts.iter().map(|p| vec![0; p.segment.bytes as usize]).collect();
+        (tensor, contents)
+    };
+    let plain = || tensor(Encoding::Plain(DType::F32));
+    let refused = |files: Vec<(String, Vec<u8>)>, tensor, kind: ErrorKind, words: &str| {
+        made::with_files(files, vec![tensor], &packed);
+        let error = Gguf::open(&packed, &Limits::default()).err().unwrap();
+        assert_eq!(error.kind(), kind, "{error}");
+        assert!(error.to_string().contains(words) && error.to_string().contains("m.qpack"), "{error}");
+        error.hint_text().unwrap_or_default().to_string()
+    };
+    made::with_files(vec![metadata(&[])], vec![plain()], &packed);
+    assert_eq!(Gguf::open(&packed, &Limits::default()).unwrap().store.tensors().len(), 1);
+
+    let e = Integers { bits: 4, block: [1, 32], scales: DType::F16, zeros: Zeros::Middle, g_idx: false };
+    let unsupported = ErrorKind::Unsupported;
+    refused(vec![metadata(&[])], tensor(Encoding::Integers(e)), unsupported, "integers");
+    refused(vec![metadata(&[])], tensor(Encoding::Plain(DType::U8)), unsupported, "U8");
+    let hint = refused(vec![("config.json".into(), b"{}".to_vec())], plain(), unsupported, "metadata.gguf");
+    assert!(hint.contains("hf-to-gguf"), "{hint}");
+    let hint = refused(vec![], plain(), unsupported, "metadata.gguf");
+    assert!(hint.contains("inspect"), "{hint}");
+    assert!(!is_gguf(&packed).unwrap());
+    refused(vec![("metadata.gguf".into(), b"GGUF".to_vec())], plain(), ErrorKind::Malformed, "");
+    let (name, mut header) = metadata(&[("y", DType::F32, &[2])]);
+    header.extend([0; 32]);
+    refused(vec![(name, header)], plain(), ErrorKind::Malformed, "metadata alone");
 }

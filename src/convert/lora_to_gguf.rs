@@ -18,12 +18,13 @@ use super::general::{Described, General, ParameterCounts};
 use super::plan::{Plan, TensorPlan};
 use super::quantizer::QUANTIZATION_VERSION;
 use super::shards::{Sharding, lay_out};
+use super::side_files::{SideFiles, is_qpack_file};
 use super::types::{FileType, LORA_A, LORA_B};
 use super::{Job, MetadataEdits, output_path};
 use crate::arch::{self, Data, Elementwise, Mapped, Model, Piece, Placed, Placer};
-use crate::container::gguf::{Array, Gguf, Metadata, Value};
+use crate::container::gguf::{Array, Gguf, Metadata, Value, is_gguf};
 use crate::container::side::read_json;
-use crate::container::{Factor, InputFile, Store};
+use crate::container::{Factor, Store};
 use crate::error::{Error, ErrorKind, Result};
 use crate::limits::Limits;
 use crate::tensor::{Axes, StridedCopy, TensorInfo, elements};
@@ -37,7 +38,7 @@ const MERGE: &str = "merge the adapter into its base: qconv hf-to-gguf --merge-l
 pub struct LoraToGguf {
     /// The adapter's directory, or a file in it.
     pub adapter: PathBuf,
-    /// The base: a directory with config.json, that file, or a GGUF file. Weights need not be there;
+    /// The base: a directory with config.json, that file, a GGUF or a `.qpack` file. Weights need not be there;
     /// where they are, shapes are checked.
     pub base: PathBuf,
     /// The file to write, or a directory for it; default: beside the adapter.
@@ -148,7 +149,7 @@ impl LoraToGguf {
 
     fn open_base(&self) -> Result<Base> {
         let path = &self.base;
-        if path.is_file() && path.extension().is_none_or(|e| e != "json") && is_gguf(path)? {
+        if path.is_file() && is_gguf(path)? {
             let gguf = Gguf::open(path, &self.limits)?;
             let tensors = gguf.store.tensors();
             let model = match &self.arch_file {
@@ -160,16 +161,18 @@ impl LoraToGguf {
                 weights: BaseWeights::Gguf(gguf.store),
             });
         }
-        let config_path = if path.is_dir() { path.join("config.json") } else { path.clone() };
-        let config: Option<Json> = read_json(&config_path, self.limits.side_file_bytes)?;
-        let config = config.ok_or_else(|| {
+        let is_whole = path.is_dir() || is_qpack_file(path)?;
+        let side = SideFiles::of(path, &self.limits)?;
+        let config_path = if is_whole { side.dir().join("config.json") } else { path.clone() };
+        let config = read_json::<Json>(&config_path, self.limits.side_file_bytes);
+        let config = config.map_err(side.place())?.ok_or_else(|| {
             Error::unsupported("has no config.json")
                 .at(path)
                 .hint("give the base's directory, its config.json, or a GGUF file of it")
         })?;
         // Weights that are there are compared with; a base without any, or of a kind that cannot be
         // read, serves by its config alone.
-        let weights = match path.is_dir().then(|| Checkpoint::open(path, &self.limits)) {
+        let weights = match is_whole.then(|| Checkpoint::open(path, &self.limits)) {
             Some(Ok(checkpoint)) => BaseWeights::HuggingFace(checkpoint.store),
             Some(Err(e)) if e.kind() != ErrorKind::Unsupported => return Err(e),
             _ => BaseWeights::Unknown,
@@ -182,17 +185,11 @@ impl LoraToGguf {
             Some(file) => arch::take_for(arch::read(file, &self.limits)?, &config),
             None => arch::recognise(&config, tensors, self.arch.as_deref()),
         };
-        let mut model = model.map_err(|e| e.at(&config_path))?;
+        let mut model = model.map_err(|e| e.at(&config_path)).map_err(side.place())?;
         // Unless more tokens are known than there are, embeddings are taken over whole.
         model.facts_mut().n_tokens = model.var("vocab_size")?.as_u64();
         Ok(Base { model, weights })
     }
-}
-
-fn is_gguf(path: &Path) -> Result<bool> {
-    let mut magic = [0; 4];
-    let file = InputFile::open(path)?;
-    Ok(file.len() >= 4 && file.read_at(0, &mut magic).is_ok() && &magic == b"GGUF")
 }
 
 /// The tensors of the output, by the name of the tensor that each pair changes.

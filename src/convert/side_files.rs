@@ -6,9 +6,9 @@ use std::path::{Component, Path, PathBuf};
 
 use tempfile::TempDir;
 
+use super::to_qpack::stem;
 use crate::container::InputFile;
-use crate::container::qpack::{Qpack, SUFFIX, is_qpack};
-use crate::container::shards::split_shard_name;
+use crate::container::qpack::{HEADERS, Qpack, is_qpack};
 use crate::error::{Error, Result};
 use crate::limits::Limits;
 
@@ -38,7 +38,8 @@ impl SideFiles {
         }
     }
 
-    /// Those of a `.qpack` file. One that is longer than side files may be is left out: nobody would read it.
+    /// Those of a `.qpack` file, but for headers of weights, and for what is longer than side files may be: nobody
+    /// would read it.
     ///
     /// # Errors
     /// `Io`; `Malformed` for damaged bytes, and for files that cannot lie beside each other.
@@ -50,7 +51,7 @@ impl SideFiles {
         let temporary = std::env::temp_dir();
         let kept = builder.tempdir().map_err(|e| Error::io("create a directory in", &temporary, e))?;
         for file in model.files() {
-            if file.segment.content_bytes() > limits.side_file_bytes {
+            if file.segment.content_bytes() > limits.side_file_bytes || file.name.starts_with(HEADERS) {
                 continue;
             }
             let inside = Path::new(&file.name);
@@ -77,11 +78,12 @@ impl SideFiles {
 
     /// What the model is called: its directory's name, links and dots resolved, or its file's.
     pub fn model_name(&self) -> String {
-        let name =
-            |path: &Path| path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
         match &self.packed {
-            Some((file, _)) => stem(&name(file)).to_string(),
-            None => name(&self.dir.canonicalize().unwrap_or_else(|_| self.dir.clone())),
+            Some((file, _)) => stem(file),
+            None => {
+                let full = self.dir.canonicalize().unwrap_or_else(|_| self.dir.clone());
+                full.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default()
+            }
         }
     }
 
@@ -108,29 +110,4 @@ impl SideFiles {
 pub fn is_qpack_file(path: &Path) -> Result<bool> {
     let meta = fs::metadata(path).map_err(|e| Error::io("open", path, e))?;
     Ok(meta.is_file() && is_qpack(&InputFile::open(path)?)?)
-}
-
-/// A file's name without its ending, and without its number in a set.
-fn stem(name: &str) -> &str {
-    match split_shard_name(name, SUFFIX) {
-        Some((stem, ..)) => stem,
-        None => name.strip_suffix(&format!(".{SUFFIX}")).unwrap_or(name),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn names() {
-        for (name, wanted) in [
-            ("a.qpack", "a"),
-            ("a-b.2-00001-of-00003.qpack", "a-b.2"),
-            ("model", "model"),
-            ("a.gguf", "a.gguf"),
-        ] {
-            assert_eq!(stem(name), wanted);
-        }
-    }
 }

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
 use qconv::container::qpack::{
-    Encoding, Integers, Manifest, Segment, ShardSeal, SideFile, Split, Tensor, Ternary, Trits, Zeros,
+    Encoding, Integers, Manifest, Segment, ShardSeal, SideFile, Tensor, Ternary, Trits, Zeros,
 };
 use qconv::tensor::DType;
 use serde_json::json;
@@ -118,15 +118,6 @@ pub fn example() -> (Manifest, Contents) {
     (Manifest { files, tensors, provenance, ..Manifest::default() }, contents)
 }
 
-/// A model's directory as one file: what has an encoding is taken into it, everything else stays as it is.
-pub fn pack(dir: &Path, output: &Path) {
-    let model = qconv::convert::Checkpoint::open(dir, &qconv::limits::Limits::default()).unwrap();
-    let taken = qconv::packed::qpack::take(&model.store, model.config.get("quantization_config")).unwrap();
-    let write = |t: &qconv::packed::qpack::Taken| fill(&t.tensor, |put| t.write(&model.store, put));
-    let tensors = taken.iter().map(|t| (t.tensor.clone(), write(t))).collect();
-    with_side_files(dir, tensors, output);
-}
-
 /// These tensors, and the small files of a directory.
 pub fn with_side_files(dir: &Path, tensors: Vec<(Tensor, Contents)>, output: &Path) {
     let mut files: Vec<(String, Vec<u8>)> = Vec::new();
@@ -138,36 +129,6 @@ pub fn with_side_files(dir: &Path, tensors: Vec<(Tensor, Contents)>, output: &Pa
     }
     files.sort();
     with_files(files, tensors, output);
-}
-
-/// The same in two files, of which the second has the last tensor, in the directory of `output`; both paths.
-pub fn pack_set(dir: &Path, output: &Path) -> [PathBuf; 2] {
-    pack(dir, output);
-    let whole = qconv::container::qpack::Qpack::open(output, &qconv::limits::Limits::default()).unwrap();
-    let (mut first, bytes) = (whole.manifests().next().unwrap().1.clone(), std::fs::read(output).unwrap());
-    let mut contents: Contents = Vec::new();
-    let mut at = 64usize;
-    for segment in first.segments() {
-        contents.push(bytes[at..at + segment.bytes as usize].to_vec());
-        at = (at + segment.bytes as usize).next_multiple_of(64);
-    }
-    std::fs::remove_file(output).unwrap();
-    let last = first.tensors.pop().unwrap();
-    let rest = contents.split_off(contents.len() - last.parts.len());
-    first.split = Some(Split { no: 1, count: 2, seals: Vec::new() });
-    let (one, seal) = file(first, &contents, &[]);
-    let seals = vec![ShardSeal { manifest: [0; 32], ..seal }];
-    let second = Manifest {
-        tensors: vec![last],
-        split: Some(Split { no: 2, count: 2, seals }),
-        ..Manifest::default()
-    };
-    let (two, _) = file(second, &rest, &[seal]);
-    let stem = output.file_stem().unwrap().to_str().unwrap();
-    let paths = [1, 2].map(|no| output.with_file_name(format!("{stem}-{no:05}-of-00002.qpack")));
-    std::fs::write(&paths[0], one).unwrap();
-    std::fs::write(&paths[1], two).unwrap();
-    paths
 }
 
 /// These tensors, and these files.

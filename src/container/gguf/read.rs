@@ -3,6 +3,7 @@
 use std::collections::HashSet;
 use std::path::Path;
 
+use crate::container::qpack::is_qpack;
 use crate::container::shards::{shard_name, split_shard_name};
 use crate::container::{InputFile, Store};
 use crate::error::{Error, ErrorKind, Result};
@@ -14,6 +15,7 @@ use super::layout::{
     KEY_SPLIT_COUNT, KEY_SPLIT_NO, KEY_SPLIT_TENSORS, MAGIC, MAX_DIMS, MAX_KEY, MAX_NAME, MIN_ENTRY,
     MIN_INFO, VERSION, align_up, alignment, check_key,
 };
+use super::packed;
 use super::value::Metadata;
 
 /// An opened GGUF file, or all shards of a split one.
@@ -57,10 +59,10 @@ struct Split {
     tensors: u64,
 }
 
-/// Whether a file begins as GGUF does.
+/// Whether a file begins as GGUF does, or is a `.qpack` file that was made of one: whether [`Gguf::open`] reads it.
 ///
 /// # Errors
-/// `Io` when it cannot be read.
+/// `Io` when it cannot be read; as [`Qpack::open`](crate::container::qpack::Qpack::open).
 pub fn is_gguf(path: &Path) -> Result<bool> {
     let file = InputFile::open(path)?;
     let mut magic = [0; MAGIC.len()];
@@ -68,7 +70,7 @@ pub fn is_gguf(path: &Path) -> Result<bool> {
         return Ok(false);
     }
     file.read_at(0, &mut magic)?;
-    Ok(magic == MAGIC)
+    Ok(magic == MAGIC || packed::is_packed(&file)?)
 }
 
 impl Gguf {
@@ -90,14 +92,24 @@ impl Gguf {
         Ok(header.metadata)
     }
 
-    /// Opens `path`; of a split set any shard, the others are found beside it by their names.
+    /// Opens `path`; of a split set any shard, the others are found beside it by their names. Also opened is a
+    /// `.qpack` file that was made of a GGUF file, as that.
     ///
     /// # Errors
     /// `Io` when a file or shard cannot be read, `Malformed`, `Unsupported` (version 1, unknown
     /// tensor types) and `Limit` as `formats/spec/gguf.md` lists.
     pub fn open(path: impl AsRef<Path>, limits: &Limits) -> Result<Self> {
         let path = path.as_ref();
-        let (file, header) = Header::open(path, limits)?;
+        let file = InputFile::open(path)?;
+        match is_qpack(&file)? {
+            true => packed::open(path, limits),
+            false => Self::of_file(path, file, limits),
+        }
+    }
+
+    /// The same of an opened GGUF file.
+    pub(super) fn of_file(path: &Path, file: InputFile, limits: &Limits) -> Result<Self> {
+        let header = Header::parse(&file, limits).map_err(|e| e.at(path))?;
         let shards = match header.split().map_err(|e| e.at(path))? {
             None => vec![(file, header)],
             Some(split) => open_shards(path, (file, header), split, limits)?,
