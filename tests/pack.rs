@@ -6,10 +6,12 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use common::{convert, fixture};
-use qconv::container::qpack::Qpack;
-use qconv::convert::{Budget, FromQpack, HfContainer, Silent, ToHf, ToQpack};
+use qconv::container::qpack::{Qpack, Trits};
+use qconv::convert::{Budget, FromQpack, HfContainer, Outcome, Silent, ToHf, ToQpack, Wanted};
 use qconv::error::ErrorKind;
 use qconv::limits::Limits;
+use qconv::packed::write::{Format, QpackEncoding};
+use qconv::tensor::DType;
 use sha2::{Digest, Sha256};
 
 fn budget(threads: usize) -> Budget {
@@ -160,4 +162,112 @@ fn what_cannot_be_packed() {
     assert!(refused(&text).path().is_some());
     let e = FromQpack::new(&text).plan().unwrap_err();
     assert_eq!(e.kind(), ErrorKind::Malformed, "{e}");
+}
+
+fn quantize(source: &Path, output: &Path, wanted: Wanted, exact_only: bool) -> Vec<Outcome> {
+    let job = ToHf {
+        container: HfContainer::Qpack,
+        wanted: Some(wanted),
+        measures: true,
+        exact_only,
+        max_shard_size: u64::MAX,
+        ..ToHf::new(source, output)
+    };
+    job.plan().unwrap().run(false, &budget(2), &Silent).unwrap()
+}
+
+/// All values of a model as F32, by name.
+fn values(path: &Path) -> BTreeMap<String, Vec<f32>> {
+    let model = qconv::open(path).unwrap();
+    let one = |t: qconv::model::Tensor<'_>| {
+        let (rows, cols) = t.matrix();
+        let mut values = vec![0.0; (rows * cols) as usize];
+        t.rows(0..rows, &mut values).unwrap();
+        (t.name().to_string(), values)
+    };
+    model.tensors().map(one).collect()
+}
+
+/// What is stored is what the summary says, and it is what other formats are made from.
+#[test]
+fn matrices_are_quantized_into_every_encoding() {
+    let dir = tempfile::tempdir().unwrap();
+    let source = fixture("models/llama");
+    let was = values(&source);
+    for (name, encoding) in QpackEncoding::NAMES {
+        for group_size in [None, Some(-1), Some(40)] {
+            let scales_are_fixed = matches!(encoding, QpackEncoding::Int8 | QpackEncoding::Fp8);
+            if scales_are_fixed && group_size.is_some() {
+                continue;
+            }
+            let what = format!("{name} {group_size:?}");
+            let wanted = Wanted { group_size, ..Wanted::new(Format::Qpack(*encoding)) };
+            let [packed, unpacked] = ["x.qpack", "x"].map(|n| dir.path().join(n));
+            let outcomes = quantize(&source, &packed, wanted, false);
+            let is = values(&packed);
+            assert!(was.keys().eq(is.keys()), "{what}");
+            let mut lossy = 0;
+            for o in &outcomes {
+                let pairs = was[&o.name].iter().zip(&is[&o.name]);
+                let lost: f64 = pairs.map(|(a, b)| (f64::from(*a) - f64::from(*b)).powi(2)).sum();
+                let power: f64 = was[&o.name].iter().map(|a| f64::from(*a).powi(2)).sum();
+                let stated = o.nmse.unwrap();
+                assert!((lost / power - stated).abs() <= 1e-6 * stated, "{what} {}: {stated}", o.name);
+                assert!(stated < 0.25, "{what} {}: {stated}", o.name);
+                lossy += usize::from(stated > 0.0);
+            }
+            assert!(lossy >= 14, "{what}: {lossy}");
+            let manifest = Qpack::open(&packed, &Limits::default()).unwrap();
+            let provenance = &manifest.manifests().next().unwrap().1.provenance;
+            assert_eq!(provenance["options"]["encoding"], *name, "{provenance:?}");
+            assert_eq!(provenance["method"], "rtn");
+            let job = ToHf { dtype: Some(DType::F32), ..ToHf::new(&packed, &unpacked) }.plan().unwrap();
+            job.run(false, &budget(2), &Silent).unwrap();
+            assert!(values(&unpacked) == is, "{what}");
+            std::fs::remove_file(packed).unwrap();
+            std::fs::remove_dir_all(unpacked).unwrap();
+        }
+    }
+}
+
+/// Codes that a source has are the codes in the file, and become the same codes of other formats.
+#[test]
+fn codes_go_in_and_come_out() {
+    let dir = tempfile::tempdir().unwrap();
+    let source = fixture("models/fmt-gptq4");
+    let [packed, kept, gptq] = ["x.qpack", "kept.qpack", "gptq"].map(|n| dir.path().join(n));
+    let outcomes = quantize(&source, &packed, Wanted::new(Format::Qpack(QpackEncoding::Integers)), true);
+    assert!(outcomes.iter().all(|o| o.nmse == Some(0.0)));
+    pack(&source, &kept, u64::MAX, 2);
+    assert!(values(&packed) == values(&source) && values(&kept) == values(&source));
+    for from in [&packed, &kept] {
+        let job =
+            ToHf { wanted: Some(Wanted::new(Format::Gptq)), exact_only: true, ..ToHf::new(from, &gptq) };
+        job.plan().unwrap().run(false, &budget(2), &Silent).unwrap();
+        assert!(values(&gptq) == values(&source));
+        std::fs::remove_dir_all(&gptq).unwrap();
+    }
+}
+
+/// gpt-oss: stacks of experts, whose rows GGUF's 256-weight blocks do not divide.
+#[test]
+fn experts_of_gpt_oss_are_ternary() {
+    let dir = tempfile::tempdir().unwrap();
+    for name in ["models/gpt_oss-mxfp4", "models/gpt_oss"] {
+        let [packed, gguf] = ["x.qpack", "x.gguf"].map(|n| dir.path().join(n));
+        let wanted = Wanted {
+            group_size: Some(-1),
+            ..Wanted::new(Format::Qpack(QpackEncoding::Ternary(Trits::Base3)))
+        };
+        quantize(&fixture(name), &packed, wanted, false);
+        let model = Qpack::open(&packed, &Limits::default()).unwrap();
+        let stacks: Vec<_> = model.tensors().filter(|t| t.shape.len() == 3).collect();
+        assert!(stacks.len() == 4 && stacks.iter().all(|t| t.encoding.kind() == "ternary"), "{name}");
+        // Rows that 32 divides are exactly Q4_0.
+        convert(&packed, &gguf, None);
+        let (is, from) = (values(&gguf), values(&packed));
+        let down = &from["model.layers.0.mlp.experts.down_proj_blocks"];
+        assert!(is["blk.0.ffn_down_exps.weight"] == *down, "{name}");
+        std::fs::remove_file(packed).unwrap();
+    }
 }

@@ -414,7 +414,7 @@ fn files_of_a_size() {
     std::fs::write(&whole, file(manifest.clone(), &contents, &[]).0).unwrap();
     for (max, count) in [(u64::MAX, 1), (36, 1), (35, 2), (28, 2), (20, 3), (0, 3)] {
         let stem = format!("m{max}");
-        let laid = layout(&stem, manifest.clone(), max, Vec::new()).unwrap();
+        let laid = layout(&stem, manifest.clone(), max, Default::default()).unwrap();
         assert_eq!((laid.files.len(), laid.places.len(), laid.index), (count, 7, None), "{max}");
         let mut seals = Vec::new();
         for (k, f) in laid.files.into_iter().enumerate() {

@@ -3,7 +3,8 @@
 use std::path::PathBuf;
 
 use qconv::convert::{
-    HfContainer, ImatrixChoice, Job, MethodChoice, Outcome, ToHf, Wanted, parse_method, parse_tensor_method,
+    HfContainer, ImatrixChoice, Job, MethodChoice, Outcome, ToHf, ToQpack, Wanted, parse_method,
+    parse_tensor_method,
 };
 use qconv::error::{Error, Result};
 use qconv::packed::write::{CompressedFormat, Format};
@@ -30,8 +31,8 @@ pub struct Args {
     #[arg(short, long)]
     pub output: Option<PathBuf>,
 
-    /// gptq, awq, bnb-nf4 (bnb_4bit), bnb-fp4, bnb-int8 (bnb_8bit), compressed-tensors, fp8, mxfp4, or
-    /// safetensors and pytorch, which are not quantized
+    /// gptq, awq, bnb-nf4 (bnb_4bit), bnb-fp4, bnb-int8 (bnb_8bit), compressed-tensors, fp8, mxfp4;
+    /// safetensors and pytorch, which are not quantized; or qpack, which takes tensors as they are
     #[arg(long, value_name = "FORMAT", value_parser = parse_to)]
     pub to: To,
 
@@ -137,7 +138,7 @@ pub struct RoundingArgs {
 impl RoundingArgs {
     /// # Errors
     /// `Misuse` for unknown methods, and for options that mean nothing to those that are given.
-    fn choice(&self) -> Result<Option<MethodChoice>> {
+    pub fn choice(&self) -> Result<Option<MethodChoice>> {
         let tensors = self.tensor_method.iter().map(|e| parse_tensor_method(e));
         let by_tensor = tensors.collect::<Result<Vec<_>>>()?;
         let (fold, others) = match self.method.as_deref().map(parse_method).transpose()? {
@@ -167,6 +168,7 @@ impl RoundingArgs {
 pub enum To {
     Safetensors,
     Pytorch,
+    Qpack,
     Packed(Format),
 }
 
@@ -185,11 +187,12 @@ pub fn parse_to(text: &str) -> std::result::Result<To, String> {
     match (text, packed) {
         ("safetensors" | "hf", _) => Ok(To::Safetensors),
         ("pytorch", _) => Ok(To::Pytorch),
+        ("qpack", _) => Ok(To::Qpack),
         (_, Some((_, format))) => Ok(To::Packed(*format)),
         ("gguf", _) => Err("GGUF is written by hf-to-gguf and quantize".into()),
         _ => {
             let names: Vec<_> = Format::NAMES.iter().map(|(name, _)| *name).collect();
-            Err(format!("known are {}, safetensors and pytorch", names.join(", ")))
+            Err(format!("known are {}, safetensors, pytorch and qpack", names.join(", ")))
         }
     }
 }
@@ -259,7 +262,7 @@ impl GridArgs {
 pub fn run(args: &Args) -> anyhow::Result<Status> {
     let wanted = match args.to {
         To::Packed(format) => Some(args.grid.wanted(format)?),
-        To::Safetensors | To::Pytorch => {
+        To::Safetensors | To::Pytorch | To::Qpack => {
             if let Some(option) = args.grid.given().first() {
                 return Err(Error::misuse(format!(
                     "{option} means nothing for weights that are not quantized"
@@ -272,6 +275,14 @@ pub fn run(args: &Args) -> anyhow::Result<Status> {
     let (method, imatrix) = (args.rounding.choice()?, args.rounding.imatrix.clone());
     if wanted.is_none() && (method.is_some() || imatrix.is_some()) {
         return Err(Error::misuse("a method means nothing for weights that are not quantized").into());
+    }
+    if args.to == To::Qpack {
+        if args.dtype.is_some() || !args.ignore.is_empty() || args.arch_file.is_some() {
+            let why = "--to qpack takes tensors as they are: --dtype, --ignore and --arch-file mean nothing";
+            return Err(Error::misuse(why).hint("qconv pack --encoding quantizes").into());
+        }
+        let output = args.output.clone();
+        return common::finish(&ToQpack { output, ..ToQpack::new(&args.source) }.plan()?, &args.write);
     }
     let job = ToHf {
         method,
@@ -288,14 +299,19 @@ pub fn run(args: &Args) -> anyhow::Result<Status> {
         ..ToHf::new(&args.source, "")
     }
     .plan()?;
-    let Some(done) = common::carry_out(&job, &args.write)? else { return Ok(Status::Done) };
-    if !args.write.work.quiet {
-        say_losses(&job, &done.outcomes);
-        common::say_summary(&job, &done);
+    finish(&job, &args.write)
+}
+
+/// Runs a planned job, and sums it up with what became of each tensor.
+pub fn finish(job: &Job, write: &WriteArgs) -> anyhow::Result<Status> {
+    let Some(done) = common::carry_out(job, write)? else { return Ok(Status::Done) };
+    if !write.work.quiet {
+        say_losses(job, &done.outcomes);
+        common::say_summary(job, &done);
     }
-    if args.write.work.json {
-        let mut summary = common::summary(&job, &done);
-        summary["losses"] = losses(&job, &done.outcomes);
+    if write.work.json {
+        let mut summary = common::summary(job, &done);
+        summary["losses"] = losses(job, &done.outcomes);
         println!("{summary:#}");
     }
     Ok(Status::Done)

@@ -96,7 +96,7 @@ impl FromQpack {
         };
         let (headers, side): (Vec<_>, Vec<_>) =
             side.into_iter().partition(|(name, _)| name.starts_with(HEADERS));
-        let infos: Vec<(&str, DType, &[u64])> = plan.tensors.iter().flat_map(written).collect();
+        let infos: Vec<(&str, DType, &[u64])> = plan.tensors.iter().flat_map(TensorPlan::written).collect();
         let layout = match as_it_was(headers, &infos, &self.limits)? {
             Some(layout) => layout,
             None => {
@@ -105,12 +105,7 @@ impl FromQpack {
                 safetensors::write::layout(&infos, self.max_shard_size)?
             }
         };
-        let mut places = layout.places.into_iter();
-        for t in &mut plan.tensors {
-            for ((file, offset), (in_file, at)) in t.places_mut().into_iter().zip(&mut places) {
-                (*file, *offset) = (in_file, at);
-            }
-        }
+        plan.place(layout.places);
         plan.files = layout.files.into_iter().map(FilePlan::from).collect();
         plan.files.extend(layout.index.map(|(name, bytes)| FilePlan::whole(name, bytes)));
         for (name, bytes) in side {
@@ -145,14 +140,6 @@ fn planned(tensor: Tensor, store: &Store) -> Result<TensorPlan> {
     })?;
     let source = Source::new(&identity(std::slice::from_ref(info)).remove(0), store)?;
     TensorPlan::new(name, shape, info.dtype, None, source)
-}
-
-/// The tensors that are written for one of the plan.
-fn written(t: &TensorPlan) -> Vec<(&str, DType, &[u64])> {
-    match t.parts() {
-        Some(parts) => parts.iter().map(|p| (p.name.as_str(), p.dtype, p.shape.as_slice())).collect(),
-        None => vec![(t.name.as_str(), t.dtype, t.shape.as_slice())],
-    }
 }
 
 /// The safetensors files of these headers; `None` where there are none, or they are not of these tensors.

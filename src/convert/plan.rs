@@ -234,8 +234,16 @@ impl TensorPlan {
         packed.or(self.moved.as_ref().map(|m| m.parts.as_slice()))
     }
 
+    /// Names, types and shapes of what is written: the tensor, or its parts.
+    pub(super) fn written(&self) -> Vec<(&str, DType, &[u64])> {
+        match self.parts() {
+            Some(parts) => parts.iter().map(|p| (p.name.as_str(), p.dtype, p.shape.as_slice())).collect(),
+            None => vec![(self.name.as_str(), self.dtype, self.shape.as_slice())],
+        }
+    }
+
     /// Places in the output: that of the tensor, or of each of its parts.
-    pub(super) fn places_mut(&mut self) -> Vec<(&mut usize, &mut u64)> {
+    fn places_mut(&mut self) -> Vec<(&mut usize, &mut u64)> {
         let packed = self.packing.iter_mut().flat_map(|p| &mut p.parts);
         let parts = packed.chain(self.moved.iter_mut().flat_map(|m| &mut m.parts));
         let places: Vec<_> = parts.map(|p| (&mut p.file, &mut p.offset)).collect();
@@ -424,6 +432,14 @@ impl Plan {
             measures: false,
             exact_only: false,
             obstacle: None,
+        }
+    }
+
+    /// Gives what is written its places, file and first byte, in the order of [`TensorPlan::written`].
+    pub(super) fn place(&mut self, places: impl IntoIterator<Item = (usize, u64)>) {
+        let own = self.tensors.iter_mut().flat_map(TensorPlan::places_mut);
+        for ((file, offset), (in_file, at)) in own.zip(places) {
+            (*file, *offset) = (in_file, at);
         }
     }
 

@@ -26,8 +26,9 @@ const TYPE_SIZE: usize = DType::MXFP4.type_size() as usize;
 
 fn join(packed: &Packed<'_>) -> Result<Vec<Joined>> {
     let mut joined = Vec::new();
-    // Those that are ggml's blocks already are what they are.
-    for (stem, blocks) in packed.ending("_blocks").filter(|(_, t)| t.dtype != DType::MXFP4) {
+    // Those that are ggml's blocks already, or were joined from something else, are what they are.
+    let is_packed = |t: &TensorInfo| t.dtype != DType::MXFP4 && !packed.store.is_joined(t);
+    for (stem, blocks) in packed.ending("_blocks").filter(|(_, t)| is_packed(t)) {
         let [outer @ .., n, bytes] = &blocks.shape[..] else {
             return Err(Error::malformed(format!("tensor {:?} has shape {:?}", blocks.name, blocks.shape)));
         };

@@ -22,8 +22,7 @@ const BUFFER: usize = 1 << 20;
 #[derive(Debug)]
 pub struct Seal {
     manifest: Manifest,
-    /// Whose SHA-256 are to stand in `provenance.sources`.
-    sources: Vec<PathBuf>,
+    sources: Sources,
     /// Where each segment begins, and at last the manifest.
     places: Vec<u64>,
 }
@@ -47,12 +46,9 @@ pub fn layout(
     stem: &str,
     mut manifest: Manifest,
     max_shard_size: u64,
-    mut sources: Vec<PathBuf>,
+    mut sources: Sources,
 ) -> Result<Layout> {
-    if !sources.is_empty() {
-        let listed = sources.iter().map(source).collect::<Result<Vec<_>>>()?;
-        manifest.provenance.insert(SOURCES.into(), listed.into());
-    }
+    sources.list(&mut manifest)?;
     let shards = divided(manifest, max_shard_size);
     let mut layout = Layout { files: Vec::new(), places: Vec::new(), index: None };
     let count = shards.len() as u64;
@@ -102,10 +98,10 @@ fn divided(mut whole: Manifest, max_shard_size: u64) -> Vec<Manifest> {
 /// # Errors
 /// As [`layout`].
 pub fn file(name: String, manifest: Manifest) -> Result<(FileLayout, Vec<u64>)> {
-    sealed(name, manifest, Vec::new())
+    sealed(name, manifest, Sources::default())
 }
 
-fn sealed(name: String, manifest: Manifest, sources: Vec<PathBuf>) -> Result<(FileLayout, Vec<u64>)> {
+fn sealed(name: String, manifest: Manifest, sources: Sources) -> Result<(FileLayout, Vec<u64>)> {
     let places = manifest.places()?;
     let at = places.last().copied().unwrap_or_default();
     let len = at.checked_add(manifest.bytes()?.len() as u64).and_then(|n| n.checked_add(FOOTER));
@@ -115,22 +111,60 @@ fn sealed(name: String, manifest: Manifest, sources: Vec<PathBuf>) -> Result<(Fi
     Ok((FileLayout { name, header: header().to_vec(), len, ending }, of_segments))
 }
 
-/// What provenance calls the files that were read.
-const SOURCES: &str = "sources";
+/// What a model is made from: files whose SHA-256 are to stand in its provenance.
+#[derive(Clone, Debug, Default)]
+pub struct Sources {
+    /// Those with its weights.
+    pub files: Vec<PathBuf>,
+    /// Second moments, or the importance matrix.
+    pub calibration: Option<PathBuf>,
+}
 
-/// A source, without its SHA-256.
-fn source(path: &PathBuf) -> Result<Json> {
-    let name = path.file_name().unwrap_or_default().to_string_lossy();
-    let len = InputFile::open(path)?.len();
-    Ok(json!({"name": name, "bytes": len, "sha256": hex(&[0; 32])}))
+impl Sources {
+    /// Lists them in the provenance, without their SHA-256.
+    fn list(&self, manifest: &mut Manifest) -> Result<()> {
+        let one = |path: &PathBuf| {
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
+            let len = InputFile::open(path)?.len();
+            Ok(json!({"name": name, "bytes": len, "sha256": hex(&[0; 32])}))
+        };
+        if !self.files.is_empty() {
+            let listed = self.files.iter().map(one).collect::<Result<Vec<_>>>()?;
+            manifest.provenance.insert("sources".into(), listed.into());
+        }
+        if let Some(path) = &self.calibration {
+            let known = manifest.provenance.entry("calibration").or_insert_with(|| json!({}));
+            if let (Some(known), Json::Object(more)) = (known.as_object_mut(), one(path)?) {
+                known.extend(more);
+            }
+        }
+        Ok(())
+    }
+
+    /// In this order, as [`Self::entries`].
+    fn paths(&self) -> impl Iterator<Item = &PathBuf> {
+        self.files.iter().chain(&self.calibration)
+    }
+
+    /// What provenance says of each.
+    fn entries<'a>(&self, manifest: &'a mut Manifest) -> Vec<&'a mut Json> {
+        let (mut files, mut calibration) = (None, None);
+        for (key, value) in &mut manifest.provenance {
+            match key.as_str() {
+                "sources" if !self.files.is_empty() => files = value.as_array_mut(),
+                "calibration" if self.calibration.is_some() => calibration = Some(value),
+                _ => {}
+            }
+        }
+        files.into_iter().flatten().chain(calibration).collect()
+    }
 }
 
 impl Seal {
     /// Bytes that are read for it.
     pub fn bytes(&self) -> u64 {
-        let lengths = self.manifest.provenance.get(SOURCES).and_then(Json::as_array).into_iter().flatten();
-        let of_sources: u64 = lengths.filter_map(|s| s.get("bytes")?.as_u64()).sum();
-        let of_sources = if self.sources.is_empty() { 0 } else { of_sources };
+        let lengths = |path: &PathBuf| std::fs::metadata(path).map_or(0, |meta| meta.len());
+        let of_sources: u64 = self.sources.paths().map(lengths).sum();
         self.manifest.segments().map(|s| s.bytes).sum::<u64>() + of_sources
     }
 
@@ -152,7 +186,7 @@ impl Seal {
         // Sources lie behind the file, as it were.
         let mut end = self.places.last().copied().unwrap_or_default();
         let mut behind = Vec::new();
-        for path in &self.sources {
+        for path in self.sources.paths() {
             let file = InputFile::open(path)?;
             runs.push((end, file.len()));
             behind.push((end, file));
@@ -170,8 +204,7 @@ impl Seal {
         for (segment, sum) in manifest.segments_mut().zip(&mut sums) {
             segment.sha256 = sum;
         }
-        let listed = manifest.provenance.get_mut(SOURCES).and_then(Json::as_array_mut);
-        for (source, sum) in listed.into_iter().flatten().zip(sums) {
+        for (source, sum) in self.sources.entries(&mut manifest).into_iter().zip(sums) {
             source["sha256"] = hex(&sum).into();
         }
         if let Some(split) = manifest.split.as_mut().filter(|s| !s.seals.is_empty()) {

@@ -3,6 +3,7 @@
 mod gguf;
 mod matrices;
 mod model;
+mod qpack;
 mod rounding;
 
 use std::collections::BTreeSet;
@@ -12,8 +13,8 @@ use regex::Regex;
 use serde_json::Value as Json;
 
 use self::model::HfModel;
-use self::rounding::Rounder;
 pub(super) use self::rounding::places_of_checkpoint;
+use self::rounding::{Need, Rounder};
 use super::Job;
 use super::checkpoint::is_conv1d;
 use super::gather::{Scratch, Source};
@@ -41,6 +42,8 @@ pub enum HfContainer {
     Safetensors,
     /// PyTorch's zip archives.
     Pytorch,
+    /// One file, with all other files of the directory in it.
+    Qpack,
 }
 
 /// A conversion to a Hugging Face directory.
@@ -190,12 +193,22 @@ impl ToHf {
             check_exact(&plan)?;
         }
         let output = match &self.output {
+            Some(dir) if self.container == HfContainer::Qpack && dir.is_dir() => {
+                dir.join(format!("{}.qpack", name(&model, target.as_ref())))
+            }
             Some(output) => {
                 check_apart(&self.source, output)?;
                 output.clone()
             }
-            None => beside(&self.source).with_file_name(name(&model, target.as_ref())),
+            None => {
+                let ending = if self.container == HfContainer::Qpack { ".qpack" } else { "" };
+                let name = name(&model, target.as_ref());
+                beside(&self.source).with_file_name(format!("{name}{ending}"))
+            }
         };
+        if self.container == HfContainer::Qpack {
+            return self.qpack(plan, model, target.as_ref(), &output);
+        }
         lay_out(&mut plan, self.container, model.config, model.side, self.max_shard_size)?;
         Ok(Job {
             plan,
@@ -212,7 +225,7 @@ impl ToHf {
         let wanted = self.wanted.as_ref();
         let customary = wanted.filter(|_| !self.exact_only).and_then(Wanted::dtype);
         let dtype = self.dtype.or(customary);
-        let blocks = wanted.is_some_and(|w| w.format == Format::Mxfp4);
+        let blocks = wanted.is_some_and(|w| matches!(w.format, Format::Mxfp4 | Format::Qpack(_)));
         if is_gguf_file(&self.source) {
             let quant_method = blocks.then_some(Format::Mxfp4.name());
             let arch_file = self.arch_file.as_deref();
@@ -223,8 +236,12 @@ impl ToHf {
             return Err(Error::misuse("--arch-file describes the way back from GGUF; this source is none")
                 .at(&self.source));
         }
-        let needs_places = self.method.is_some() || self.imatrix.is_some();
-        model::open(&self.source, dtype, blocks, needs_places, &self.limits)
+        let need = match self.method.is_some() || self.imatrix.is_some() {
+            true => Need::Must,
+            false if self.container == HfContainer::Qpack => Need::Gladly,
+            false => Need::Not,
+        };
+        model::open(&self.source, dtype, blocks, need, &self.limits)
     }
 
     /// Packs the matrices that are wanted, and says so in the config.
@@ -262,7 +279,7 @@ impl ToHf {
             .collect();
         let computed = torch_name(model.dtype);
         let layout = target.layout(&sizes, computed)?;
-        let places = std::mem::take(&mut model.places);
+        let places = model.places.clone();
         let (method, imatrix) = (self.method.as_ref(), self.imatrix.as_ref());
         let rounder = Rounder::open(wanted, method, imatrix, places, &self.limits)?;
         let mut kept: Vec<String> = Vec::new();
@@ -313,6 +330,12 @@ impl ToHf {
             kept.push("lm_head".into());
         }
         let mut quantization = target.config(&kept, &sizes, computed)?.unwrap_or_default();
+        let has_stacks = plan.tensors.iter().any(|t| t.name.ends_with("_blocks") && t.shape.len() == 3);
+        if matches!(wanted.format, Format::Qpack(_)) && has_stacks {
+            // By that definitions know what the stacks are called.
+            let kept = MXFP4_KEPT.map(String::from);
+            quantization = Target::new(Format::Mxfp4).config(&kept, &sizes, computed)?.unwrap_or_default();
+        }
         if wanted.format == Format::Gptq {
             if kept.iter().any(|module| self.ignore.iter().any(|pattern| pattern.is_match(module))) {
                 let quantized = plan.tensors.iter().filter(|t| t.packing.is_some());
@@ -452,24 +475,12 @@ fn lay_out(
     side: Vec<(String, Vec<u8>)>,
     max_shard_size: u64,
 ) -> Result<()> {
-    let infos: Vec<(&str, DType, &[u64])> = plan
-        .tensors
-        .iter()
-        .flat_map(|t| match t.parts() {
-            Some(parts) => parts.iter().map(|p| (p.name.as_str(), p.dtype, p.shape.as_slice())).collect(),
-            None => vec![(t.name.as_str(), t.dtype, t.shape.as_slice())],
-        })
-        .collect();
+    let infos: Vec<_> = plan.tensors.iter().flat_map(TensorPlan::written).collect();
     let layout = match container {
         HfContainer::Safetensors => safetensors::write::layout(&infos, max_shard_size)?,
-        HfContainer::Pytorch => pytorch::write::layout(&infos, max_shard_size)?,
+        HfContainer::Pytorch | HfContainer::Qpack => pytorch::write::layout(&infos, max_shard_size)?,
     };
-    let mut places = layout.places.into_iter();
-    for t in &mut plan.tensors {
-        for ((file, offset), (at_file, at)) in t.places_mut().into_iter().zip(&mut places) {
-            (*file, *offset) = (at_file, at);
-        }
-    }
+    plan.place(layout.places);
     plan.files = layout.files.into_iter().map(FilePlan::from).collect();
     let config = ("config.json".to_string(), pretty(&config));
     let small = layout.index.into_iter().chain([config]).chain(side);

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use serde_json::{Value as Json, json};
 
-use super::rounding::{Places, places_of_checkpoint};
+use super::rounding::{Need, Places, places_of_checkpoint};
 use super::torch_name;
 use crate::arch::{Data, Mapped, Piece};
 use crate::container::Store;
@@ -57,31 +57,26 @@ const BLOCKS: &str = "_blocks";
 ///
 /// # Errors
 /// What is no model.
-pub fn open(
-    path: &Path,
-    dtype: Option<DType>,
-    blocks: bool,
-    needs_places: bool,
-    limits: &Limits,
-) -> Result<HfModel> {
+pub fn open(path: &Path, dtype: Option<DType>, blocks: bool, need: Need, limits: &Limits) -> Result<HfModel> {
     let checkpoint = Checkpoint::open(path, limits)?;
     let place = checkpoint.side.place();
-    of_checkpoint(checkpoint, dtype, blocks, needs_places, limits).map_err(place)
+    of_checkpoint(checkpoint, dtype, blocks, need, limits).map_err(place)
 }
 
 fn of_checkpoint(
     checkpoint: Checkpoint,
     dtype: Option<DType>,
     blocks: bool,
-    needs_places: bool,
+    need: Need,
     limits: &Limits,
 ) -> Result<HfModel> {
     let mut notes: Vec<String> = checkpoint.notes().into_iter().collect();
     let name = Some(checkpoint.side.model_name()).filter(|n| !n.is_empty());
     let Checkpoint { dir, side: kept, store, mut config, .. } = checkpoint;
-    let places = match needs_places {
-        true => places_of_checkpoint(&config, &store).map_err(|e| e.at(dir.join("config.json")))?,
-        false => Places::new(),
+    let places = match need {
+        Need::Must => places_of_checkpoint(&config, &store).map_err(|e| e.at(dir.join("config.json")))?,
+        Need::Gladly => places_of_checkpoint(&config, &store).unwrap_or_default(),
+        Need::Not => Places::new(),
     };
     let own = config_dtype(&config).or_else(|| most_floats(&store)).unwrap_or(DType::BF16);
     // Other models have stacks too, which nobody reads so.
@@ -151,7 +146,9 @@ fn set_dtype(config: &mut Json, dtype: DType) {
 fn mapped(t: &TensorInfo, blocks: bool) -> Result<Mapped> {
     let as_is = || identity(std::slice::from_ref(t)).remove(0);
     let stack = t.name.contains(".experts.") && t.shape.len() == 3;
-    match (t.dtype == DType::MXFP4, blocks) {
+    // Stacks that `.qpack` has in another encoding are called so too.
+    let is_blocks = t.dtype == DType::MXFP4 || stack && t.name.ends_with(BLOCKS);
+    match (is_blocks, blocks) {
         (true, false) => {
             let name = t.name.strip_suffix(BLOCKS).unwrap_or(&t.name);
             transposed(t, name.to_string())

@@ -21,6 +21,17 @@ use crate::tensor::{Dim, StridedCopy};
 /// Where a matrix is in GGUF: its name, and its number in a stack of experts.
 pub type Places = HashMap<String, (String, u64)>;
 
+/// Whether places are needed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Need {
+    /// Nobody asks for them.
+    Not,
+    /// They are told where they are known.
+    Gladly,
+    /// Nothing can be done without.
+    Must,
+}
+
 /// The places of the tensors of a checkpoint.
 ///
 /// # Errors

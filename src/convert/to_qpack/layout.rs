@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, Value as Json, json};
 
 use crate::container::Store;
+use crate::container::qpack::write::Sources;
 use crate::container::qpack::{self, Manifest, SUFFIX, Segment, SideFile, Tensor};
 use crate::convert::plan::{FilePlan, Plan};
 use crate::error::{Error, Result};
@@ -25,8 +26,9 @@ pub struct Contents {
 pub enum Provenance {
     /// As it was.
     Kept(Map<String, Json>),
-    /// From the files behind the store, by this tool, with what else is to be said.
-    New(Map<String, Json>),
+    /// From the files behind the store, by this tool, with what else is to be said, and the file that calibration
+    /// wrote.
+    New(Map<String, Json>, Option<PathBuf>),
 }
 
 /// Lays out the files, and gives each tensor its place.
@@ -43,10 +45,10 @@ pub fn lay_out(
     let Contents { tensors, mut side, provenance } = contents;
     side.sort();
     let (provenance, sources) = match provenance {
-        Provenance::Kept(own) => (own, Vec::new()),
-        Provenance::New(mut more) => {
+        Provenance::Kept(own) => (own, Sources::default()),
+        Provenance::New(mut more, calibration) => {
             more.insert("tool".into(), json!(concat!("qconv ", env!("CARGO_PKG_VERSION"))));
-            (more, sources(store))
+            (more, Sources { files: sources(store), calibration })
         }
     };
     let file = |(name, bytes): &(String, Vec<u8>)| SideFile {
@@ -69,11 +71,7 @@ pub fn lay_out(
         header.resize(at as usize, 0);
         header.extend(bytes);
     }
-    for t in &mut plan.tensors {
-        for ((file, offset), (in_file, at)) in t.places_mut().into_iter().zip(&mut places) {
-            (*file, *offset) = (in_file, at);
-        }
-    }
+    plan.place(places);
     plan.files = layout.files.into_iter().map(FilePlan::from).collect();
     Ok(())
 }

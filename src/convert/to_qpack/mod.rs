@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value as Json};
 
-pub use layout::{Contents, Provenance};
+pub(super) use layout::{Contents, Provenance, lay_out};
 
 use self::files::{Beside, beside};
 use super::Job;
@@ -78,10 +78,10 @@ impl ToQpack {
         };
         let provenance = match provenance {
             Some(own) => Provenance::Kept(own),
-            None => Provenance::New(Map::new()),
+            None => Provenance::New(Map::new(), None),
         };
         let contents = Contents { tensors, side, provenance };
-        layout::lay_out(&mut plan, contents, &store, &output, self.max_shard_size)?;
+        lay_out(&mut plan, contents, &store, &output, self.max_shard_size)?;
         Ok(Job::gguf(plan, store, &output))
     }
 
