@@ -31,6 +31,8 @@ pub use read::{Fault, Qpack, Where};
 
 /// The file of a model from Hugging Face.
 pub const CONFIG: &str = "config.json";
+/// The file of a model from GGUF: its metadata, as a GGUF file without tensors.
+pub const METADATA: &str = "metadata.gguf";
 /// Where headers of the safetensors files are that a model was made from.
 pub const HEADERS: &str = ".qpack/headers/";
 /// The last part of a file's name, without the dot.
