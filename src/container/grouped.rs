@@ -38,6 +38,11 @@ pub trait Grouped: Debug + Send + Sync {
     /// Its size.
     fn shape(&self) -> &Shape;
 
+    /// The greatest code there is.
+    fn most(&self) -> u8 {
+        u8::MAX >> 8u32.saturating_sub(self.shape().bits)
+    }
+
     /// Fills `codes` with those of whole rows.
     ///
     /// # Errors

@@ -25,7 +25,7 @@ pub struct Packing {
     pub parts: Vec<PartPlan>,
     /// What of the source is taken over as it is.
     pub origin: Option<Origin>,
-    /// The number of the matrix in the stack that calibration knows it in.
+    /// The number of the matrix, or of the first of several, in the stack that calibration knows it in.
     pub expert: u64,
     /// The same layout, once it is known what it has to know of all weights.
     informed: OnceLock<Arc<dyn Layout>>,
@@ -64,6 +64,8 @@ pub enum Origin {
 
 /// As many groups as are looked at together.
 const GROUPS: u64 = 1 << 18;
+/// And codes, where these are looked at as well.
+const CODES: u64 = 1 << 22;
 
 impl Packing {
     /// A matrix of a stack (rows of all its members together), called `name` in the output.
@@ -107,21 +109,53 @@ impl Packing {
             self.origin = (blocks && source.is_plain(DType::MXFP4)).then_some(Origin::Mxfp4);
             return Ok(());
         }
-        let Some(integers) = integers else { return Ok(()) };
+        if let Some(integers) = integers {
+            self.settle_integers(integers, source, store)?;
+        }
+        match self.layout.counted(&[]).is_some() && self.origin.is_none() {
+            true => {
+                Err(Error::unsupported(format!("{} is for weights that are ternary already", self.format))
+                    .hint("--encoding ternary rounds them; what comes of that can be packed so"))
+            }
+            false => Ok(()),
+        }
+    }
+
+    fn settle_integers(&mut self, integers: Integers, source: &Source, store: &Store) -> Result<()> {
         let order = integers.order(store.stored())?;
-        let Some(regrid) = Regrid::new(integers.shape(), &*self.layout, order) else { return Ok(()) };
+        let Some(regrid) = Regrid::new(&integers, &*self.layout, order) else { return Ok(()) };
         let shape = integers.shape();
-        let step = (GROUPS / shape.groups.max(1)).max(1);
+        let counts = self.layout.counted(&[]).is_some();
+        let reads_codes = counts || regrid.needs_codes();
+        let step = if reads_codes { CODES / shape.cols.max(1) } else { GROUPS / shape.groups.max(1) };
+        let step = step.max(1);
         let (mut rows, mut bytes, mut scratch) = (Rows::default(), Vec::new(), Scratch::default());
+        let (mut moved, mut used) = (Rows::default(), Vec::new());
         let mut first = 0;
         while first < shape.rows {
             let end = shape.rows.min(first + step);
             let data = fetch(&integers, source, store, (first, end), &mut bytes, &mut scratch)?;
-            integers.read_lines(data, first..end, &mut rows)?;
+            match reads_codes {
+                true => integers.read(data, first..end, &mut rows)?,
+                false => integers.read_lines(data, first..end, &mut rows)?,
+            }
             if !regrid.holds(&rows) {
                 return Ok(());
             }
+            if counts {
+                regrid.apply(&rows, &mut moved)?;
+                let of_row = |codes: &[u8]| codes.iter().filter(|code| **code != 1).count() as u64;
+                used.extend(moved.codes.chunks_exact(shape.cols as usize).map(of_row));
+            }
             first = end;
+        }
+        if let Some(layout) = self.layout.counted(&used) {
+            for (own, part) in self.parts.iter_mut().zip(layout.parts(shape.rows, shape.cols)?) {
+                if own.dtype.nbytes(&own.shape)? != part.dtype.nbytes(&part.shape)? {
+                    own.shape = part.shape;
+                }
+            }
+            self.layout = layout;
         }
         self.origin = Some(Origin::Integers(integers, regrid));
         Ok(())
@@ -174,7 +208,7 @@ impl Packing {
         let power = values.iter().map(|w| f64::from(*w).powi(2)).sum();
         let lost = match layout.grid() {
             Some(grid) => {
-                self.round(t, grid, values, rows, importance, guides)?;
+                self.round(t, grid, (first, values), rows, importance, guides)?;
                 layout.write(shape, first, Data::Integers(rows), &mut put)?;
                 let mut stored = vec![0.0; values.len()];
                 rows.all_weights(&grid.shape(last - first, cols), &mut stored);
@@ -187,12 +221,41 @@ impl Packing {
 }
 
 impl Packing {
-    /// Rounds whole rows by the method of the plan.
+    /// Rounds whole rows from `first` on by the method of the plan.
     fn round(
         &self,
         t: &TensorPlan,
         grid: &Grid,
-        values: &[f32],
+        (first, values): (u64, &[f32]),
+        rows: &mut Rows,
+        importance: &mut Vec<f32>,
+        guides: &Guides<'_>,
+    ) -> Result<()> {
+        let (cols, high) = t.rows();
+        rows.codes.clear();
+        rows.scales.clear();
+        rows.zeros.clear();
+        let (mut values, mut row, mut some) = (values, first, Rows::default());
+        // Each matrix of a stack has inputs of its own.
+        while !values.is_empty() {
+            let n = ((high - row % high) * cols).min(values.len() as u64);
+            let (these, rest) = values.split_at(n as usize);
+            let expert = self.expert + row / high;
+            self.round_matrix(t, grid, (expert, these), &mut some, importance, guides)?;
+            rows.codes.append(&mut some.codes);
+            rows.scales.append(&mut some.scales);
+            rows.zeros.append(&mut some.zeros);
+            (values, row) = (rest, row + n / cols);
+        }
+        Ok(())
+    }
+
+    /// Rounds whole rows of one matrix of a stack.
+    fn round_matrix(
+        &self,
+        t: &TensorPlan,
+        grid: &Grid,
+        (expert, values): (u64, &[f32]),
         rows: &mut Rows,
         importance: &mut Vec<f32>,
         guides: &Guides<'_>,
@@ -202,12 +265,12 @@ impl Packing {
         match &t.rounding {
             Rounding::Nearest => return round(grid, values, cols, rows),
             Rounding::Even => importance.fill(1.0),
-            Rounding::Weighed(source) => source.read(self.expert, importance)?,
+            Rounding::Weighed(source) => source.read(expert, importance)?,
             Rounding::Guided(guide) => {
-                if let Some(prepared) = guides.get(guide, self.expert, None)? {
+                if let Some(prepared) = guides.get(guide, expert, None)? {
                     return prepared.round(grid, values, rows).map(drop);
                 }
-                guide.moments.mean_squares(&guide.input, self.expert, importance)?;
+                guide.moments.mean_squares(&guide.input, expert, importance)?;
             }
         }
         weigh(grid, values, cols, importance, rows)

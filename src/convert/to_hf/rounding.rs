@@ -125,10 +125,10 @@ impl Rounder {
             ));
         }
         let ways = choice.by_tensor.iter().map(|(_, way)| way).chain(&choice.others);
-        if ways.into_iter().any(|way| matches!(way, Way::Method(Method::Ternary(_)))) {
-            return Err(Error::misuse(format!(
-                "ternary has no use for {name}: its grids have 2 bits and more"
-            )));
+        let is_ternary = |way: &Way| matches!(way, Way::Method(Method::Ternary(_)));
+        if !wanted.format.is_ternary() && ways.into_iter().any(is_ternary) {
+            return Err(Error::misuse(format!("method ternary has no use for {name}: its codes are others"))
+                .hint("qconv pack --encoding ternary has"));
         }
         let guiding = Guiding::open(&choice, imatrix.is_some(), limits)?;
         let matrix = imatrix.map(|choice| ImportanceMatrix::open(&choice.path, limits).map(Arc::new));
@@ -140,7 +140,7 @@ impl Rounder {
     /// # Errors
     /// `Misuse` for what belongs to another model; as the layout's grid has no such rows.
     pub fn rounding(&self, t: &TensorPlan, layout: &dyn Layout) -> Result<(Rounding, u64, Option<Fallback>)> {
-        let (columns, _) = t.rows();
+        let (columns, rows) = t.rows();
         let way = self.guiding.way(&t.name, None);
         let (wanted, method) = match way {
             None | Some(Way::Rtn) => return Ok((Rounding::Nearest, 0, None)),
@@ -161,10 +161,11 @@ impl Rounder {
             Importance::Matrix { entry, .. } => (entry.columns(), entry.experts()),
             Importance::Diagonal { input, .. } => (input.columns, input.experts),
         };
-        if has != columns || *expert >= experts.max(1) {
+        let stacked = (t.source.elements() / columns.max(1) / rows.max(1)).max(1);
+        if has != columns || expert.saturating_add(stacked) > experts.max(1) {
             return Err(Error::misuse(format!(
-                "has {columns} columns, and is number {expert} of its stack; {name} was calibrated with {has} \
-                 columns and {experts} experts"
+                "has {columns} columns, and is number {expert} of its stack, or the first of {stacked}; {name} was \
+                 calibrated with {has} columns and {experts} experts"
             ))
             .hint("what calibration wrote is of another model"));
         }

@@ -42,6 +42,10 @@ impl Grouped for Signs {
         &self.shape
     }
 
+    fn most(&self) -> u8 {
+        2
+    }
+
     fn codes(&self, stored: &Stored, rows: Range<u64>, codes: &mut [u8]) -> Result<()> {
         let cols = self.shape.cols as usize;
         let wrong = || Error::malformed("the rows of its signs do not begin where they should");

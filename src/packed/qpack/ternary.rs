@@ -38,6 +38,10 @@ impl Grouped for Digits {
         &self.shape
     }
 
+    fn most(&self) -> u8 {
+        2
+    }
+
     fn codes(&self, stored: &Stored, rows: Range<u64>, codes: &mut [u8]) -> Result<()> {
         let cols = self.shape.cols;
         let is_valid = match self.packing {

@@ -230,6 +230,8 @@ pub struct Bnb8;
 
 /// Adding this rounds to an integer, which then lies in the lowest bits.
 const WHOLE: f32 = 12_582_912.0;
+/// What codes times their scale are multiplied with.
+const INVERSE: f32 = 1.0 / 127.0;
 /// Below, 127 divided by a magnitude is beyond F32.
 const LEAST: f32 = 1e-36;
 
@@ -256,7 +258,7 @@ impl Layout for Bnb8 {
             for ((w, code), stored) in row.iter().zip(codes).zip(&mut stored) {
                 let near = w * scale + WHOLE;
                 *code = near.to_bits() as u8;
-                *stored = (near - WHOLE) * most / 127.0;
+                *stored = (near - WHOLE) * most * INVERSE;
             }
             loss += lost(row, &stored);
         }

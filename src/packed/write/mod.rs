@@ -23,7 +23,7 @@ pub use compressed::{Compressed, CompressedFp8};
 pub use fp8::Fp8;
 pub use gptq::Gptq;
 pub use mxfp4::Mxfp4;
-pub use qpack::{QpackCodebook, QpackIntegers, QpackScaled, QpackTernary};
+pub use qpack::{QpackCodebook, QpackIntegers, QpackScaled, QpackSparse, QpackTernary};
 pub use regrid::{Data as IntegerData, Integers, Regrid, is_half};
 pub use target::{CompressedFormat, Format, QpackEncoding, Target};
 
@@ -141,6 +141,12 @@ pub trait Layout: Debug + Send + Sync {
 
     /// Itself, for a matrix whose mean of that is known.
     fn informed(&self, _mean: f64) -> Option<Arc<dyn Layout>> {
+        None
+    }
+
+    /// Itself, for a matrix each of whose rows has so many weights other than 0; `None` where sizes do not
+    /// depend on that.
+    fn counted(&self, _used: &[u64]) -> Option<Arc<dyn Layout>> {
         None
     }
 

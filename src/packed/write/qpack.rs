@@ -2,11 +2,13 @@
 //!
 //! The suffix of a part is its name in the manifest.
 
+use std::sync::Arc;
+
 use super::bnb::{Bnb8, Table};
 use super::{Data, Fp8, Grid, Layout, Part, Put};
-use crate::container::qpack::{Codebook, Encoding, Integers, Scaled, Ternary, Trits, Zeros};
-use crate::error::Result;
-use crate::packed::qpack::{put_codebook, put_integers, put_ternary};
+use crate::container::qpack::{Codebook, Encoding, Integers, Scaled, Sparse, Ternary, Trits, Zeros};
+use crate::error::{Error, Result};
+use crate::packed::qpack::{put_codebook, put_integers, put_sparse, put_ternary};
 use crate::tensor::DType;
 
 /// The parts of an encoding.
@@ -107,6 +109,75 @@ impl Layout for QpackTernary {
         Ok(0.0)
     }
 }
+
+/// The encoding `sparse_ternary`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct QpackSparse {
+    /// Ternary digits in groups.
+    pub grid: Grid,
+    /// Type of the scales.
+    pub scales: DType,
+    /// Where the signs of every [`SPARSE_UNIT`]th row begin, and their end, once that is known.
+    pub starts: Option<Arc<[u64]>>,
+}
+
+/// Rows whose signs are written together.
+const SPARSE_UNIT: u64 = 64;
+
+impl QpackSparse {
+    fn sparse(&self, cols: u64) -> Sparse {
+        Sparse { block: block(&self.grid, cols), scales: self.scales }
+    }
+}
+
+impl Layout for QpackSparse {
+    fn grid(&self) -> Option<&Grid> {
+        Some(&self.grid)
+    }
+
+    fn scales(&self) -> DType {
+        self.scales
+    }
+
+    fn encoding(&self, _rows: u64, cols: u64) -> Option<Encoding> {
+        Some(Encoding::Sparse(self.sparse(cols)))
+    }
+
+    /// Signs are the most that there can be, where they were not counted.
+    fn parts(&self, rows: u64, cols: u64) -> Result<Vec<Part>> {
+        let mut parts = parts(&Encoding::Sparse(self.sparse(cols)), rows, cols)?;
+        if let Some(end) = self.starts.as_ref().and_then(|starts| starts.last()) {
+            parts[SIGNS].shape = vec![*end];
+        }
+        Ok(parts)
+    }
+
+    fn unit(&self, _cols: u64) -> u64 {
+        SPARSE_UNIT
+    }
+
+    fn counted(&self, used: &[u64]) -> Option<Arc<dyn Layout>> {
+        let mut starts = vec![0];
+        for rows in used.chunks(SPARSE_UNIT as usize) {
+            let bytes: u64 = rows.iter().map(|n| n.div_ceil(8)).sum();
+            starts.push(starts[starts.len() - 1] + bytes);
+        }
+        Some(Arc::new(Self { starts: Some(starts.into()), ..self.clone() }))
+    }
+
+    fn write(&self, [rows, cols]: [u64; 2], first: u64, data: Data<'_>, put: &mut Put<'_>) -> Result<f64> {
+        let start = self.starts.as_ref().and_then(|starts| starts.get((first / SPARSE_UNIT) as usize));
+        let mut at = match start {
+            Some(start) if first.is_multiple_of(SPARSE_UNIT) => *start,
+            _ => return Err(Error::misuse("it is not known where the signs of these rows begin")),
+        };
+        put_sparse(&self.sparse(cols), &[rows, cols], first, &mut at, data.integers()?, put)?;
+        Ok(0.0)
+    }
+}
+
+/// The part of signs.
+const SIGNS: usize = 2;
 
 /// The encoding `codebook` with a table of bitsandbytes; groups end with rows, which are read by themselves.
 #[derive(Clone, Debug, PartialEq)]

@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::{Grid, Layout};
-use crate::block::{f16_from_f32, f32_from_f16};
+use crate::block::{codec, f16_from_f32, f32_from_f16};
 use crate::container::Stored;
 use crate::container::grouped::{Grouped, Rows, Shape};
 use crate::error::{Error, Result};
@@ -15,12 +15,9 @@ use crate::tensor::DType;
 pub enum Integers {
     /// Packed in a checkpoint.
     Grouped(Arc<dyn Grouped>),
-    /// Blocks of ggml, each of which is a group of 32.
+    /// Blocks of ggml, each of which is a group.
     Blocks(DType, Shape),
 }
-
-/// Columns of a block of any type in [`super::super::BLOCKS`].
-const BLOCK: usize = 32;
 
 /// What integers are read from.
 pub enum Data<'a> {
@@ -36,9 +33,10 @@ impl Integers {
         let bits = match dtype {
             DType::Q4_0 | DType::Q4_1 => 4,
             DType::Q8_0 => 8,
+            DType::TQ1_0 | DType::TQ2_0 => 2,
             _ => return None,
         };
-        let group_size = BLOCK as u64;
+        let group_size = dtype.block_size();
         let fits = cols > 0 && cols.is_multiple_of(group_size);
         fits.then(|| Self::Blocks(dtype, Shape { rows, cols, bits, group_size, groups: cols / group_size }))
     }
@@ -48,6 +46,15 @@ impl Integers {
         match self {
             Self::Grouped(matrix) => matrix.shape(),
             Self::Blocks(_, shape) => shape,
+        }
+    }
+
+    /// The greatest code there is.
+    fn most(&self) -> u8 {
+        match self {
+            Self::Grouped(matrix) => matrix.most(),
+            Self::Blocks(DType::TQ1_0, _) => 2,
+            Self::Blocks(_, shape) => u8::MAX >> 8u32.saturating_sub(shape.bits),
         }
     }
 
@@ -69,6 +76,9 @@ impl Integers {
     pub fn read(&self, data: Data<'_>, rows: Range<u64>, out: &mut Rows) -> Result<()> {
         match (self, data) {
             (Self::Grouped(matrix), Data::Stored(stored)) => out.read(&**matrix, stored, rows),
+            (Self::Blocks(dtype @ (DType::TQ1_0 | DType::TQ2_0), _), Data::Blocks(bytes)) => {
+                split_ternary(*dtype, bytes, out)
+            }
             (Self::Blocks(dtype, _), Data::Blocks(bytes)) => {
                 split(*dtype, bytes, out);
                 Ok(())
@@ -96,7 +106,7 @@ impl Integers {
     /// Whether zeros are the middle code, by the type; `None` where that has to be looked up.
     pub fn is_symmetric(&self) -> Option<bool> {
         match self {
-            Self::Blocks(dtype, _) => Some(*dtype != DType::Q4_1),
+            Self::Blocks(dtype, _) => Some([DType::Q4_0, DType::Q8_0].contains(dtype)),
             Self::Grouped(_) => None,
         }
     }
@@ -141,10 +151,33 @@ pub fn is_half(x: f32) -> bool {
     f32_from_f16(f16_from_f32(x)).to_bits() == x.to_bits()
 }
 
+/// Takes ternary blocks apart: digits are what they decode to with a scale of 1.
+fn split_ternary(dtype: DType, bytes: &[u8], out: &mut Rows) -> Result<()> {
+    let codec = codec(dtype).ok_or_else(|| Error::unsupported(format!("type {dtype} has no codec")))?;
+    let mut blocks = bytes.to_vec();
+    out.scales.clear();
+    for block in blocks.chunks_exact_mut(dtype.type_size() as usize) {
+        // Scales are at the end.
+        if let Some(scale) = block.last_chunk_mut() {
+            out.scales.push(f32_from_f16(u16::from_le_bytes(*scale)));
+            *scale = f16_from_f32(1.0).to_le_bytes();
+        }
+    }
+    out.zeros.clear();
+    out.zeros.resize(out.scales.len(), 1.0);
+    let mut digits = vec![0f32; out.scales.len() * dtype.block_size() as usize];
+    codec.decode(&blocks, &mut digits)?;
+    out.codes.clear();
+    out.codes.extend(digits.iter().map(|d| (d + 1.0) as u8));
+    Ok(())
+}
+
 /// Brings integers onto another grid.
 #[derive(Clone, Debug)]
 pub struct Regrid {
     from: Shape,
+    /// The greatest code there.
+    most: u8,
     to: Shape,
     grid: Grid,
     /// Type of the scales there.
@@ -154,14 +187,15 @@ pub struct Regrid {
 }
 
 impl Regrid {
-    /// From matrices of this shape, whose columns are of these groups. `None` where the layout takes no integers,
+    /// From matrices of such integers, whose columns are of these groups. `None` where the layout takes no integers,
     /// or such groups have to be others there.
-    pub fn new(from: &Shape, layout: &dyn Layout, order: Option<Vec<u32>>) -> Option<Self> {
+    pub fn new(from: &Integers, layout: &dyn Layout, order: Option<Vec<u32>>) -> Option<Self> {
         let (grid, scales) = (*layout.grid()?, layout.scales());
+        let (from, most) = (from.shape(), from.most());
         let to = grid.shape(from.rows, from.cols);
         let same = (to.group_size, to.groups) == (from.group_size, from.groups);
         let fits = order.is_none() || same && layout.holds_order();
-        fits.then(|| Self { from: from.clone(), to, grid, scales, order })
+        fits.then(|| Self { from: from.clone(), most, to, grid, scales, order })
     }
 
     /// The group of each column, where groups do not follow on each other.
@@ -169,8 +203,28 @@ impl Regrid {
         self.order.as_deref()
     }
 
-    /// Whether rows with these scales and zeros keep all their values.
+    /// Whether it depends on codes what the grid holds, besides scales and zeros.
+    pub fn needs_codes(&self) -> bool {
+        self.grid.is_ternary() && self.most >= self.grid.levels as u8
+    }
+
+    /// Whether rows with these scales and zeros, and codes where these are needed, keep all their values.
     pub fn holds(&self, rows: &Rows) -> bool {
+        self.holds_lines(rows) && (!self.needs_codes() || self.is_ternary(rows))
+    }
+
+    /// Whether no code is further than 1 from its zero.
+    fn is_ternary(&self, rows: &Rows) -> bool {
+        let groups = rows.codes.chunks_exact(self.from.cols as usize);
+        let groups = groups.flat_map(|row| row.chunks(self.from.group_size as usize));
+        groups.zip(&rows.zeros).all(|(codes, zero)| {
+            let least = (*zero as i32 - 1) as u8;
+            // Without branches.
+            codes.iter().fold(0, |most, code| code.wrapping_sub(least).max(most)) <= 2
+        })
+    }
+
+    fn holds_lines(&self, rows: &Rows) -> bool {
         let n = self.from.groups.max(1) as usize;
         let line = |row: usize, g: usize| (rows.scales[row * n + g], rows.zeros[row * n + g]);
         (0..rows.scales.len() / n).all(|row| {
@@ -204,7 +258,10 @@ impl Regrid {
             false => zero.clamp(self.grid.least_zero.into(), most),
         };
         let shift = wanted - zero;
-        (shift >= 0 && (1 << self.from.bits) - 1 + shift <= most).then_some(shift)
+        if self.needs_codes() {
+            return (0..=255).contains(&zero).then_some(shift);
+        }
+        (shift >= 0 && i32::from(self.most) + shift <= most).then_some(shift)
     }
 
     /// Rows that [`Self::holds`] is true of.
@@ -233,11 +290,15 @@ impl Regrid {
             match &self.order {
                 Some(order) => {
                     let of_columns = codes.iter_mut().zip(order);
-                    of_columns.for_each(|(code, g)| *code += shifts.get(*g as usize).unwrap_or(&0));
+                    of_columns.for_each(|(code, g)| {
+                        *code = code.wrapping_add(*shifts.get(*g as usize).unwrap_or(&0));
+                    });
                 }
                 None => {
                     let of_groups = codes.chunks_mut(self.to.group_size as usize).zip(shifts);
-                    of_groups.for_each(|(codes, shift)| codes.iter_mut().for_each(|code| *code += shift));
+                    of_groups.for_each(|(codes, shift)| {
+                        codes.iter_mut().for_each(|code| *code = code.wrapping_add(shift));
+                    });
                 }
             }
         }

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use serde_json::{Value as Json, json};
 
 use super::{Awq, Bnb4, Bnb8, Compressed, CompressedFp8, Fp8, Gptq, Grid, Layout, Mxfp4};
-use super::{QpackCodebook, QpackIntegers, QpackScaled, QpackTernary};
+use super::{QpackCodebook, QpackIntegers, QpackScaled, QpackSparse, QpackTernary};
 use crate::block::uniform::TERNARY;
 use crate::container::qpack::Trits;
 use crate::error::{Error, Result};
@@ -44,6 +44,8 @@ pub enum QpackEncoding {
     Integers,
     /// -1, 0 and 1 times the scale of a group.
     Ternary(Trits),
+    /// The same of weights that are ternary already, most of them 0.
+    Sparse,
     /// Quantiles of a normal distribution, 4 bits.
     Nf4,
     /// Floats of 4 bits.
@@ -60,6 +62,7 @@ impl QpackEncoding {
         ("int", Self::Integers),
         ("ternary", Self::Ternary(Trits::Base3)),
         ("ternary-bits2", Self::Ternary(Trits::Bits2)),
+        ("sparse-ternary", Self::Sparse),
         ("nf4", Self::Nf4),
         ("fp4", Self::Fp4),
         ("int8", Self::Int8),
@@ -134,7 +137,7 @@ impl Format {
 
     /// Whether these are -1, 0 and 1.
     pub fn is_ternary(self) -> bool {
-        matches!(self, Self::Qpack(QpackEncoding::Ternary(_)))
+        matches!(self, Self::Qpack(QpackEncoding::Ternary(_) | QpackEncoding::Sparse))
     }
 
     /// Whether the columns of a group can be chosen.
@@ -157,7 +160,7 @@ impl Format {
             Self::Compressed(CompressedFormat::Pack) => &[2, 3, 4, 5, 6, 7, 8],
             Self::Compressed(_) | Self::BnbInt8 | Self::Fp8 => &[8],
             Self::Qpack(QpackEncoding::Integers) => &[1, 2, 3, 4, 5, 6, 7, 8],
-            Self::Qpack(QpackEncoding::Ternary(_)) => &[2],
+            Self::Qpack(QpackEncoding::Ternary(_) | QpackEncoding::Sparse) => &[2],
             Self::Qpack(QpackEncoding::Int8 | QpackEncoding::Fp8) => &[8],
             _ => &[4],
         }
@@ -293,6 +296,7 @@ impl Target {
         match encoding {
             QpackEncoding::Integers => Arc::new(QpackIntegers { grid, scales, ordered: self.ordered }),
             QpackEncoding::Ternary(packing) => Arc::new(QpackTernary { grid, packing, scales }),
+            QpackEncoding::Sparse => Arc::new(QpackSparse { grid, scales, starts: None }),
             QpackEncoding::Nf4 => Arc::new(codebook(false)),
             QpackEncoding::Fp4 => Arc::new(codebook(true)),
             QpackEncoding::Int8 => Arc::new(QpackScaled::Int8),
