@@ -194,7 +194,7 @@ fn matrices_are_quantized_into_every_encoding() {
     let dir = tempfile::tempdir().unwrap();
     let source = fixture("models/llama");
     let was = values(&source);
-    for (name, encoding) in QpackEncoding::NAMES {
+    for (name, encoding) in QpackEncoding::NAMES.iter().filter(|(_, e)| *e != QpackEncoding::Sparse) {
         for group_size in [None, Some(-1), Some(40)] {
             let scales_are_fixed = matches!(encoding, QpackEncoding::Int8 | QpackEncoding::Fp8);
             if scales_are_fixed && group_size.is_some() {
@@ -247,6 +247,32 @@ fn codes_go_in_and_come_out() {
         assert!(values(&gptq) == values(&source));
         std::fs::remove_dir_all(&gptq).unwrap();
     }
+}
+
+/// What is ternary already keeps its digits, and others are refused.
+#[test]
+fn ternary_becomes_sparse_without_a_loss() {
+    let dir = tempfile::tempdir().unwrap();
+    let [once, sparse, again] = ["once.qpack", "sparse.qpack", "again.qpack"].map(|n| dir.path().join(n));
+    let wanted = |encoding, group_size| Wanted { group_size, ..Wanted::new(Format::Qpack(encoding)) };
+    let source = fixture("models/llama");
+    let plan = |encoding| {
+        let wanted = Some(wanted(encoding, None));
+        ToHf { container: HfContainer::Qpack, wanted, ..ToHf::new(&source, &sparse) }.plan()
+    };
+    let refused = plan(QpackEncoding::Sparse).unwrap_err();
+    assert!(refused.to_string().contains("ternary already"), "{refused}");
+    let base3 = QpackEncoding::Ternary(Trits::Base3);
+    quantize(&source, &once, wanted(base3, Some(24)), false);
+    quantize(&once, &sparse, wanted(QpackEncoding::Sparse, None), true);
+    quantize(&sparse, &again, wanted(base3, None), true);
+    assert!(values(&once) == values(&sparse));
+    let parts = |path: &Path| -> Vec<(String, u64, String)> {
+        let model = Qpack::open(path, &Limits::default()).unwrap();
+        let of = model.tensors().flat_map(|t| t.parts.iter().map(|p| (format!("{} {}", t.name, p.name), p)));
+        of.map(|(name, p)| (name, p.segment.bytes, format!("{:?}", p.segment.sha256))).collect()
+    };
+    assert_eq!(parts(&once), parts(&again));
 }
 
 /// gpt-oss: stacks of experts, whose rows GGUF's 256-weight blocks do not divide.

@@ -94,5 +94,10 @@ fn encoded(t: &TensorPlan) -> Result<Tensor> {
                 .ok_or_else(|| Error::unsupported(format!("{} is no encoding of .qpack", packing.format)))?
         }
     };
-    Tensor::new(&t.name, t.shape.clone(), encoding)
+    let mut tensor = Tensor::new(&t.name, t.shape.clone(), encoding)?;
+    for (own, part) in tensor.parts.iter_mut().zip(t.parts().unwrap_or_default()) {
+        // Some depend on codes.
+        own.segment.bytes = part.dtype.nbytes(&part.shape)?;
+    }
+    Ok(tensor)
 }
