@@ -9,7 +9,7 @@ use qconv::limits::Limits;
 /// Show what a model file or directory holds, from its headers alone
 #[derive(clap::Args, Debug)]
 pub struct Args {
-    /// A GGUF file (any shard), a safetensors or PyTorch file, or a Hugging Face directory
+    /// A GGUF or .qpack file (any shard), a safetensors or PyTorch file, or a Hugging Face directory
     pub path: PathBuf,
 
     /// Show only tensors whose name matches
@@ -35,9 +35,11 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     if args.json {
         if let Some(regex) = &args.tensor {
             report.tensors.retain(|t| regex.is_match(&t.name));
+            report.encoded.retain(|t| regex.is_match(&t.name));
         }
         if args.metadata {
             report.tensors.clear();
+            report.encoded.clear();
         }
         if let Some(quantization) = &mut report.quantization {
             let shown = |name: &str| !args.metadata && args.tensor.as_ref().is_none_or(|r| r.is_match(name));

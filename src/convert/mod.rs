@@ -6,6 +6,7 @@
 
 mod adapter;
 mod checkpoint;
+mod compress;
 mod edits;
 mod fold;
 mod from_qpack;
@@ -36,6 +37,7 @@ mod tokens;
 mod types;
 
 pub use checkpoint::{Checkpoint, GGUF_METADATA_FILE, quantization};
+pub use compress::{Recompressed, recompress};
 pub use edits::MetadataEdits;
 pub use fold::{Factor, FoldPlan, Folding};
 pub use from_qpack::FromQpack;

@@ -24,6 +24,14 @@ impl OutputFile {
         sys::write_all_at(&self.file, bytes, offset).map_err(|e| Error::io("write", &self.path, e))
     }
 
+    /// Leaves off what is behind the first `len` bytes.
+    ///
+    /// # Errors
+    /// `Io`.
+    pub fn cut(&self, len: u64) -> Result<()> {
+        self.file.set_len(len).map_err(|e| Error::io("cut", &self.path, e))
+    }
+
     /// Fills `bytes` with what was written at `offset`.
     ///
     /// # Errors

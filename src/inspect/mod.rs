@@ -1,7 +1,9 @@
 //! Inspection: what a file or directory holds, from its headers alone.
 
+mod encoded;
 mod quantization;
 
+pub use encoded::{Encoded, OfEncoding};
 pub use quantization::{Kind, Matrix, Quantization, Sums, Unquantized};
 
 use std::io::{self, Write};
@@ -43,6 +45,12 @@ pub struct Report {
     /// How the weights are quantized already, of a Hugging Face directory that is.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub quantization: Option<Quantization>,
+    /// The tensors of a `.qpack` file, each of which is one or several of `tensors`.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub encoded: Vec<Encoded>,
+    /// Sums of these by encoding.
+    #[serde(skip_serializing_if = "IndexMap::is_empty")]
+    pub encodings: IndexMap<String, OfEncoding>,
 }
 
 /// One tensor.
@@ -136,8 +144,11 @@ fn of_qpack(path: &Path, model: Qpack) -> Result<Report> {
     }
     container.insert("shards".into(), json!(model.manifests().count()));
     let metadata = model.manifests().next().map(|(_, m)| m.provenance.clone()).unwrap_or_default();
+    let encoded = encoded::all(&model);
     let (parts, tensors) = model.into_parts()?;
     let mut report = report(path, "qpack", &parts, container, metadata, false);
+    report.encodings = encoded::sums(&encoded);
+    report.encoded = encoded;
     let store = packed::qpack::join(parts, &tensors)?;
     report.quantization = Quantization::of_qpack(&store);
     report.count_whole();
@@ -204,8 +215,18 @@ fn report(
     }
     totals.bits_per_weight = bytes as f64 * 8.0 / totals.parameters.max(1) as f64;
     let files = store.files().iter().map(|f| (f.path().to_path_buf(), f.len())).collect();
-    let quantization = None;
-    Report { path: path.to_path_buf(), format, container, files, metadata, tensors, totals, quantization }
+    Report {
+        path: path.to_path_buf(),
+        format,
+        container,
+        files,
+        metadata,
+        tensors,
+        totals,
+        quantization: None,
+        encoded: Vec::new(),
+        encodings: IndexMap::new(),
+    }
 }
 
 /// Prints a report for people.
@@ -218,7 +239,9 @@ pub fn print(report: &Report, filter: &Filter, out: &mut impl Write) -> io::Resu
         for (key, value) in &report.container {
             writeln!(out, "  {key}: {}", plain(value))?;
         }
-        if !report.metadata.is_empty() {
+        if report.format == "qpack" {
+            encoded::print_provenance(&report.metadata, out)?;
+        } else if !report.metadata.is_empty() {
             writeln!(out, "\nmetadata ({})", report.metadata.len())?;
             for (key, value) in &report.metadata {
                 writeln!(
@@ -235,6 +258,13 @@ pub fn print(report: &Report, filter: &Filter, out: &mut impl Write) -> io::Resu
         writeln!(out)?;
     }
     if filter.metadata_only {
+        return Ok(());
+    }
+    if !report.encoded.is_empty() {
+        encoded::print(&report.encoded, filter, out)?;
+        if filter.tensor.is_none() {
+            encoded::print_sums(&report.encodings, out)?;
+        }
         return Ok(());
     }
     let wanted = |t: &&Tensor| filter.tensor.as_ref().is_none_or(|r| r.is_match(&t.name));

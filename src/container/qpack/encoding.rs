@@ -239,7 +239,7 @@ impl Encoding {
     }
 
     /// For the manifest.
-    pub(super) fn json(&self) -> Json {
+    pub fn json(&self) -> Json {
         let kind = self.kind();
         match self {
             Self::Plain(dtype) => json!({"kind": kind, "type": dtype.name()}),

@@ -32,7 +32,8 @@ pub fn is_magic(bytes: &[u8; 8]) -> bool {
     *bytes == MAGIC
 }
 
-pub(super) fn header() -> [u8; HEADER as usize] {
+/// The first bytes of a file.
+pub fn header() -> [u8; HEADER as usize] {
     let mut out = [0; HEADER as usize];
     out[..8].copy_from_slice(&MAGIC);
     out[8..12].copy_from_slice(&VERSION.to_le_bytes());

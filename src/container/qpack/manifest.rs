@@ -213,6 +213,11 @@ impl Manifest {
         self.files.iter().map(|f| &f.segment).chain(of_tensors)
     }
 
+    /// Puts others in the place of all segments, in the order of the file.
+    pub fn set_segments(&mut self, segments: Vec<Segment>) {
+        self.segments_mut().zip(segments).for_each(|(to, from)| *to = from);
+    }
+
     pub(super) fn segments_mut(&mut self) -> impl Iterator<Item = &mut Segment> {
         let of_tensors = self.tensors.iter_mut().flat_map(|t| t.parts.iter_mut().map(|p| &mut p.segment));
         self.files.iter_mut().map(|f| &mut f.segment).chain(of_tensors)

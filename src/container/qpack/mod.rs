@@ -27,7 +27,7 @@ pub use manifest::is_path;
 pub use manifest::{Compression, Manifest, Part, Segment, ShardSeal, SideFile, Split, Tensor};
 pub use origin::{Origin, Source};
 pub(crate) use read::part_name;
-pub use read::{Fault, Qpack, Where};
+pub use read::{Content, Fault, Qpack, Where};
 
 /// The file of a model from Hugging Face.
 pub const CONFIG: &str = "config.json";

@@ -5,7 +5,7 @@
 //! Chunks are read by themselves, so that rows need not wait for the whole.
 
 use super::manifest::Compression;
-use super::rans;
+use super::rans::{self, Coded};
 use crate::container::InputFile;
 use crate::error::{Error, Result};
 
@@ -58,6 +58,18 @@ impl Planes {
         }
     }
 
+    /// What a manifest says of content of so many bytes.
+    pub fn note(&self, bytes: u64, sha256: [u8; 32]) -> Compression {
+        let more = [("planes", self.planes as u64), ("chunk", self.chunk)];
+        let more = more.into_iter().map(|(key, n)| (key.to_string(), n.into())).collect();
+        Compression { kind: KIND.to_string(), bytes, sha256, more }
+    }
+
+    /// Whether `stored` bytes in the place of `bytes` are worth the time, and readers take them.
+    pub fn is_worth(bytes: u64, stored: u64) -> bool {
+        stored < bytes - bytes / 32 && bytes / MOST_TIMES <= stored
+    }
+
     /// Chunks of so many bytes.
     pub fn chunks(&self, bytes: u64) -> u64 {
         bytes.div_ceil(self.chunk)
@@ -67,18 +79,49 @@ impl Planes {
     pub fn compress(&self, chunk: &[u8], out: &mut Vec<u8>, entries: &mut Vec<u32>) {
         let mut plane = Vec::with_capacity(chunk.len().div_ceil(self.planes));
         for p in 0..self.planes {
-            plane.clear();
-            plane.extend(chunk.iter().skip(p).step_by(self.planes));
-            let coded = rans::encode(&plane);
+            self.gather(chunk, p, &mut plane);
+            // What saves less is not worth the time.
+            let coded = rans::encode(&plane, plane.len() - plane.len() / 32);
             let (kind, bytes) = match &coded {
-                // What saves less is not worth the time.
-                Some(coded) if coded.len() < plane.len() - plane.len() / 32 => (CODED, &coded[..]),
-                Some(_) => (COPIED, &plane[..]),
-                None if plane.is_empty() => (COPIED, &[][..]),
-                None => (CONSTANT, &plane[..1]),
+                Coded::Code(code) => (CODED, &code[..]),
+                Coded::Long => (COPIED, &plane[..]),
+                Coded::Constant if plane.is_empty() => (COPIED, &[][..]),
+                Coded::Constant => (CONSTANT, &plane[..1]),
             };
             out.extend(bytes);
             entries.push(kind << LENGTH_BITS | bytes.len() as u32); // at most 2^24
+        }
+    }
+
+    /// The bytes of a plane.
+    fn gather(&self, chunk: &[u8], plane: usize, out: &mut Vec<u8>) {
+        fn of<const N: usize>(chunk: &[u8], plane: usize, out: &mut Vec<u8>) {
+            let (elements, rest) = chunk.as_chunks::<N>();
+            out.extend(elements.iter().map(|e| e[plane]));
+            out.extend(rest.get(plane));
+        }
+        out.clear();
+        match self.planes {
+            1 => out.extend(chunk),
+            2 => of::<2>(chunk, plane, out),
+            4 => of::<4>(chunk, plane, out),
+            n => out.extend(chunk.iter().skip(plane).step_by(n)),
+        }
+    }
+
+    /// Puts the bytes of a plane in their places.
+    fn scatter(&self, plane: &[u8], number: usize, chunk: &mut [u8]) {
+        fn to<const N: usize>(plane: &[u8], number: usize, chunk: &mut [u8]) {
+            let (elements, rest) = chunk.as_chunks_mut::<N>();
+            elements.iter_mut().zip(plane).for_each(|(e, byte)| e[number] = *byte);
+            if let (Some(last), Some(byte)) = (rest.get_mut(number), plane.last()) {
+                *last = *byte;
+            }
+        }
+        match self.planes {
+            2 => to::<2>(plane, number, chunk),
+            4 => to::<4>(plane, number, chunk),
+            n => chunk.iter_mut().skip(number).step_by(n).zip(plane).for_each(|(to, from)| *to = *from),
         }
     }
 
@@ -90,19 +133,27 @@ impl Planes {
         let wrong = || Error::malformed("a compressed chunk stands for nothing");
         let mut plane = Vec::new();
         for p in 0..self.planes {
-            plane.resize(chunk.len().saturating_sub(p).div_ceil(self.planes), 0);
+            // One plane is the chunk itself.
+            let target = match self.planes {
+                1 => &mut *chunk,
+                _ => {
+                    plane.resize(chunk.len().saturating_sub(p).div_ceil(self.planes), 0);
+                    &mut plane[..]
+                }
+            };
             let entry = entries.get(p).ok_or_else(wrong)?;
             let (kind, len) = (entry >> LENGTH_BITS, entry % (1 << LENGTH_BITS));
             let (bytes, rest) = stored.split_at_checked(len as usize).ok_or_else(wrong)?;
             stored = rest;
             match (kind, bytes) {
-                (COPIED, bytes) if bytes.len() == plane.len() => plane.copy_from_slice(bytes),
-                (CONSTANT, [byte]) if !plane.is_empty() => plane.fill(*byte),
-                (CODED, bytes) => rans::decode(bytes, &mut plane).ok_or_else(wrong)?,
+                (COPIED, bytes) if bytes.len() == target.len() => target.copy_from_slice(bytes),
+                (CONSTANT, [byte]) if !target.is_empty() => target.fill(*byte),
+                (CODED, bytes) => rans::decode(bytes, target).ok_or_else(wrong)?,
                 _ => return Err(wrong()),
             }
-            let places = chunk.iter_mut().skip(p).step_by(self.planes);
-            places.zip(&plane).for_each(|(to, from)| *to = *from);
+            if self.planes > 1 {
+                self.scatter(&plane, p, chunk);
+            }
         }
         match stored.is_empty() {
             true => Ok(()),

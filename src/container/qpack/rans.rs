@@ -12,41 +12,112 @@ const TOTAL: u32 = 1 << PRECISION;
 /// States lie from here to 2^32.
 const LEAST: u32 = 1 << 16;
 
-/// The code of `bytes`; `None` where there are no two different ones.
+/// What became of bytes.
+#[derive(Debug, PartialEq)]
+pub(super) enum Coded {
+    /// There are no two different ones.
+    Constant,
+    /// Their code would not be shorter than was wished.
+    Long,
+    /// Their code.
+    Code(Vec<u8>),
+}
+
+/// How a byte is put into a state.
+#[derive(Clone, Copy, Default)]
+struct Symbol {
+    /// A state from here on gives off a word first.
+    most: u32,
+    begin: u32,
+    /// What is left of `TOTAL` beside its frequency.
+    others: u32,
+    /// `x / frequency` is `x * reciprocal >> shift`, for all `x` below `frequency << 20`: the reciprocal is too large
+    /// by less than 1, and with `l` bits in the frequency `x` times that is below `2^(20 + 2 l)`, which is `shift`.
+    /// The product stays below 2^64.
+    shift: u32,
+    reciprocal: u64,
+}
+
+impl Symbol {
+    /// Of a frequency from 1 to `TOTAL - 1`.
+    fn new(frequency: u32, begin: u32) -> Self {
+        let shift = 20 + 2 * frequency.next_power_of_two().trailing_zeros();
+        let reciprocal = (1u64 << shift).div_ceil(frequency.into());
+        // With 4096 - 1 the product `frequency << 32 - PRECISION` still is a u32.
+        Self { most: frequency << (32 - PRECISION), begin, others: TOTAL - frequency, shift, reciprocal }
+    }
+
+    /// The state with the byte, and whether a word was taken from it first.
+    fn put(&self, x: u32) -> (u32, bool) {
+        let is_high = x >= self.most;
+        let x = if is_high { x >> 16 } else { x };
+        let quotient = (u64::from(x) * self.reciprocal >> self.shift) as u32; // below 2^20
+        (x + self.begin + quotient * self.others, is_high)
+    }
+}
+
+/// The code of `bytes`, where it has fewer than `limit` bytes.
 ///
 /// 32 bytes, of which bit `b` says whether byte `b` occurs; of those that do their frequencies (UINT16); the states
 /// (UINT32); words of 16 bits in the order in which they are read.
-pub(super) fn encode(bytes: &[u8]) -> Option<Vec<u8>> {
-    let frequencies = frequencies(bytes)?;
-    let mut out = vec![0; 32];
-    let mut begins = [0u32; 256];
-    let mut sum = 0;
-    for (b, frequency) in frequencies.iter().enumerate().filter(|(_, f)| **f > 0) {
-        out[b / 8] |= 1 << (b % 8);
-        out.extend((*frequency as u16).to_le_bytes());
-        begins[b] = sum;
-        sum += frequency;
+pub(super) fn encode(bytes: &[u8], limit: usize) -> Coded {
+    let Some((counts, frequencies)) = frequencies(bytes) else { return Coded::Constant };
+    let mut head = vec![0; 32];
+    let mut symbols = [Symbol::default(); 256];
+    let (mut sum, mut bits) = (0, 0u64);
+    for (b, f) in frequencies.iter().copied().enumerate().filter(|(_, f)| *f > 0) {
+        head[b / 8] |= 1 << (b % 8);
+        head.extend((f as u16).to_le_bytes());
+        symbols[b] = Symbol::new(f, sum);
+        sum += f;
+        bits += u64::from(counts[b]) * u64::from((PRECISION << 16) - log2(f));
+    }
+    // Whether it is worth it shows beforehand: it comes very near to what frequencies allow.
+    let expected = (bits >> 19) as usize + head.len() + 4 * LANES;
+    if expected >= limit {
+        return Coded::Long;
     }
     let mut states = [LEAST; LANES];
-    let mut words = Vec::with_capacity(bytes.len() / 2);
-    // The last byte first: the decoder gets them in their order.
-    for (i, byte) in bytes.iter().enumerate().rev() {
-        let (x, b) = (&mut states[i % LANES], usize::from(*byte));
-        let f = frequencies[b]; // below TOTAL, since there are others
-        if *x >= f << (32 - PRECISION) {
-            words.push(*x as u16);
-            *x >>= 16;
-        }
-        *x = (*x / f << PRECISION) + *x % f + begins[b];
+    // The last byte first, and the last word: the decoder gets them in their order. No byte gives off two words.
+    let mut words = vec![0u16; bytes.len() + 1];
+    let mut at = bytes.len();
+    let mut put = |x: &mut u32, byte: u8| {
+        let (next, is_high) = symbols[usize::from(byte)].put(*x);
+        words[at] = *x as u16;
+        at -= usize::from(is_high);
+        *x = next;
+    };
+    let (eights, rest) = bytes.as_chunks::<LANES>();
+    states.iter_mut().zip(rest).rev().for_each(|(x, byte)| put(x, *byte));
+    for eight in eights.iter().rev() {
+        states.iter_mut().zip(eight).rev().for_each(|(x, byte)| put(x, *byte));
     }
+    let words = &words[at + 1..];
+    let mut out = head;
+    out.reserve(4 * LANES + 2 * words.len());
     states.iter().for_each(|x| out.extend(x.to_le_bytes()));
-    out.reserve(2 * words.len());
-    words.iter().rev().for_each(|word| out.extend(word.to_le_bytes()));
-    Some(out)
+    out.extend(words.iter().flat_map(|word| word.to_le_bytes()));
+    if out.len() < limit { Coded::Code(out) } else { Coded::Long }
 }
 
-/// How often bytes occur, of `TOTAL` in all; those that do at least once.
-fn frequencies(bytes: &[u8]) -> Option<[u32; 256]> {
+/// The logarithm of a number from 1 to `TOTAL`, in parts of 2^16, of whole numbers alone: any machine finds the same.
+fn log2(n: u32) -> u32 {
+    let whole = n.ilog2();
+    let mut log = whole;
+    // From 1 to below 2; squared, its logarithm doubles.
+    let mut x = u64::from(n) << (31 - whole);
+    for _ in 0..16 {
+        x = x * x >> 31;
+        let is_above = x >= 1 << 32;
+        x >>= u32::from(is_above);
+        log = log << 1 | u32::from(is_above);
+    }
+    log
+}
+
+/// How often bytes occur, and the same of `TOTAL` in all; those that do at least once. `None` where there are no two
+/// different ones.
+fn frequencies(bytes: &[u8]) -> Option<([u32; 256], [u32; 256])> {
     // Several tables: the same byte twice does not wait for itself.
     let mut counts = [[0u32; 256]; 4];
     let (fours, rest) = bytes.as_chunks::<4>();
@@ -67,7 +138,7 @@ fn frequencies(bytes: &[u8]) -> Option<[u32; 256]> {
         let sum: u32 = parts.iter().sum();
         let Some(largest) = (0..256).rev().max_by_key(|b| parts[*b]) else { return None };
         match sum.cmp(&TOTAL) {
-            std::cmp::Ordering::Equal => return Some(parts),
+            std::cmp::Ordering::Equal => return Some((counts, parts)),
             std::cmp::Ordering::Less => parts[largest] += TOTAL - sum,
             std::cmp::Ordering::Greater => parts[largest] -= 1,
         }
@@ -149,6 +220,26 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
+    fn coded(bytes: &[u8]) -> Vec<u8> {
+        match encode(bytes, usize::MAX) {
+            Coded::Code(code) => code,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn divisions_and_logarithms() {
+        for f in 1..TOTAL {
+            let symbol = Symbol::new(f, 0);
+            for x in [0, 1, f - 1, f, (f << 20) / 3, (f << 20) - f, (f << 20) - 1] {
+                let quotient = (u64::from(x) * symbol.reciprocal >> symbol.shift) as u32;
+                assert_eq!(quotient, x / f, "{x} / {f}");
+            }
+            let exact = f64::from(f).log2() * 65536.0;
+            assert!((0.0..2.0).contains(&(exact - f64::from(log2(f)))), "{f}");
+        }
+    }
+
     proptest! {
         #[test]
         fn bytes_come_back(
@@ -157,10 +248,11 @@ mod tests {
         ) {
             // Small ones are more frequent.
             let bytes: Vec<u8> = draws.iter().map(|(a, b)| a & b & mask).collect();
-            let Some(code) = encode(&bytes) else {
+            let Coded::Code(code) = encode(&bytes, usize::MAX) else {
                 prop_assert!(bytes.iter().all(|b| *b == bytes[0]));
                 return Ok(());
             };
+            prop_assert!(encode(&bytes, code.len()) == Coded::Long);
             let mut back = vec![0xEE; bytes.len()];
             prop_assert!(decode(&code, &mut back).is_some());
             prop_assert_eq!(&back, &bytes);
@@ -177,7 +269,7 @@ mod tests {
         fn nothing_panics(code in prop::collection::vec(any::<u8>(), 0..300), n in 0usize..100) {
             decode(&code, &mut vec![0; n]);
             // Behind a table that is one.
-            let table = encode(&[1, 2, 2, 3]).unwrap();
+            let table = coded(&[1, 2, 2, 3]);
             decode(&[&table[..38], &code].concat(), &mut vec![0; n]);
         }
     }
@@ -191,10 +283,10 @@ mod tests {
         };
         // 0 in 7 of 8 bytes, 1 in the others: 0.5436 bits each.
         let bytes: Vec<u8> = (0..1 << 18).map(|_| u8::from(noise() % 8 == 0)).collect();
-        let bits = encode(&bytes).unwrap().len() as f64 * 8.0 / bytes.len() as f64;
+        let bits = coded(&bytes).len() as f64 * 8.0 / bytes.len() as f64;
         assert!((0.53..0.56).contains(&bits), "{bits}");
         let bytes: Vec<u8> = (0..1 << 18).map(|_| noise() as u8).collect();
-        let bits = encode(&bytes).unwrap().len() as f64 * 8.0 / bytes.len() as f64;
+        let bits = coded(&bytes).len() as f64 * 8.0 / bytes.len() as f64;
         assert!((7.99..8.1).contains(&bits), "{bits}");
     }
 }

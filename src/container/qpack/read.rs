@@ -7,7 +7,7 @@ use sha2::{Digest, Sha256};
 
 use super::frame::{FOOTER, Footer, check_header};
 use super::manifest::{Manifest, Part, Segment, ShardSeal, SideFile, Split, Tensor};
-use super::planes::{Compressed, Planes};
+use super::planes::{self, Compressed, Planes};
 use super::write::{Seen, sums};
 use super::{ALIGNMENT, SUFFIX};
 use crate::container::shards::{shard_name, split_shard_name};
@@ -209,6 +209,15 @@ impl Qpack {
         }
     }
 
+    /// What each segment of a file stands for, in the order of the file; `number` counts files from 0.
+    pub fn contents(&self, number: usize) -> impl Iterator<Item = Result<Content<'_>>> {
+        let shards = self.shards.get(number).into_iter();
+        shards.flat_map(|shard| {
+            let segments = shard.manifest.segments().zip(shard.manifest.names()).zip(&shard.places);
+            segments.map(|((segment, place), at)| Content::open(&shard.file, *at, segment, place))
+        })
+    }
+
     /// The parts of all tensors, as tensors of their own: those of `NAME` are called `NAME / PART`, but for a
     /// plain tensor, which is what it is. Those of encodings and compressions that are not known are bytes.
     ///
@@ -261,6 +270,82 @@ impl Qpack {
             );
         }
         Ok(faults)
+    }
+}
+
+/// The bytes that a segment stands for.
+#[derive(Debug)]
+pub struct Content<'a> {
+    /// Whose it is.
+    pub place: Where,
+    segment: &'a Segment,
+    file: &'a InputFile,
+    at: u64,
+    compressed: Option<Compressed>,
+    is_closed: bool,
+}
+
+impl<'a> Content<'a> {
+    fn open(file: &'a InputFile, at: u64, segment: &'a Segment, place: Where) -> Result<Self> {
+        let is_closed = segment.compression.as_ref().is_some_and(|c| c.kind != planes::KIND);
+        let found = if is_closed { Ok(None) } else { opened(file, at, segment) };
+        let compressed = found.map_err(|e| e.context(&place).at(file.path()))?;
+        Ok(Self { place, segment, file, at, compressed, is_closed })
+    }
+
+    /// What the manifest says of it.
+    pub fn segment(&self) -> &'a Segment {
+        self.segment
+    }
+
+    /// Whether it is compressed in a way that is not known: the bytes are those of the file then.
+    pub fn is_closed(&self) -> bool {
+        self.is_closed
+    }
+
+    /// How many there are.
+    pub fn bytes(&self) -> u64 {
+        if self.is_closed { self.segment.bytes } else { self.segment.content_bytes() }
+    }
+
+    /// The name of the tensor or file.
+    pub fn name(&self) -> &str {
+        match &self.place {
+            Where::Tensor { name, .. } | Where::File(name) => name,
+            Where::Padding(_) | Where::Signature => "",
+        }
+    }
+
+    /// Their SHA-256, as the manifest has it.
+    pub fn sha256(&self) -> [u8; 32] {
+        let compression = self.segment.compression.as_ref().filter(|_| !self.is_closed);
+        compression.map_or(self.segment.sha256, |c| c.sha256)
+    }
+
+    /// That they have this SHA-256.
+    ///
+    /// # Errors
+    /// `Malformed` where they should have another.
+    pub fn check(&self, sha256: [u8; 32]) -> Result<()> {
+        match self.sha256() == sha256 {
+            true => Ok(()),
+            false => Err(Error::malformed(format!("{} is damaged: it has another SHA-256", self.place))
+                .at(self.file.path())
+                .hint("fetch the file again")),
+        }
+    }
+
+    /// Fills `out` from byte `start` on.
+    ///
+    /// # Errors
+    /// `Malformed` beyond the end, and for what stands for nothing; `Io`.
+    pub fn read(&self, start: u64, out: &mut [u8]) -> Result<()> {
+        match &self.compressed {
+            Some(compressed) => compressed
+                .read(self.file, start, out)
+                .map_err(|e| e.context(&self.place).at(self.file.path())),
+            None => self.file.read_at(self.at.saturating_add(start), out),
+        }
     }
 }
 

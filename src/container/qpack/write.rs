@@ -8,7 +8,8 @@ use sha2::{Digest, Sha256};
 
 use super::SUFFIX;
 use super::fields::hex;
-use super::frame::{FOOTER, Footer, header};
+pub use super::frame::header;
+use super::frame::{FOOTER, Footer};
 use super::manifest::{Manifest, ShardSeal, Split};
 use crate::container::InputFile;
 use crate::container::shards::{Ending, FileLayout, Layout, shard_name};
@@ -218,20 +219,30 @@ impl Seal {
             let end = place[0] + segment.bytes;
             write(end, &vec![0; (place[1] - end) as usize])?;
         }
-        let bytes = manifest.bytes()?;
-        let at = self.places.last().copied().unwrap_or_default();
-        let manifest_sha256 = Sha256::digest(&bytes).into();
-        let footer = Footer {
-            manifest: (at, bytes.len() as u64),
-            manifest_sha256,
-            signature: 0,
-            signature_sha256: Sha256::digest([]).into(),
-        };
+        let (at, bytes, seal) = ending(&manifest)?;
         write(at, &bytes)?;
-        let end = at + bytes.len() as u64;
-        write(end, &footer.bytes())?;
-        Ok(ShardSeal { bytes: end + FOOTER, manifest: manifest_sha256 })
+        Ok(seal)
     }
+}
+
+/// Where the manifest begins; its bytes and the footer's; and what identifies the file.
+///
+/// # Errors
+/// As [`Manifest::bytes`].
+pub fn ending(manifest: &Manifest) -> Result<(u64, Vec<u8>, ShardSeal)> {
+    let at = manifest.places()?.last().copied().unwrap_or_default();
+    let mut bytes = manifest.bytes()?;
+    let manifest_sha256 = Sha256::digest(&bytes).into();
+    let footer = Footer {
+        manifest: (at, bytes.len() as u64),
+        manifest_sha256,
+        signature: 0,
+        signature_sha256: Sha256::digest([]).into(),
+    };
+    bytes.extend(footer.bytes());
+    let len = at.checked_add(bytes.len() as u64);
+    let len = len.ok_or_else(|| Error::malformed("a file would exceed 2^64 bytes"))?;
+    Ok((at, bytes, ShardSeal { bytes: len, manifest: manifest_sha256 }))
 }
 
 /// The SHA-256 of segments, each given by its first byte and its length, on so many threads.
