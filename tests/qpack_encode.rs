@@ -2,6 +2,8 @@
 
 #[path = "common/qpack.rs"]
 mod made;
+#[path = "common/raw.rs"]
+mod raw;
 
 use std::sync::Arc;
 
@@ -10,6 +12,7 @@ use proptest::prelude::*;
 use qconv::block::{codec, f16_from_f32, f32_from_f16};
 use qconv::container::grouped::Rows;
 use qconv::container::qpack::{Segment, Tensor};
+use qconv::convert::{Quantize, Quantizer, Recipe};
 use qconv::limits::Limits;
 use qconv::packed::qpack::open;
 use qconv::packed::write::{
@@ -267,6 +270,21 @@ fn ternary_experts_with_rows_of_2880() {
             );
             assert!(decoded(tensor, contents) == (weights, Some(given)));
         }
+    }
+}
+
+/// In GGUF such rows have the type that stands in for the ternary ones: nearly three times the bits.
+#[test]
+fn gguf_has_other_types_for_rows_of_2880() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("m.gguf");
+    let file = raw::Raw::llama().info("blk.0.ffn_up_exps.weight", &[2880, 18, 4], 0, 0);
+    std::fs::write(&path, file.with_data(2880 * 18 * 4 * 4).bytes()).unwrap();
+    for name in ["tq1_0", "tq2_0"] {
+        let quantizer = Quantizer::new(Recipe::parse(name).unwrap());
+        let plan = Quantize::new(&path, dir.path().join("q.gguf"), quantizer).plan().unwrap().plan;
+        let [experts] = &plan.tensors[..] else { unreachable!() };
+        assert_eq!((experts.dtype, experts.nbytes * 8), (DType::Q4_0, 2880 * 18 * 4 * 9 / 2));
     }
 }
 
