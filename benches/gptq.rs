@@ -5,6 +5,9 @@
 //! that is an argument. Moments are made up: neighbouring columns depend on each other. Rows and tokens
 //! are a sample, times are of all.
 
+#[path = "common/timing.rs"]
+mod timing;
+
 use std::time::Instant;
 
 use faer::linalg::matmul::matmul;
@@ -15,6 +18,7 @@ use qconv::calibrate::gram::{Panels, ROWS, band_len, bands};
 use qconv::error::Result;
 use qconv::quantize::gptq::{Feedback, Options, Sums};
 use qconv::tensor::DType;
+use timing::{Table, noise, time};
 
 /// Rows of a matrix, and tokens of the calibration.
 const ALL_ROWS: f64 = 4096.0;
@@ -41,25 +45,6 @@ impl Sums for MadeUp {
     }
 }
 
-fn noise(n: usize) -> Vec<f32> {
-    let mut state = 1u64;
-    let mut next = || {
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (state >> 40) as f32 / (1 << 23) as f32 - 1.0
-    };
-    (0..n).map(|_| next() + next() + next()).collect()
-}
-
-/// Seconds, the best of some.
-fn time(times: usize, mut run: impl FnMut()) -> f64 {
-    let once = |_| {
-        let begun = Instant::now();
-        run();
-        begun.elapsed().as_secs_f64()
-    };
-    (0..times).map(once).fold(f64::INFINITY, f64::min)
-}
-
 fn peak() -> String {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let line = status.lines().find_map(|l| l.strip_prefix("VmHWM:")).map(str::trim);
@@ -67,8 +52,7 @@ fn peak() -> String {
 }
 
 fn main() {
-    // `cargo test --benches` runs this too, to see that it starts.
-    if !std::env::args().any(|a| a == "--bench") {
+    if Table::of_args().is_none() {
         return;
     }
     let size = 1024;

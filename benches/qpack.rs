@@ -3,37 +3,23 @@
 //! `cargo bench --profile release --bench qpack` shows weights in a second. Arguments name rows of the table
 //! instead of all.
 
+#[path = "common/timing.rs"]
+mod timing;
+
 use std::hint::black_box;
-use std::time::Instant;
 
 use qconv::block::{bits, trits};
 use qconv::container::grouped::{Rows, Shape};
+use timing::Table;
 
 const ROWS: u64 = 64;
 /// As in gpt-oss: no multiple of 256.
 const COLS: u64 = 2880;
 
-/// One row of the table, where it is asked for: the best of some runs.
-fn show(wanted: &[String], name: &str, mut run: impl FnMut()) {
-    if !wanted.is_empty() && !wanted.iter().any(|w| name.contains(w.as_str())) {
-        return;
-    }
-    let once = |_| {
-        let begun = Instant::now();
-        (0..20).for_each(|_| run());
-        begun.elapsed().as_secs_f64() / 20.0
-    };
-    let seconds = (0..7).map(once).fold(f64::INFINITY, f64::min);
-    println!("{name:<32}{:>9.2} G weights/s", (ROWS * COLS) as f64 / seconds / 1e9);
-}
-
 fn main() {
-    let args: Vec<String> = std::env::args().skip(1).collect();
-    // `cargo test --benches` runs this too, to see that it starts.
-    if !args.iter().any(|a| a == "--bench") {
-        return;
-    }
-    let wanted: Vec<String> = args.into_iter().filter(|a| !a.starts_with('-')).collect();
+    let Some(table) = Table::of_args() else { return };
+    let show =
+        |name: &str, run: &mut dyn FnMut()| table.show(name, "G weights", (ROWS * COLS) as f64 / 1e9, run);
     let n = (ROWS * COLS) as usize;
     let mut state = 1u64;
     let mut next = || {
@@ -50,7 +36,7 @@ fn main() {
             unpack(black_box(bytes), codes);
         }
     };
-    show(&wanted, "pack base 3", || {
+    show("pack base 3", &mut || {
         for (bytes, codes) in bytes.chunks_exact_mut(row).zip(digits.chunks_exact(COLS as usize)) {
             trits::pack(black_box(codes), bytes);
         }
@@ -58,12 +44,20 @@ fn main() {
     for (bytes, codes) in bytes.chunks_exact_mut(row).zip(digits.chunks_exact(COLS as usize)) {
         trits::pack(codes, bytes);
     }
-    show(&wanted, "unpack base 3", || {
+    show("unpack base 3", &mut || {
         rows(&bytes, row, &mut codes, &|bytes, codes| assert!(trits::unpack(bytes, codes)))
     });
     for width in 1..=8 {
         let row = bits::bytes(COLS, width).unwrap() as usize;
-        show(&wanted, &format!("unpack {width} bits"), || {
+        let mask = u8::MAX >> (8 - width);
+        let fields: Vec<u8> = noise.iter().map(|b| b & mask).collect();
+        let mut streams = vec![0; row * ROWS as usize];
+        show(&format!("pack {width} bits"), &mut || {
+            for (stream, codes) in streams.chunks_exact_mut(row).zip(fields.chunks_exact(COLS as usize)) {
+                bits::pack(black_box(codes), width, stream);
+            }
+        });
+        show(&format!("unpack {width} bits"), &mut || {
             rows(&noise[..row * ROWS as usize], row, &mut codes, &|bytes, codes| {
                 bits::unpack(bytes, width, 0, codes);
             });
@@ -75,7 +69,7 @@ fn main() {
         let lines = (ROWS * groups) as usize;
         let rows = Rows { codes: codes.clone(), scales: vec![0.5; lines], zeros: vec![8.0; lines] };
         let mut out = vec![0f32; n];
-        show(&wanted, &format!("values, groups of {group_size}"), || {
+        show(&format!("values, groups of {group_size}"), &mut || {
             rows.all_weights(black_box(&shape), &mut out)
         });
     }

@@ -11,8 +11,8 @@
 use super::cast::extreme;
 use super::kquant::NOTHING;
 
-/// Groups side by side in most searches.
-pub(super) const LANES: usize = 16;
+/// What most loops do side by side, in registers.
+pub(crate) const LANES: usize = 16;
 
 /// `N` weights of `L` groups: `[i][t]` is weight `i` of group `t`.
 ///
@@ -21,8 +21,9 @@ pub(super) const LANES: usize = 16;
 #[repr(align(64))]
 pub(super) struct Groups<const L: usize, const N: usize>(pub [[f32; L]; N]);
 
-/// 1.5 * 2^23: numbers of its size have no fraction.
-pub(super) const WHOLE: f32 = 12_582_912.0;
+/// 1.5 * 2^23: numbers of its size have no fraction. Adding it rounds to an integer, which then lies in the lowest
+/// bits.
+pub(crate) const WHOLE: f32 = 12_582_912.0;
 
 /// [`nearest`](super::kquant::nearest) as a float: the low 23 bits become the fraction of a number
 /// between 2^23 and 2^24.

@@ -57,6 +57,7 @@ pub mod trits;
 pub mod uniform;
 mod weighed;
 
+pub(crate) use groups::{LANES, WHOLE};
 pub use lattice::{Lattice, lattice};
 
 pub use float::{bf16_from_f32, f16_from_f32, f32_from_bf16, f32_from_f16};

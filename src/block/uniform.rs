@@ -4,6 +4,7 @@
 //! [`weigh`] searches for the scale and the zero of the least weighed squared error. Methods that know more see a [`Lattice`], whose blocks are
 //! groups: scale as F16, zero, and a byte for each code.
 
+use super::groups::{LANES, WHOLE};
 use super::lattice::{half, whole};
 use super::ternary::threshold;
 use super::{Lattice, f16_from_f32, f32_from_f16};
@@ -31,10 +32,6 @@ static LEVELS: [f32; 384] = whole(-128);
 const NAUGHT: usize = 128;
 /// Bytes of a block before its codes.
 const HEAD: usize = 3;
-/// Adding this rounds to an integer, which then lies in the lowest bits.
-const WHOLE: f32 = 12_582_912.0;
-/// Sums are taken of so many lanes, that they may lie in registers.
-const LANES: usize = 16;
 /// The greatest number of F16.
 const MOST_SCALE: f32 = 65504.0;
 /// The least number of F16 but for 0.

@@ -10,7 +10,7 @@ use std::ops::Range;
 
 use serde_json::Value as Json;
 
-use super::{FLOATS, Format, Packed, check, matrix, unsupported, values, words};
+use super::{FLOATS, Format, Packed, check, matrix, scales_of_rows, unsupported, words};
 use crate::container::grouped::{Grouped, Shape};
 use crate::container::{Joined, Stored};
 use crate::error::{Error, Result};
@@ -37,7 +37,7 @@ pub(super) const FORMAT: Format = Format {
 };
 
 /// Where each of eight outputs lies in their word.
-pub(super) const NIBBLE: [u32; 8] = [0, 4, 1, 5, 2, 6, 3, 7];
+const NIBBLE: [u32; 8] = [0, 4, 1, 5, 2, 6, 3, 7];
 const OF_WORD: u64 = 8;
 
 pub(super) fn join(packed: &Packed<'_>) -> Result<Vec<Joined>> {
@@ -103,6 +103,13 @@ impl Matrix {
     }
 }
 
+/// The word of eight outputs.
+#[inline(always)]
+pub(super) fn word(field: impl Fn(usize) -> u8) -> [u8; 4] {
+    let word = (0..8).fold(0, |word, i| word | u32::from(field(i) & 15) << (4 * NIBBLE[i]));
+    word.to_le_bytes()
+}
+
 /// The field of row `r` in words whose first holds the rows from `first` on.
 fn field(words: &[u32], r: usize) -> u8 {
     (words[r / 8] >> (4 * NIBBLE[r % 8])) as u8 & 15
@@ -129,12 +136,7 @@ impl Grouped for Matrix {
                 row[g] = field(words, skipped + r).into();
             }
         })?;
-        let n = (rows.end - rows.start) as usize;
-        for g in 0..groups {
-            let values = values(stored, &self.scales, g as u64 * self.shape.rows + rows.start, n)?;
-            scales.chunks_exact_mut(groups).zip(values).for_each(|(row, scale)| row[g] = scale);
-        }
-        Ok(())
+        scales_of_rows(stored, &self.scales, rows, scales)
     }
 
     fn is_scattered(&self) -> bool {

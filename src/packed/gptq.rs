@@ -11,7 +11,7 @@ use std::ops::Range;
 
 use serde_json::Value as Json;
 
-use super::{FLOATS, Format, Packed, bytes, matrix, unsupported, values};
+use super::{FLOATS, Format, Packed, bytes, matrix, scales_of_rows, unsupported};
 use crate::block::bits;
 use crate::container::grouped::{Grouped, Shape};
 use crate::container::{Joined, Stored};
@@ -189,12 +189,8 @@ impl Grouped for Matrix {
             for (row, field) in fields.iter().enumerate() {
                 zeros[row * groups + group] = f32::from(*field) + f32::from(self.zero_offset);
             }
-            let values = values(stored, &self.scales, group as u64 * self.shape.rows + rows.start, n)?;
-            for (row, scale) in values.into_iter().enumerate() {
-                scales[row * groups + group] = scale;
-            }
         }
-        Ok(())
+        scales_of_rows(stored, &self.scales, rows, scales)
     }
 
     fn groups(&self, stored: &Stored) -> Result<Option<Vec<u32>>> {

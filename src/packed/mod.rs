@@ -27,6 +27,7 @@ pub mod write;
 pub use exact::{BLOCKS, give_blocks};
 pub use hqq::stated;
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use serde_json::Value as Json;
@@ -223,6 +224,16 @@ fn values(stored: &Stored, t: &TensorInfo, start: u64, n: usize) -> Result<Vec<f
     let mut values = vec![0.0; n];
     codec.decode(&bytes, &mut values)?;
     Ok(values)
+}
+
+/// The scales of so many rows, row by row, of a tensor that has those of a group side by side.
+fn scales_of_rows(stored: &Stored, t: &TensorInfo, rows: Range<u64>, scales: &mut [f32]) -> Result<()> {
+    let groups = t.shape.first().map_or(0, |n| *n as usize).max(1);
+    for g in 0..groups {
+        let values = values(stored, t, g as u64 * t.row() + rows.start, scales.len() / groups)?;
+        scales.chunks_exact_mut(groups).zip(values).for_each(|(row, scale)| row[g] = scale);
+    }
+    Ok(())
 }
 
 /// `n` elements of a tensor, as they are stored, from element `start` on.

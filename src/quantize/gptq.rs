@@ -16,8 +16,8 @@ use faer::dyn_stack::{MemBuffer, MemStack};
 use faer::linalg::cholesky::llt::factor::{cholesky_in_place, cholesky_in_place_scratch};
 
 use super::ternary::search;
-use crate::block::Lattice;
 use crate::block::gram::{PANEL, Tile, product};
+use crate::block::{Lattice, WHOLE};
 use crate::error::{Error, Result};
 
 /// The sums of `x x^T`, a symmetric matrix.
@@ -367,8 +367,6 @@ pub(super) fn nearest(
     scale: &[f32; PANEL],
     offset: &[f32; PANEL],
 ) -> ([u8; PANEL], [f32; PANEL], [f32; PANEL]) {
-    // Adding and taking away this rounds to an integer.
-    const WHOLE: f32 = 12_582_912.0;
     let (first, last) = (levels[0], levels[levels.len() - 1]);
     let mut level = [0f32; PANEL];
     let mut codes = [0u8; PANEL];

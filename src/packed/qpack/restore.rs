@@ -5,7 +5,7 @@ use crate::block::bits;
 use crate::container::qpack::{Encoding, Matrix, Origin, Tensor, part_name};
 use crate::container::{Store, Stored};
 use crate::error::{Error, Result};
-use crate::packed::awq::NIBBLE;
+use crate::packed::awq::word;
 use crate::packed::write::Put;
 use crate::tensor::{DType, TensorInfo};
 
@@ -213,10 +213,8 @@ impl<'a> Restorer<'a> {
             }
             let mut words = vec![[0u8; 4]; n / 8 * width];
             for (words, codes) in words.chunks_exact_mut(width).zip(codes.chunks_exact(8 * width)) {
-                for (c, word) in words.iter_mut().enumerate() {
-                    let field =
-                        |word: u32, i: usize| word | u32::from(codes[i * width + c]) << (4 * NIBBLE[i]);
-                    *word = (0..8).fold(0, field).to_le_bytes();
+                for (c, to) in words.iter_mut().enumerate() {
+                    *to = word(|i| codes[i * width + c]);
                 }
             }
             let mut out = vec![[0; 4]; words.len()];

@@ -3,6 +3,7 @@
 use super::{Data, Grid, Layout, Part, Put, halves, unfit};
 use crate::block::bits;
 use crate::error::Result;
+use crate::packed::awq::word;
 use crate::tensor::DType;
 
 /// The tensors of AutoAWQ's GEMM layout; codes of 4 bits.
@@ -10,15 +11,6 @@ use crate::tensor::DType;
 pub struct Awq {
     /// The integers.
     pub grid: Grid,
-}
-
-/// Outputs in a word, in the order of its nibbles.
-const ORDER: [usize; 8] = [0, 2, 4, 6, 1, 3, 5, 7];
-
-fn word(field: impl Fn(usize) -> u8) -> [u8; 4] {
-    let word =
-        ORDER.iter().enumerate().fold(0, |word, (k, row)| word | u32::from(field(*row) & 15) << (4 * k));
-    word.to_le_bytes()
 }
 
 impl Layout for Awq {
@@ -52,10 +44,9 @@ impl Layout for Awq {
         let n = data.codes.len() / cols;
         let mut words = vec![[0; 4]; n / 8 * cols];
         for (codes, words) in data.codes.chunks_exact(8 * cols).zip(words.chunks_exact_mut(cols)) {
-            let rows: [&[u8]; 8] = std::array::from_fn(|k| &codes[ORDER[k] * cols..][..cols]);
+            let rows: [&[u8]; 8] = std::array::from_fn(|k| &codes[k * cols..][..cols]);
             for (c, to) in words.iter_mut().enumerate() {
-                let word = (0..8).fold(0, |word, k| word | u32::from(rows[k][c] & 15) << (4 * k));
-                *to = word.to_le_bytes();
+                *to = word(|k| rows[k][c]);
             }
         }
         let mut sides = vec![[0; 4]; words.len()];

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use serde_json::json;
 
 use super::{Data, Layout, Part, Put, greatest, lost, nested, unfit};
+use crate::block::WHOLE;
 use crate::error::{Error, Result};
 use crate::tensor::DType;
 
@@ -228,8 +229,6 @@ fn bytes_of(values: &[f32]) -> Vec<u8> {
 #[derive(Clone, Debug, PartialEq)]
 pub struct Bnb8;
 
-/// Adding this rounds to an integer, which then lies in the lowest bits.
-const WHOLE: f32 = 12_582_912.0;
 /// What codes times their scale are multiplied with.
 const INVERSE: f32 = 1.0 / 127.0;
 /// Below, 127 divided by a magnitude is beyond F32.

@@ -29,6 +29,7 @@ pub use target::{CompressedFormat, Format, QpackEncoding, Target};
 
 pub use crate::block::uniform::{Grid, round, weigh};
 
+use crate::block::LANES;
 use crate::container::grouped::Rows;
 use crate::container::qpack::Encoding;
 use crate::error::{Error, Result};
@@ -177,9 +178,6 @@ pub fn lost(weights: &[f32], stored: &[f32]) -> f64 {
     let rest = rest.iter().zip(last).map(|(w, y)| f64::from(w - y).powi(2)).sum::<f64>();
     sums.iter().sum::<f64>() + rest
 }
-
-/// What loops over weights do side by side, in registers.
-const LANES: usize = 16;
 
 fn are_finite(weights: &[f32]) -> bool {
     // Without branches.
