@@ -6,8 +6,10 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use common::{convert, fixture};
+use qconv::container::gguf::write::Layout;
+use qconv::container::gguf::{Array, Gguf, Metadata, Value};
 use qconv::container::qpack::{Qpack, Trits};
-use qconv::convert::{Budget, FromQpack, HfContainer, Outcome, Silent, ToHf, ToQpack, Wanted};
+use qconv::convert::{Budget, FromQpack, HfContainer, ImatrixChoice, Outcome, Silent, ToHf, ToQpack, Wanted};
 use qconv::error::ErrorKind;
 use qconv::limits::Limits;
 use qconv::packed::write::{Format, QpackEncoding};
@@ -295,5 +297,73 @@ fn experts_of_gpt_oss_are_ternary() {
         let down = &from["model.layers.0.mlp.experts.down_proj_blocks"];
         assert!(is["blk.0.ffn_down_exps.weight"] == *down, "{name}");
         std::fs::remove_file(packed).unwrap();
+    }
+}
+
+/// Each expert of a stack by what calibration knows of it.
+#[test]
+fn experts_are_weighed_each_by_its_own() {
+    let dir = tempfile::tempdir().unwrap();
+    for name in ["models/gpt_oss", "models/gpt_oss-mxfp4"] {
+        experts_are_weighed(&fixture(name), &dir);
+    }
+}
+
+fn experts_are_weighed(source: &Path, dir: &tempfile::TempDir) {
+    let [bf16, imatrix, same] = ["x.gguf", "imatrix.gguf", "same.gguf"].map(|n| dir.path().join(n));
+    convert(source, &bf16, Some("bf16"));
+    // The first half of columns counts for even experts, the second one for odd experts; or the same for all.
+    let write = |path: &Path, turns: u64| {
+        let gguf = Gguf::open(&bf16, &Limits::default()).unwrap();
+        let mut tensors: Vec<(String, Vec<u64>, Vec<f32>)> = Vec::new();
+        for t in gguf.store.tensors().iter().filter(|t| t.shape.len() > 1 && t.name.starts_with("blk")) {
+            let cols = *t.shape.last().unwrap();
+            let experts = if t.shape.len() == 3 { t.shape[0] } else { 1 };
+            let half =
+                |e: u64, c: u64| if (c < cols / 2) == ((e * turns).is_multiple_of(2)) { 900.0 } else { 1.0 };
+            let sums = (0..experts).flat_map(|e| (0..cols).map(move |c| half(e, c))).collect();
+            tensors.push((format!("{}.in_sum2", t.name), vec![experts, cols], sums));
+            tensors.push((format!("{}.counts", t.name), vec![experts, 1], vec![1.0; experts as usize]));
+        }
+        let mut metadata = Metadata::default();
+        metadata.set("general.type", "imatrix");
+        metadata.set("imatrix.datasets", Value::Array(Array::String(vec![b"made up".to_vec()])));
+        metadata.set("imatrix.chunk_count", Value::U32(1));
+        metadata.set("imatrix.chunk_size", Value::U32(512));
+        let infos: Vec<_> = tensors.iter().map(|(n, s, _)| (n.as_str(), DType::F32, s.as_slice())).collect();
+        let layout = Layout::new(&metadata, &infos).unwrap();
+        let mut bytes = layout.header.clone();
+        bytes.resize(layout.total_len as usize, 0);
+        for (at, (_, _, values)) in layout.offsets.iter().zip(&tensors) {
+            let data: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+            bytes[*at as usize..][..data.len()].copy_from_slice(&data);
+        }
+        std::fs::write(path, bytes).unwrap();
+    };
+    write(&imatrix, 1);
+    write(&same, 0);
+    let name = "model.layers.0.mlp.experts.down_proj_blocks";
+    let weighed = |imatrix: &Path| {
+        let packed = dir.path().join("x.qpack");
+        let job = ToHf {
+            container: HfContainer::Qpack,
+            wanted: Some(Wanted { bits: Some(2), ..Wanted::new(Format::Qpack(QpackEncoding::Integers)) }),
+            imatrix: Some(ImatrixChoice { path: imatrix.into(), include: vec![], exclude: vec![] }),
+            max_shard_size: u64::MAX,
+            ..ToHf::new(source, &packed)
+        };
+        job.plan().unwrap().run(true, &budget(2), &Silent).unwrap();
+        let manifest = Qpack::open(&packed, &Limits::default()).unwrap();
+        let calibration = &manifest.manifests().next().unwrap().1.provenance["calibration"];
+        let sum = format!("{:x}", Sha256::digest(std::fs::read(imatrix).unwrap()));
+        assert_eq!(calibration["sha256"], sum.as_str());
+        values(&packed)[name].clone()
+    };
+    let (own, all) = (weighed(&imatrix), weighed(&same));
+    let of_expert =
+        |values: &[f32], e: usize| values[e * values.len() / 4..(e + 1) * values.len() / 4].to_vec();
+    for expert in 0..4 {
+        let equal = of_expert(&own, expert) == of_expert(&all, expert);
+        assert_eq!(equal, expert % 2 == 0, "expert {expert}");
     }
 }

@@ -100,6 +100,20 @@ impl Rows {
         matrix.lines(stored, rows, &mut self.scales, &mut self.zeros)
     }
 
+    /// Forgets all rows.
+    pub fn clear(&mut self) {
+        self.codes.clear();
+        self.scales.clear();
+        self.zeros.clear();
+    }
+
+    /// Puts other rows behind these.
+    pub fn append(&mut self, rows: &Self) {
+        self.codes.extend_from_slice(&rows.codes);
+        self.scales.extend_from_slice(&rows.scales);
+        self.zeros.extend_from_slice(&rows.zeros);
+    }
+
     /// The weights of all these rows, of a matrix of this shape whose groups follow on each other.
     pub fn all_weights(&self, shape: &Shape, out: &mut [f32]) {
         for (r, out) in out.chunks_exact_mut((shape.cols as usize).max(1)).enumerate() {

@@ -7,7 +7,6 @@ use std::sync::Mutex;
 use serde::{Deserialize, Serialize};
 
 use super::plan::{Plan, TensorPlan};
-use crate::block::Codec;
 use crate::block::gram::PANEL;
 use crate::error::Result;
 use crate::quantize::Prepared;
@@ -92,13 +91,14 @@ pub(super) struct Tally {
 const SAMPLE: u64 = 4;
 
 impl Tally {
-    /// From rows of `expert` from row `first` of the tensor on, as they were encoded, and what each cost.
+    /// From rows of `expert` from row `first` of the tensor on, and what each cost. `stored` gives their
+    /// weights as they are stored, `plainly` as they would be if each were rounded by itself.
     pub fn new(
         (expert, first): (u64, u64),
         prepared: &Prepared,
-        codec: &Codec,
         weights: &[f32],
-        bytes: &[u8],
+        stored: &dyn Fn() -> Result<Vec<f32>>,
+        plainly: &dyn Fn() -> Result<Vec<f32>>,
         costs: &[f64],
     ) -> Result<Self> {
         let feedback = prepared.feedback();
@@ -114,16 +114,11 @@ impl Tally {
         if !(first / PANEL as u64).is_multiple_of(SAMPLE) {
             return Ok(tally);
         }
-        let mut lost = vec![0f32; weights.len()];
-        let mut lose = |bytes: &[u8]| -> Result<Vec<f32>> {
-            codec.decode(bytes, &mut lost)?;
-            Ok(weights.iter().zip(&lost).map(|(w, y)| w - y).collect())
-        };
-        let squares = lose(bytes)?.iter().map(|&e| f64::from(e) * f64::from(e)).sum();
+        let lose =
+            |stored: Vec<f32>| -> Vec<f32> { weights.iter().zip(&stored).map(|(w, y)| w - y).collect() };
+        let squares = lose(stored()?).iter().map(|&e| f64::from(e) * f64::from(e)).sum();
         tally.after = feedback.without_damping(costs.iter().sum(), squares);
-        let mut plain = vec![0; bytes.len()];
-        codec.encode(weights, weights.len(), None, &mut plain)?;
-        tally.before = feedback.output(&lose(&plain)?);
+        tally.before = feedback.output(&lose(plainly()?));
         tally.output = feedback.output(weights);
         Ok(tally)
     }

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 
 use super::gather::{Scratch, Source};
-use super::outcome::Loss;
+use super::outcome::{Loss, Spanned, Tally};
 use super::plan::{Budget, Plan, Rounding, TensorPlan};
 use super::stage::OutputFile;
 use super::stream::{Guides, Observer};
@@ -161,7 +161,7 @@ impl Packing {
         Ok(())
     }
 
-    /// Writes the elements `start..end`, whole rows, and returns the bytes written and what was lost.
+    /// Writes the elements `start..end`, whole rows, and returns what became of them.
     ///
     /// # Errors
     /// As reads and writes fail; `Malformed` for weights that cannot be stored.
@@ -173,7 +173,7 @@ impl Packing {
         (start, end): (u64, u64),
         buffers: &mut Buffers,
         guides: &Guides<'_>,
-    ) -> Result<(u64, Loss)> {
+    ) -> Result<Spanned> {
         let Buffers { values, scratch, bytes, rows, moved, importance } = buffers;
         let (cols, _) = t.rows();
         let (first, last) = (start / cols, end / cols);
@@ -195,20 +195,21 @@ impl Packing {
                     None => Data::Integers(moved),
                 };
                 layout.write(shape, first, data, &mut put)?;
-                return Ok((written, Loss::default()));
+                return Ok(Spanned { bytes: written, loss: Some(Loss::default()), ..Spanned::default() });
             }
             Some(Origin::Mxfp4) => {
                 t.source.raw(store, start, end, bytes, scratch)?;
                 layout.write(shape, first, Data::Mxfp4(bytes), &mut put)?;
-                return Ok((written, Loss::default()));
+                return Ok(Spanned { bytes: written, loss: Some(Loss::default()), ..Spanned::default() });
             }
             None => {}
         }
         t.source.values(store, start, end, values, scratch)?;
         let power = values.iter().map(|w| f64::from(*w).powi(2)).sum();
+        let mut tallies = Vec::new();
         let lost = match layout.grid() {
             Some(grid) => {
-                self.round(t, grid, (first, values), rows, importance, guides)?;
+                tallies = self.round(t, grid, (first, values), rows, importance, guides)?;
                 layout.write(shape, first, Data::Integers(rows), &mut put)?;
                 let mut stored = vec![0.0; values.len()];
                 rows.all_weights(&grid.shape(last - first, cols), &mut stored);
@@ -216,12 +217,13 @@ impl Packing {
             }
             None => layout.write(shape, first, Data::Weights(values), &mut put)?,
         };
-        Ok((written, Loss { lost, power }))
+        Ok(Spanned { bytes: written, tallies, loss: Some(Loss { lost, power }) })
     }
 }
 
 impl Packing {
-    /// Rounds whole rows from `first` on by the method of the plan.
+    /// Rounds whole rows from `first` on by the method of the plan, those of each expert of a stack by what
+    /// calibration knows of it.
     fn round(
         &self,
         t: &TensorPlan,
@@ -230,50 +232,74 @@ impl Packing {
         rows: &mut Rows,
         importance: &mut Vec<f32>,
         guides: &Guides<'_>,
-    ) -> Result<()> {
-        let (cols, high) = t.rows();
-        rows.codes.clear();
-        rows.scales.clear();
-        rows.zeros.clear();
-        let (mut values, mut row, mut some) = (values, first, Rows::default());
-        // Each matrix of a stack has inputs of its own.
-        while !values.is_empty() {
-            let n = ((high - row % high) * cols).min(values.len() as u64);
-            let (these, rest) = values.split_at(n as usize);
-            let expert = self.expert + row / high;
-            self.round_matrix(t, grid, (expert, these), &mut some, importance, guides)?;
-            rows.codes.append(&mut some.codes);
-            rows.scales.append(&mut some.scales);
-            rows.zeros.append(&mut some.zeros);
-            (values, row) = (rest, row + n / cols);
+    ) -> Result<Vec<Tally>> {
+        let (cols, of_expert) = t.rows();
+        if matches!(t.rounding, Rounding::Nearest) {
+            return round(grid, values, cols, rows).map(|()| Vec::new());
         }
-        Ok(())
+        let is_stack = t.shape.len() > 2;
+        let (mut tallies, mut some) = (Vec::new(), Rows::default());
+        rows.clear();
+        let (mut at, end) = (first, first + values.len() as u64 / cols);
+        while at < end {
+            let (expert, until) = match is_stack {
+                true => (self.expert + at / of_expert, end.min((at / of_expert + 1) * of_expert)),
+                false => (self.expert, end),
+            };
+            let values = &values[((at - first) * cols) as usize..((until - first) * cols) as usize];
+            tallies.extend(self.round_expert(
+                t,
+                grid,
+                (expert, at),
+                values,
+                &mut some,
+                importance,
+                guides,
+            )?);
+            rows.append(&some);
+            at = until;
+        }
+        Ok(tallies)
     }
 
-    /// Rounds whole rows of one matrix of a stack.
-    fn round_matrix(
+    #[allow(clippy::too_many_arguments)] // buffers
+    fn round_expert(
         &self,
         t: &TensorPlan,
         grid: &Grid,
-        (expert, values): (u64, &[f32]),
+        (expert, first): (u64, u64),
+        values: &[f32],
         rows: &mut Rows,
         importance: &mut Vec<f32>,
         guides: &Guides<'_>,
-    ) -> Result<()> {
+    ) -> Result<Option<Tally>> {
         let (cols, _) = t.rows();
+        importance.clear();
         importance.resize(cols as usize, 1.0);
         match &t.rounding {
-            Rounding::Nearest => return round(grid, values, cols, rows),
-            Rounding::Even => importance.fill(1.0),
+            Rounding::Nearest | Rounding::Even => {}
             Rounding::Weighed(source) => source.read(expert, importance)?,
             Rounding::Guided(guide) => {
                 if let Some(prepared) = guides.get(guide, expert, None)? {
-                    return prepared.round(grid, values, rows).map(drop);
+                    let costs = prepared.round(grid, values, rows)?;
+                    let shape = grid.shape(values.len() as u64 / cols, cols);
+                    let weights = |rows: &Rows| {
+                        let mut stored = vec![0.0; values.len()];
+                        rows.all_weights(&shape, &mut stored);
+                        stored
+                    };
+                    let plainly = || {
+                        let mut plain = Rows::default();
+                        round(grid, values, cols, &mut plain).map(|()| weights(&plain))
+                    };
+                    let stored = || Ok(weights(rows));
+                    let at = (expert, first);
+                    return Tally::new(at, &prepared, values, &stored, &plainly, &costs).map(Some);
                 }
                 guide.moments.mean_squares(&guide.input, expert, importance)?;
             }
         }
-        weigh(grid, values, cols, importance, rows)
+        weigh(grid, values, cols, importance, rows).map(|()| None)
     }
 }
 

@@ -146,8 +146,7 @@ impl Worker {
             return Ok(Spanned { loss: Some(Loss::default()), ..Spanned::default() });
         }
         if let Some(packing) = &t.packing {
-            let (bytes, loss) = packing.write(t, store, files, (start, end), &mut self.packing, guides)?;
-            return Ok(Spanned { bytes, loss: Some(loss), ..Spanned::default() });
+            return packing.write(t, store, files, (start, end), &mut self.packing, guides);
         }
         let file = &files[t.file];
         if let Some(journal) = journal {
@@ -257,7 +256,17 @@ impl Worker {
             match guides.get(guide, expert, t.source.column_scales(expert))? {
                 Some(prepared) => {
                     let costs = prepared.encode(&guide.lattice, values, bytes)?;
-                    tallies.push(Tally::new((expert, first), &prepared, codec, values, bytes, &costs)?);
+                    let decode = |bytes: &[u8]| {
+                        let mut stored = vec![0f32; values.len()];
+                        codec.decode(bytes, &mut stored).map(|()| stored)
+                    };
+                    let plainly = || {
+                        let mut plain = vec![0; bytes.len()];
+                        codec.encode(values, values.len(), None, &mut plain)?;
+                        decode(&plain)
+                    };
+                    let at = (expert, first);
+                    tallies.push(Tally::new(at, &prepared, values, &|| decode(bytes), &plainly, &costs)?);
                     Ok(())
                 }
                 None => {

@@ -50,7 +50,7 @@ const LEFT: [&str; 6] = [
 /// Endings of files that go along.
 const TAKEN: [&str; 9] = ["json", "jinja", "model", "txt", "md", "py", "tiktoken", "vocab", "yaml"];
 /// The ending of the name of MXFP4's codes.
-const BLOCKS: &str = "_blocks";
+pub(super) const BLOCKS: &str = "_blocks";
 
 /// Opens a directory. Stacks of experts come as `blocks` wants them: `[expert, out, in]`, called `X_blocks`,
 /// or as the parameter `X` of the model itself, `[expert, in, out]`.

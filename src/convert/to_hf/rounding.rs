@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use super::Wanted;
+use super::model::BLOCKS;
 use crate::arch::{self, Data, Mapped};
 use crate::container::Store;
 use crate::container::imatrix::ImportanceMatrix;
@@ -45,6 +46,13 @@ pub fn places_of_checkpoint(config: &serde_json::Value, store: &Store) -> Result
         for piece in pieces {
             let Some(from) = store.get(&piece.source) else { continue };
             if !keeps_columns(&piece.copy, &from.shape, &m.shape) {
+                // A stack `[expert, in, out]`: as blocks its matrices are the way round that GGUF has them.
+                if let ([_, inner, _], [_, _, cols]) = (&from.shape[..], &m.shape[..])
+                    && inner == cols
+                {
+                    let name = format!("{}{BLOCKS}", piece.source);
+                    places.entry(name).or_insert_with(|| (m.name.clone(), 0));
+                }
                 continue;
             }
             let expert = matrix.map_or(0, |n| piece.copy.dst_base / n);
