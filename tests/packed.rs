@@ -386,7 +386,7 @@ fn quantize_config_json_stands_in() {
     std::fs::write(dir.path().join("quantize_config.json"), stated.to_string()).unwrap();
     let notes = plan().unwrap().plan.notes;
     assert!(
-        notes.iter().any(|n| n.contains("14 tensors of the source keep their codes and scales, as Q8_0")),
+        notes.iter().any(|n| n.contains("14 tensors of the source keep their codes and scales, as Q5_0")),
         "{notes:?}"
     );
 }

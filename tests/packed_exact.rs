@@ -3,6 +3,8 @@
 #[path = "common/checkpoint.rs"]
 mod checkpoint;
 mod common;
+#[path = "common/qpack.rs"]
+mod made;
 #[path = "common/unpacked.rs"]
 mod unpacked;
 
@@ -10,6 +12,10 @@ use checkpoint::{Made, Random, f32_bytes};
 use proptest::prelude::*;
 use qconv::block::codec;
 use qconv::container::Store;
+use qconv::container::grouped::Rows;
+use qconv::container::qpack::{Encoding, Sparse, Tensor, Ternary, Trits};
+use qconv::limits::Limits;
+use qconv::packed::qpack::{put_sparse, put_ternary, sign_bytes};
 use qconv::packed::{BLOCKS, give_blocks};
 use qconv::tensor::DType;
 use serde_json::json;
@@ -98,23 +104,30 @@ proptest! {
         let made = gptq(seed, bits, [rows * 32, cols], size, &zeros, &scales, deal);
         let groups = cols.div_ceil(size);
         let in_order = !deal || groups == 1 || size == 1;
-        let fits = in_order && (size % 32 == 0 || groups == 1) && scales.iter().all(|s| is_half(*s));
-        let found = found(&made);
-        // All integers of up to 8 bits less a zero among them fit Q8_0, but for those beyond 127.
-        let used: Vec<u32> = (0..groups * rows * 32).map(|i| zeros[i as usize % zeros.len()]).collect();
-        let most = (1i64 << bits) - 1;
-        let q8 = used.iter().all(|z| most - i64::from(*z) <= 127 && i64::from(*z) <= 128);
-        let q4 = used.iter().all(|z| *z <= 8 && most - i64::from(*z) <= 7);
-        prop_assert_eq!(found.is_some() && found != Some(DType::Q4_1), fits && (q4 || q8) && found != Some(DType::Q4_1));
-        if fits && q4 {
-            prop_assert_eq!(found, Some(DType::Q4_0));
-        }
-        if !fits {
-            prop_assert_eq!(found, None);
-        }
-        if bits == 8 && found.is_some() {
-            prop_assert_eq!(found, Some(DType::Q8_0));
-        }
+        let lines: Vec<(f32, u32)> =
+            (0..(groups * rows * 32) as usize).map(|i| (scales[i % scales.len()], zeros[i % zeros.len()])).collect();
+        // Groups that a block has columns of are alike.
+        let line = |g: u64, r: u64| lines[(g * rows * 32 + r) as usize];
+        let is_one = (0..rows * 32).all(|r| {
+            (0..cols / 32).all(|b| {
+                let mut groups = b * 32 / size..=(b * 32 + 31) / size;
+                groups.all(|g| line(g, r) == line(b * 32 / size, r))
+            })
+        });
+        let fits = in_order && is_one && scales.iter().all(|s| is_half(*s));
+        let within = |below: i64, above: i64| {
+            lines.iter().all(|(_, z)| i64::from(*z) <= below && (1 << bits) - 1 - i64::from(*z) <= above)
+        };
+        let minima = || lines.iter().all(|(s, z)| is_half(-(*z as f32) * s));
+        let wanted = match bits {
+            _ if !fits => None,
+            _ if within(8, 7) => Some(DType::Q4_0),
+            2..=4 if minima() => Some(DType::Q4_1),
+            _ if within(16, 15) => Some(DType::Q5_0),
+            _ if within(128, 127) => Some(DType::Q8_0),
+            _ => None,
+        };
+        prop_assert_eq!(found(&made), wanted);
     }
 }
 
@@ -125,6 +138,8 @@ fn minima_that_f16_holds() {
     assert_eq!(found(&made), Some(DType::Q4_1));
     // 7 times a number of eleven bits has more.
     let made = gptq(5, 4, [32, 64], 32, &[7, 8], &[2047.0 / 2048.0], false);
+    assert_eq!(found(&made), Some(DType::Q5_0));
+    let made = gptq(5, 8, [32, 64], 32, &[128], &[2047.0 / 2048.0], false);
     assert_eq!(found(&made), Some(DType::Q8_0));
     let made = gptq(5, 4, [32, 64], 32, &[7, 8], &[1.0 / 3.0], false);
     assert_eq!(found(&made), None);
@@ -146,4 +161,60 @@ fn rows_of_nothing_end_soon() {
     let dir = tempfile::tempdir().unwrap();
     let Ok(mut store) = open(dir.path(), &made) else { return };
     assert!(give_blocks(&mut store, &BLOCKS).unwrap().is_empty());
+}
+
+/// Ternary digits of `.qpack`, wherever their scales lie; the same values, in the smallest type.
+#[test]
+fn ternary_digits() {
+    use Packing::{Dense, Sparse as Few};
+    #[derive(Clone, Copy)]
+    enum Packing {
+        Dense(Trits),
+        Sparse,
+    }
+    let given = |packing, [rows, cols]: [u64; 2], block: [u64; 2], scales: &[f32]| {
+        let (shape, dtype) = (vec![rows, cols], DType::F32);
+        let encoding = match packing {
+            Dense(packing) => Encoding::Ternary(Ternary { packing, block, scales: dtype }),
+            Few => Encoding::Sparse(Sparse { block, scales: dtype }),
+        };
+        let mut random = Random(cols);
+        let groups = cols.div_ceil(block[1]);
+        let line = |i: u64| scales[((i / groups / block[0] * groups) + i % groups) as usize % scales.len()];
+        let read = Rows {
+            codes: (0..rows * cols).map(|_| random.below(3) as u8).collect(),
+            scales: (0..rows * groups).map(line).collect(),
+            zeros: vec![1.0; (rows * groups) as usize],
+        };
+        let mut tensor = Tensor::new("p.weight", shape.clone(), encoding.clone()).unwrap();
+        if let Encoding::Sparse(_) = encoding {
+            tensor.parts[2].segment.bytes = read.codes.chunks_exact(cols as usize).map(sign_bytes).sum();
+        }
+        let contents = made::fill(&tensor, |put| match &encoding {
+            Encoding::Ternary(e) => put_ternary(e, &shape, 0, &read, put),
+            Encoding::Sparse(e) => put_sparse(e, &shape, 0, &mut 0, &read, put),
+            _ => unreachable!(),
+        });
+        let dir = tempfile::tempdir().unwrap();
+        let path = made::write(dir.path(), vec![(tensor, contents)]);
+        let mut store = qconv::packed::qpack::open(path, &Limits::default()).unwrap().0;
+        let (_, wanted) = values(&store);
+        give_blocks(&mut store, &BLOCKS).unwrap();
+        let (dtype, given) = values(&store);
+        assert!(given == wanted, "{dtype}");
+        dtype
+    };
+    for packing in [Dense(Trits::Base3), Dense(Trits::Bits2), Few] {
+        let tq = |shape, block, scales: &[f32]| given(packing, shape, block, scales);
+        assert_eq!(tq([3, 512], [1, 256], &[0.5, -0.25, 0.0, 1.5]), DType::TQ2_0);
+        assert_eq!(tq([3, 512], [3, 512], &[0.5]), DType::TQ2_0);
+        // Groups that happen to agree.
+        assert_eq!(tq([3, 512], [1, 64], &[0.5]), DType::TQ2_0);
+        assert_eq!(tq([3, 512], [1, 64], &[0.5, 0.75]), DType::Q4_0);
+        assert_eq!(tq([2, 2880], [1, 2880], &[0.5, -0.125]), DType::Q4_0);
+        assert_eq!(tq([2, 2880], [1, 192], &[0.5, 0.125, 0.25]), DType::Q4_0);
+        assert_eq!(tq([2, 2880], [1, 48], &[0.5, 0.125, 0.25]), DType::F32);
+        assert_eq!(tq([2, 250], [1, 250], &[0.5]), DType::F32);
+        assert_eq!(tq([2, 512], [1, 256], &[1.0 / 3.0]), DType::F32);
+    }
 }

@@ -32,6 +32,17 @@ pub struct Mapped {
     pub fixed: Option<DType>,
 }
 
+impl Mapped {
+    /// Names of the tensors that it is copied from.
+    pub fn sources(&self) -> impl Iterator<Item = &str> {
+        let pieces = match &self.data {
+            Data::Copied { pieces, .. } => &pieces[..],
+            Data::Values(_) => &[],
+        };
+        pieces.iter().map(|p| p.source.as_str())
+    }
+}
+
 /// Where values come from.
 #[derive(Clone, Debug)]
 pub enum Data {

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use qconv::convert::{FileType, HfToGguf, MergeLora, Quantizer};
+use qconv::error::Error;
 use qconv::limits::Limits;
 use qconv::verify;
 use serde_json::json;
@@ -21,7 +22,7 @@ use super::{Status, ui};
      (and these, where an option for quantizing is given) llama-quantize.", type_names()
 ))]
 pub struct Args {
-    /// The model's directory, or its weights file or index
+    /// The model's directory, or its weights file or index, or a .qpack file
     pub source: PathBuf,
 
     /// The file to write, or a directory for it; by default named after model and type, beside
@@ -38,6 +39,11 @@ pub struct Args {
         conflicts_with = "target"
     )]
     pub file_type: String,
+
+    /// With --type auto, the type of weights that are quantized in a way that no type holds exactly, such as q8_0;
+    /// by default that of other weights. Rows that do not fit it become f16
+    #[arg(long, value_name = "TYPE", conflicts_with = "target")]
+    pub decoded_type: Option<String>,
 
     /// Write the part that sees or hears instead of the language model: what llama.cpp takes as
     /// --mmproj
@@ -102,6 +108,19 @@ fn types(args: &Args) -> qconv::Result<(Option<FileType>, Option<Quantizer>)> {
     }
 }
 
+/// What `--decoded-type` says.
+fn decoded_type(args: &Args, is_auto: bool) -> qconv::Result<Option<FileType>> {
+    let Some(name) = &args.decoded_type else { return Ok(None) };
+    match FileType::parse(name) {
+        _ if !is_auto => Err(Error::misuse("--decoded-type means nothing beside a --type")
+            .hint("only --type auto keeps what is quantized as it is, where that is possible")),
+        None => {
+            Err(Error::misuse(format!("--decoded-type {name}: f32, f16, bf16 and q8_0 are types for that")))
+        }
+        found => Ok(found),
+    }
+}
+
 /// Weights of each tensor that the spot check looks at.
 const SPOT_CHECK: u64 = 16 << 10;
 
@@ -120,6 +139,7 @@ pub fn run(args: &Args) -> anyhow::Result<Status> {
         source: args.source.clone(),
         output: args.output.clone(),
         file_type,
+        decoded: decoded_type(args, file_type.is_none() && quantizer.is_none())?,
         quantizer,
         sharding: args.shards.sharding()?,
         mmproj: args.mmproj,

@@ -63,6 +63,16 @@ pub trait Grouped: Debug + Send + Sync {
         Ok(None)
     }
 
+    /// The same; `None`, too, where columns name their groups in the order in which they stand.
+    ///
+    /// # Errors
+    /// As [`Self::codes`].
+    fn order(&self, stored: &Stored) -> Result<Option<Vec<u32>>> {
+        let size = self.shape().group_size as usize;
+        let in_order = |(c, g): (usize, &u32)| c / size == *g as usize;
+        Ok(self.groups(stored)?.filter(|groups| !groups.iter().enumerate().all(in_order)))
+    }
+
     /// Whether what a row is made of lies apart, so that small reads are slow.
     fn is_scattered(&self) -> bool {
         false

@@ -1,11 +1,12 @@
 //! Hugging Face directory -> GGUF file.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use serde_json::Value as Json;
 
 use super::adapter::Adapter;
-use super::checkpoint::{Checkpoint, GGUF_METADATA_FILE};
+use super::checkpoint::{Checkpoint, GGUF_METADATA_FILE, is_conv1d};
 use super::edits::{MetadataEdits, parse_typed};
 use super::gather::Source;
 use super::general::{self, Described, General, ParameterCounts};
@@ -15,7 +16,7 @@ use super::sentence::Sentence;
 use super::shards::{Sharding, lay_out};
 use super::side_files::SideFiles;
 use super::tokens::{self, TokenCheck};
-use super::types::FileType;
+use super::types::{FileType, is_decoded};
 use super::{Job, output_path};
 use crate::arch::{self, Facts, Mapped, Model};
 use crate::block::codec;
@@ -25,7 +26,7 @@ use crate::container::side::read_json;
 use crate::error::{Error, Result};
 use crate::limits::Limits;
 use crate::packed;
-use crate::tensor::DType;
+use crate::tensor::{DType, TensorInfo};
 use crate::vocab;
 
 /// An adapter to be merged into the weights, so many times.
@@ -50,6 +51,9 @@ pub struct HfToGguf {
     /// What becomes of that on the way, as llama-quantize would do it. `file_type` then is the type
     /// of what stays as it is.
     pub quantizer: Option<Quantizer>,
+    /// What becomes of weights that were quantized in a way that no type holds, where `file_type` and `quantizer`
+    /// are `None`: a type that the converter writes; F16 where rows do not fit it. `None`: as other weights.
+    pub decoded: Option<FileType>,
     /// How the output is divided into files.
     pub sharding: Sharding,
     /// Whether to write the projector of a model that sees or hears, and not its language model.
@@ -69,6 +73,12 @@ pub struct HfToGguf {
     /// Bounds on what files may demand.
     pub limits: Limits,
 }
+
+/// Block types that integers of the source may become without rounding.
+const EXACT: [DType; 7] = {
+    let [a, b, c, d, e, f] = packed::BLOCKS;
+    [a, b, c, d, e, f, DType::TQ1_0]
+};
 
 /// A source that has been opened and recognised: everything but types and places is known.
 pub struct Recognised {
@@ -92,18 +102,25 @@ impl HfToGguf {
     }
 
     fn plan_recognised(&self, recognised: Recognised) -> Result<Job> {
-        let Recognised { checkpoint, mut model, vocab, notes } = recognised;
+        let Recognised { mut checkpoint, mut model, vocab, mut notes } = recognised;
         let sentence = Sentence::read(&checkpoint.dir, &self.limits)?;
-        let infos = checkpoint.store.tensors();
+        let mapped = self.mapped(&model, &mut checkpoint)?;
+        let store = &checkpoint.store;
+        for dtype in EXACT {
+            let is_moved = |t: &&TensorInfo| t.dtype == dtype && store.grouped(t).is_some();
+            let n = store.tensors().iter().filter(is_moved).count();
+            if n > 0 {
+                notes.push(format!("{n} tensors of the source keep their codes and scales, as {dtype}"));
+            }
+        }
         let file_type = match (self.file_type, &self.quantizer) {
             (Some(given), _) => given,
-            (None, None) => FileType::of_source(&checkpoint.store),
+            (None, None) => FileType::of_source(&checkpoint.store, self.decoded.map(|t| t.dtype)),
             // The recipe decides about what could be kept, too.
-            (None, Some(_)) => FileType::of_source(&checkpoint.store).main(),
+            (None, Some(_)) => FileType::of_source(&checkpoint.store, None).main(),
         };
         let facts = model.facts_mut();
         (facts.file_type, facts.pooling) = (Some(file_type.id), sentence.pooling);
-        let mapped = model.map(infos).map_err(|e| e.at(&checkpoint.dir))?;
         let size = counts(&mapped)?;
         let (vocab, tokens) = match vocab {
             Some((vocab, candidates)) => {
@@ -145,7 +162,9 @@ impl HfToGguf {
                 let plan = quantizer.plan(tensors, &checkpoint.store, &mut metadata, &self.limits);
                 plan.map_err(|e| e.at(&checkpoint.dir))?
             }
-            None => converted(file_type, mapped, &checkpoint)?,
+            None => {
+                converted(file_type, self.decoded.filter(|_| self.file_type.is_none()), mapped, &checkpoint)?
+            }
         };
         let notes =
             notes.into_iter().chain(model.warnings()?).chain(sentence.notes).chain(checkpoint.notes());
@@ -182,7 +201,9 @@ impl HfToGguf {
     }
 
     fn recognise_opened(&self, mut checkpoint: Checkpoint) -> Result<Recognised> {
-        let blocks = packed::give_blocks(&mut checkpoint.store, &self.exact_types())?;
+        // Of transposed matrices blocks are across.
+        let types = if is_conv1d(&checkpoint.config) { Vec::new() } else { self.exact_types() };
+        packed::give_blocks(&mut checkpoint.store, &types)?;
         let config_path = checkpoint.dir.join("config.json");
         if self.mmproj {
             let model = self.recognise_projector(&checkpoint).map_err(|e| e.at(&config_path))?;
@@ -211,8 +232,7 @@ impl HfToGguf {
             vocab.add_space_prefix = model.arch.tokenizer.add_space_prefix.or(vocab.add_space_prefix);
         }
         model.facts_mut().n_tokens = Some(vocab.tokens.len() as u64);
-        let kept = |(dtype, n)| format!("{n} tensors of the source keep their codes and scales, as {dtype}");
-        let mut notes: Vec<_> = blocks.into_iter().map(kept).collect();
+        let mut notes = Vec::new();
         for MergeLora { adapter, scale } in &self.merge_lora {
             let adapter = Adapter::open(adapter, &self.limits)?;
             adapter.merge(&model.placer()?, &mut checkpoint.store, *scale)?;
@@ -222,6 +242,23 @@ impl HfToGguf {
         Ok(Recognised { checkpoint, model, vocab: Some((vocab, candidates)), notes })
     }
 
+    /// The tensors that a checkpoint becomes. Those of which one is made give the same type.
+    fn mapped(&self, model: &Model, checkpoint: &mut Checkpoint) -> Result<Vec<Mapped>> {
+        let mapped = model.map(checkpoint.store.tensors()).map_err(|e| e.at(&checkpoint.dir))?;
+        for m in &mapped {
+            let store = &checkpoint.store;
+            let dtypes: BTreeSet<DType> =
+                m.sources().filter_map(|name| Some(store.get(name)?.dtype)).collect();
+            let sources: Vec<&str> = m.sources().collect();
+            if dtypes.len() > 1
+                && sources.iter().any(|name| store.get(name).is_some_and(|t| store.grouped(t).is_some()))
+            {
+                packed::give_same(&mut checkpoint.store, &sources, &self.exact_types())?;
+            }
+        }
+        Ok(mapped)
+    }
+
     /// The block types that integers of the source may become without rounding.
     fn exact_types(&self) -> Vec<DType> {
         let wanted = match (&self.quantizer, self.file_type) {
@@ -229,7 +266,7 @@ impl HfToGguf {
             (None, Some(file_type)) => file_type.dtype,
             (None, None) => return packed::BLOCKS.to_vec(),
         };
-        packed::BLOCKS.iter().copied().filter(|block| *block == wanted).collect()
+        EXACT.into_iter().filter(|block| *block == wanted).collect()
     }
 
     fn recognise_projector(&self, checkpoint: &Checkpoint) -> Result<Model> {
@@ -269,17 +306,28 @@ fn one_number(store: &Store, name: &str) -> Result<f32> {
 /// # Errors
 /// As [`HfToGguf::plan`].
 pub fn source_tensors(source: &HfToGguf) -> Result<(Store, Vec<Mapped>)> {
-    let Recognised { checkpoint, model, .. } = source.recognise()?;
-    let mapped = model.map(checkpoint.store.tensors()).map_err(|e| e.at(&checkpoint.dir))?;
+    let Recognised { mut checkpoint, model, .. } = source.recognise()?;
+    let mapped = source.mapped(&model, &mut checkpoint)?;
     Ok((checkpoint.store, mapped))
 }
 
-/// Every tensor in the type that llama.cpp's converter gives it.
-fn converted(file_type: FileType, mapped: Vec<Mapped>, checkpoint: &Checkpoint) -> Result<Plan> {
+/// Every tensor in the type that llama.cpp's converter gives it; those that were decoded as `decoded` has them.
+fn converted(
+    file_type: FileType,
+    decoded: Option<FileType>,
+    mapped: Vec<Mapped>,
+    checkpoint: &Checkpoint,
+) -> Result<Plan> {
+    let store = &checkpoint.store;
+    let was_decoded =
+        |m: &Mapped| m.sources().any(|name| store.get(name).is_some_and(|t| is_decoded(store, t)));
     let mut plan = Plan::new(Vec::with_capacity(mapped.len()));
     for m in mapped {
         let source = Source::new(&m, &checkpoint.store).map_err(|e| e.at(&checkpoint.dir))?;
-        let stored = source.dtype().filter(|_| !source.is_changed());
+        // Blocks are kept where they can be moved.
+        let stored = source.dtype().filter(|dtype| source.is_plain(*dtype));
+        let is_apart = stored.is_none() && source.dtype().is_some_and(DType::is_block);
+        let file_type = decoded.filter(|_| is_apart || was_decoded(&m)).unwrap_or(file_type);
         let (dtype, wanted) = file_type.choose(&m.name, &m.shape, stored, m.fixed);
         plan.tensors.push(TensorPlan::new(m.name, m.shape, dtype, wanted, source)?);
     }

@@ -98,7 +98,7 @@ impl LoraToGguf {
         let adapter = Adapter::open(&self.adapter, &self.limits)?;
         let base = self.open_base()?;
         let targets = targets(&adapter, &base).map_err(|e| e.at(&adapter.dir))?;
-        let file_type = self.file_type.unwrap_or_else(|| FileType::of_source(&adapter.store));
+        let file_type = self.file_type.unwrap_or_else(|| FileType::of_source(&adapter.store, None));
         // One alpha for all where all agree; else what differs goes into B.
         let alpha = targets.values().next().map_or(0.0, |t| t.alpha) as f32;
         let mut plan = Plan::new(Vec::with_capacity(2 * targets.len()));

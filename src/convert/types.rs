@@ -2,7 +2,7 @@
 //! quantizer are recipes.
 
 use crate::container::Store;
-use crate::tensor::DType;
+use crate::tensor::{DType, TensorInfo};
 
 /// A file type: what `--type` names, and `general.file_type` records.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -20,7 +20,10 @@ const KEPT: &[(FileType, &str)] = &[
     (kept(DType::MXFP4, 38), "MXFP4_MOE"),
     (kept(DType::Q4_0, 2), "Q4_0"),
     (kept(DType::Q4_1, 3), "Q4_1"),
+    (kept(DType::Q5_0, 8), "Q5_0"),
+    (kept(DType::Q5_1, 9), "Q5_1"),
     (kept(DType::Q8_0, 7), "Q8_0"),
+    (kept(DType::TQ2_0, 37), "TQ2_0"),
 ];
 
 const fn kept(dtype: DType, id: u32) -> FileType {
@@ -81,8 +84,8 @@ impl FileType {
     }
 
     /// The file type that keeps most of a checkpoint's tensors as they are. Those that were decoded
-    /// from another packing follow the others.
-    pub fn of_source(store: &Store) -> Self {
+    /// from another packing follow the others, or become `decoded`.
+    pub fn of_source(store: &Store, decoded: Option<DType>) -> Self {
         let mut bytes = std::collections::BTreeMap::new();
         for t in store.tensors().iter().filter(|t| !store.is_joined(t)) {
             *bytes.entry(t.dtype).or_insert(0u64) += t.nbytes;
@@ -91,7 +94,11 @@ impl FileType {
         let main = FILE_TYPES.iter().copied().find(|t| Some(t.dtype) == most && !t.dtype.is_block());
         let main = main.unwrap_or(FILE_TYPES[1]);
         let weights = |dtype| {
-            let of_type = store.tensors().iter().filter(|t| Some(t.dtype) == dtype);
+            let becomes = |t: &TensorInfo| match is_decoded(store, t) {
+                true => decoded,
+                false => Some(t.dtype),
+            };
+            let of_type = store.tensors().iter().filter(|t| becomes(t) == dtype);
             of_type.map(|t| t.elements()).sum::<u64>()
         };
         let kept = KEPT.iter().rev().max_by_key(|(t, _)| weights(t.keeps));
@@ -120,8 +127,10 @@ impl FileType {
         stored: Option<DType>,
         fixed: Option<DType>,
     ) -> (DType, Option<DType>) {
+        let is_ternary = |dtype| matches!(dtype, DType::TQ1_0 | DType::TQ2_0);
         if let Some(kept) = stored.filter(|stored| self.keeps.is_some() && stored.is_block()) {
-            return (kept, None);
+            let is_never = is_ternary(kept) && NEVER_TERNARY.contains(&base_name(name));
+            return (if is_never { DType::F16 } else { kept }, None);
         }
         if shape.len() <= 1 || name.ends_with("_norm.weight") {
             return (DType::F32, None);
@@ -137,8 +146,7 @@ impl FileType {
         if !is_matrix || ALWAYS_F32.contains(&base) {
             return (DType::F32, None);
         }
-        let ternary = matches!(self.dtype, DType::TQ1_0 | DType::TQ2_0);
-        if ternary && NEVER_TERNARY.contains(&base) {
+        if is_ternary(self.dtype) && NEVER_TERNARY.contains(&base) {
             return (DType::F16, None);
         }
         if shape.last().is_some_and(|row| !row.is_multiple_of(self.dtype.block_size())) {
@@ -146,6 +154,11 @@ impl FileType {
         }
         (self.dtype, None)
     }
+}
+
+/// Whether a tensor comes from a packing that has no type.
+pub fn is_decoded(store: &Store, tensor: &TensorInfo) -> bool {
+    store.is_joined(tensor) && !tensor.dtype.is_block()
 }
 
 /// The tensor's role: `blk.3.attn_q.weight` -> `attn_q`.

@@ -76,9 +76,18 @@ impl Grouped for Matrix {
             let (these, rest) = codes.split_at_mut((n * cols) as usize);
             let stored = bytes(stored, &self.weight, first * cols, these.len())?;
             these.iter_mut().zip(stored).for_each(|(code, byte)| *code = byte >> shift & 3);
+            if these.contains(&3) {
+                let why =
+                    format!("tensor {:?}: two bits of it are 3, which is no ternary digit", self.weight.name);
+                return Err(Error::malformed(why));
+            }
             (codes, row) = (rest, row + n);
         }
         Ok(())
+    }
+
+    fn most(&self) -> u8 {
+        2
     }
 
     fn lines(&self, stored: &Stored, _: Range<u64>, scales: &mut [f32], zeros: &mut [f32]) -> Result<()> {

@@ -24,7 +24,7 @@ mod mxfp4;
 pub mod qpack;
 pub mod write;
 
-pub use exact::{BLOCKS, give_blocks};
+pub use exact::{BLOCKS, give_blocks, give_same};
 pub use hqq::stated;
 
 use std::ops::Range;

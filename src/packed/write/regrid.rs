@@ -63,10 +63,10 @@ impl Integers {
     /// # Errors
     /// As reads fail.
     pub fn order(&self, stored: &Stored) -> Result<Option<Vec<u32>>> {
-        let Self::Grouped(matrix) = self else { return Ok(None) };
-        let size = matrix.shape().group_size as usize;
-        let in_order = |(c, g): (usize, &u32)| c / size == *g as usize;
-        Ok(matrix.groups(stored)?.filter(|groups| !groups.iter().enumerate().all(in_order)))
+        match self {
+            Self::Grouped(matrix) => matrix.order(stored),
+            Self::Blocks(..) => Ok(None),
+        }
     }
 
     /// Reads whole rows.
