@@ -318,7 +318,7 @@ pub fn finish(job: &Job, write: &WriteArgs) -> anyhow::Result<Status> {
 }
 
 /// What became of each tensor: `exact`, or how it was rounded and what it lost.
-fn say_losses(job: &Job, outcomes: &[Outcome]) {
+pub fn say_losses(job: &Job, outcomes: &[Outcome]) {
     let width = outcomes.iter().map(|o| o.name.len()).max().unwrap_or(0);
     for (t, o) in job.plan.tensors.iter().zip(outcomes) {
         ui::say(&format!("{:<width$}  {:>18}  {}", o.name, t.type_name(), loss(o)));

@@ -1,15 +1,20 @@
 //! `qconv pack`
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use qconv::convert::{HfContainer, ImatrixChoice, ToHf, ToQpack, Wanted};
+use qconv::container::qpack::{Qpack, SUFFIX};
+use qconv::container::shards::split_shard_name;
+use qconv::convert::{HfContainer, ImatrixChoice, Job, Temporary, ToHf, ToQpack, Wanted, recompress};
 use qconv::error::{Error, Result};
+use qconv::limits::Limits;
 use qconv::packed::write::{Format, QpackEncoding};
 use regex::Regex;
+use serde_json::json;
 
-use super::Status;
 use super::common::{self, WriteArgs, parse_size};
-use super::convert::{RoundingArgs, dtype_arg, finish};
+use super::convert::{RoundingArgs, dtype_arg, finish, say_losses};
+use super::ui::Progress;
+use super::{Status, ui};
 
 /// Put a whole model into one .qpack file: its tensors, its other files, and where they come from
 ///
@@ -28,6 +33,11 @@ pub struct Args {
     /// Most bytes of tensors in a file; a larger model becomes a set of files
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     pub max_shard_size: Option<u64>,
+
+    /// Compress segments without loss: BF16 weights take a third less, and are read at some hundred MB/s. What is not
+    /// compressed yet lies beside the output meanwhile
+    #[arg(long)]
+    pub compress: bool,
 
     #[command(flatten)]
     pub encoding: EncodingArgs,
@@ -122,25 +132,87 @@ impl EncodingArgs {
 
 pub fn run(args: &Args) -> anyhow::Result<Status> {
     let (method, imatrix) = (args.rounding.choice()?, args.rounding.imatrix.clone());
+    let wanted = args.encoding.wanted(method.is_some() || imatrix.is_some())?;
+    let is_measured = wanted.is_some();
     let max_shard_size = args.max_shard_size.unwrap_or(u64::MAX);
-    let Some(wanted) = args.encoding.wanted(method.is_some() || imatrix.is_some())? else {
-        let job =
-            ToQpack { output: args.output.clone(), max_shard_size, ..ToQpack::new(&args.source) }.plan()?;
-        return common::finish(&job, &args.write);
+    let dtype = dtype_arg(args.encoding.dtype.as_deref())?;
+    let plan = |output: Option<PathBuf>| -> Result<Job> {
+        let Some(wanted) = wanted.clone() else {
+            return ToQpack { output, max_shard_size, ..ToQpack::new(&args.source) }.plan();
+        };
+        let choice =
+            |path: &PathBuf| ImatrixChoice { path: path.clone(), include: Vec::new(), exclude: Vec::new() };
+        ToHf {
+            method: method.clone(),
+            imatrix: imatrix.as_ref().map(choice),
+            output,
+            container: HfContainer::Qpack,
+            wanted: Some(wanted),
+            dtype,
+            ignore: args.encoding.ignore.clone(),
+            max_shard_size,
+            measures: true,
+            exact_only: args.encoding.exact_only,
+            ..ToHf::new(&args.source, "")
+        }
+        .plan()
     };
-    let job = ToHf {
-        method,
-        imatrix: imatrix.map(|path| ImatrixChoice { path, include: Vec::new(), exclude: Vec::new() }),
-        output: args.output.clone(),
-        container: HfContainer::Qpack,
-        wanted: Some(wanted),
-        dtype: dtype_arg(args.encoding.dtype.as_deref())?,
-        ignore: args.encoding.ignore.clone(),
-        max_shard_size,
-        measures: true,
-        exact_only: args.encoding.exact_only,
-        ..ToHf::new(&args.source, "")
+    let mut job = plan(args.output.clone())?;
+    if args.compress && !args.write.dry_run {
+        return compressed(&job, plan, &args.write, is_measured);
     }
-    .plan()?;
-    finish(&job, &args.write)
+    if args.compress {
+        job.plan.notes.push("sizes are those before compression".into());
+    }
+    if is_measured { finish(&job, &args.write) } else { common::finish(&job, &args.write) }
+}
+
+/// Writes what `job` would, compressed: first without compression beside it.
+fn compressed(
+    job: &Job,
+    plan: impl Fn(Option<PathBuf>) -> Result<Job>,
+    write: &WriteArgs,
+    is_measured: bool,
+) -> anyhow::Result<Status> {
+    common::check_new(job, write)?;
+    let plain = plan(Some(Temporary::beside(&job.output, "plain.qpack").0.clone()))?;
+    // What a killed process left is of no use.
+    let _gone: Vec<_> = plain.outputs().into_iter().map(Temporary).collect();
+    plain.outputs().iter().filter(|path| path.exists()).for_each(|path| drop(Temporary(path.clone())));
+    let Some(done) = common::carry_out(&plain, write)? else { return Ok(Status::Done) };
+    let quiet = write.work.quiet;
+    let source = Qpack::open(&plain.output, &Limits::default())?;
+    let bytes = source.manifests().flat_map(|(_, m)| m.segments()).map(|s| s.content_bytes()).sum();
+    let progress = Progress::new("compressing", bytes, quiet);
+    // The name that was asked for, from which those of a set are made.
+    let stem = stem_of(&job.output);
+    let found = recompress(&source, &stem, true, write.force, &write.work.budget()?, &progress);
+    progress.finish();
+    let found = found?;
+    let share = found.bytes as f64 / found.bytes_before.max(1) as f64;
+    if !quiet {
+        if is_measured {
+            say_losses(&plain, &done.outcomes);
+        }
+        let [is, was] = [found.bytes, found.bytes_before].map(ui::size);
+        ui::say(&format!("{}: {is} instead of {was}, {:.1} %", found.outputs[0].display(), share * 100.0));
+    }
+    if write.work.json {
+        let mut summary = common::summary(&plain, &done);
+        summary["output"] = json!(found.outputs[0]);
+        summary["files"] = json!(found.outputs);
+        summary["bytes"] = json!(found.bytes);
+        summary["bytes_uncompressed"] = json!(found.bytes_before);
+        println!("{summary:#}");
+    }
+    Ok(Status::Done)
+}
+
+/// Without the number of a file in a set.
+fn stem_of(output: &Path) -> PathBuf {
+    let name = output.file_name().unwrap_or_default().to_string_lossy();
+    match split_shard_name(&name, SUFFIX) {
+        Some((stem, ..)) => output.with_file_name(format!("{stem}.{SUFFIX}")),
+        None => output.to_path_buf(),
+    }
 }
