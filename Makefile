@@ -208,6 +208,7 @@ peers: build
 	.venv/bin/python tests/peers/moments.py $(QCONV); \
 	.venv/bin/python tests/peers/gptq.py $(QCONV); \
 	.venv/bin/python tests/peers/qpack.py fixtures/qpack/example.txt fixtures/qpack/all.qpack; \
+	.venv/bin/python tests/peers/qpack.py --qconv $(QCONV) fixtures/models/llama; \
 	echo 'make peers: done; quantized checkpoints have a target of their own, make peers-checkpoints'
 
 # Quantized checkpoints beside the libraries that read and write them, on a CPU. CI leaves this out: it is large.

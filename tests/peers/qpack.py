@@ -2,14 +2,19 @@
 
     qpack.py FILE...                          each tensor's name, kind, and the SHA-256 of its values in F32
     qpack.py fixtures/qpack/example.txt       the same of a file as text
+    qpack.py --qconv QCONV MODEL              packs a model in every encoding, and reads the values that qconv reads
 
 Everything that the specification has a reader check is checked; what does not hold ends it with the reason.
 """
 
+import contextlib
 import hashlib
+import io
 import json
 import struct
+import subprocess
 import sys
+import tempfile
 from math import prod
 from pathlib import Path
 
@@ -133,7 +138,7 @@ def expanded(data, c):
             need(kind != 0 or stored == n, "a plane of another length")
             need(kind != 1 or stored == 1 and n > 0, "a plane of one byte")
             need(kind < 3, "a plane that is neither")
-            part[p::planes] = [found, found * n, None][kind] if kind < 2 else plane(found, n)
+            part[p::planes] = found if kind == 0 else found * n if kind == 1 else plane(found, n)
         out += part
     need(at + table == len(data), "planes and table do not fill the segment")
     need(hashlib.sha256(out).hexdigest() == c["sha256"], "the content has another SHA-256")
@@ -261,6 +266,51 @@ def read(path):
     return sums
 
 
+# Options of `qconv pack`, and the kind of encoding that matrices have then.
+PACKED = {
+    "": "plain",
+    "--compress": "plain",
+    "--bits 4": "integers",
+    "--bits 3 --group-size 48 --asym": "integers",
+    "--bits 8 --group-size -1": "integers",
+    "--bits 1 --asym --group-size 100": "integers",
+    "--encoding ternary --group-size -1": "ternary",
+    "--encoding ternary-bits2 --group-size 100": "ternary",
+    "--encoding nf4 --compress": "codebook",
+    "--encoding fp4": "codebook",
+    "--encoding int8": "scaled",
+    "--encoding fp8": "scaled",
+}
+
+
+def of_safetensors(path):
+    """SHA-256 of the bytes of each tensor, all of which are F32."""
+    data = Path(path).read_bytes()
+    (n,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + n])
+    header.pop("__metadata__", None)
+    need(all(t["dtype"] == "F32" for t in header.values()), "tensors that are not F32")
+    of = lambda t: data[8 + n + t["data_offsets"][0] : 8 + n + t["data_offsets"][1]]
+    return {name: hashlib.sha256(of(t)).hexdigest() for name, t in header.items()}
+
+
+def beside(qconv, model):
+    for options, kind in PACKED.items():
+        with tempfile.TemporaryDirectory() as directory:
+            packed, plain = f"{directory}/x.qpack", f"{directory}/x"
+            run = lambda *args: subprocess.run([qconv, *args, "-q"], check=True)
+            run("pack", model, "-o", packed, *options.split())
+            run("convert", packed, "--to", "safetensors", "--dtype", "f32", "-o", plain)
+            with contextlib.redirect_stdout(io.StringIO()) as listing:
+                found = read(packed)
+            need(f"  {kind}  " in listing.getvalue(), f"{options}: no tensor is {kind}")
+            need(found == of_safetensors(f"{plain}/model.safetensors"), f"{options}: qconv reads other values")
+            print(f"pack {options}: {len(found)} tensors, the values that qconv reads")
+
+
 if __name__ == "__main__":
-    for path in sys.argv[1:]:
-        read(path)
+    if sys.argv[1] == "--qconv":
+        beside(*sys.argv[2:])
+    else:
+        for path in sys.argv[1:]:
+            read(path)
