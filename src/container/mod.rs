@@ -1,15 +1,16 @@
 //! On-disk formats. One folder per container, each with its raw layout, a reader and a writer.
 //!
 //! A reader parses and validates headers only; tensor bytes are fetched by [`Store::read`], which
-//! checks every range against the length the file had when it was opened. Nothing is mapped: a
-//! positioned read into a bounded buffer keeps resident memory bounded, and a file that shrinks
-//! meanwhile is an error instead of a signal.
+//! checks every range against the length the file had when it was opened. Nothing is mapped, but where a
+//! caller asks for it ([`map`]): a positioned read into a bounded buffer keeps resident memory bounded, and a
+//! file that shrinks meanwhile is an error instead of a signal.
 
 mod endian;
 pub mod gguf;
 pub mod grouped;
 pub mod imatrix;
 mod low_rank;
+pub mod map;
 pub mod moments;
 pub mod pytorch;
 pub mod qpack;

@@ -2,6 +2,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::fmt::Debug;
+use std::ops::Range;
 use std::sync::Arc;
 
 use super::grouped::Grouped;
@@ -282,6 +283,20 @@ impl Store {
 }
 
 impl Stored {
+    /// All files.
+    pub fn files(&self) -> &[InputFile] {
+        &self.files
+    }
+
+    /// The bytes of its file that a tensor lies in as it is; `None` where they are to be moved or decompressed.
+    pub fn place(&self, tensor: &TensorInfo) -> Option<Range<u64>> {
+        let is_moved = self.big_endian && tensor.dtype.type_size() > 1
+            || self.strided.contains_key(&tensor.name)
+            || self.compressed.contains_key(&tensor.name);
+        let end = tensor.offset.checked_add(tensor.nbytes)?;
+        (!is_moved && end <= self.files.get(tensor.file)?.len()).then_some(tensor.offset..end)
+    }
+
     /// As [`Store::read`], of a tensor that lies in a file.
     ///
     /// # Errors

@@ -14,6 +14,13 @@
 //! let mut weights = vec![0.0f32; 2 * columns as usize];
 //! tensor.rows(rows - 2..rows, &mut weights)?;
 //! # assert!(weights.iter().all(|w| w.is_finite()) && weights.iter().any(|w| *w != 0.0));
+//! // What is stored, without a copy: elements, or codes, scales and so on.
+//! let map = model.map()?;
+//! for part in tensor.parts() {
+//!     let bytes: &[u8] = part.mapped(&map).expect("it is not compressed");
+//!     println!("{} {} {:?}: {} bytes", part.name(), part.dtype(), part.shape(), bytes.len());
+//!     # assert_eq!(bytes.len() as u64, part.nbytes());
+//! }
 //! # Ok(())
 //! # }
 //! ```
@@ -23,6 +30,7 @@ mod metadata;
 mod opened;
 mod side;
 
+pub use crate::container::map::Mapped;
 pub(crate) use describe::groups;
 pub use describe::{describe, encoding};
 pub use metadata::json_of;
@@ -213,6 +221,16 @@ impl Model {
         })
     }
 
+    /// Maps all files, for callers that compute on stored bytes where they lie ([`Part::mapped`]). Nothing is read
+    /// before it is looked at. The files must not become shorter nor be written to meanwhile: a program
+    /// that looks behind a file's end is ended by the system.
+    ///
+    /// # Errors
+    /// `Io`; `Malformed` where a file has become shorter since it was opened.
+    pub fn map(&self) -> Result<Mapped<'_>> {
+        Mapped::new(self.store.stored())
+    }
+
     /// The store behind it.
     pub fn store(&self) -> &Store {
         &self.store
@@ -345,6 +363,12 @@ impl<'a> Part<'a> {
     /// Its bytes, without compression.
     pub fn nbytes(&self) -> u64 {
         self.info.nbytes
+    }
+
+    /// Its bytes where they lie, without a copy; `None` where they are compressed, of the other byte order, or
+    /// not in order. In a `.qpack` file they begin at a multiple of 64 ([`Model::map`]).
+    pub fn mapped<'m>(&self, map: &'m Mapped<'_>) -> Option<&'m [u8]> {
+        map.bytes(self.info)
     }
 
     /// Fills `out` with its bytes from `start` on: little-endian and row-major, without compression.

@@ -1,6 +1,8 @@
 //! Canonical JSON: one text for each value. RFC 8785 for what a manifest holds: keys are ASCII and sorted, there
 //! is no white space, and numbers are integers from 0 to 2^53 - 1.
 
+use std::io::Write;
+
 use serde_json::{Map, Value as Json};
 
 use crate::error::{Error, Result};
@@ -49,7 +51,7 @@ fn put(value: &Json, depth: u32, out: &mut Vec<u8>) -> Result<()> {
         Json::Null => out.extend(b"null"),
         Json::Bool(flag) => out.extend(if *flag { &b"true"[..] } else { b"false" }),
         Json::Number(n) => match n.as_u64().filter(|n| *n <= MAX_NUMBER) {
-            Some(n) => out.extend(n.to_string().bytes()),
+            Some(n) => write!(out, "{n}").map_err(|e| Error::unsupported(e.to_string()))?,
             None => {
                 return Err(Error::unsupported(format!("number {n}: only integers from 0 to 2^53 - 1 are")));
             }
@@ -71,10 +73,22 @@ fn put(value: &Json, depth: u32, out: &mut Vec<u8>) -> Result<()> {
 }
 
 fn put_object(map: &Map<String, Json>, depth: u32, out: &mut Vec<u8>) -> Result<()> {
+    // What was read from a manifest is in order already.
+    if map.keys().is_sorted() {
+        return put_entries(map.iter(), depth, out);
+    }
     let mut entries: Vec<_> = map.iter().collect();
     entries.sort_by_key(|(key, _)| key.as_bytes());
+    put_entries(entries.into_iter(), depth, out)
+}
+
+fn put_entries<'a>(
+    entries: impl Iterator<Item = (&'a String, &'a Json)>,
+    depth: u32,
+    out: &mut Vec<u8>,
+) -> Result<()> {
     out.push(b'{');
-    for (i, (key, value)) in entries.into_iter().enumerate() {
+    for (i, (key, value)) in entries.enumerate() {
         if !key.is_ascii() {
             return Err(Error::unsupported(format!("key {key:?} is not ASCII")));
         }

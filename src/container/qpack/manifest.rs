@@ -370,10 +370,10 @@ impl Tensor {
             return Err(Error::limit(format!("{} dimensions, at most {MAX_DIMS} are", self.shape.len())));
         }
         crate::tensor::elements(&self.shape)?;
-        let mut names = HashSet::new();
-        for part in &self.parts {
+        for (k, part) in self.parts.iter().enumerate() {
             check_name(&part.name, MAX_COMPONENT)?;
-            if !names.insert(part.name.as_str()) {
+            // There are few.
+            if self.parts[..k].iter().any(|p| p.name == part.name) {
                 return Err(Error::malformed(format!("part {:?} is there twice", part.name)));
             }
         }
