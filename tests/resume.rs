@@ -6,6 +6,7 @@ mod common;
 mod place;
 
 use std::fs;
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -47,9 +48,12 @@ fn begin(place: &Place, args: &[&str]) -> Child {
 
 /// Waits until the journal has so many lines more than its first.
 fn wait_for(place: &Place, child: &mut Child, lines: usize) {
-    let journal = place.path(".out.gguf.qconv-journal");
+    wait_for_journal(&place.path(".out.gguf.qconv-journal"), child, lines);
+}
+
+fn wait_for_journal(journal: &Path, child: &mut Child, lines: usize) {
     let begun = Instant::now();
-    while fs::read_to_string(&journal).map_or(0, |t| t.lines().count()) <= lines {
+    while fs::read_to_string(journal).map_or(0, |t| t.lines().count()) <= lines {
         assert!(child.try_wait().unwrap().is_none(), "it ended before it was stopped");
         assert!(begun.elapsed() < Duration::from_secs(300));
         std::thread::sleep(Duration::from_millis(1));
@@ -116,6 +120,32 @@ fn a_killed_run_goes_on_and_ends_the_same() {
     restore();
     fs::write(&partial, &kept.1[..kept.1.len() - 1]).unwrap();
     assert!(finished(&args, false) == whole);
+}
+
+/// Of a packed matrix the parts are noted, wherever they lie.
+#[test]
+fn a_packed_model_goes_on_too() {
+    let place = Place::calibrated();
+    let source = common::fixture("models/llama");
+    let args = |output| {
+        let options =
+            ["--bits", "4", "--group-size", "32", "--method", "gptq", "--moments", "m.gguf", "-j", "1"];
+        [&["pack", source.to_str().unwrap(), "-o", output][..], &options].concat()
+    };
+    place.succeeds(&[&args("whole.qpack")[..], &["--json"]].concat());
+    let (journal, partial) = (place.path(".out.qpack.qconv-journal"), place.path(".out.qpack.qconv-partial"));
+    for lines in [2, 5] {
+        let mut child = begin(&place, &args("out.qpack"));
+        wait_for_journal(&journal, &mut child, lines);
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert!(journal.exists() && partial.exists() && !place.path("out.qpack").exists());
+    }
+    let output = place.succeeds(&args("out.qpack"));
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(said.contains(GOING_ON) && !said.contains("not looked at"), "{said}");
+    assert!(!journal.exists() && !partial.exists());
+    assert!(fs::read(place.path("out.qpack")).unwrap() == fs::read(place.path("whole.qpack")).unwrap());
 }
 
 #[test]

@@ -2,9 +2,9 @@
 //! ends with the same bytes.
 //!
 //! It is a text beside the unfinished output, `.NAME.qconv-journal`. The first line is the key: what the
-//! output is made of. Each further line names a finished span: number of the tensor, first and last element,
-//! the sum of its bytes in the file, and as JSON what became of its rows. Nothing has to be flushed in any order: a span counts if its bytes are
-//! still those.
+//! output is made of. Each further line names a finished span: number of the tensor, first and last element, the
+//! places of its bytes (file, offset and length of each run), their sum, and as JSON what became of its rows. Nothing
+//! has to be flushed in any order: a span counts if its bytes are still those.
 
 use std::collections::{HashMap, HashSet};
 use std::fmt::Write as _;
@@ -14,9 +14,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::time::UNIX_EPOCH;
 
+use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use super::outcome::Tally;
+use super::outcome::{Loss, Spanned, Tally};
 use super::plan::{Importance, Plan, Rounding};
 use crate::container::Store;
 use crate::error::{Error, Result};
@@ -37,14 +38,50 @@ pub struct Journal {
     finished: HashMap<Span, Finished>,
 }
 
-/// What is known of a finished span: the sum of its bytes, and what became of its rows.
+/// What is known of a finished span: where its bytes are, their sum, and what became of its rows.
 #[derive(Debug)]
 struct Finished {
+    runs: Vec<Run>,
     sum: String,
-    tallies: Vec<Tally>,
+    became: Became,
 }
 
-const VERSION: &str = "qconv-journal 1";
+/// What became of a span's rows.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+struct Became {
+    tallies: Vec<Tally>,
+    loss: Option<Loss>,
+}
+
+/// Bytes in an output file: its number, the first byte, and how many.
+type Run = (usize, u64, u64);
+
+/// The bytes of a span, as they were written.
+#[derive(Debug, Default)]
+pub struct Written {
+    runs: Vec<Run>,
+    sum: Sha256,
+    bytes: u64,
+}
+
+impl Written {
+    /// Notes bytes at an offset of an output file.
+    pub fn note(&mut self, file: usize, offset: u64, bytes: &[u8]) {
+        let len = bytes.len() as u64;
+        self.bytes += len;
+        self.sum.update(bytes);
+        match self.runs.last_mut() {
+            Some((last, at, n)) if *last == file && *at + *n == offset => *n += len,
+            _ => self.runs.push((file, offset, len)),
+        }
+    }
+}
+
+const VERSION: &str = "qconv-journal 2";
+/// Most runs of a span that is noted: more of them cost more than they save.
+const MOST_RUNS: usize = 64;
+/// Bytes that are read at a time.
+const BUFFER: u64 = 1 << 20;
 /// Most bytes of a journal that are read: those of about a million spans.
 const MOST_BYTES: u64 = 64 << 20;
 
@@ -90,16 +127,27 @@ impl Journal {
         Ok(Self { path, file: Mutex::new(file), finished })
     }
 
-    /// What became of the rows of a span that was finished before, if `read` gives the bytes that it had. They are
-    /// read into `bytes`, which is as long as they are.
+    /// What became of the rows of a span that was finished before, if `read` (of an output file, from an offset on)
+    /// gives the bytes that it had.
     pub(super) fn find(
         &self,
         span: Span,
-        bytes: &mut [u8],
-        read: impl FnOnce(&mut [u8]) -> Result<()>,
-    ) -> Option<&[Tally]> {
-        let found = self.finished.get(&span)?;
-        (read(bytes).is_ok() && digest(bytes) == found.sum).then_some(&found.tallies)
+        read: impl Fn(usize, u64, &mut [u8]) -> Result<()>,
+    ) -> Option<Spanned> {
+        let Finished { runs, sum, became } = self.finished.get(&span)?;
+        let (mut found, mut bytes, mut total) = (Sha256::new(), Vec::new(), 0);
+        for &(file, at, len) in runs {
+            let mut done = 0;
+            while done < len {
+                bytes.resize((len - done).min(BUFFER) as usize, 0);
+                read(file, at.checked_add(done)?, &mut bytes).ok()?;
+                found.update(&bytes);
+                done += bytes.len() as u64;
+            }
+            total += len;
+        }
+        let Became { tallies, loss } = became.clone();
+        (digest(found) == *sum).then_some(Spanned { bytes: total, tallies, loss })
     }
 
     /// Whether there is anything to go on with.
@@ -111,9 +159,16 @@ impl Journal {
     ///
     /// # Errors
     /// `Io`.
-    pub(super) fn add(&self, span: Span, bytes: &[u8], tallies: &[Tally]) -> Result<()> {
-        let tallies = serde_json::to_string(tallies).unwrap_or_default();
-        let line = format!("{} {} {} {} {tallies}\n", span.tensor, span.start, span.end, digest(bytes));
+    pub(super) fn add(&self, span: Span, written: Written, spanned: &Spanned) -> Result<()> {
+        if written.runs.len() > MOST_RUNS {
+            return Ok(());
+        }
+        let became = Became { tallies: spanned.tallies.clone(), loss: spanned.loss };
+        let became = serde_json::to_string(&became).unwrap_or_default();
+        let runs: Vec<_> = written.runs.iter().map(|(f, at, len)| format!("{f}:{at}:{len}")).collect();
+        let Span { tensor, start, end } = span;
+        let (runs, sum) = (runs.join(","), digest(written.sum));
+        let line = format!("{tensor} {start} {end} {runs} {sum} {became}\n");
         let mut file = self.file.lock().unwrap_or_else(|e| e.into_inner());
         file.write_all(line.as_bytes()).map_err(|e| Error::io("write", &self.path, e))
     }
@@ -126,18 +181,24 @@ impl Journal {
 }
 
 fn parse(line: &str) -> Option<(Span, Finished)> {
-    let mut parts = line.strip_suffix('\n')?.splitn(5, ' ');
+    let mut parts = line.strip_suffix('\n')?.splitn(6, ' ');
     let tensor = parts.next()?.parse().ok()?;
     let start = parts.next()?.parse().ok()?;
     let end = parts.next()?.parse().ok()?;
+    let run = |text: &str| {
+        let mut numbers = text.splitn(3, ':');
+        let file = numbers.next()?.parse().ok()?;
+        Some((file, numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
+    };
+    let runs = parts.next()?.split(',').map(run).collect::<Option<_>>()?;
     let sum = parts.next()?.to_string();
     // The report may do without.
-    let tallies = serde_json::from_str(parts.next()?).unwrap_or_default();
-    Some((Span { tensor, start, end }, Finished { sum, tallies }))
+    let became = serde_json::from_str(parts.next()?).unwrap_or_default();
+    Some((Span { tensor, start, end }, Finished { runs, sum, became }))
 }
 
-fn digest(bytes: &[u8]) -> String {
-    hex(&Sha256::digest(bytes)[..12])
+fn digest(sum: Sha256) -> String {
+    hex(&sum.finalize()[..12])
 }
 
 fn hex(bytes: &[u8]) -> String {
@@ -166,6 +227,9 @@ pub fn key(plan: &Plan, store: &Store) -> Result<String> {
     for t in &plan.tensors {
         // Formatting into a hash cannot fail.
         let _ = write!(hash, "{} {} {:?}", t.name, t.offset, t.source);
+        if let Some(packing) = &t.packing {
+            let _ = write!(hash, " {:?} {}", packing.layout, packing.expert);
+        }
         let (how, moments) = match &t.rounding {
             Rounding::Nearest => ("nearest".to_string(), None),
             Rounding::Even => ("even".to_string(), None),
@@ -223,23 +287,28 @@ mod tests {
         let path = Journal::path_for(&dir.path().join("a.gguf")).unwrap();
         let span = |tensor| Span { tensor, start: 0, end: 32 };
         let has = |journal: &Journal, tensor, found: u8| {
-            let read = |bytes: &mut [u8]| {
-                bytes.fill(found);
+            let read = |file: usize, at: u64, bytes: &mut [u8]| {
+                bytes.fill(if (file, at) == (1, 40) { found } else { 0 });
                 Ok(())
             };
-            journal.find(span(tensor), &mut [0; 3], read).is_some()
+            journal.find(span(tensor), read).is_some_and(|s| s.bytes == 3)
+        };
+        let add = |journal: &Journal, tensor, bytes: &[u8]| {
+            let mut written = Written::default();
+            written.note(1, 40, bytes);
+            journal.add(span(tensor), written, &Spanned::default()).unwrap();
         };
         let open = |key, resume| Journal::open(path.clone(), key, resume).unwrap();
         let journal = open("k", true);
         assert!(!journal.is_begun());
-        journal.add(span(1), &[7; 3], &[]).unwrap();
-        journal.add(span(2), &[8; 3], &[]).unwrap();
+        add(&journal, 1, &[7; 3]);
+        add(&journal, 2, &[8; 3]);
         let whole = fs::read(&path).unwrap();
         // Cut anywhere, the lines that are whole count, and those added later.
         for len in 0..=whole.len() {
             fs::write(&path, &whole[..len]).unwrap();
             let journal = open("k", true);
-            journal.add(span(3), &[9; 3], &[]).unwrap();
+            add(&journal, 3, &[9; 3]);
             let journal = open("k", true);
             assert!(has(&journal, 3, 9), "{len}");
             assert_eq!(has(&journal, 2, 8), len == whole.len(), "{len}");
@@ -247,11 +316,11 @@ mod tests {
         let journal = open("k", true);
         assert!(has(&journal, 1, 7) && !has(&journal, 1, 6) && !has(&journal, 4, 7));
         assert!(!open("other", true).is_begun());
-        open("k", true).add(span(1), &[7; 3], &[]).unwrap();
+        add(&open("k", true), 1, &[7; 3]);
         assert!(!open("k", false).is_begun());
-        let key = "qconv-journal 1 k\n";
-        for bad in ["1 2\n", "a b c d []\n", "1 2 3 4\n", "\n", "\u{0}\n"] {
-            fs::write(&path, format!("{key}{bad}1 0 32 x []\n")).unwrap();
+        let key = "qconv-journal 2 k\n";
+        for bad in ["1 2\n", "a b c d e {}\n", "1 2 3 4\n", "1 0 32 1:2 x {}\n", "\n", "\u{0}\n"] {
+            fs::write(&path, format!("{key}{bad}1 0 32 0:0:1 x {{}}\n")).unwrap();
             assert!(!open("k", true).is_begun(), "{bad:?}");
         }
         fs::write(&path, [255; 100]).unwrap();

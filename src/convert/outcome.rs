@@ -55,7 +55,7 @@ pub struct OutputError {
 }
 
 /// What weights lost by being stored, as sums of squares.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
 pub(super) struct Loss {
     /// Of the differences.
     pub lost: f64,

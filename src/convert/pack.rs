@@ -4,6 +4,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 
 use super::gather::{Scratch, Source};
+use super::journal::Written;
 use super::outcome::{Loss, Spanned, Tally};
 use super::plan::{Budget, Plan, Rounding, TensorPlan};
 use super::stage::OutputFile;
@@ -165,6 +166,7 @@ impl Packing {
     ///
     /// # Errors
     /// As reads and writes fail; `Malformed` for weights that cannot be stored.
+    #[allow(clippy::too_many_arguments)] // buffers
     pub(super) fn write(
         &self,
         t: &TensorPlan,
@@ -173,6 +175,7 @@ impl Packing {
         (start, end): (u64, u64),
         buffers: &mut Buffers,
         guides: &Guides<'_>,
+        mut note: Option<&mut Written>,
     ) -> Result<Spanned> {
         let Buffers { values, scratch, bytes, rows, moved, importance } = buffers;
         let (cols, _) = t.rows();
@@ -181,6 +184,9 @@ impl Packing {
         let mut put = |part: usize, offset: u64, bytes: &[u8]| {
             let part = self.parts.get(part).ok_or_else(|| Error::misuse("a part that is not there"))?;
             written += bytes.len() as u64;
+            if let Some(note) = &mut note {
+                note.note(part.file, part.offset + offset, bytes);
+            }
             files[part.file].write_at(part.offset + offset, bytes)
         };
         let shape = [t.source.elements() / cols, cols];

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 
 use super::gather::Scratch;
-use super::journal::{Journal, Span};
+use super::journal::{Journal, Span, Written};
 use super::outcome::{Ledger, Loss, Outcome, Spanned, Tally};
 use super::pack::Buffers;
 use super::plan::{Budget, Guide, Importance, Plan, Rounding, TensorPlan};
@@ -145,24 +145,32 @@ impl Worker {
             moved.write(&t.name, store, files, observer)?;
             return Ok(Spanned { loss: Some(Loss::default()), ..Spanned::default() });
         }
-        if let Some(packing) = &t.packing {
-            return packing.write(t, store, files, (start, end), &mut self.packing, guides);
+        let read = |file: usize, at: u64, bytes: &mut [u8]| match files.get(file) {
+            Some(file) => file.read_at(at, bytes),
+            None => Err(Error::misuse("no such output file")),
+        };
+        if let Some(found) = journal.and_then(|j| j.find(span, read)) {
+            return Ok(found);
         }
-        let file = &files[t.file];
-        if let Some(journal) = journal {
-            let at = t.offset + t.dtype.bytes_for(start)?;
-            self.bytes.resize(t.dtype.bytes_for(end - start)? as usize, 0);
-            if let Some(tallies) = journal.find(span, &mut self.bytes, |bytes| file.read_at(at, bytes)) {
-                let bytes = self.bytes.len() as u64;
-                return Ok(Spanned { bytes, tallies: tallies.to_vec(), loss: None });
+        let mut written = Written::default();
+        let spanned = match &t.packing {
+            Some(packing) => {
+                let note = journal.map(|_| &mut written);
+                packing.write(t, store, files, (start, end), &mut self.packing, guides, note)?
             }
-        }
-        let (bytes, tallies) = self.span(t, store, file, start, end, guides)?;
+            None => {
+                let (bytes, tallies) = self.span(t, store, &files[t.file], start, end, guides)?;
+                if journal.is_some() {
+                    written.note(t.file, t.offset + t.dtype.bytes_for(start)?, &self.bytes);
+                }
+                let loss = if plan.measures { Some(self.loss(t)?) } else { None };
+                Spanned { bytes, tallies, loss }
+            }
+        };
         if let Some(journal) = journal {
-            journal.add(span, &self.bytes, &tallies)?;
+            journal.add(span, written, &spanned)?;
         }
-        let loss = if plan.measures { Some(self.loss(t)?) } else { None };
-        Ok(Spanned { bytes, tallies, loss })
+        Ok(spanned)
     }
 
     fn span(
