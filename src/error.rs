@@ -97,7 +97,7 @@ impl Error {
     }
 
     /// Names what lies below `from` as what lies below `to`: of files that were put elsewhere for a while.
-    pub(crate) fn moved(mut self, from: &Path, to: &Path) -> Self {
+    pub fn moved(mut self, from: &Path, to: &Path) -> Self {
         if let Some(path) = &mut self.0.path
             && let Ok(inside) = path.strip_prefix(from)
         {

@@ -2,19 +2,19 @@
 
 use std::path::{Path, PathBuf};
 
-use qconv::convert::{HfToGguf, Job, Sharding};
+use qconv::convert::Job;
 use qconv::error::{Error, Result};
 
 use super::common::WriteArgs;
 use super::quantizer::QuantizerArgs;
-use super::ui::{self, Progress};
+use super::ui;
 
 /// Where a model's moments lie when they were collected on the way: beside the output, called after the source,
 /// so that outputs of all types share them.
 pub fn moments_path(source: &Path, output: &Path) -> PathBuf {
     let source = source.canonicalize().unwrap_or_else(|_| source.to_path_buf());
     let name = source.file_name().unwrap_or_default().to_string_lossy();
-    let stem = name.strip_suffix(".gguf").unwrap_or(&name);
+    let stem = [".gguf", ".qpack"].iter().find_map(|end| name.strip_suffix(end)).unwrap_or(&name);
     output.with_file_name(format!("{stem}.moments.gguf"))
 }
 
@@ -36,55 +36,6 @@ pub fn announce(job: &mut Job, moments: &Path, runnable: Option<u64>) {
     }
 }
 
-/// A conversion that keeps the source's precision, for as long as it is needed to run the model. It is removed when
-/// this is dropped; what a killed process leaves is overwritten by the next.
-pub struct Runnable {
-    pub path: PathBuf,
-}
-
-impl Runnable {
-    /// What would be written for a conversion whose output is `output`.
-    fn conversion(of: &HfToGguf, output: &Path) -> Result<HfToGguf> {
-        let name = output.file_name().ok_or_else(|| Error::misuse("is no name for an output").at(output))?;
-        let path = output.with_file_name(format!(".{}.qconv-source.gguf", name.to_string_lossy()));
-        let (quantizer, file_type, sharding) = (None, None, Sharding::Whole);
-        Ok(HfToGguf { output: Some(path), quantizer, file_type, sharding, ..of.clone() })
-    }
-
-    /// Its length.
-    ///
-    /// # Errors
-    /// As a plan of the conversion.
-    pub fn bytes(of: &HfToGguf, output: &Path) -> Result<u64> {
-        Ok(Self::conversion(of, output)?.plan()?.plan.total_len())
-    }
-
-    /// Writes it.
-    ///
-    /// # Errors
-    /// As the conversion.
-    pub fn write(of: &HfToGguf, output: &Path, args: &WriteArgs) -> Result<Self> {
-        let job = Self::conversion(of, output)?.plan()?;
-        let quiet = args.work.quiet;
-        if !quiet {
-            let len = ui::size(job.plan.total_len());
-            ui::say(&format!("note: a conversion of {len} that can be run lies beside the output meanwhile"));
-        }
-        let progress = Progress::new("converting", job.plan.total_len(), quiet);
-        let done = job.run(true, &args.work.budget()?, &progress);
-        progress.finish();
-        done?;
-        Ok(Self { path: job.output })
-    }
-}
-
-impl Drop for Runnable {
-    fn drop(&mut self) {
-        // The next run overwrites what cannot be removed.
-        let _ = std::fs::remove_file(&self.path);
-    }
-}
-
 /// Collects the moments of the GGUF file `model` in `target`, or takes those that lie there from an earlier run.
 ///
 /// # Errors
@@ -96,10 +47,12 @@ pub fn calibrate(model: &Path, target: &Path, args: &QuantizerArgs, write: &Writ
     use qconv::container::moments::Moments;
     use qconv::limits::Limits;
 
+    use super::runnable::Loaded;
+
     let quiet = write.work.quiet;
     let at = |e: Error| if e.path().is_some() { e } else { e.at(model) };
     let calibration = args.calibration_args(&write.work);
-    let loaded = calibration.model(model, quiet)?;
+    let Loaded { runs: _runs, model: loaded } = calibration.model(model, quiet)?;
     let source = calibration.source();
     let windows = source.windows(&loaded).map_err(at)?;
     let selection = Selection { output: true, ..Selection::default() };

@@ -11,12 +11,13 @@ use qconv::ggml::{Model, ModelOptions, set_verbose};
 use qconv::sys;
 use serde_json::{Value as Json, json};
 
+use super::runnable::Runnable;
 use super::ui::{self, Progress};
 
 /// Measure tokens per second, load time and memory of models, as llama-bench does
 #[derive(clap::Args, Debug)]
 pub struct Args {
-    /// GGUF files; of a split one, the first shard
+    /// Models: GGUF files (of a split one, the first shard), .qpack files or Hugging Face directories
     #[arg(required = true)]
     pub models: Vec<PathBuf>,
 
@@ -66,6 +67,7 @@ struct Row<'a> {
     threads: u32,
     load_seconds: f64,
     tests: Vec<(Test, Speed)>,
+    converted: Json,
     weights: u64,
     cache: u64,
     compute: u64,
@@ -117,8 +119,9 @@ fn bench<'a>(
     let own_peak = sys::reset_peak_memory() || rows.is_empty();
     let options =
         ModelOptions { use_extra_bufts: true, n_gpu_layers: args.gpu_layers, ..ModelOptions::default() };
+    let runs = Runnable::of(path, None, args.quiet)?;
     let begin = Instant::now();
-    let model = Model::load(path, &options)?;
+    let model = Model::load(&runs.path, &options)?;
     let load_seconds = begin.elapsed().as_secs_f64();
     let name = name(path);
     for &threads in threads {
@@ -138,6 +141,7 @@ fn bench<'a>(
             parameters: model.n_params(),
             threads,
             load_seconds,
+            converted: runs.json(),
             weights: model.buffers().weights,
             cache: most(|s| s.buffers.cache),
             compute: most(|s| s.buffers.compute),
@@ -201,6 +205,7 @@ fn as_json(r: &Row<'_>, gpu_layers: i32) -> Json {
         "model": r.path, "description": r.description, "bytes": r.bytes, "parameters": r.parameters,
         "threads": r.threads, "gpu_layers": gpu_layers, "load_seconds": r.load_seconds, "tests": tests,
         "weight_bytes": r.weights, "cache_bytes": r.cache, "compute_bytes": r.compute, "peak_bytes": r.peak,
+        "converted": r.converted,
     })
 }
 

@@ -14,12 +14,13 @@ use serde_json::json;
 
 use super::calibration::CalibrationArgs;
 use super::common::parse_size;
+use super::runnable::Loaded;
 use super::ui::{self, Progress};
 
 /// Collect the second moments of a model's activations, for quantizers that search
 #[derive(clap::Args, Debug)]
 pub struct Args {
-    /// The GGUF file; of a split one, the first shard
+    /// The model: a GGUF file (of a split one, the first shard), a .qpack file or a Hugging Face directory
     #[arg(required_unless_present = "merge")]
     pub model: Option<PathBuf>,
 
@@ -76,14 +77,15 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     ui::catch_interrupt();
     let Some(path) = &args.model else { return merge_files(args) };
     let begun = Instant::now();
-    let model = args.calibration.model(path, args.quiet)?;
+    let Loaded { runs, model } = args.calibration.model(path, args.quiet)?;
     let source = args.calibration.source();
     let windows = source.windows(&model).map_err(|e| if e.path().is_some() { e } else { e.at(path) })?;
     let selection =
         Selection { layers: args.layers.clone(), tensors: args.tensors.clone(), output: args.process_output };
     let on_gpu = args.calibration.gpu_layers != 0;
     let names = source.names().join(", ");
-    let job = Calibration::new(&model, path, windows, &names, &selection, on_gpu).map_err(|e| at(e, path))?;
+    let job =
+        Calibration::new(&model, &runs.path, windows, &names, &selection, on_gpu).map_err(|e| at(e, path))?;
     if args.dry_run {
         return show(args, &job, model.tensor_bytes());
     }
@@ -101,6 +103,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
             "windows": job.windows(), "passes": summary.passes, "resumed": summary.resumed,
             "seconds": begun.elapsed().as_secs_f64(), "reading_seconds": summary.reading.as_secs_f64(),
             "summing_seconds": summary.summing.as_secs_f64(), "thin_experts": thin_json(&thin),
+            "converted": runs.json(),
         });
         println!("{value:#}");
     } else if !args.quiet {

@@ -4,8 +4,9 @@ use std::path::{Path, PathBuf};
 
 use qconv::calibrate::text::TextSource;
 use qconv::error::Result;
-use qconv::ggml::{Model, ModelOptions};
+use qconv::ggml::ModelOptions;
 
+use super::runnable::{self, Loaded};
 use super::ui;
 
 /// Which text a model reads, and how.
@@ -59,14 +60,14 @@ impl CalibrationArgs {
     }
 
     /// Loads the model, so that what its matrices are multiplied with can be seen.
-    pub fn model(&self, path: &Path, quiet: bool) -> Result<Model> {
+    pub fn model(&self, path: &Path, quiet: bool) -> Result<Loaded> {
         let options = ModelOptions { n_gpu_layers: self.gpu_layers, ..ModelOptions::default() };
-        let model = Model::load(path, &options)?;
-        let trained = model.n_ctx_train() as usize;
+        let loaded = runnable::load(path, &options, self.threads, quiet)?;
+        let trained = loaded.model.n_ctx_train() as usize;
         if !quiet && trained > 0 && self.ctx > trained {
             ui::say(&format!("note: the model was trained with {trained} tokens, --ctx is {}", self.ctx));
         }
-        Ok(model)
+        Ok(loaded)
     }
 
     /// Threads to compute with.

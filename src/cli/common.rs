@@ -50,6 +50,11 @@ pub struct WorkArgs {
 }
 
 impl WorkArgs {
+    /// The threads given, as the engine counts them.
+    pub fn engine_threads(&self) -> Option<u32> {
+        self.threads.and_then(|n| u32::try_from(n).ok())
+    }
+
     pub fn budget(&self) -> Result<Budget> {
         Budget::new(self.threads, self.max_memory)
     }

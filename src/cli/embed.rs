@@ -5,14 +5,17 @@ use std::path::PathBuf;
 
 use qconv::container::side::read_text;
 use qconv::eval::embed::{Embedding, texts};
-use qconv::ggml::{Model, ModelOptions, Pooling, set_verbose};
+use qconv::ggml::{ModelOptions, Pooling, set_verbose};
 use qconv::limits::Limits;
 use serde_json::json;
+
+use super::runnable::{self, Loaded};
+use super::ui;
 
 /// Embed texts with a GGUF model: print one vector of length 1 a line
 #[derive(clap::Args, Debug)]
 pub struct Args {
-    /// The GGUF file; of a split one, the first shard
+    /// The model: a GGUF file (of a split one, the first shard), a .qpack file or a Hugging Face directory
     pub model: PathBuf,
 
     /// A text; may be given several times
@@ -78,7 +81,11 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     }
     let options =
         ModelOptions { use_extra_bufts: true, n_gpu_layers: args.gpu_layers, ..ModelOptions::default() };
-    let model = Model::load(&args.model, &options)?;
+    let Loaded { runs, model } = runnable::load(&args.model, &options, args.threads, false)?;
+    if runs.is_temporary() {
+        // From here on Ctrl-C ends it at once.
+        ui::patience(0);
+    }
     let threads = super::common::threads(args.threads);
     let (pooling, found) =
         texts(&model, &given, args.pooling.map(Pooling::from), threads).map_err(|e| e.at(&args.model))?;
@@ -87,7 +94,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         let one = |(text, e): (&String, &Embedding)| json!({"text": text, "tokens": e.tokens, "embedding": e.values});
         let embeddings: Vec<_> = given.iter().zip(&found).map(one).collect();
         let pooling = format!("{pooling:?}").to_lowercase();
-        writeln!(out, "{}", json!({"pooling": pooling, "embeddings": embeddings}))?;
+        writeln!(out, "{}", json!({"pooling": pooling, "embeddings": embeddings, "converted": runs.json()}))?;
     } else {
         for Embedding { values, .. } in &found {
             let values: Vec<String> = values.iter().map(f32::to_string).collect();

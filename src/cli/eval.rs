@@ -16,8 +16,9 @@ use qconv::eval::windows::Windows;
 use qconv::ggml::{Model, ModelOptions};
 use qconv::limits::Limits;
 use serde::Serialize;
-use serde_json::json;
+use serde_json::{Value as Json, json};
 
+use super::runnable::{self, Loaded};
 use super::ui::{self, Progress};
 
 /// Measure what a model predicts: perplexity, and divergence from the model it was made from
@@ -31,14 +32,14 @@ pub struct Args {
 enum Command {
     /// How well a model predicts a text, by llama.cpp's definition
     Perplexity {
-        /// The GGUF file; of a split one, the first shard
+        /// The model: a GGUF file (of a split one, the first shard), a .qpack file or a Hugging Face directory
         model: PathBuf,
         #[command(flatten)]
         text: TextArgs,
     },
     /// How far a model's predictions depart from those of the model it was made from
     Kld {
-        /// The GGUF file; of a split one, the first shard
+        /// The model: a GGUF file (of a split one, the first shard), a .qpack file or a Hugging Face directory
         model: PathBuf,
         /// The model to compare with, or what `eval baseline` or llama-perplexity kept of it
         #[arg(long, value_name = "MODEL|BASELINE")]
@@ -48,7 +49,7 @@ enum Command {
     },
     /// Keep a model's predictions in a small file, to compare others with it later
     Baseline {
-        /// The GGUF file; of a split one, the first shard
+        /// The model: a GGUF file (of a split one, the first shard), a .qpack file or a Hugging Face directory
         model: PathBuf,
         /// The file to write
         #[arg(short, long)]
@@ -65,7 +66,7 @@ enum Command {
     },
     /// Several models in one table, in one pass over the text
     Compare {
-        /// GGUF files; the first is what the others are compared with
+        /// Models, as for perplexity; the first is what the others are compared with
         #[arg(required = true, num_args = 2..)]
         models: Vec<PathBuf>,
         /// Write the table to this file, as comma-separated values
@@ -114,8 +115,9 @@ struct TextArgs {
 }
 
 impl TextArgs {
-    fn model(&self, path: &Path) -> Result<Model> {
-        Model::load(path, &ModelOptions { n_gpu_layers: self.gpu_layers, ..ModelOptions::default() })
+    fn model(&self, path: &Path) -> Result<Loaded> {
+        let options = ModelOptions { n_gpu_layers: self.gpu_layers, ..ModelOptions::default() };
+        runnable::load(path, &options, self.threads, self.quiet)
     }
 
     fn text(&self) -> Result<Cow<'static, str>> {
@@ -188,7 +190,7 @@ impl Watch {
 }
 
 fn perplexity(path: &Path, args: &TextArgs) -> anyhow::Result<()> {
-    let model = args.model(path)?;
+    let Loaded { runs, model } = args.model(path)?;
     let windows = args.windows(&model).map_err(|e| e.at(path))?;
     let mut watch = Watch::new(&windows, args.quiet);
     let mut ppl = Perplexity::default();
@@ -206,7 +208,8 @@ fn perplexity(path: &Path, args: &TextArgs) -> anyhow::Result<()> {
     if args.json {
         println!(
             "{:#}",
-            json!({ "perplexity": estimate, "scored": ppl.count(), "windows": windows.count(), "ctx": windows.n_ctx })
+            json!({ "perplexity": estimate, "scored": ppl.count(), "windows": windows.count(), "ctx": windows.n_ctx,
+                    "converted": runs.json() })
         );
     } else {
         println!("perplexity {}", plus_minus(estimate, 4));
@@ -216,9 +219,10 @@ fn perplexity(path: &Path, args: &TextArgs) -> anyhow::Result<()> {
 }
 
 fn kld(path: &Path, base: &Path, args: &TextArgs) -> anyhow::Result<()> {
-    let model = args.model(path)?;
+    let Loaded { runs, model } = args.model(path)?;
     let mut divergence = Divergence::default();
-    let note = if Baseline::is_one(base)? {
+    let mut base_converted = Json::Null;
+    let note = if !base.is_dir() && Baseline::is_one(base)? {
         let mut baseline = Baseline::open(base)?;
         if baseline.n_vocab != model.n_tokens() {
             let found = format!("of {} tokens, the model has {}", baseline.n_vocab, model.n_tokens());
@@ -251,12 +255,18 @@ fn kld(path: &Path, base: &Path, args: &TextArgs) -> anyhow::Result<()> {
             )
         })
     } else {
-        divergence = side_by_side(args, (base, &args.model(base)?), (path, &model))?;
+        let Loaded { runs, model: base_model } = args.model(base)?;
+        base_converted = runs.json();
+        divergence = side_by_side(args, (base, &base_model), (path, &model))?;
         None
     };
     let s = divergence.summary();
     if args.json {
-        println!("{:#}", json!({ "divergence": s, "note": note }));
+        let converted = runs.json();
+        println!(
+            "{:#}",
+            json!({ "divergence": s, "note": note, "converted": converted, "base_converted": base_converted })
+        );
         return Ok(());
     }
     println!("perplexity          {}", plus_minus(s.perplexity, 4));
@@ -320,7 +330,7 @@ pub fn compare_files(base: &Path, path: &Path, options: &Comparison<'_>) -> Resu
         quiet: options.quiet,
     };
     let (base_model, model) = (args.model(base)?, args.model(path)?);
-    Ok(side_by_side(&args, (base, &base_model), (path, &model))?.summary())
+    Ok(side_by_side(&args, (base, &base_model.model), (path, &model.model))?.summary())
 }
 
 /// The text in windows, after a look at whether all models read the same tokens in it.
@@ -348,7 +358,7 @@ fn baseline(
     force: bool,
     args: &TextArgs,
 ) -> anyhow::Result<()> {
-    let model = args.model(path)?;
+    let Loaded { runs, model } = args.model(path)?;
     let windows = args.windows(&model).map_err(|e| e.at(path))?;
     let mut shape = Shape::fitting(model.n_tokens());
     if let Some(k) = top_k {
@@ -386,7 +396,7 @@ fn baseline(
     if args.json {
         println!(
             "{:#}",
-            json!({ "output": output, "bytes": at, "top_k": shape.k, "drawn": shape.drawn, "share_of_f16_logits": share, "mean_rest": rest })
+            json!({ "output": output, "bytes": at, "top_k": shape.k, "drawn": shape.drawn, "share_of_f16_logits": share, "mean_rest": rest, "converted": runs.json() })
         );
     } else {
         println!(
@@ -410,6 +420,7 @@ struct Row {
     bytes: u64,
     bits_per_weight: f64,
     tokens_per_second: f64,
+    converted: Json,
     #[serde(flatten)]
     divergence: DivergenceSummary,
 }
@@ -461,7 +472,12 @@ fn compare(paths: &[PathBuf], files: &[(PathBuf, Form)], force: bool, args: &Tex
     // What cannot be written shall show before the work.
     let outputs: Vec<_> = files.iter().map(|(path, _)| (path.clone(), 0)).collect();
     let stage = Stage::files_at(&outputs, force)?;
-    let models = paths.iter().map(|p| args.model(p)).collect::<Result<Vec<_>>>()?;
+    let (mut runs, mut models) = (Vec::with_capacity(paths.len()), Vec::with_capacity(paths.len()));
+    for path in paths {
+        let loaded = args.model(path)?;
+        runs.push(loaded.runs);
+        models.push(loaded.model);
+    }
     let named: Vec<(&Path, &Model)> = paths.iter().map(PathBuf::as_path).zip(&models).collect();
     let windows = same_windows(args, &named)?;
     let mut watch = Watch::new(&windows, args.quiet);
@@ -481,13 +497,15 @@ fn compare(paths: &[PathBuf], files: &[(PathBuf, Form)], force: bool, args: &Tex
         .iter()
         .zip(&all)
         .zip(times)
-        .map(|(((path, model), divergence), time)| {
+        .zip(&runs)
+        .map(|((((path, model), divergence), time), runs)| {
             let bytes = model.tensor_bytes();
             Row {
                 model: path.to_path_buf(),
                 bytes,
                 bits_per_weight: bytes as f64 * 8.0 / model.n_params().max(1) as f64,
                 tokens_per_second: read / time.as_secs_f64().max(1e-9),
+                converted: runs.json(),
                 divergence: divergence.summary(),
             }
         })

@@ -11,7 +11,7 @@ use super::convert::dtype_arg;
 /// Turn a GGUF file back into a Hugging Face directory
 #[derive(clap::Args, Debug)]
 pub struct Args {
-    /// The GGUF file; of a split one, any shard
+    /// The GGUF file (of a split one, any shard), or a .qpack file that was made of one
     pub source: PathBuf,
 
     /// The directory to write

@@ -8,11 +8,12 @@ use qconv::limits::Limits;
 use qconv::verify;
 use serde_json::json;
 
-use super::beforehand::{self, Runnable};
+use super::beforehand;
 use super::common::{self, EditArgs, WriteArgs};
 use super::mix::{self, MixArgs};
 use super::quantizer::{QuantizerArgs, ShardArgs, type_names};
 use super::report::ReportArgs;
+use super::runnable::Runnable;
 use super::{Status, ui};
 
 /// Convert a Hugging Face model to a GGUF file, and quantize it on the way

@@ -16,7 +16,7 @@ use super::ui;
 #[derive(clap::Args, Debug)]
 #[command(group(clap::ArgGroup::new("source").required(true).multiple(true).args(["model", "in_file"])))]
 pub struct Args {
-    /// The GGUF file; of a split one, the first shard. Without it the files of --in-file are added up
+    /// The model: a GGUF file (of a split one, the first shard), a .qpack file or a Hugging Face directory. Without it the files of --in-file are added up
     #[cfg(feature = "ggml")]
     pub model: Option<PathBuf>,
 
@@ -227,6 +227,7 @@ mod read {
     use qconv::convert::Observer;
 
     use super::*;
+    use crate::cli::runnable::Loaded;
 
     const SAVE_EVERY: Duration = Duration::from_secs(30);
     /// A window that takes longer is not read to its end after Ctrl-C.
@@ -238,7 +239,7 @@ mod read {
         path: &Path,
         begin: Importance,
     ) -> anyhow::Result<Option<(Importance, Json)>> {
-        let model = args.text.model(path, args.quiet)?;
+        let Loaded { runs, model } = args.text.model(path, args.quiet)?;
         let source = args.text.source();
         let windows = source.windows(&model).map_err(|e| e.at(path))?;
         let options = Options {
@@ -318,7 +319,7 @@ mod read {
             ui::say(&format!("{} tokens in {total} windows of {n_ctx}{ppl}, {seconds:.1} s", total * n_ctx));
         }
         let summary = json!({"windows": total, "ctx": n_ctx, "tokens": total * n_ctx, "read_before": already,
-            "perplexity": ppl, "seconds": seconds});
+            "perplexity": ppl, "seconds": seconds, "converted": runs.json()});
         Ok(Some((state.importance, summary)))
     }
 

@@ -199,9 +199,10 @@ impl MixArgs {
         // Of a split model llama.cpp wants the first shard.
         let gguf = qconv::container::gguf::Gguf::open(&quantize.source, &quantize.limits)?;
         let first = gguf.store.files().first().map_or(&*quantize.source, |f| f.path());
+        let runs = super::runnable::Runnable::of(first, u32::try_from(budget.threads).ok(), true)?;
         let reading = mix::measure::Reading { text: &text, n_windows: self.windows, n_ctx: N_CTX };
         let trial = qconv::convert::Temporary::beside(&quantize.output, "trial");
-        let judge = mix::measure::Measurer::new(first, trial, &reading, budget, observer)
+        let judge = mix::measure::Measurer::new(&runs.path, trial, &reading, budget, observer)
             .map_err(|e| if e.path().is_some() { e } else { e.at(first) })?;
         Ok(Some(Box::new(judge)))
     }

@@ -29,6 +29,7 @@ mod quantizer;
 mod report;
 #[cfg(feature = "ggml")]
 mod run;
+mod runnable;
 mod split;
 #[cfg(feature = "ggml")]
 mod talk;

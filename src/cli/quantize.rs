@@ -10,13 +10,14 @@ use super::common::{self, EditArgs, WriteArgs};
 use super::mix::{self, MixArgs};
 use super::quantizer::{QuantizerArgs, ShardArgs, type_names};
 use super::report::ReportArgs;
+use super::runnable::Runnable;
 use super::{Status, beforehand};
 
 /// Write a GGUF file with another type
 #[derive(clap::Args, Debug)]
 #[command(after_help = format!("Types: {}", type_names()))]
 pub struct Args {
-    /// The GGUF file; of a split one, any shard
+    /// The GGUF file (of a split one, any shard), or a .qpack file that was made of one
     pub source: PathBuf,
 
     /// The file to write; shards are named after it
@@ -75,7 +76,12 @@ pub fn run(args: &Args) -> anyhow::Result<Status> {
         limits: Limits::default(),
     };
     let mut job = conversion.plan()?;
-    let source = job.store.files().first().map_or_else(|| args.source.clone(), |f| f.path().to_path_buf());
+    let first = job.store.files().first().map_or_else(|| args.source.clone(), |f| f.path().to_path_buf());
+    let runs = match !write.dry_run && (calibrates || report.evaluate.is_some()) {
+        true => Some(Runnable::of(&first, write.work.engine_threads(), write.work.quiet)?),
+        false => None,
+    };
+    let source = runs.as_ref().map_or(&first, |runs| &runs.path);
     args.mix.check_shown(calibrates, write)?;
     if args.mix.is_given() && !write.dry_run {
         common::check_new(&job, write)?;
@@ -86,7 +92,7 @@ pub fn run(args: &Args) -> anyhow::Result<Status> {
             beforehand::announce(&mut job, &moments, None);
         } else {
             common::check_new(&job, write)?;
-            beforehand::calibrate(&source, &moments, &args.quantizer, write)?;
+            beforehand::calibrate(source, &moments, &args.quantizer, write)?;
             conversion.quantizer.take_moments(moments);
             job = conversion.plan()?;
         }
@@ -104,7 +110,7 @@ pub fn run(args: &Args) -> anyhow::Result<Status> {
     }
     let mut summary = common::summary(&job, &done);
     summary["mix"] = json!(found.as_ref().map(mix::json_of));
-    summary["evaluation"] = json!(report.evaluation(&job, &source, write)?);
+    summary["evaluation"] = json!(report.evaluation(&job, source, write)?);
     report.write(&done, &summary, write.force)?;
     if write.work.json {
         println!("{summary:#}");

@@ -62,7 +62,7 @@ impl ReportArgs {
     pub fn evaluation(&self, job: &Job, source: &Path, args: &WriteArgs) -> Result<Option<Json>> {
         let Some(text) = &self.evaluate else { return Ok(None) };
         let text = (text.as_os_str() != "builtin").then_some(text.as_path());
-        let threads = common::threads(args.work.threads.and_then(|n| u32::try_from(n).ok()));
+        let threads = common::threads(args.work.engine_threads());
         let options =
             super::eval::Comparison { text, chunks: self.evaluate_chunks, threads, quiet: args.work.quiet };
         let found = super::eval::compare_files(source, &job.output, &options)?;

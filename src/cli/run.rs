@@ -14,12 +14,13 @@ use qconv::ggml::{Model, ModelOptions, set_verbose};
 use qconv::limits::Limits;
 use serde_json::{Value as Json, json};
 
+use super::runnable::Runnable;
 use super::{talk, ui};
 
 /// Run a GGUF model: continue a prompt, or talk with it
 #[derive(clap::Args, Debug)]
 pub struct Args {
-    /// The GGUF file; of a split one, the first shard
+    /// The model: a GGUF file (of a split one, the first shard), a .qpack file or a Hugging Face directory
     pub model: PathBuf,
 
     /// What to continue, or with --chat what to ask; `-` reads it from stdin, as does a pipe
@@ -190,8 +191,9 @@ pub fn run(args: &Args, stop: &AtomicBool) -> anyhow::Result<()> {
         adapters: args.lora.clone(),
         ..ModelOptions::default()
     };
+    let runs = Runnable::of(&args.model, args.threads, args.quiet)?;
     let begin = Instant::now();
-    let model = Model::load(&args.model, &options)?;
+    let model = Model::load(&runs.path, &options)?;
     let load = begin.elapsed();
     check_generates(&model).map_err(|e| e.at(&args.model))?;
     let max_tokens = match args.n {
@@ -199,7 +201,13 @@ pub fn run(args: &Args, stop: &AtomicBool) -> anyhow::Result<()> {
         Some(n) => usize::try_from(n).ok(),
     };
     let options = Options { max_tokens, stop: args.stop.clone(), sampling: args.sampling.resolve(&model) };
-    let out = Output { json: args.json, quiet: args.quiet, load, seed: options.sampling.seed };
+    let out = Output {
+        json: args.json,
+        quiet: args.quiet,
+        load,
+        seed: options.sampling.seed,
+        converted: runs.json(),
+    };
     match prompt {
         Some(prompt) => once(args, &model, &prompt, &options, stop, &out),
         None => talk::run(args, &model, &options, stop, &out),
@@ -278,6 +286,7 @@ pub struct Output {
     quiet: bool,
     load: Duration,
     seed: u64,
+    converted: Json,
 }
 
 impl Output {
@@ -312,6 +321,7 @@ impl Output {
             "cached_tokens": s.cached_tokens,
             "generated_tokens": s.generated.len(),
             "seed": self.seed,
+            "converted": self.converted,
             "load_seconds": self.load.as_secs_f64(),
             "prompt_seconds": s.prompt_time.as_secs_f64(),
             "prompt_tokens_per_second": s.prompt_rate(),

@@ -1,0 +1,233 @@
+//! A GGUF file that the engine can load: the one that is given, or a conversion for as long as it is needed.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+
+use qconv::container::InputFile;
+use qconv::container::gguf::is_gguf;
+use qconv::container::qpack::is_qpack;
+use qconv::convert::{Budget, FileType, FromQpack, HfToGguf, Job, Outcome, Sharding, Temporary, TokenCheck};
+use qconv::error::{Error, Result};
+use serde_json::{Value as Json, json};
+
+use super::common::WriteArgs;
+use super::ui::{self, Progress};
+
+/// A file to run. A conversion is removed when this is dropped, or the program is ended by Ctrl-C.
+pub struct Runnable {
+    pub path: PathBuf,
+    /// What a conversion is, where that has to be said.
+    pub stated: Option<Stated>,
+    kept: Option<Kept>,
+}
+
+/// How a conversion holds the weights of its source.
+pub struct Stated {
+    bytes: u64,
+    /// Tensors with all values of the source.
+    exact: usize,
+    /// Of each type: tensors that it does not hold exactly, and the largest NMSE among them.
+    rounded: BTreeMap<&'static str, (usize, f64)>,
+    /// The command that writes the same file.
+    command: String,
+}
+
+/// What becomes of matrices whose packing no type holds.
+const DECODED: &str = "q8_0";
+
+impl Runnable {
+    /// A model as it is given: a GGUF file, which stays what it is, or a `.qpack` file or a Hugging Face directory,
+    /// which are converted. Each tensor has the type that holds it exactly, where there is one; what is quantized
+    /// otherwise has Q8_0, or F16 where rows do not fit that. How much that loses is said.
+    ///
+    /// # Errors
+    /// As the conversion.
+    pub fn of(path: &Path, threads: Option<u32>, quiet: bool) -> Result<Self> {
+        let is_packed = path.is_file() && is_qpack(&InputFile::open(path)?)?;
+        if !is_packed && !path.is_dir() {
+            return Ok(Self { path: path.to_path_buf(), stated: None, kept: None });
+        }
+        ui::catch_interrupt();
+        let kept = Kept::beside(path)?;
+        let output = Some(kept.path().to_path_buf());
+        let (mut job, command) = if is_packed && is_gguf(path)? {
+            (FromQpack { output, ..FromQpack::new(path) }.plan()?, "qconv unpack")
+        } else {
+            let conversion = HfToGguf {
+                source: path.to_path_buf(),
+                output,
+                decoded: FileType::parse(DECODED),
+                tokens: TokenCheck::Lenient,
+                ..HfToGguf::default()
+            };
+            (conversion.plan()?, "qconv hf-to-gguf --decoded-type q8_0")
+        };
+        job.plan.measures = true;
+        let threads = threads.and_then(|n| usize::try_from(n).ok());
+        let outcomes = convert(&job, &Budget::new(threads, None)?, quiet)?;
+        let stated = Stated::new(&job, &outcomes, command);
+        if !quiet {
+            // Of all that a conversion says, what keeps the model from being itself.
+            job.plan.notes.iter().filter(|n| n.starts_with("warning")).for_each(|n| ui::say(n));
+            ui::say(&format!("note: {}", stated.sentence()));
+        }
+        Ok(Self { path: job.output, stated: Some(stated), kept: Some(kept) })
+    }
+
+    /// What would be written for a conversion whose output is `output`.
+    fn conversion(of: &HfToGguf, output: &Path) -> Result<HfToGguf> {
+        let name = output.file_name().ok_or_else(|| Error::misuse("is no name for an output").at(output))?;
+        let path = output.with_file_name(format!(".{}.qconv-source.gguf", name.to_string_lossy()));
+        let (quantizer, file_type, sharding) = (None, None, Sharding::Whole);
+        Ok(HfToGguf { output: Some(path), quantizer, file_type, sharding, ..of.clone() })
+    }
+
+    /// The length of what [`Self::write`] writes.
+    ///
+    /// # Errors
+    /// As a plan of the conversion.
+    pub fn bytes(of: &HfToGguf, output: &Path) -> Result<u64> {
+        Ok(Self::conversion(of, output)?.plan()?.plan.total_len())
+    }
+
+    /// Writes a conversion that keeps the source's precision, beside `output`.
+    ///
+    /// # Errors
+    /// As the conversion.
+    pub fn write(of: &HfToGguf, output: &Path, args: &WriteArgs) -> Result<Self> {
+        let job = Self::conversion(of, output)?.plan()?;
+        let quiet = args.work.quiet;
+        if !quiet {
+            let len = ui::size(job.plan.total_len());
+            ui::say(&format!("note: a conversion of {len} that can be run lies beside the output meanwhile"));
+        }
+        let kept = Kept::new(job.output.clone());
+        convert(&job, &args.work.budget()?, quiet)?;
+        Ok(Self { path: job.output, stated: None, kept: Some(kept) })
+    }
+
+    /// Whether it is a conversion.
+    #[cfg(feature = "ggml")]
+    pub fn is_temporary(&self) -> bool {
+        self.kept.is_some()
+    }
+
+    /// What JSON says of a conversion; null of a file that was given.
+    pub fn json(&self) -> Json {
+        self.stated.as_ref().map_or(Json::Null, Stated::json)
+    }
+}
+
+fn convert(job: &Job, budget: &Budget, quiet: bool) -> Result<Vec<Outcome>> {
+    let progress = Progress::new("converting", job.plan.total_len(), quiet);
+    let done = job.run(true, budget, &progress);
+    progress.finish();
+    done
+}
+
+impl Stated {
+    fn new(job: &Job, outcomes: &[Outcome], command: &str) -> Self {
+        let (mut exact, mut rounded) = (0, BTreeMap::new());
+        for o in outcomes {
+            match o.nmse.filter(|nmse| *nmse != 0.0) {
+                None => exact += 1,
+                Some(nmse) => {
+                    let (n, worst) = rounded.entry(o.dtype).or_insert((0, 0f64));
+                    (*n, *worst) = (*n + 1, worst.max(nmse));
+                }
+            }
+        }
+        Self { bytes: job.plan.total_len(), exact, rounded, command: command.to_string() }
+    }
+
+    fn sentence(&self) -> String {
+        let Self { exact, command, .. } = self;
+        let rounded = self.rounded.iter().map(|(dtype, (n, worst))| {
+            format!("; {n} as {dtype} are rounded, with an NMSE of {worst:.2e} at most")
+        });
+        format!(
+            "runs as a temporary conversion of {}, as {command} writes it: {exact} tensors are exact{}",
+            ui::size(self.bytes),
+            rounded.collect::<String>()
+        )
+    }
+
+    fn json(&self) -> Json {
+        let rounded = self
+            .rounded
+            .iter()
+            .map(|(dtype, (n, worst))| (dtype.to_string(), json!({"tensors": n, "worst_nmse": worst})));
+        let rounded: serde_json::Map<_, _> = rounded.collect();
+        json!({"bytes": self.bytes, "command": self.command, "exact_tensors": self.exact, "rounded": rounded})
+    }
+}
+
+/// Temporary files that Ctrl-C has to remove before it ends the program.
+static LEFT: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
+
+/// Removes what would be left where the program ends at once.
+pub fn remove_left() {
+    let left = LEFT.lock().unwrap_or_else(|e| e.into_inner());
+    left.iter().for_each(|path| drop(std::fs::remove_file(path)));
+}
+
+/// A temporary file; what a killed process leaves has to be removed by hand.
+struct Kept(Temporary);
+
+impl Kept {
+    fn new(path: PathBuf) -> Self {
+        LEFT.lock().unwrap_or_else(|e| e.into_inner()).push(path.clone());
+        Self(Temporary(path))
+    }
+
+    /// A name of its own beside a model, or, where nothing can be written there, in the system's directory for
+    /// such.
+    fn beside(model: &Path) -> Result<Self> {
+        let full = model.canonicalize().map_err(|e| Error::io("open", model, e))?;
+        let name = full.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let prefix = format!(".{name}.qconv-");
+        let create = |dir: &Path| tempfile::Builder::new().prefix(&prefix).suffix(".gguf").tempfile_in(dir);
+        let elsewhere = std::env::temp_dir();
+        let created = match full.parent().map(create) {
+            Some(Ok(file)) => Ok(file),
+            _ => create(&elsewhere),
+        };
+        let path = created.and_then(|file| file.into_temp_path().keep().map_err(|e| e.error));
+        path.map(Self::new).map_err(|e| Error::io("create a file in", elsewhere, e))
+    }
+
+    fn path(&self) -> &Path {
+        &self.0.0
+    }
+}
+
+impl Drop for Kept {
+    fn drop(&mut self) {
+        LEFT.lock().unwrap_or_else(|e| e.into_inner()).retain(|path| *path != self.0.0);
+    }
+}
+
+/// A model that the engine has loaded, and the file that it reads. Bound in this order the file goes last.
+#[cfg(feature = "ggml")]
+pub struct Loaded {
+    pub runs: Runnable,
+    pub model: qconv::ggml::Model,
+}
+
+/// Loads a model of any format ([`Runnable::of`]).
+///
+/// # Errors
+/// As the conversion, and the engine.
+#[cfg(feature = "ggml")]
+pub fn load(
+    path: &Path,
+    options: &qconv::ggml::ModelOptions,
+    threads: Option<u32>,
+    quiet: bool,
+) -> Result<Loaded> {
+    let runs = Runnable::of(path, threads, quiet)?;
+    let loaded = qconv::ggml::Model::load(&runs.path, options);
+    let model = loaded.map_err(|e| if runs.is_temporary() { e.moved(&runs.path, path) } else { e })?;
+    Ok(Loaded { runs, model })
+}
