@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use qconv::convert::{Quantize, Sharding};
 use qconv::limits::Limits;
-use serde_json::json;
+use serde_json::{Value as Json, json};
 
 use super::common::{self, EditArgs, WriteArgs};
 use super::mix::{self, MixArgs};
@@ -110,6 +110,7 @@ pub fn run(args: &Args) -> anyhow::Result<Status> {
     }
     let mut summary = common::summary(&job, &done);
     summary["mix"] = json!(found.as_ref().map(mix::json_of));
+    summary["converted"] = runs.as_ref().map_or(Json::Null, Runnable::json);
     summary["evaluation"] = json!(report.evaluation(&job, source, write)?);
     report.write(&done, &summary, write.force)?;
     if write.work.json {

@@ -18,8 +18,9 @@ use super::ui::{self, Progress};
 pub struct Runnable {
     pub path: PathBuf,
     /// What a conversion is, where that has to be said.
-    pub stated: Option<Stated>,
-    kept: Option<Kept>,
+    stated: Option<Stated>,
+    /// For as long as this is there.
+    _kept: Option<Kept>,
 }
 
 /// How a conversion holds the weights of its source.
@@ -46,7 +47,7 @@ impl Runnable {
     pub fn of(path: &Path, threads: Option<u32>, quiet: bool) -> Result<Self> {
         let is_packed = path.is_file() && is_qpack(&InputFile::open(path)?)?;
         if !is_packed && !path.is_dir() {
-            return Ok(Self { path: path.to_path_buf(), stated: None, kept: None });
+            return Ok(Self { path: path.to_path_buf(), stated: None, _kept: None });
         }
         ui::catch_interrupt();
         let kept = Kept::beside(path)?;
@@ -72,7 +73,7 @@ impl Runnable {
             job.plan.notes.iter().filter(|n| n.starts_with("warning")).for_each(|n| ui::say(n));
             ui::say(&format!("note: {}", stated.sentence()));
         }
-        Ok(Self { path: job.output, stated: Some(stated), kept: Some(kept) })
+        Ok(Self { path: job.output, stated: Some(stated), _kept: Some(kept) })
     }
 
     /// What would be written for a conversion whose output is `output`.
@@ -104,13 +105,13 @@ impl Runnable {
         }
         let kept = Kept::new(job.output.clone());
         convert(&job, &args.work.budget()?, quiet)?;
-        Ok(Self { path: job.output, stated: None, kept: Some(kept) })
+        Ok(Self { path: job.output, stated: None, _kept: Some(kept) })
     }
 
-    /// Whether it is a conversion.
+    /// Whether it is a conversion of what was given.
     #[cfg(feature = "ggml")]
     pub fn is_temporary(&self) -> bool {
-        self.kept.is_some()
+        self.stated.is_some()
     }
 
     /// What JSON says of a conversion; null of a file that was given.
