@@ -3,6 +3,8 @@
 //! `cargo bench --profile release --bench qpack` shows weights in a second. Arguments name rows of the table
 //! instead of all.
 
+#[path = "../tests/common/qpack.rs"]
+mod made;
 #[path = "common/timing.rs"]
 mod timing;
 
@@ -10,6 +12,10 @@ use std::hint::black_box;
 
 use qconv::block::{bits, trits};
 use qconv::container::grouped::{Rows, Shape};
+use qconv::container::qpack::Tensor;
+use qconv::limits::Limits;
+use qconv::packed::qpack::open;
+use qconv::packed::write::{Data, Format, QpackEncoding, Target, round};
 use timing::Table;
 
 const ROWS: u64 = 64;
@@ -71,6 +77,36 @@ fn main() {
         let mut out = vec![0f32; n];
         show(&format!("values, groups of {group_size}"), &mut || {
             rows.all_weights(black_box(&shape), &mut out)
+        });
+    }
+    decode(&table);
+}
+
+/// Made-up weights in each encoding, from a file to values.
+fn decode(table: &Table) {
+    const ROWS: u64 = 1024;
+    let dir = tempfile::tempdir().unwrap();
+    let weights = timing::noise((ROWS * COLS) as usize);
+    for (name, encoding) in QpackEncoding::NAMES.iter().filter(|(_, e)| *e != QpackEncoding::Sparse) {
+        let layout = Target::new(Format::Qpack(*encoding)).layout(&[], "float16").unwrap();
+        let tensor = Tensor::new("w", vec![ROWS, COLS], layout.encoding(ROWS, COLS).unwrap()).unwrap();
+        let mut rows = Rows::default();
+        let data = match layout.grid() {
+            Some(grid) => {
+                round(grid, &weights, COLS, &mut rows).unwrap();
+                Data::Integers(&rows)
+            }
+            None => Data::Weights(&weights),
+        };
+        let contents = made::fill(&tensor, |put| layout.write([ROWS, COLS], 0, data, put).map(drop));
+        let path = made::write(dir.path(), vec![(tensor, contents)]);
+        let (store, _) = open(&path, &Limits::default()).unwrap();
+        let info = store.get("w").unwrap();
+        let mut values = vec![0; (16 * COLS * 4) as usize];
+        table.show(&format!("file to values, {name}"), "G weights", (ROWS * COLS) as f64 / 1e9, || {
+            for start in (0..ROWS * COLS).step_by(16 * COLS as usize) {
+                store.read(info, start * 4, &mut values).unwrap();
+            }
         });
     }
 }

@@ -1,12 +1,12 @@
 //! Numbers of a table: `table[code] * scale`, the table one of a tensor, a row or a group.
 
-use super::{Parts, numbers};
+use super::{Blocks, Parts, numbers, runs};
 use crate::block::bits;
 use crate::container::qpack::{Codebook, Matrix};
 use crate::container::{Packing, Stored, View};
 use crate::error::{Error, Result};
 use crate::packed::write::Put;
-use crate::packed::{bytes, tiles};
+use crate::packed::{Tile, bytes, tiles};
 use crate::tensor::TensorInfo;
 
 /// Codes of a tensor, in files.
@@ -65,32 +65,47 @@ impl Codes {
         Ok(codes.into_iter().zip(first..).map(scale).collect())
     }
 
-    /// The values of columns of one row.
-    fn row(&self, stored: &Stored, row: u64, cols: std::ops::Range<u64>, out: &mut [[u8; 4]]) -> Result<()> {
+    /// The values of a tile: columns of one row, or whole rows.
+    fn tile(&self, stored: &Stored, tile: &Tile, out: &mut [[u8; 4]]) -> Result<()> {
         let e = &self.encoding;
         let bits = u64::from(e.bits);
         // Eight codes are whole bytes.
-        let (first, end) = (cols.start / 8 * bits, (cols.end.div_ceil(8) * bits).min(self.codes.row()));
-        let stream = bytes(stored, &self.codes, row * self.codes.row() + first, (end - first) as usize)?;
-        let mut codes = vec![0; out.len()];
-        bits::unpack(&stream, e.bits, (cols.start % 8) as usize, &mut codes);
-        let span = |wide: u64| (cols.start / wide, cols.end.div_ceil(wide));
-        let across = |block: [u64; 2]| row / block[0] * self.matrix.blocks(block)[1];
-        let (block, end) = span(e.block[1]);
-        let scales = self.scales(stored, across(e.block) + block, (end - block) as usize)?;
-        let entries = 1 << e.bits;
-        let (table, end) = span(e.tables[1]);
-        let tables = numbers(
-            stored,
-            &self.table,
-            (across(e.tables) + table) * entries as u64,
-            (end - table) as usize * entries,
-        )?;
-        for ((y, code), col) in out.iter_mut().zip(codes).zip(cols) {
-            let at = (col / e.tables[1] - table) as usize * entries + usize::from(code);
-            let scale = scales[(col / e.block[1] - block) as usize];
-            let value = if self.scales.is_some() { tables[at] * scale } else { tables[at] };
-            *y = value.to_le_bytes();
+        let (row, start, end) =
+            (self.codes.row(), tile.cols.start / 8 * bits, tile.cols.end.div_ceil(8) * bits);
+        let (last, end) = (tile.rows.end - 1, end.min(row));
+        let n = (last - tile.rows.start) * row + end - start;
+        let streams = bytes(stored, &self.codes, tile.rows.start * row + start, n as usize)?;
+        let shared = |block| Blocks::of(tile, block, self.matrix);
+        let (scales_at, tables_at) = (shared(e.block), shared(e.tables));
+        let scales = self.scales(stored, scales_at.first, scales_at.n as usize)?;
+        let entries = 1usize << e.bits;
+        let tables =
+            numbers(stored, &self.table, tables_at.first * entries as u64, tables_at.n as usize * entries)?;
+        let wide = (tile.cols.end - tile.cols.start) as usize;
+        let mut codes = vec![0; wide];
+        // As long as bytes have codes: none is beyond.
+        let (mut table, mut own) = ([0f32; 256], usize::MAX);
+        let rows = streams.chunks((row as usize).max(1)).zip(tile.rows.clone());
+        for ((stream, row), out) in rows.zip(out.chunks_exact_mut(wide.max(1))) {
+            bits::unpack(stream, e.bits, (tile.cols.start % 8) as usize, &mut codes);
+            for part in runs(&tile.cols, e.tables[1]) {
+                let at = tables_at.index(row, part.start) * entries;
+                if own != at {
+                    table[..entries].copy_from_slice(&tables[at..at + entries]);
+                    own = at;
+                }
+                for part in runs(&part, e.block[1]) {
+                    let scale = scales[scales_at.index(row, part.start)];
+                    let within =
+                        (part.start - tile.cols.start) as usize..(part.end - tile.cols.start) as usize;
+                    let values = codes[within.clone()].iter().map(|code| table[usize::from(*code)]);
+                    let out = out[within].iter_mut().zip(values);
+                    match self.scales {
+                        Some(_) => out.for_each(|(y, x)| *y = (x * scale).to_le_bytes()),
+                        None => out.for_each(|(y, x)| *y = x.to_le_bytes()),
+                    }
+                }
+            }
         }
         Ok(())
     }
@@ -106,11 +121,10 @@ impl View for Codes {
     fn read(&self, stored: &Stored, start: u64, out: &mut [u8]) -> Result<()> {
         let mut out = out.as_chunks_mut().0;
         for tile in tiles(start, start + out.len() as u64, self.matrix.cols) {
-            for row in tile.rows {
-                let (these, rest) = out.split_at_mut((tile.cols.end - tile.cols.start) as usize);
-                self.row(stored, row, tile.cols.clone(), these)?;
-                out = rest;
-            }
+            let n = (tile.rows.end - tile.rows.start) * (tile.cols.end - tile.cols.start);
+            let (these, rest) = out.split_at_mut(n as usize);
+            self.tile(stored, &tile, these)?;
+            out = rest;
         }
         Ok(())
     }

@@ -11,6 +11,7 @@ mod sparse;
 mod take;
 mod ternary;
 
+use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -136,7 +137,7 @@ impl Scales {
     }
 
     /// Those of whole rows, row by row.
-    fn of_rows(&self, stored: &Stored, rows: std::ops::Range<u64>, out: &mut [f32]) -> Result<()> {
+    fn of_rows(&self, stored: &Stored, rows: Range<u64>, out: &mut [f32]) -> Result<()> {
         let (first, last) = (rows.start / self.high, rows.end.saturating_sub(1) / self.high);
         let across = self.across as usize;
         let all = numbers(stored, &self.info, first * self.across, (last - first + 1) as usize * across)?;
@@ -146,6 +147,41 @@ impl Scales {
         }
         Ok(())
     }
+}
+
+/// The blocks that a tile has a part in: of one row those of its columns, else all of their rows.
+struct Blocks {
+    /// Rows and columns of a block.
+    block: [u64; 2],
+    /// Blocks side by side.
+    across: u64,
+    /// The number of the first one, and how many follow on it, with it.
+    first: u64,
+    n: u64,
+}
+
+impl Blocks {
+    fn of(tile: &super::Tile, block: [u64; 2], matrix: Matrix) -> Self {
+        let across = matrix.blocks(block)[1];
+        let first = tile.rows.start / block[0] * across + tile.cols.start / block[1];
+        let last = (tile.rows.end - 1) / block[0] * across + (tile.cols.end - 1) / block[1];
+        Self { block, across, first, n: last - first + 1 }
+    }
+
+    /// The number of an element's block, from the first one on.
+    fn index(&self, row: u64, col: u64) -> usize {
+        (row / self.block[0] * self.across + col / self.block[1] - self.first) as usize
+    }
+}
+
+/// Columns in runs that share blocks of so many.
+fn runs(cols: &Range<u64>, wide: u64) -> impl Iterator<Item = Range<u64>> {
+    let (mut at, end) = (cols.start, cols.end);
+    std::iter::from_fn(move || {
+        let run = at..end.min((at / wide).saturating_add(1).saturating_mul(wide));
+        at = run.end;
+        (!run.is_empty()).then_some(run)
+    })
 }
 
 /// Whether scales may have this type.

@@ -1,6 +1,6 @@
 //! Elements of 8 bits times the scale of their block.
 
-use super::{Parts, Scales};
+use super::{Blocks, Parts, numbers, runs};
 use crate::container::qpack::{Matrix, Scaled};
 use crate::container::{Packing, Stored, View};
 use crate::error::{Error, Result};
@@ -14,14 +14,14 @@ pub(super) struct Elements {
     block: [u64; 2],
     matrix: Matrix,
     data: TensorInfo,
-    scales: Scales,
+    scales: TensorInfo,
     divisor: u64,
 }
 
 impl Elements {
     pub(super) fn new(e: &Scaled, shape: &[u64], parts: &Parts<'_>) -> Result<Self> {
         let matrix = Matrix::of(shape, false)?;
-        let scales = Scales::new(parts.get("scales")?, matrix, e.block);
+        let scales = parts.get("scales")?;
         Ok(Self { block: e.block, matrix, data: parts.get("data")?, scales, divisor: e.divisor })
     }
 }
@@ -41,19 +41,22 @@ impl View for Elements {
             }
             _ => crate::packed::values(stored, &self.data, start, n)?,
         };
-        let mut pairs = out.iter_mut().zip(values);
-        let mut scales = vec![0.0; self.scales.across as usize];
         let inverse = (self.divisor > 1).then_some(1.0 / self.divisor as f32);
-        let mut at = u64::MAX;
+        let (mut out, mut values) = (out, &values[..]);
         for tile in tiles(start, start + n as u64, self.matrix.cols) {
+            let blocks = Blocks::of(&tile, self.block, self.matrix);
+            let scales = numbers(stored, &self.scales, blocks.first, blocks.n as usize)?;
             for row in tile.rows {
-                if at != row / self.block[0] {
-                    at = row / self.block[0];
-                    self.scales.of_rows(stored, row..row + 1, &mut scales)?;
-                }
-                for (col, (y, x)) in tile.cols.clone().zip(pairs.by_ref()) {
-                    let value = x * scales[(col / self.block[1]) as usize];
-                    *y = inverse.map_or(value, |inverse| value * inverse).to_le_bytes();
+                for run in runs(&tile.cols, self.block[1]) {
+                    let scale = scales[blocks.index(row, run.start)];
+                    let n = (run.end - run.start) as usize;
+                    let (these, rest) = out.split_at_mut(n);
+                    let pairs = these.iter_mut().zip(&values[..n]);
+                    match inverse {
+                        Some(inverse) => pairs.for_each(|(y, x)| *y = (x * scale * inverse).to_le_bytes()),
+                        None => pairs.for_each(|(y, x)| *y = (x * scale).to_le_bytes()),
+                    }
+                    (out, values) = (rest, &values[n..]);
                 }
             }
         }
