@@ -245,7 +245,11 @@ impl GridArgs {
             Format::BnbInt8 | Format::Fp8 | Format::Mxfp4 | Format::Qpack(_) => &[],
         };
         if let Some(option) = self.given().iter().find(|option| !heeded.contains(option)) {
-            return Err(Error::misuse(format!("{option} means nothing with --to {}", format.name())));
+            let name = match format {
+                Format::Compressed(own) => own.name(),
+                other => other.name(),
+            };
+            return Err(Error::misuse(format!("{option} means nothing with --to {name}")));
         }
         Ok(Wanted {
             bits: self.bits,

@@ -412,8 +412,8 @@ impl<'m> Context<'m> {
         let n_embd = self.model.n_embd();
         if self.pooling == Pooling::None {
             let all = self.embeddings.clone();
-            // SAFETY: the context is valid; the indices are those of the last batch.
             return all
+                // SAFETY: the context is valid; the indices are those of the last batch.
                 .map(|i| row(unsafe { sys::llama_get_embeddings_ith(context, i as i32) }, n_embd))
                 .collect();
         }
@@ -429,9 +429,9 @@ impl<'m> Context<'m> {
         if keep >= self.position {
             return self.position;
         }
-        // SAFETY: the context is valid; without a memory nothing is asked of it. Positions stay below
-        // `n_ctx`, which llama.cpp itself keeps in 32 bits.
         let cut = keep > 0
+            // SAFETY: the context is valid; without a memory nothing is asked of it. Positions stay below
+            // `n_ctx`, which llama.cpp itself keeps in 32 bits.
             && unsafe {
                 let memory = sys::llama_get_memory(self.context.as_ptr());
                 !memory.is_null()

@@ -158,9 +158,9 @@ impl<'a> Node<'a> {
     }
 
     fn is_on_host(&self) -> bool {
-        // SAFETY: a null buffer is not asked; another is valid as long as the tensor.
         !self.0.data.is_null()
             && !self.0.buffer.is_null()
+            // SAFETY: a null buffer is not asked; another is valid as long as the tensor.
             && unsafe { sys::ggml_backend_buffer_is_host(self.0.buffer) }
     }
 

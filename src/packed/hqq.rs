@@ -201,7 +201,7 @@ fn module(packed: &Packed<'_>, stem: &str, codes: &TensorInfo) -> Result<Joined>
             codes.dtype,
             codes.nbytes,
             kinds.join(" or "),
-            wanted.unwrap_or(u64::MAX)
+            wanted.map_or("an impossible number".to_string(), |n| n.to_string())
         )));
     }
     let line_shape = if by_rows { [lines, 1] } else { [1, lines] };

@@ -97,7 +97,8 @@ impl CompressedFormat {
         ("float-quantized", Self::Float),
     ];
 
-    fn name(self) -> &'static str {
+    /// As config.json has it.
+    pub fn name(self) -> &'static str {
         Self::NAMES.iter().find(|(_, f)| *f == self).map_or("", |(name, _)| name)
     }
 }
