@@ -21,6 +21,7 @@ pub mod mix;
 pub mod model;
 pub mod packed;
 pub mod quantize;
+pub mod sha256;
 pub mod sys;
 pub mod tensor;
 pub mod verify;

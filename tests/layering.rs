@@ -27,6 +27,7 @@ const ORDER: &[&str] = &[
     "tensor",
     // The ground that all stand on.
     "work",
+    "sha256",
     "sys",
     "limits",
     "error",

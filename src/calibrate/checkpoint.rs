@@ -8,8 +8,6 @@
 use std::path::{Path, PathBuf};
 use std::time::UNIX_EPOCH;
 
-use sha2::{Digest, Sha256};
-
 use super::collect::{Options, Progress};
 use super::importance::Importance;
 use crate::container::gguf::write::Layout;
@@ -19,6 +17,7 @@ use crate::error::{Error, Result};
 use crate::eval::score::Perplexity;
 use crate::eval::windows::Windows;
 use crate::limits::Limits;
+use crate::sha256::Sha256;
 use crate::tensor::DType;
 
 /// What the sums of a run belong to.

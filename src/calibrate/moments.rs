@@ -11,8 +11,6 @@ use std::path::Path;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
-use sha2::{Digest, Sha256};
-
 use super::gram::{Panels, ROWS};
 use super::inputs::{Finder, Selection, product};
 use super::plan::{BUFFER, Plan, Unit};
@@ -24,6 +22,7 @@ use crate::error::{Error, Result};
 use crate::eval::windows::Windows;
 use crate::ggml::{Context, ContextOptions, Logits, Model, Node, Observer, Op};
 use crate::limits::Limits;
+use crate::sha256::Sha256;
 
 /// Most bytes of logits that llama.cpp keeps. They have to be asked for: it leaves out tokens whose logits
 /// nobody wants from the last layer.

@@ -5,8 +5,6 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, RwLock, RwLockReadGuard};
 
-use sha2::{Digest, Sha256};
-
 use super::plan::Budget;
 use super::stage::{OutputFile, Stage};
 use super::stream::Observer;
@@ -14,6 +12,7 @@ use crate::container::qpack::planes::{CHUNK, Planes};
 use crate::container::qpack::{ALIGNMENT, Content, Manifest, Qpack, SUFFIX, Segment, ShardSeal, write};
 use crate::container::shards::{shard_name, split_shard_name};
 use crate::error::{Error, Result};
+use crate::sha256::Sha256;
 use crate::tensor::DType;
 use crate::work::each;
 
@@ -145,7 +144,6 @@ struct Slot {
 }
 
 /// What is summed up while chunks pass.
-#[derive(Default)]
 struct Sums {
     content: Sha256,
     stored: Sha256,
@@ -167,16 +165,16 @@ impl Writer<'_> {
         let bytes = content.bytes();
         if let Some(planes) = planes.filter(|_| bytes > 0 && !content.is_closed()) {
             let (stored, sums) = self.chunks(content, Some(planes), true)?;
-            content.check(sums.content.finalize().into())?;
+            content.check(sums.content.finalize())?;
             if Planes::is_worth(bytes, stored) {
                 let compression = Some(planes.note(bytes, content.sha256()));
                 self.pad(stored)?;
-                return Ok(Segment { bytes: stored, sha256: sums.stored.finalize().into(), compression });
+                return Ok(Segment { bytes: stored, sha256: sums.stored.finalize(), compression });
             }
         }
         let tells = planes.is_none() || content.is_closed();
         let (_, sums) = self.chunks(content, None, tells)?;
-        content.check(sums.content.finalize().into())?;
+        content.check(sums.content.finalize())?;
         self.pad(bytes)?;
         let is_closed = content.is_closed();
         let compression = content.segment().compression.clone().filter(|_| is_closed);

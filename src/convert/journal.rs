@@ -15,12 +15,12 @@ use std::sync::Mutex;
 use std::time::UNIX_EPOCH;
 
 use serde::{Deserialize, Serialize};
-use sha2::{Digest, Sha256};
 
 use super::outcome::{Loss, Spanned, Tally};
 use super::plan::{Importance, Plan, Rounding};
 use crate::container::Store;
 use crate::error::{Error, Result};
+use crate::sha256::Sha256;
 
 /// A span of a tensor: its number in the plan, its first element, and the one behind its last.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -4,8 +4,6 @@ use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 use std::path::Path;
 
-use sha2::{Digest, Sha256};
-
 use super::knapsack::{Offer, choose, total};
 use super::table::{Subject, Table, Trial};
 use super::trials::{Types, Variants, entry, hex, offers};
@@ -13,6 +11,7 @@ use super::{Judge, Options, Sample, Step, Target, proxy};
 use crate::convert::{Job, Observer, Quantize, Quantizer, Stage, Way};
 use crate::error::{Error, Result};
 use crate::eval::score::DivergenceSummary;
+use crate::sha256::Sha256;
 use crate::tensor::DType;
 
 /// Whole models that are measured for a target of quality, at most, before the held-out text is asked.

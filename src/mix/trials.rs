@@ -1,12 +1,12 @@
 //! Conversions of one model with different types.
 
 use indexmap::IndexMap;
-use sha2::{Digest, Sha256};
 
 use super::Measure;
 use super::table::Table;
 use crate::convert::{Job, Overrides, Quantize, Quantizer, Recipe, Scratch, Sharding, parse_tensor_type};
 use crate::error::{Error, Result};
+use crate::sha256::Sha256;
 use crate::tensor::DType;
 
 /// Types by tensor.

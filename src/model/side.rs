@@ -3,12 +3,11 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use sha2::{Digest, Sha256};
-
 use crate::container::qpack::Qpack;
 use crate::container::side::{files_below, is_weights};
 use crate::container::{InputFile, Store};
 use crate::error::{Error, Result};
+use crate::sha256::Sha256;
 
 /// Bytes that are read at a time.
 const BUFFER: usize = 1 << 20;
@@ -49,7 +48,7 @@ impl SideFile {
             hasher.update(&buffer[..n]);
             at += n as u64;
         }
-        Ok(hasher.finalize().into())
+        Ok(hasher.finalize())
     }
 }
 

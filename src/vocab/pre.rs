@@ -10,10 +10,10 @@ use std::sync::OnceLock;
 
 use serde::Deserialize;
 use serde_json::{Value, json};
-use sha2::{Digest, Sha256};
 
 use super::Vocab;
 use crate::error::{Error, Result};
+use crate::sha256::Sha256;
 
 const TABLE: &str = include_str!("../../formats/vocab/pre.toml");
 

@@ -51,7 +51,7 @@ impl Symbol {
     fn put(&self, x: u32) -> (u32, bool) {
         let is_high = x >= self.most;
         let x = if is_high { x >> 16 } else { x };
-        let quotient = (u64::from(x) * self.reciprocal >> self.shift) as u32; // below 2^20
+        let quotient = ((u64::from(x) * self.reciprocal) >> self.shift) as u32; // below 2^20
         (x + self.begin + quotient * self.others, is_high)
     }
 }
@@ -107,7 +107,7 @@ fn log2(n: u32) -> u32 {
     // From 1 to below 2; squared, its logarithm doubles.
     let mut x = u64::from(n) << (31 - whole);
     for _ in 0..16 {
-        x = x * x >> 31;
+        x = (x * x) >> 31;
         let is_above = x >= 1 << 32;
         x >>= u32::from(is_above);
         log = log << 1 | u32::from(is_above);
@@ -136,7 +136,7 @@ fn frequencies(bytes: &[u8]) -> Option<([u32; 256], [u32; 256])> {
     // What rounding leaves over, or takes too much of, is the largest one's.
     loop {
         let sum: u32 = parts.iter().sum();
-        let Some(largest) = (0..256).rev().max_by_key(|b| parts[*b]) else { return None };
+        let largest = (0..256).rev().max_by_key(|b| parts[*b])?;
         match sum.cmp(&TOTAL) {
             std::cmp::Ordering::Equal => return Some((counts, parts)),
             std::cmp::Ordering::Less => parts[largest] += TOTAL - sum,
@@ -232,7 +232,7 @@ mod tests {
         for f in 1..TOTAL {
             let symbol = Symbol::new(f, 0);
             for x in [0, 1, f - 1, f, (f << 20) / 3, (f << 20) - f, (f << 20) - 1] {
-                let quotient = (u64::from(x) * symbol.reciprocal >> symbol.shift) as u32;
+                let quotient = ((u64::from(x) * symbol.reciprocal) >> symbol.shift) as u32;
                 assert_eq!(quotient, x / f, "{x} / {f}");
             }
             let exact = f64::from(f).log2() * 65536.0;

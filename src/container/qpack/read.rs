@@ -3,8 +3,6 @@
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
-use sha2::{Digest, Sha256};
-
 use super::frame::{FOOTER, Footer, check_header};
 use super::manifest::{Manifest, Part, Segment, ShardSeal, SideFile, Split, Tensor};
 use super::planes::{self, Compressed, Planes};
@@ -14,6 +12,7 @@ use crate::container::shards::{shard_name, split_shard_name};
 use crate::container::{InputFile, Store};
 use crate::error::{Error, Result};
 use crate::limits::Limits;
+use crate::sha256::Sha256;
 use crate::tensor::{DType, TensorInfo};
 
 /// An opened model, of one file or many.
@@ -203,7 +202,7 @@ impl Qpack {
             None => shard.file.read_at(shard.places[k], &mut bytes)?,
         }
         let named = segment.compression.as_ref().map_or(segment.sha256, |c| c.sha256);
-        match named == <[u8; 32]>::from(Sha256::digest(&bytes)) {
+        match named == Sha256::digest(&bytes) {
             true => Ok(bytes),
             false => Err(at(Error::malformed("its bytes are not those that the manifest names"))),
         }
@@ -425,7 +424,7 @@ impl Shard {
         // It lies within the file.
         let mut bytes = vec![0; len as usize];
         file.read_at(at, &mut bytes)?;
-        if footer.manifest_sha256 != <[u8; 32]>::from(Sha256::digest(&bytes)) {
+        if footer.manifest_sha256 != Sha256::digest(&bytes) {
             return Err(Error::malformed("its manifest has another SHA-256 than its footer says")
                 .hint("the file is damaged: fetch it again"));
         }

@@ -4,7 +4,6 @@
 use std::path::PathBuf;
 
 use serde_json::{Value as Json, json};
-use sha2::{Digest, Sha256};
 
 use super::SUFFIX;
 use super::fields::hex;
@@ -14,6 +13,7 @@ use super::manifest::{Manifest, ShardSeal, Split};
 use crate::container::InputFile;
 use crate::container::shards::{Ending, FileLayout, Layout, shard_name};
 use crate::error::{Error, Result};
+use crate::sha256::Sha256;
 use crate::work::each;
 
 /// Bytes that are read at a time.
@@ -232,12 +232,12 @@ impl Seal {
 pub fn ending(manifest: &Manifest) -> Result<(u64, Vec<u8>, ShardSeal)> {
     let at = manifest.places()?.last().copied().unwrap_or_default();
     let mut bytes = manifest.bytes()?;
-    let manifest_sha256 = Sha256::digest(&bytes).into();
+    let manifest_sha256 = Sha256::digest(&bytes);
     let footer = Footer {
         manifest: (at, bytes.len() as u64),
         manifest_sha256,
         signature: 0,
-        signature_sha256: Sha256::digest([]).into(),
+        signature_sha256: Sha256::digest([]),
     };
     bytes.extend(footer.bytes());
     let len = at.checked_add(bytes.len() as u64);
@@ -276,5 +276,5 @@ fn sha256((at, len): (u64, u64), read: &ReadAt<'_>, seen: &Seen<'_>, buffer: &mu
             return Err(Error::interrupted());
         }
     }
-    Ok(hasher.finalize().into())
+    Ok(hasher.finalize())
 }

@@ -371,7 +371,7 @@ impl<'a> JoinedTensor<'a> {
             return Ok(None);
         };
         // Half a byte would be left over.
-        if n % 2 != 0 || map.dtype != DType::F32 {
+        if !n.is_multiple_of(2) || map.dtype != DType::F32 {
             return Ok(None);
         }
         let stored = self.store.stored();
