@@ -53,6 +53,7 @@ fn examples_work() {
         "merge",
         "inspect",
         "verify",
+        "diff",
         "run",
         "embed",
         "bench",
