@@ -117,7 +117,7 @@ pub struct QpackSparse {
     pub grid: Grid,
     /// Type of the scales.
     pub scales: DType,
-    /// Where the signs of every [`SPARSE_UNIT`]th row begin, and their end, once that is known.
+    /// Where the signs of every 64th row begin, and their end, once that is known.
     pub starts: Option<Arc<[u64]>>,
 }
 
