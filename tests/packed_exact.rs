@@ -16,7 +16,7 @@ use qconv::container::grouped::Rows;
 use qconv::container::qpack::{Encoding, Sparse, Tensor, Ternary, Trits};
 use qconv::limits::Limits;
 use qconv::packed::qpack::{put_sparse, put_ternary, sign_bytes};
-use qconv::packed::{BLOCKS, give_blocks};
+use qconv::packed::{BLOCKS, give_blocks, give_same};
 use qconv::tensor::DType;
 use serde_json::json;
 use unpacked::{open, stream};
@@ -217,4 +217,29 @@ fn ternary_digits() {
         assert_eq!(tq([2, 250], [1, 250], &[0.5]), DType::F32);
         assert_eq!(tq([2, 512], [1, 256], &[1.0 / 3.0]), DType::F32);
     }
+}
+
+/// Matrices that become one tensor have one type: the first that holds all.
+#[test]
+fn the_same_type_for_all() {
+    let given = |zeros: [u32; 2], scale: f32| {
+        let [a, b] = zeros.map(|zero| gptq(7, 4, [32, 64], 32, &[zero], &[scale], false));
+        let mut made = a;
+        made.tensors.extend(b.tensors.into_iter().map(|(name, tensor)| (name.replace("p.", "q."), tensor)));
+        let dir = tempfile::tempdir().unwrap();
+        let mut store = open(dir.path(), &made).unwrap();
+        give_blocks(&mut store, &BLOCKS).unwrap();
+        let types = |store: &Store| ["p", "q"].map(|p| store.get(&format!("{p}.weight")).unwrap().dtype);
+        let apart = types(&store);
+        give_same(&mut store, &["p.weight", "q.weight"], &BLOCKS).unwrap();
+        let same = types(&store);
+        assert_eq!(same[0], same[1]);
+        values(&store);
+        (apart, same[0])
+    };
+    // Q4_1 has numbers of F16 only: 7 times this is none.
+    let (odd, even) = (2047.0 / 2048.0, 0.5);
+    assert_eq!(given([8, 8], odd), ([DType::Q4_0; 2], DType::Q4_0));
+    assert_eq!(given([8, 7], even), ([DType::Q4_0, DType::Q4_1], DType::Q4_1));
+    assert_eq!(given([8, 7], odd), ([DType::Q4_0, DType::Q5_0], DType::Q5_0));
 }

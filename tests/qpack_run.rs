@@ -192,6 +192,11 @@ fn every_command_runs_any_form() {
     }
     let quantized = ["m.gguf.q4", "g.qpack.q4"].map(|file| tensors(&place.path(file)));
     assert!(quantized[0] == quantized[1] && count(&quantized[0], DType::Q4_0) > 10);
+    // Its predictions are those of what it was made of.
+    let report = json(&place, &["verify", "m.gguf", "--against", "g.qpack", "--json"]);
+    let forward = report["checks"].as_array().unwrap().iter().find(|c| c["name"] == "forward").unwrap();
+    assert_eq!(forward["outcome"], "passed", "{forward}");
+    assert!(forward["detail"].as_str().unwrap().contains("0.00e0"), "{forward}");
     let files: Vec<_> = place.listing().into_keys().collect();
     let is_left = |path: &&std::path::PathBuf| path.file_name().unwrap().to_str().unwrap().starts_with('.');
     assert_eq!(files.iter().find(is_left), None);

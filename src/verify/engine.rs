@@ -3,8 +3,10 @@
 use std::path::Path;
 
 use super::{Options, Outcome, Report, SourceModel};
+use crate::container::InputFile;
 use crate::container::gguf::Gguf;
-use crate::convert::{Budget, HfToGguf, Observer, TokenCheck};
+use crate::container::qpack::is_qpack;
+use crate::convert::{Budget, FileType, FromQpack, HfToGguf, Job, Observer, TokenCheck};
 use crate::error::{Error, Result};
 use crate::eval::{embed, logits, parity};
 use crate::ggml::{Model, ModelOptions};
@@ -13,7 +15,7 @@ use crate::vocab::{self, Vocab};
 
 /// Tokens of the forward pass.
 const FORWARD_TOKENS: usize = 32;
-/// A Hugging Face source of up to this many bytes is converted for the forward comparison.
+/// A source of up to this many bytes is converted for the forward comparison.
 const FORWARD_SOURCE: u64 = 8 << 30;
 
 pub(super) fn check(
@@ -89,6 +91,26 @@ pub(super) fn tolerance(dtypes: impl Iterator<Item = DType>) -> Option<f64> {
     }
 }
 
+/// What makes of a source that the engine cannot load a file that it can, at `scratch`; of a Hugging Face model one
+/// of this type.
+pub(super) fn conversion(
+    source: Option<&SourceModel>,
+    options: &Options,
+    file_type: Option<FileType>,
+    scratch: &Path,
+) -> Result<Option<Job>> {
+    let output = Some(scratch.to_path_buf());
+    match (source, &options.against) {
+        (Some(SourceModel::HuggingFace(hf)), _) => {
+            HfToGguf { output, file_type, ..(**hf).clone() }.plan().map(Some)
+        }
+        (Some(SourceModel::Gguf(_)), Some(path)) if is_qpack(&InputFile::open(path)?)? => {
+            FromQpack { output, ..FromQpack::new(path) }.plan().map(Some)
+        }
+        _ => Ok(None),
+    }
+}
+
 fn forward(
     gguf: &Gguf,
     source: Option<&SourceModel>,
@@ -108,26 +130,23 @@ fn forward(
     if found.matrix().values.iter().any(|v| !v.is_finite()) {
         return Ok((Outcome::Failed, format!("the {what} hold NaN or infinities")));
     }
-    let scratch;
-    let reference: &Path = match source {
-        None => return Ok((Outcome::Passed, format!("{} tokens, finite", ids.len()))),
-        Some(SourceModel::Gguf(other)) => match other.store.files().first() {
-            Some(file) => file.path(),
+    let scratch = TempFile::beside(&options.file);
+    let reference = match (conversion(source, options, None, &scratch.0)?, source) {
+        (Some(job), _) if job.plan.total_len() > FORWARD_SOURCE => {
+            let detail = format!("{} tokens, finite; the source is too large to run beside it", ids.len());
+            return Ok((Outcome::Passed, detail));
+        }
+        (Some(job), _) => {
+            job.run(true, budget, observer)?;
+            job.output
+        }
+        (None, Some(SourceModel::Gguf(other))) => match other.store.files().first() {
+            Some(file) => file.path().to_path_buf(),
             None => return Ok((Outcome::Skipped, "the source has no file".into())),
         },
-        Some(SourceModel::HuggingFace(hf)) => {
-            scratch = TempFile::beside(&options.file);
-            let job = HfToGguf { output: Some(scratch.0.clone()), ..(**hf).clone() }.plan()?;
-            if job.plan.total_len() > FORWARD_SOURCE {
-                let detail =
-                    format!("{} tokens, finite; the source is too large to run beside it", ids.len());
-                return Ok((Outcome::Passed, detail));
-            }
-            job.run(true, budget, observer)?;
-            &scratch.0
-        }
+        (None, _) => return Ok((Outcome::Passed, format!("{} tokens, finite", ids.len()))),
     };
-    let reference = Model::load(reference, &ModelOptions::default())?;
+    let reference = Model::load(&reference, &ModelOptions::default())?;
     let wanted = embed::output(&reference, &ids, threads)?;
     let agreement = logits::compare(found.matrix(), wanted.matrix())?;
     let detail = format!(

@@ -4,12 +4,12 @@ use std::collections::HashSet;
 
 use super::departure::{Departure, Place};
 use super::{Case, Comparison, LayerOutputs, LogitsOptions, Proof, check_memory, layer_of_output};
-use crate::convert::{Budget, FileType, HfToGguf};
+use crate::convert::{Budget, FileType};
 use crate::error::{Error, Result};
 use crate::eval::logits::{self, Matrix};
 use crate::ggml::{self, Model, ModelOptions, Node};
 use crate::verify::SourceModel;
-use crate::verify::engine::{TempFile, tolerance};
+use crate::verify::engine::{TempFile, conversion, tolerance};
 
 /// A node of one layer.
 struct Seen {
@@ -68,24 +68,23 @@ pub(super) fn prove(
     budget: &Budget,
     no_candle: &str,
 ) -> Result<Proof> {
-    let scratch;
-    let (path, reference) = match source {
-        SourceModel::Gguf(other) => {
-            let file = other.store.files().first();
-            let file = file.ok_or_else(|| Error::misuse("the source has no file"))?;
-            (file.path(), "the source in llama.cpp".to_string())
-        }
-        SourceModel::HuggingFace(hf) => {
-            scratch = TempFile::beside(&case.options.file);
-            let f32 = FileType::parse("f32");
-            let conversion = HfToGguf { output: Some(scratch.0.clone()), file_type: f32, ..(**hf).clone() };
-            let job = conversion.plan()?;
-            check_memory("a conversion of the source to F32", job.plan.total_len(), how)?;
+    let scratch = TempFile::beside(&case.options.file);
+    let job = conversion(Some(source), case.options, FileType::parse("f32"), &scratch.0)?;
+    let is_hf = matches!(source, SourceModel::HuggingFace(_));
+    let reference = if is_hf { "a conversion to F32 in llama.cpp" } else { "the source in llama.cpp" };
+    let path = match (job, source) {
+        (Some(job), _) => {
+            check_memory("a conversion of the source", job.plan.total_len(), how)?;
             job.run(true, budget, case.observer)?;
-            (scratch.0.as_path(), "a conversion to F32 in llama.cpp".to_string())
+            job.output
         }
+        (None, SourceModel::Gguf(other)) => {
+            let file = other.store.files().first();
+            file.ok_or_else(|| Error::misuse("the source has no file"))?.path().to_path_buf()
+        }
+        (None, SourceModel::HuggingFace(_)) => return Err(Error::misuse("the source cannot be converted")),
     };
-    let wanted_model = Model::load(path, &ModelOptions::default())?;
+    let wanted_model = Model::load(&path, &ModelOptions::default())?;
     let (mut found_layers, mut wanted_layers) = (LayerOutputs::default(), LayerOutputs::default());
     let found = logits::observed(case.model, &case.ids, case.threads, &mut found_layers)?;
     let wanted = logits::observed(&wanted_model, &case.ids, case.threads, &mut wanted_layers)?;
@@ -111,7 +110,7 @@ pub(super) fn prove(
         departure = Some(Departure { place: Some(place), tensors, why });
     }
     Ok(Proof {
-        reference,
+        reference: reference.to_string(),
         no_candle: Some(no_candle.to_string()),
         tokens: case.ids.len(),
         source,
