@@ -68,6 +68,9 @@ pub(super) fn check(
     let damaged = integrity(report, &file, (segments, bytes), budget, observer)?;
     let of_files = side_files(&file, &damaged, limits);
     add_all(report, "other files", of_files, || format!("{files} read"));
+    // AWQ takes scales out of matrices, and puts them into what comes before.
+    let method = file.manifests().next().and_then(|(_, m)| m.provenance.get("method")?.as_str());
+    let is_folded = method.is_some_and(|name| name.contains("awq"));
     drop(file);
 
     if let Some(name) = damaged.iter().find(|n| TELLING.contains(&n.as_str())) {
@@ -80,7 +83,7 @@ pub(super) fn check(
             encodings(report, &model, budget, observer)?;
             origins(report, &model, budget, observer)?;
             if let Some(source) = &options.against {
-                against(report, &model, source, limits, budget, observer)?;
+                against(report, (&model, is_folded), source, limits, budget, observer)?;
             }
         }
         Err(e) if is_finding(&e) => report.add("encodings", Err(e)),
@@ -267,7 +270,7 @@ fn restored(store: &Store, tensor: &crate::container::qpack::Tensor) -> Result<O
 /// but not be farther away than zeros would be.
 fn against(
     report: &mut Report,
-    model: &Model,
+    (model, is_folded): (&Model, bool),
     source: &Path,
     limits: &Limits,
     budget: &Budget,
@@ -282,7 +285,7 @@ fn against(
         }
         Err(e) => return Err(e),
     };
-    let faults: Vec<String> = found.iter().filter_map(|t| fault(model, &source, t)).collect();
+    let faults: Vec<String> = found.iter().filter_map(|t| fault((model, is_folded), &source, t)).collect();
     let exact = found.iter().filter(|t| t.kind.is_equal()).count();
     let worst =
         found.iter().filter_map(|t| Some((t, t.errors?))).max_by(|(_, a), (_, b)| a.nmse.total_cmp(&b.nmse));
@@ -302,7 +305,7 @@ fn against(
     Ok(())
 }
 
-fn fault(model: &Model, source: &Model, t: &TensorDiff) -> Option<String> {
+fn fault((model, is_folded): (&Model, bool), source: &Model, t: &TensorDiff) -> Option<String> {
     let name = &t.name;
     let shape = |k: usize| t.shapes[k].as_deref().unwrap_or_default();
     match t.kind {
@@ -317,7 +320,7 @@ fn fault(model: &Model, source: &Model, t: &TensorDiff) -> Option<String> {
             let errors = t.errors.unwrap_or_default();
             let same_type = model.get(name)?.dtype() == source.get(name)?.dtype();
             let manifest = model.get(name)?.manifest()?;
-            let is_copy = same_type && matches!(manifest.encoding, Encoding::Plain(_));
+            let is_copy = same_type && !is_folded && matches!(manifest.encoding, Encoding::Plain(_));
             let is_bad = is_copy || manifest.origin.is_some() || errors.nmse > 1.0 || errors.non_finite > 0;
             is_bad.then(|| {
                 format!(

@@ -1,8 +1,10 @@
 //! Canonical JSON: one text for each value. RFC 8785 for what a manifest holds: keys are ASCII and sorted, there
 //! is no white space, and numbers are integers from 0 to 2^53 - 1.
 
+use std::fmt;
 use std::io::Write;
 
+use serde::de::{self, DeserializeSeed, Deserializer, MapAccess, SeqAccess, Visitor};
 use serde_json::{Map, Value as Json};
 
 use crate::error::{Error, Result};
@@ -26,20 +28,154 @@ pub fn write(value: &Json) -> Result<Vec<u8>> {
 ///
 /// # Errors
 /// `Malformed` when they are not.
+#[cfg(test)]
 pub fn parse(bytes: &[u8]) -> Result<Json> {
     let value = serde_json::from_slice(bytes).map_err(|e| Error::malformed(format!("is no JSON: {e}")))?;
-    // A key that comes twice is there once in the value.
     let again = write(&value).map_err(|e| Error::malformed(e.to_string()))?;
+    same(&again, bytes).map(|()| value)
+}
+
+/// That a text, written again, is the same. A key that comes twice is there once in a value.
+fn same(again: &[u8], bytes: &[u8]) -> Result<()> {
     match again
         .iter()
         .zip(bytes)
         .position(|(a, b)| a != b)
         .or((again.len() != bytes.len()).then_some(again.len().min(bytes.len())))
     {
-        None => Ok(value),
+        None => Ok(()),
         Some(at) => Err(Error::malformed(format!(
             "is no canonical JSON from byte {at} on: keys are not in order, one comes twice, or there is white space"
         ))),
+    }
+}
+
+/// The object in `bytes`, which have to be its canonical text, without the arrays in it that are called as one of
+/// `lists`: their items are given to `item` as they come, with the number of their list. Of many tensors only one is
+/// there as a value at a time.
+///
+/// # Errors
+/// `Malformed` when it is no canonical text, or a list is missing; those of `item`.
+pub fn parse_lists(
+    bytes: &[u8],
+    lists: &[&str],
+    item: &mut dyn FnMut(usize, &Json) -> Result<()>,
+) -> Result<Map<String, Json>> {
+    let again = Vec::with_capacity(bytes.len());
+    let mut reader = Reader { lists, item, again, seen: Vec::new(), failure: None };
+    let mut from = serde_json::Deserializer::from_slice(bytes);
+    let read = (&mut reader).deserialize(&mut from).and_then(|map| from.end().map(|()| map));
+    let Reader { again, seen, failure, .. } = reader;
+    let map = read.map_err(|e| failure.unwrap_or_else(|| Error::malformed(format!("is no JSON: {e}"))))?;
+    same(&again, bytes)?;
+    match (0..lists.len()).find(|number| !seen.contains(number)) {
+        None => Ok(map),
+        Some(number) => Err(Error::malformed(format!("a manifest has no {}", lists[number]))),
+    }
+}
+
+/// Reads an object, and writes it once more.
+struct Reader<'a> {
+    lists: &'a [&'a str],
+    item: &'a mut dyn FnMut(usize, &Json) -> Result<()>,
+    again: Vec<u8>,
+    /// The lists that were there.
+    seen: Vec<usize>,
+    /// Why reading was ended.
+    failure: Option<Error>,
+}
+
+impl Reader<'_> {
+    /// Writes what was read, and keeps why that is not possible.
+    fn put<E: de::Error>(&mut self, put: impl FnOnce(&mut Vec<u8>) -> Result<()>) -> Result<(), E> {
+        put(&mut self.again).map_err(|e| self.fail(Error::malformed(e.to_string())))
+    }
+
+    fn fail<E: de::Error>(&mut self, e: Error) -> E {
+        self.failure = Some(e);
+        E::custom("the manifest is refused")
+    }
+}
+
+impl<'de> DeserializeSeed<'de> for &mut Reader<'_> {
+    type Value = Map<String, Json>;
+
+    fn deserialize<D: Deserializer<'de>>(self, from: D) -> Result<Self::Value, D::Error> {
+        from.deserialize_map(self)
+    }
+}
+
+impl<'de> Visitor<'de> for &mut Reader<'_> {
+    type Value = Map<String, Json>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an object")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+        let (mut found, mut before) = (Map::new(), None::<String>);
+        self.again.push(b'{');
+        while let Some(key) = map.next_key::<String>()? {
+            if !key.is_ascii() || before.as_ref().is_some_and(|before| *before >= key) {
+                return Err(self.fail(Error::malformed(format!(
+                    "is no canonical JSON: key {key:?} is not ASCII, not in order, or comes twice"
+                ))));
+            }
+            if before.is_some() {
+                self.again.push(b',');
+            }
+            self.put(|out| put_text(&key, out))?;
+            self.again.push(b':');
+            match self.lists.iter().position(|name| *name == key) {
+                Some(number) => map.next_value_seed(List { reader: self, number })?,
+                None => {
+                    let value: Json = map.next_value()?;
+                    self.put(|out| put(&value, 1, out))?;
+                    found.insert(key.clone(), value);
+                }
+            }
+            before = Some(key);
+        }
+        self.again.push(b'}');
+        Ok(found)
+    }
+}
+
+/// Reads an array of the object.
+struct List<'a, 'b> {
+    reader: &'a mut Reader<'b>,
+    number: usize,
+}
+
+impl<'de> DeserializeSeed<'de> for List<'_, '_> {
+    type Value = ();
+
+    fn deserialize<D: Deserializer<'de>>(self, from: D) -> Result<(), D::Error> {
+        from.deserialize_seq(self)
+    }
+}
+
+impl<'de> Visitor<'de> for List<'_, '_> {
+    type Value = ();
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "a list of {}", self.reader.lists[self.number])
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<(), A::Error> {
+        let Self { reader, number } = self;
+        reader.seen.push(number);
+        reader.again.push(b'[');
+        let mut is_first = true;
+        while let Some(value) = items.next_element::<Json>()? {
+            if !std::mem::take(&mut is_first) {
+                reader.again.push(b',');
+            }
+            reader.put(|out| put(&value, 2, out))?;
+            (reader.item)(number, &value).map_err(|e| reader.fail(e))?;
+        }
+        reader.again.push(b']');
+        Ok(())
     }
 }
 
@@ -122,6 +258,19 @@ mod tests {
         let wanted = "{\"\":{},\"a\":{\"A\":9007199254740991,\"z\":\"\\u001f\\n\\\"\\\\/é\u{7f}\"},\"b\":[1,0,true,null]}";
         assert_eq!(String::from_utf8(text.clone()).unwrap(), wanted);
         assert_eq!(parse(&text).unwrap(), value);
+        let mut items = Vec::new();
+        let mut item = |number: usize, item: &Json| {
+            items.push((number, item.clone()));
+            Ok(())
+        };
+        let rest = parse_lists(&text, &["b"], &mut item).unwrap();
+        assert_eq!(rest.keys().collect::<Vec<_>>(), ["", "a"]);
+        assert_eq!(items, [json!(1), json!(0), json!(true), json!(null)].map(|value| (0, value)));
+        let e = parse_lists(&text, &["b", "x"], &mut |_, _| Ok(())).unwrap_err();
+        assert!(e.to_string().contains("has no x"), "{e}");
+        let e = parse_lists(&text, &["b"], &mut |_, _| Err(Error::interrupted())).unwrap_err();
+        assert_eq!(e.kind(), crate::error::ErrorKind::Interrupted);
+        assert!(parse_lists(&text, &["a"], &mut |_, _| Ok(())).is_err());
         for other in [
             "{\"b\":1,\"a\":2}",
             "{\"a\":1,\"a\":1}",
@@ -139,6 +288,12 @@ mod tests {
             "",
         ] {
             assert!(parse(other.as_bytes()).is_err(), "{other}");
+            assert!(parse_lists(other.as_bytes(), &[], &mut |_, _| Ok(())).is_err(), "{other}");
+            let listed = format!("{{\"l\":[{other}]}}");
+            assert!(
+                other.is_empty() || parse_lists(listed.as_bytes(), &["l"], &mut |_, _| Ok(())).is_err(),
+                "{listed}"
+            );
         }
         let deep = |n: usize| [vec![b'['; n], vec![b']'; n]].concat();
         assert!(parse(&deep(33)).is_ok() && parse(&deep(34)).is_err() && parse(&deep(100_000)).is_err());

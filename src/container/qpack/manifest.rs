@@ -12,6 +12,8 @@ use super::planes;
 use crate::error::{Error, Result};
 use crate::limits::Limits;
 
+/// What of a manifest is read item by item.
+const LISTS: [&str; 2] = ["files", "tensors"];
 /// Most bytes of a tensor's name.
 const MAX_NAME: usize = 1024;
 /// Most dimensions.
@@ -170,19 +172,26 @@ impl Manifest {
     /// # Errors
     /// `Malformed` for what is no such manifest, or contradicts itself; `Limit`.
     pub fn parse(bytes: &[u8], limits: &Limits) -> Result<Self> {
-        let value = json::parse(bytes)?;
-        let mut fields = Fields::of(&value, "manifest")?;
-        let files = fields.list("files")?;
-        let tensors = fields.list("tensors")?;
-        for (n, what) in [(files.len(), "files"), (tensors.len(), "tensors")] {
-            if n as u64 > limits.tensors {
-                return Err(Error::limit(format!("{n} {what}, at most {} are allowed", limits.tensors)));
+        let (mut files, mut tensors) = (Vec::new(), Vec::new());
+        let mut item = |list: usize, value: &Json| {
+            match LISTS[list] {
+                "files" => files.push(SideFile::parse(value)?),
+                _ => tensors.push(Tensor::parse(value)?),
             }
-        }
+            let n = files.len().max(tensors.len()) as u64;
+            match n <= limits.tensors {
+                true => Ok(()),
+                false => {
+                    Err(Error::limit(format!("more {} than the {} allowed", LISTS[list], limits.tensors)))
+                }
+            }
+        };
+        let value = json::parse_lists(bytes, &LISTS, &mut item)?.into();
+        let mut fields = Fields::of(&value, "manifest")?;
         let provenance = fields.required("provenance")?;
         let manifest = Self {
-            files: files.iter().map(SideFile::parse).collect::<Result<_>>()?,
-            tensors: tensors.iter().map(Tensor::parse).collect::<Result<_>>()?,
+            files,
+            tensors,
             provenance: provenance.as_object().ok_or_else(|| fields.wrong("provenance", provenance))?.clone(),
             split: fields.optional("split").map(Split::parse).transpose()?,
             more: fields.rest(),
