@@ -4,6 +4,10 @@ use std::path::Path;
 use std::{env, fs};
 
 fn main() {
+    println!("cargo::rustc-check-cfg=cfg(unoptimized)");
+    if env::var("OPT_LEVEL").is_ok_and(|level| level == "0") {
+        println!("cargo::rustc-cfg=unoptimized");
+    }
     embed("arch");
     embed("mmproj");
     embed("recipe");

@@ -3,6 +3,8 @@
 //! Of `ring`, whose code uses the instructions for it (x86's SHA extensions, ARM's) and AVX elsewhere: without them it
 //! is twice as fast as `sha2` 0.10, with them as fast (on ARM, where that has none unless it is built so, several times).
 
+pub mod lanes;
+
 /// A sum in the making.
 #[derive(Clone)]
 pub struct Sha256(ring::digest::Context);

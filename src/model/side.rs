@@ -3,14 +3,10 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use crate::container::qpack::Qpack;
+use crate::container::qpack::{Qpack, sum_of_file};
 use crate::container::side::{files_below, is_weights};
 use crate::container::{InputFile, Store};
 use crate::error::{Error, Result};
-use crate::sha256::Sha256;
-
-/// Bytes that are read at a time.
-const BUFFER: usize = 1 << 20;
 
 /// A file beside the weights.
 #[derive(Clone, Debug)]
@@ -35,20 +31,10 @@ impl SideFile {
     /// # Errors
     /// `Io`.
     pub fn sha256(&self) -> Result<[u8; 32]> {
-        let path = match &self.place {
-            Place::Summed(sum) => return Ok(*sum),
-            Place::Path(path) => path,
-        };
-        let file = InputFile::open(path)?;
-        let (mut hasher, mut buffer) = (Sha256::new(), vec![0; BUFFER]);
-        let mut at = 0;
-        while at < file.len() {
-            let n = (file.len() - at).min(BUFFER as u64) as usize;
-            file.read_at(at, &mut buffer[..n])?;
-            hasher.update(&buffer[..n]);
-            at += n as u64;
+        match &self.place {
+            Place::Summed(sum) => Ok(*sum),
+            Place::Path(path) => sum_of_file(&InputFile::open(path)?),
         }
-        Ok(hasher.finalize())
     }
 }
 

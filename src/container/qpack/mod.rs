@@ -17,6 +17,7 @@ mod origin;
 pub mod planes;
 mod rans;
 mod read;
+mod sums;
 pub mod write;
 
 pub use encoding::{
@@ -28,6 +29,7 @@ pub use manifest::{Compression, Manifest, Part, Segment, ShardSeal, SideFile, Sp
 pub use origin::{Origin, Source};
 pub(crate) use read::part_name;
 pub use read::{Content, Fault, Qpack, Where};
+pub use sums::sum_of_file;
 
 /// The file of a model from Hugging Face.
 pub const CONFIG: &str = "config.json";

@@ -10,14 +10,11 @@ use super::fields::hex;
 pub use super::frame::header;
 use super::frame::{FOOTER, Footer};
 use super::manifest::{Manifest, ShardSeal, Split};
+use super::sums::sums;
 use crate::container::InputFile;
 use crate::container::shards::{Ending, FileLayout, Layout, shard_name};
 use crate::error::{Error, Result};
 use crate::sha256::Sha256;
-use crate::work::each;
-
-/// Bytes that are read at a time.
-const BUFFER: usize = 1 << 20;
 
 /// The end of a file, which says what the segments are.
 #[derive(Debug)]
@@ -243,38 +240,4 @@ pub fn ending(manifest: &Manifest) -> Result<(u64, Vec<u8>, ShardSeal)> {
     let len = at.checked_add(bytes.len() as u64);
     let len = len.ok_or_else(|| Error::malformed("a file would exceed 2^64 bytes"))?;
     Ok((at, bytes, ShardSeal { bytes: len, manifest: manifest_sha256 }))
-}
-
-/// The SHA-256 of segments, each given by its first byte and its length, on so many threads.
-pub(super) fn sums(
-    segments: &[(u64, u64)],
-    threads: usize,
-    read: &ReadAt<'_>,
-    seen: &Seen<'_>,
-) -> Result<Vec<[u8; 32]>> {
-    // The longest first, so that no thread is left with one at the end.
-    let mut order: Vec<usize> = (0..segments.len()).collect();
-    order.sort_by_key(|i| std::cmp::Reverse(segments[*i].1));
-    let buffer = || vec![0; BUFFER];
-    let found = each(&order, threads, buffer, |buffer, &i| sha256(segments[i], read, seen, buffer))?;
-    let mut sums = vec![[0; 32]; segments.len()];
-    order.into_iter().zip(found).for_each(|(i, sum)| sums[i] = sum);
-    Ok(sums)
-}
-
-/// Of `len` bytes from `at` on.
-fn sha256((at, len): (u64, u64), read: &ReadAt<'_>, seen: &Seen<'_>, buffer: &mut [u8]) -> Result<[u8; 32]> {
-    let mut hasher = Sha256::new();
-    let step = buffer.len() as u64;
-    let mut done = 0;
-    while done < len {
-        let piece = &mut buffer[..step.min(len - done) as usize];
-        read(at + done, piece)?;
-        hasher.update(&*piece);
-        done += piece.len() as u64;
-        if !seen(piece.len() as u64) {
-            return Err(Error::interrupted());
-        }
-    }
-    Ok(hasher.finalize())
 }
