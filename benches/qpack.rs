@@ -1,6 +1,7 @@
-//! Codes of `.qpack` files, on one thread: how fast bytes become codes, and codes values.
+//! Codes of `.qpack` files, on one thread: how fast bytes become codes, and codes values; and
+//! SHA-256 of bytes.
 //!
-//! `cargo bench --profile release --bench qpack` shows weights in a second. Arguments name rows of the table
+//! `cargo bench --profile release --bench qpack` shows weights, or bytes, in a second. Arguments name rows of the table
 //! instead of all.
 
 #[path = "../tests/common/qpack.rs"]
@@ -16,6 +17,8 @@ use qconv::container::qpack::Tensor;
 use qconv::limits::Limits;
 use qconv::packed::qpack::open;
 use qconv::packed::write::{Data, Format, QpackEncoding, Target, round};
+use qconv::sha256::Sha256;
+use qconv::sha256::lanes::{self, Lane};
 use timing::Table;
 
 const ROWS: u64 = 64;
@@ -80,6 +83,7 @@ fn main() {
         });
     }
     decode(&table);
+    sums(&table);
 }
 
 /// Made-up weights in each encoding, from a file to values.
@@ -107,6 +111,22 @@ fn decode(table: &Table) {
             for start in (0..ROWS * COLS).step_by(16 * COLS as usize) {
                 store.read(info, start * 4, &mut values).unwrap();
             }
+        });
+    }
+}
+
+/// One message, and as many bytes in several.
+fn sums(table: &Table) {
+    let bytes = vec![1u8; 1 << 19];
+    let giga = bytes.len() as f64 / 1e9;
+    table.show("SHA-256 of one message", "GB", giga, || {
+        black_box(Sha256::digest(black_box(&bytes)));
+    });
+    for count in [1, 2, 4, 8, 16] {
+        table.show(&format!("SHA-256 of {count} at once"), "GB", giga, || {
+            let mut hashes = vec![Lane::beside(); count];
+            lanes::update(hashes.iter_mut().zip(black_box(&bytes).chunks_exact(bytes.len() / count)));
+            black_box(hashes);
         });
     }
 }
