@@ -178,6 +178,7 @@ fn hardware() -> bool {
 /// Of the square roots of the first primes (FIPS 180-4, 5.3.3).
 const START: [u32; 8] = fractions(2);
 /// Of their cube roots (4.2.2).
+#[cfg(target_arch = "x86_64")]
 const K: [u32; 64] = fractions(3);
 
 /// The first 32 bits behind the point of the roots of the first primes.
