@@ -53,8 +53,8 @@ pub struct Args {
 #[derive(clap::Args, Debug)]
 #[command(next_help_heading = "Encoding of matrices")]
 pub struct EncodingArgs {
-    /// int (1 to 8 bits), ternary (five digits a byte), ternary-bits2, nf4, fp4, int8 (a scale for each row) or
-    /// fp8 (blocks of 128 x 128)
+    /// int (1 to 8 bits), ternary (five digits a byte), ternary-bits2, sparse-ternary (of models that are ternary
+    /// already), nf4, fp4, int8 (a scale for each row) or fp8 (blocks of 128 x 128)
     #[arg(long, value_parser = parse_encoding)]
     pub encoding: Option<QpackEncoding>,
 

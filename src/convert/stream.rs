@@ -59,6 +59,7 @@ pub fn stream(
     let stop = AtomicBool::new(false);
     let failure: Mutex<Option<Error>> = Mutex::new(None);
     let guides = Guides::new(budget.threads, plan, store);
+    let work = Work { plan, store, files, journal, guides, observer };
     let ledger = Ledger::new(plan);
     if journal.is_some_and(Journal::is_begun) {
         observer.resumed();
@@ -71,7 +72,7 @@ pub fn stream(
             _ => e.context(format!("tensor {:?}", tensor.name)),
         });
     };
-    let work = || {
+    let run = || {
         let mut worker = Worker::default();
         while !stop.load(Ordering::Relaxed) {
             let number = next.fetch_add(1, Ordering::Relaxed);
@@ -87,7 +88,7 @@ pub fn stream(
                 Err(Error::interrupted())
             } else {
                 let span = Span { tensor: k, start, end };
-                worker.span_once(plan, store, files, span, journal, &guides, observer)
+                worker.span_once(&work, span)
             };
             match done {
                 Ok(Spanned { loss: Some(loss), .. }) if plan.exact_only && loss.lost > 0.0 => {
@@ -105,14 +106,24 @@ pub fn stream(
     };
     std::thread::scope(|scope| {
         for _ in 1..budget.threads {
-            scope.spawn(work);
+            scope.spawn(run);
         }
-        work();
+        run();
     });
     match failure.into_inner().unwrap_or_else(|e| e.into_inner()) {
         Some(e) => Err(e),
         None => Ok(ledger.close(plan)),
     }
+}
+
+/// What workers share.
+struct Work<'a> {
+    plan: &'a Plan,
+    store: &'a Store,
+    files: &'a [OutputFile],
+    journal: Option<&'a Journal>,
+    guides: Guides<'a>,
+    observer: &'a dyn Observer,
 }
 
 #[derive(Default)]
@@ -131,13 +142,8 @@ impl Worker {
     /// A span, unless an earlier process has finished it.
     fn span_once(
         &mut self,
-        plan: &Plan,
-        store: &Store,
-        files: &[OutputFile],
+        &Work { plan, store, files, journal, ref guides, observer }: &Work<'_>,
         span: Span,
-        journal: Option<&Journal>,
-        guides: &Guides,
-        observer: &dyn Observer,
     ) -> Result<Spanned> {
         let Span { tensor, start, end } = span;
         let t = &plan.tensors[tensor];
