@@ -24,7 +24,7 @@ use super::ui;
 /// rounded; the summary says so for each tensor.
 #[derive(clap::Args, Debug)]
 pub struct Args {
-    /// A Hugging Face directory, quantized or not, or a GGUF file
+    /// A Hugging Face directory, quantized or not, a GGUF file, or a .qpack file
     pub source: PathBuf,
 
     /// The directory to write; by default beside the source, called MODEL-FORMAT-w4-g128

@@ -20,7 +20,7 @@ use super::{Status, ui};
 ///
 /// Without options of an encoding tensors stay what they are: codes and scales of quantized checkpoints go into
 /// encodings of the file, and `qconv unpack` gives the same files back. With them the matrices of blocks are
-/// quantized; codes that the source has already, and that are on the grid, are moved.
+/// quantized; integers and ternary digits that the source has already, and that are on the grid, are moved.
 #[derive(clap::Args, Debug)]
 pub struct Args {
     /// A Hugging Face directory, quantized or not, a GGUF file, a file of weights, or a .qpack
@@ -175,6 +175,7 @@ fn compressed(
     is_measured: bool,
 ) -> anyhow::Result<Status> {
     common::check_new(job, write)?;
+    job.plan.check_not_input(&job.outputs(), &job.store)?;
     let plain = plan(Some(Temporary::beside(&job.output, "plain.qpack").0.clone()))?;
     // What a killed process left is of no use.
     let _gone: Vec<_> = plain.outputs().into_iter().map(Temporary).collect();

@@ -366,6 +366,17 @@ impl Ending {
         Ok(())
     }
 
+    /// Does what need not wait for the data, on so many threads.
+    ///
+    /// # Errors
+    /// `Io`; `Interrupted` as `seen` says.
+    pub fn prepare(&self, threads: usize, seen: &Seen<'_>) -> Result<()> {
+        match self {
+            Self::Zip(_) => Ok(()),
+            Self::Qpack(seal) => seal.sum_sources(threads, seen),
+        }
+    }
+
     /// Bytes that it reads.
     pub fn bytes(&self) -> u64 {
         match self {

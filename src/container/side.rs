@@ -60,33 +60,45 @@ pub fn is_weights(name: &str) -> bool {
     name.rsplit_once('.').is_some_and(|(_, ending)| WEIGHTS.contains(&ending))
 }
 
-/// All files in a directory and in those in it, in the order of their names, by names relative to it and by path;
-/// without those that are hidden, and those whose names are not UTF-8.
+/// What is in a directory.
+#[derive(Debug, Default)]
+pub struct Below {
+    /// Files, by names relative to it and by path, in the order of their names.
+    pub files: Vec<(String, PathBuf)>,
+    /// What is passed over: hidden names, names that are not UTF-8, links to directories, what lies too deep.
+    pub skipped: Vec<String>,
+}
+
+/// All files in a directory and in those in it.
 ///
 /// # Errors
 /// `Io`.
-pub fn files_below(dir: &Path) -> Result<Vec<(String, PathBuf)>> {
-    let mut found = Vec::new();
+pub fn files_below(dir: &Path) -> Result<Below> {
+    let mut found = Below::default();
     visit(dir, "", 0, &mut found)?;
-    found.sort();
+    found.files.sort();
+    found.skipped.sort();
     Ok(found)
 }
 
-fn visit(dir: &Path, prefix: &str, depth: u32, found: &mut Vec<(String, PathBuf)>) -> Result<()> {
+fn visit(dir: &Path, prefix: &str, depth: u32, found: &mut Below) -> Result<()> {
     let failed = |e| Error::io("read", dir, e);
     for entry in std::fs::read_dir(dir).map_err(failed)? {
         let entry = entry.map_err(failed)?;
-        let Ok(name) = entry.file_name().into_string() else { continue };
-        if name.starts_with('.') {
+        let (path, own) = (entry.path(), entry.file_name());
+        let name = format!("{prefix}{}", own.to_string_lossy());
+        if own.to_str().is_none_or(|own| own.starts_with('.')) {
+            found.skipped.push(name);
             continue;
         }
-        let (path, name) = (entry.path(), format!("{prefix}{name}"));
         let kind = entry.file_type().map_err(failed)?;
         // Links to files are how caches are made; links to directories may lead in circles.
         if kind.is_dir() && depth < MAX_DEPTH {
             visit(&path, &format!("{name}/"), depth + 1, found)?;
         } else if !kind.is_dir() && path.is_file() {
-            found.push((name, path));
+            found.files.push((name, path));
+        } else {
+            found.skipped.push(name);
         }
     }
     Ok(())

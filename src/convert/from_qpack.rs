@@ -1,6 +1,7 @@
 //! `.qpack` -> what it was made from: a Hugging Face directory, or a GGUF file. Nothing is decoded or rounded.
 
-use std::path::{Path, PathBuf};
+use std::collections::{HashMap, HashSet};
+use std::path::PathBuf;
 
 use super::Job;
 use super::gather::{Source, identity};
@@ -80,7 +81,7 @@ impl FromQpack {
             Gguf::metadata_of_bytes(self.source.join(METADATA), header.to_vec(), &self.limits)?;
         let output = self.output_at(&format!("{name}.gguf"));
         lay_out_gguf(&mut plan, &mut metadata, &Sharding::Whole, &output)?;
-        Ok(Job::gguf(plan, store, &output))
+        Ok(Job { vouched: Some(self.source.clone()), ..Job::gguf(plan, store, &output) })
     }
 
     fn checkpoint(
@@ -94,7 +95,7 @@ impl FromQpack {
             Some(output) => output.clone(),
             None => self.source.with_file_name(name),
         };
-        let (headers, side): (Vec<_>, Vec<_>) =
+        let (headers, mut side): (Vec<_>, Vec<_>) =
             side.into_iter().partition(|(name, _)| name.starts_with(HEADERS));
         let infos: Vec<(&str, DType, &[u64])> = plan.tensors.iter().flat_map(TensorPlan::written).collect();
         let layout = match as_it_was(headers, &infos, &self.limits)? {
@@ -102,18 +103,24 @@ impl FromQpack {
             None => {
                 plan.notes
                     .push("the weights were in other files than these: safetensors hold them now".into());
+                side.retain(|(name, _)| !name.ends_with(".safetensors.index.json"));
                 safetensors::write::layout(&infos, self.max_shard_size)?
             }
         };
         plan.place(layout.places);
         plan.files = layout.files.into_iter().map(FilePlan::from).collect();
         plan.files.extend(layout.index.map(|(name, bytes)| FilePlan::whole(name, bytes)));
+        let lower = |name: &str| name.to_ascii_lowercase();
+        let mut taken: HashSet<String> =
+            plan.files.iter().map(|f| lower(&f.name.to_string_lossy())).collect();
         for (name, bytes) in side {
-            if !plan.files.iter().any(|f| f.name == Path::new(&name)) {
-                plan.files.push(FilePlan::whole(name, bytes));
+            if !taken.insert(lower(&name)) {
+                let why = format!("file {name:?} has the name of another that is written");
+                return Err(Error::malformed(why).at(&self.source));
             }
+            plan.files.push(FilePlan::whole(name, bytes));
         }
-        Ok(Job { plan, store, output, is_directory: true, tokens: None, resume: true, is_trial: false })
+        Ok(Job { vouched: Some(self.source.clone()), ..Job::directory(plan, store, output) })
     }
 
     fn output_at(&self, name: &str) -> PathBuf {
@@ -151,14 +158,19 @@ fn as_it_was(
     tensors: &[(&str, DType, &[u64])],
     limits: &Limits,
 ) -> Result<Option<Layout>> {
-    let mut places = std::collections::HashMap::new();
+    let mut places = HashMap::new();
     let mut files = Vec::with_capacity(headers.len());
     for (number, (name, header)) in headers.into_iter().enumerate() {
         let name = name.strip_prefix(HEADERS).unwrap_or(&name).to_string();
         let parsed = safetensors::parse_header(header.clone(), number, limits);
         let (infos, len) = parsed.map_err(|e| e.context(&name))?;
+        if !name.ends_with(".safetensors") {
+            return Err(Error::malformed(format!("{name:?} is no name of a safetensors file")));
+        }
         for t in infos {
-            places.insert(t.name.clone(), t);
+            if let Some(t) = places.insert(t.name.clone(), t) {
+                return Err(Error::malformed(format!("tensor {:?} is in the headers of two files", t.name)));
+            }
         }
         files.push(FileLayout { name, header, len, ending: None });
     }
@@ -166,6 +178,10 @@ fn as_it_was(
         let found = places.get(*name).filter(|t| t.dtype == *dtype && t.shape == *shape)?;
         Some((found.file, found.offset))
     };
+    let mut names = HashSet::new();
+    if let Some((name, ..)) = tensors.iter().find(|(name, ..)| !names.insert(*name)) {
+        return Err(Error::malformed(format!("tensor {name:?} is made of two")));
+    }
     let found: Option<Vec<_>> = tensors.iter().map(place).collect();
     let all = |places: &Vec<_>| !files.is_empty() && places.len() == tensors.len();
     let is_same = tensors.len() == places.len();

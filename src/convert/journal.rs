@@ -220,13 +220,14 @@ pub fn key(plan: &Plan, store: &Store) -> Result<String> {
     for file in &plan.files {
         hash.0.update(file.len.to_le_bytes());
         hash.0.update(&file.header);
+        let _ = write!(hash, "{:?}", file.ending);
     }
     for fold in &plan.folds {
         hash.0.update(&fold.name);
     }
     for t in &plan.tensors {
         // Formatting into a hash cannot fail.
-        let _ = write!(hash, "{} {} {:?}", t.name, t.offset, t.source);
+        let _ = write!(hash, "{} {} {} {:?}", t.name, t.dtype, t.offset, t.source);
         if let Some(packing) = &t.packing {
             let _ = write!(hash, " {:?} {}", packing.layout, packing.expert);
         }

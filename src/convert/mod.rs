@@ -62,10 +62,13 @@ pub use tokens::{TokenCheck, Tokens};
 pub use types::{FILE_TYPES, FileType, base_name};
 
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use self::journal::Journal;
 use crate::container::Store;
-use crate::error::{ErrorKind, Result};
+use crate::container::qpack::Qpack;
+use crate::error::{Error, ErrorKind, Result};
+use crate::limits::Limits;
 
 /// A planned conversion, ready to run.
 #[derive(Debug)]
@@ -82,6 +85,8 @@ pub struct Job {
     pub tokens: Option<Tokens>,
     /// Whether to go on with what an earlier process left unfinished, where that took a method's time.
     pub resume: bool,
+    /// A `.qpack` that is read, whose bytes have to be those of its manifest.
+    pub vouched: Option<PathBuf>,
     /// Whether the output is tried and removed: nothing is kept of it when that is interrupted.
     pub is_trial: bool,
 }
@@ -91,7 +96,16 @@ impl Job {
     pub fn gguf(plan: Plan, store: Store, output: &Path) -> Self {
         let first = plan.files.first().map(|f| f.name.as_path()).filter(|n| !n.as_os_str().is_empty());
         let output = first.map_or_else(|| output.to_path_buf(), |name| output.with_file_name(name));
-        Self { plan, store, output, is_directory: false, tokens: None, resume: true, is_trial: false }
+        Self::new(plan, store, output, false)
+    }
+
+    /// A job that writes a directory.
+    pub fn directory(plan: Plan, store: Store, output: PathBuf) -> Self {
+        Self::new(plan, store, output, true)
+    }
+
+    fn new(plan: Plan, store: Store, output: PathBuf, is_directory: bool) -> Self {
+        Self { plan, store, output, is_directory, tokens: None, resume: true, vouched: None, is_trial: false }
     }
 
     /// The files that will be there in the end.
@@ -144,16 +158,32 @@ impl Job {
         for (file, plan) in stage.files().iter().zip(&self.plan.files) {
             file.write_at(0, &plan.header)?;
         }
-        let outcomes = stream::stream(&self.plan, &self.store, stage.files(), journal, budget, observer)?;
+        let failed = AtomicBool::new(false);
+        let seen = |bytes: u64| {
+            observer.advance(bytes, "checksums");
+            !observer.interrupted() && !failed.load(Ordering::Relaxed)
+        };
+        let endings = || self.plan.files.iter().filter_map(|f| f.ending.as_ref());
+        // One long file after the other is summed up by one thread beside the others.
+        let (outcomes, prepared) = std::thread::scope(|scope| {
+            let prepare = || endings().try_for_each(|e| e.prepare(1, &seen));
+            let beside = (budget.threads > 1 && endings().next().is_some()).then(|| scope.spawn(prepare));
+            let outcomes = stream::stream(&self.plan, &self.store, stage.files(), journal, budget, observer);
+            failed.store(outcomes.is_err(), Ordering::Relaxed);
+            let prepared =
+                beside.map(|thread| thread.join().unwrap_or_else(|e| std::panic::resume_unwind(e)));
+            (outcomes, prepared.unwrap_or(Ok(())))
+        });
+        let outcomes = outcomes?;
+        prepared?;
+        if let Some(path) = &self.vouched {
+            vouch(path, budget.threads, &seen)?;
+        }
         let mut seals = Vec::new();
         for (file, plan) in stage.files().iter().zip(&self.plan.files) {
             let Some(ending) = &plan.ending else { continue };
             let read = |at: u64, bytes: &mut [u8]| file.read_at(at, bytes);
             let write = |at: u64, bytes: &[u8]| file.write_at(at, bytes);
-            let seen = |bytes: u64| {
-                observer.advance(bytes, "checksums");
-                !observer.interrupted()
-            };
             ending.write(budget.threads, &mut seals, &read, &write, &seen)?;
         }
         Ok(outcomes)
@@ -179,6 +209,20 @@ impl Job {
         let key = journal::key(&self.plan, &self.store)?;
         let (stage, journal) = Stage::going_on(&targets, force, &key, self.resume)?;
         Ok((stage, Some(journal)))
+    }
+}
+
+/// That a `.qpack` is the one that its manifest describes.
+///
+/// # Errors
+/// `Malformed` with the first tensor that is not; `Io`; `Interrupted` as `seen` says.
+fn vouch(path: &Path, threads: usize, seen: &(dyn Fn(u64) -> bool + Sync)) -> Result<()> {
+    let faults = Qpack::open(path, &Limits::default())?.verify(threads, seen)?;
+    match faults.first() {
+        None => Ok(()),
+        Some(fault) => Err(Error::malformed(format!("{}: its SHA-256 is another", fault.part))
+            .at(&fault.path)
+            .hint("the file is damaged: fetch it again; qconv verify lists all that is")),
     }
 }
 

@@ -211,7 +211,8 @@ impl TensorPlan {
     pub fn moved(name: String, shape: Vec<u64>, moved: Moved) -> Result<Self> {
         let sizes = moved.parts.iter().map(|p| p.dtype.nbytes(&p.shape));
         let nbytes = sizes.sum::<Result<u64>>()?;
-        let source = Source::moved(crate::tensor::elements(&shape)?);
+        // What has no elements may have bytes all the same.
+        let source = Source::moved(crate::tensor::elements(&shape)?.max(1));
         Ok(Self {
             name,
             shape,

@@ -53,7 +53,7 @@ pub(super) fn of_qpack(file: &Qpack) -> Vec<SideFile> {
 /// `Io`.
 pub(super) fn of_directory(dir: &Path, store: &Store) -> Result<Vec<SideFile>> {
     let mut found = Vec::new();
-    for (name, path) in files_below(dir)? {
+    for (name, path) in files_below(dir)?.files {
         let is_own = store.files().iter().any(|f| f.path() == path);
         if is_own || is_weights(&name) || name.ends_with(".index.json") || name.ends_with(".lock") {
             continue;

@@ -2,6 +2,7 @@
 //! SHA-256 in it, which have the same length whatever they are. [`Seal`] fills them in when the data are there.
 
 use std::path::PathBuf;
+use std::sync::OnceLock;
 
 use serde_json::{Value as Json, json};
 
@@ -21,6 +22,7 @@ use crate::sha256::Sha256;
 pub struct Seal {
     manifest: Manifest,
     sources: Sources,
+    of_sources: OnceLock<Vec<[u8; 32]>>,
     /// Where each segment begins, and at last the manifest.
     places: Vec<u64>,
 }
@@ -105,7 +107,8 @@ fn sealed(name: String, manifest: Manifest, sources: Sources) -> Result<(FileLay
     let len = at.checked_add(manifest.bytes()?.len() as u64).and_then(|n| n.checked_add(FOOTER));
     let len = len.ok_or_else(|| Error::malformed("a file would exceed 2^64 bytes"))?;
     let of_segments = places[..places.len() - 1].to_vec();
-    let ending = Some(Ending::Qpack(Box::new(Seal { manifest, sources, places })));
+    let ending =
+        Some(Ending::Qpack(Box::new(Seal { manifest, sources, of_sources: OnceLock::new(), places })));
     Ok((FileLayout { name, header: header().to_vec(), len, ending }, of_segments))
 }
 
@@ -166,7 +169,35 @@ impl Seal {
         self.manifest.segments().map(|s| s.bytes).sum::<u64>() + of_sources
     }
 
-    /// Reads all segments and sources on so many threads, and writes padding, manifest and footer. The last file of
+    /// Sums up the sources on so many threads, which need not wait for what is made of them. That is done once.
+    ///
+    /// # Errors
+    /// `Io`; `Interrupted` as `seen` says.
+    pub fn sum_sources(&self, threads: usize, seen: &Seen<'_>) -> Result<()> {
+        if self.of_sources.get().is_some() {
+            return Ok(());
+        }
+        let (mut runs, mut files, mut end) = (Vec::new(), Vec::new(), 0u64);
+        for path in self.sources.paths() {
+            let file = InputFile::open(path)?;
+            runs.push((end, file.len()));
+            files.push((end, file));
+            end = runs.last().and_then(|(at, len)| at.checked_add(*len)).unwrap_or(u64::MAX);
+        }
+        // As if they lay one behind the other.
+        let read = |at: u64, bytes: &mut [u8]| {
+            let found = files.partition_point(|(from, _)| *from <= at).checked_sub(1);
+            match found.and_then(|k| files.get(k)) {
+                Some((from, file)) => file.read_at(at - from, bytes),
+                None => Err(Error::misuse("no such source")),
+            }
+        };
+        let sums = sums(&runs, threads, &read, seen)?;
+        self.of_sources.get_or_init(|| sums);
+        Ok(())
+    }
+
+    /// Reads all segments on so many threads (and sources, if that was not done), and writes padding, manifest and footer. The last file of
     /// a split model is given what writing the others returned.
     ///
     /// # Errors
@@ -179,31 +210,17 @@ impl Seal {
         write: &WriteAt<'_>,
         seen: &Seen<'_>,
     ) -> Result<ShardSeal> {
+        self.sum_sources(threads, seen)?;
         let lengths = self.manifest.segments().map(|s| s.bytes);
-        let mut runs: Vec<_> = self.places.iter().copied().zip(lengths).collect();
-        // Sources lie behind the file, as it were.
-        let mut end = self.places.last().copied().unwrap_or_default();
-        let mut behind = Vec::new();
-        for path in self.sources.paths() {
-            let file = InputFile::open(path)?;
-            runs.push((end, file.len()));
-            behind.push((end, file));
-            end = runs.last().and_then(|(at, len)| at.checked_add(*len)).unwrap_or(u64::MAX);
-        }
-        let read_any = |at: u64, bytes: &mut [u8]| {
-            let of_source = behind.partition_point(|(from, _)| *from <= at).checked_sub(1);
-            match of_source.and_then(|k| behind.get(k)) {
-                Some((from, file)) => file.read_at(at - from, bytes),
-                None => read(at, bytes),
-            }
-        };
-        let mut sums = sums(&runs, threads, &read_any, seen)?.into_iter();
+        let runs: Vec<_> = self.places.iter().copied().zip(lengths).collect();
+        let sums = sums(&runs, threads, read, seen)?;
         let mut manifest = self.manifest.clone();
-        for (segment, sum) in manifest.segments_mut().zip(&mut sums) {
+        for (segment, sum) in manifest.segments_mut().zip(sums) {
             segment.sha256 = sum;
         }
-        for (source, sum) in self.sources.entries(&mut manifest).into_iter().zip(sums) {
-            source["sha256"] = hex(&sum).into();
+        let of_sources = self.of_sources.get().into_iter().flatten();
+        for (source, sum) in self.sources.entries(&mut manifest).into_iter().zip(of_sources) {
+            source["sha256"] = hex(sum).into();
         }
         if let Some(split) = manifest.split.as_mut().filter(|s| !s.seals.is_empty()) {
             if !split.seals.iter().map(|s| s.bytes).eq(others.iter().map(|s| s.bytes)) {

@@ -210,15 +210,7 @@ impl ToHf {
             return self.qpack(plan, model, target.as_ref(), &output);
         }
         lay_out(&mut plan, self.container, model.config, model.side, self.max_shard_size)?;
-        Ok(Job {
-            plan,
-            store: model.store,
-            output,
-            is_directory: true,
-            tokens: None,
-            resume: true,
-            is_trial: false,
-        })
+        Ok(Job::directory(plan, model.store, output))
     }
 
     fn open(&self) -> Result<HfModel> {

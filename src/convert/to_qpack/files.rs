@@ -1,9 +1,10 @@
 //! The files beside the weights, byte for byte.
 
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
 use crate::container::qpack::{HEADERS, is_path};
-use crate::container::side::{files_below, is_weights, read_side_file};
+use crate::container::side::{Below, files_below, is_weights, read_side_file};
 use crate::container::{InputFile, safetensors};
 use crate::error::{Error, Result};
 use crate::limits::Limits;
@@ -23,20 +24,21 @@ pub struct Beside {
 /// `Io`; `Limit` for more files than there may be.
 pub fn beside(dir: &Path, own: &[PathBuf], format: &str, limits: &Limits) -> Result<Beside> {
     let mut found = Beside { files: Vec::new(), notes: Vec::new() };
-    let mut left = Vec::new();
     let is_safetensors = format == safetensors::NAMING.format;
-    for (name, path) in files_below(dir)? {
+    // The same file may be called in several ways.
+    let own: Vec<PathBuf> = own.iter().filter_map(|path| path.canonicalize().ok()).collect();
+    let Below { files, skipped: mut left } = files_below(dir)?;
+    let mut names = HashSet::new();
+    for (name, path) in files {
         let is_index = name.ends_with(".index.json");
-        if own.contains(&path) {
-            if is_safetensors {
+        if path.canonicalize().is_ok_and(|path| own.contains(&path)) {
+            if is_safetensors && name.ends_with(".safetensors") && !name.contains('/') {
                 found.files.push((format!("{HEADERS}{name}"), header(&path, limits)?));
             }
             continue;
         }
-        if is_index && !(is_safetensors && name.ends_with(".safetensors.index.json")) {
-            continue;
-        }
-        if is_weights(&name) || !is_path(&name) {
+        let is_of_others = is_index && !(is_safetensors && name.ends_with(".safetensors.index.json"));
+        if is_of_others || is_weights(&name) || !is_path(&name) || !names.insert(name.to_ascii_lowercase()) {
             left.push(name);
             continue;
         }
@@ -56,6 +58,17 @@ pub fn beside(dir: &Path, own: &[PathBuf], format: &str, limits: &Limits) -> Res
         found.notes.push(format!("{} files are left out: {shown}{more}", left.len()));
     }
     Ok(found)
+}
+
+/// The beginnings of safetensors files, as `.qpack` keeps them.
+///
+/// # Errors
+/// `Io`; `Malformed`.
+pub fn headers(own: &[PathBuf], format: &str, limits: &Limits) -> Result<Vec<(String, Vec<u8>)>> {
+    let own = own.iter().filter(|_| format == safetensors::NAMING.format);
+    let named = own.filter_map(|path| Some((path, path.file_name()?.to_str()?)));
+    let named = named.filter(|(_, name)| name.ends_with(".safetensors"));
+    named.map(|(path, name)| Ok((format!("{HEADERS}{name}"), header(path, limits)?))).collect()
 }
 
 /// The length and the text before the data.

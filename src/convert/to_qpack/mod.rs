@@ -9,7 +9,7 @@ use serde_json::{Map, Value as Json};
 
 pub(super) use layout::{Contents, Provenance, lay_out};
 
-use self::files::{Beside, beside};
+use self::files::{Beside, beside, headers};
 use super::Job;
 use super::checkpoint::quantization;
 use super::gather::{Source, identity};
@@ -76,13 +76,15 @@ impl ToQpack {
             Some(output) => output.clone(),
             None => self.source_place().with_file_name(format!("{name}.{SUFFIX}")),
         };
+        // What is not new has to be what it was.
+        let vouched = provenance.is_some().then(|| self.source.clone());
         let provenance = match provenance {
             Some(own) => Provenance::Kept(own),
             None => Provenance::New(Map::new(), None),
         };
         let contents = Contents { tensors, side, provenance };
         lay_out(&mut plan, contents, &store, &output, self.max_shard_size)?;
-        Ok(Job::gguf(plan, store, &output))
+        Ok(Job { vouched, ..Job::gguf(plan, store, &output) })
     }
 
     /// The directory of a checkpoint, or the file, by a path that ends in a name.
@@ -126,8 +128,16 @@ impl ToQpack {
             t.tensor.role = Some(role(&t.tensor.name));
         }
         let mut notes = Vec::new();
-        if gguf.big_endian {
-            notes.push("the source is big-endian; all is stored little-endian".into());
+        let infos: Vec<_> =
+            gguf.store.tensors().iter().map(|t| (t.name.as_str(), t.dtype, &t.shape[..])).collect();
+        let anew = write::Layout::new(&gguf.metadata, &infos)?;
+        let is_same = anew.offsets.iter().zip(gguf.store.tensors()).all(|(at, t)| *at == t.offset);
+        if gguf.big_endian || gguf.version != 3 || gguf.shards > 1 || !is_same || gguf.trailing_bytes > 0 {
+            notes.push(
+                "unpacked, the tensors and metadata are the same, the file is not: this one is in shards, of an older \
+                 version, big-endian or ordered otherwise"
+                    .into(),
+            );
         }
         let side = vec![(METADATA.to_string(), header)];
         Ok(Opened { store: gguf.store, taken, side, provenance: None, name: stem(path), notes })
@@ -148,16 +158,16 @@ impl ToQpack {
                 .filter(|p| p.join(CONFIG).is_file())
                 .map(Path::to_path_buf),
         };
+        let own: Vec<PathBuf> = weights.store.files().iter().map(|f| f.path().to_path_buf()).collect();
         let Some(dir) = dir else {
             let taken = take(&weights.store, None)?;
             let notes = vec!["there is no config.json beside it: only its tensors are packed".into()];
-            let (store, side) = (weights.store, Vec::new());
+            let (store, side) = (weights.store, headers(&own, weights.format, &self.limits)?);
             return Ok(Opened { store, taken, side, provenance: None, name: stem(path), notes });
         };
         let config_path = dir.join(CONFIG);
         let config = read_json::<Json>(&config_path, self.limits.side_file_bytes)?.unwrap_or(Json::Null);
         let stated = quantization(&config, &dir, Map::new(), &self.limits).map_err(|e| e.at(&config_path))?;
-        let own: Vec<PathBuf> = weights.store.files().iter().map(|f| f.path().to_path_buf()).collect();
         let Beside { files: side, notes } = beside(&dir, &own, weights.format, &self.limits)?;
         let (store, method) =
             packed::unpack(weights.store, stated.as_ref()).map_err(|e| e.at(&config_path))?;
