@@ -8,12 +8,12 @@ use std::path::Path;
 
 use made::{Contents, example, file};
 use qconv::container::qpack::{
-    Compression, Encoding, Integers, Manifest, Qpack, Segment, ShardSeal, Sparse, Split, Tensor, Ternary,
-    Trits,
+    Codebook, Compression, Encoding, Integers, MAX_COLS, Manifest, Origin, Qpack, Segment, ShardSeal, Source,
+    Sparse, Split, Tensor, Ternary, Trits, Zeros,
 };
 use qconv::error::{Error, ErrorKind};
 use qconv::limits::Limits;
-use qconv::packed::qpack::open;
+use qconv::packed::qpack::{open, restore};
 use qconv::tensor::DType;
 use serde_json::{Value as Json, json};
 use sha2::{Digest, Sha256};
@@ -370,6 +370,95 @@ fn codes_that_mean_nothing() {
     for starts in [[0, 0, 1], [0, 1, 2], [1, 1, 1], [0, 2, 1], [u64::MAX, 0, 0], [0, u64::MAX, 1]] {
         let e = read(&parts(starts), &sparse);
         assert!(e.contains("do not begin where they should"), "{starts:?}: {e}");
+    }
+}
+
+/// Each of these is decoded by rows.
+#[test]
+fn rows_that_are_too_long() {
+    let block = [1, 32];
+    let integers = Integers { bits: 1, block, scales: DType::F16, zeros: Zeros::Middle, g_idx: false };
+    let ternary = |packing| Encoding::Ternary(Ternary { packing, block, scales: DType::F16 });
+    for e in [
+        Encoding::Integers(integers),
+        ternary(Trits::Base3),
+        ternary(Trits::Bits2),
+        Encoding::Sparse(Sparse { block, scales: DType::F16 }),
+    ] {
+        assert!(Tensor::new("w", vec![3, MAX_COLS], e.clone()).is_ok());
+        for shape in [vec![1, MAX_COLS + 1], vec![2, 3, 1 << 40], vec![MAX_COLS + 1]] {
+            let error = Tensor::new("w", shape, e.clone()).unwrap_err();
+            assert!(error.kind() == ErrorKind::Limit, "{error}");
+        }
+    }
+    let flat = Codebook {
+        bits: 4,
+        block,
+        flat: true,
+        scales: Some(DType::F16),
+        nested: None,
+        table: DType::F16,
+        tables: [1, 4 * MAX_COLS],
+    };
+    assert!(Tensor::new("w", vec![4, MAX_COLS], Encoding::Codebook(flat)).is_ok());
+    let long = changed(|m| m["tensors"][2]["shape"] = json!([1, MAX_COLS + 1]));
+    refused(&long, ErrorKind::Limit, "tensor \"t\": a row has 1048577 columns, at most 1048576 are read");
+}
+
+#[test]
+fn the_longest_row_is_read() {
+    let dir = tempfile::tempdir().unwrap();
+    let e = Ternary { packing: Trits::Bits2, block: [1, MAX_COLS], scales: DType::F32 };
+    let tensor = Tensor::new("w", vec![2, MAX_COLS], Encoding::Ternary(e)).unwrap();
+    // 0, 1, 2, 1 and so on, less 1.
+    let codes = vec![0b0110_0100; MAX_COLS as usize / 2];
+    let scales = [1f32, 2.0].iter().flat_map(|x| x.to_le_bytes()).collect();
+    let (store, _) =
+        open(made::write(dir.path(), vec![(tensor, vec![codes, scales])]), &Limits::default()).unwrap();
+    let mut found = [0; 24];
+    store.read(store.get("w").unwrap(), (MAX_COLS - 3) * 4, &mut found).unwrap();
+    let found: Vec<f32> = found.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect();
+    assert_eq!(found, [0.0, 1.0, 0.0, -2.0, 0.0, 2.0]);
+}
+
+#[test]
+fn origins_that_leave_bytes_out() {
+    let (manifest, contents) = example();
+    let dir = tempfile::tempdir().unwrap();
+    let (store, tensors) =
+        open(at(dir.path(), &file(manifest, &contents, &[]).0), &Limits::default()).unwrap();
+    // 2 rows of 6 codes of 3 bits, two groups in a row.
+    let q = tensors.iter().find(|t| t.name == "q").unwrap();
+    let restored = |layout: &str, from: &str, dtype: DType, shape: &[u64]| {
+        let part = Source { name: "q.x".into(), dtype, shape: shape.to_vec(), from: from.into() };
+        let origin = Origin { layout: layout.into(), parts: vec![part] };
+        let mut bytes = vec![0xDD; dtype.nbytes(shape).unwrap() as usize];
+        let put = &mut |_: usize, at: u64, from: &[u8]| {
+            bytes[at as usize..][..from.len()].copy_from_slice(from);
+            Ok(())
+        };
+        restore(&store, q, &origin, put).map(|()| bytes).map_err(|e| (e.kind(), e.to_string()))
+    };
+    let scales = [1f32, 0.5, 2.0, -1.0].map(qconv::block::f16_from_f32);
+    let scales: Vec<u8> = scales.iter().flat_map(|x| x.to_le_bytes()).collect();
+    assert_eq!(restored("gptq", "scales", DType::F16, &[2, 2]), Ok(scales));
+    assert_eq!(restored("plain", "zeros", DType::U8, &[2]).as_deref(), Ok(&contents[4][..]));
+    let list: Vec<u8> = [0u32, 0, 0, 0, 1, 1].iter().flat_map(|g| g.to_le_bytes()).collect();
+    assert_eq!(restored("gptq", "columns", DType::I32, &[6]), Ok(list));
+    for (layout, from, dtype, shape) in [
+        ("gptq", "scales", DType::F16, vec![2, 3]),
+        ("gptq", "scales", DType::F16, vec![3]),
+        ("gptq", "columns", DType::I32, vec![7]),
+        ("gptq", "columns", DType::I32, vec![5]),
+        ("gptq", "columns", DType::I32, vec![0]),
+        ("plain", "zeros", DType::U8, vec![3]),
+        // Zeros of 3 bits for two rows are no words, of which each group has its own.
+        ("gptq", "zeros", DType::I32, vec![2, 1]),
+        ("pack-quantized", "zeros", DType::I32, vec![1, 2]),
+        ("gptq", "codes", DType::I32, vec![2, 1]),
+    ] {
+        let (kind, said) = restored(layout, from, dtype, &shape).unwrap_err();
+        assert!(kind == ErrorKind::Malformed && said.contains("\"q\""), "{from} {shape:?}: {said}");
     }
 }
 

@@ -5,9 +5,9 @@ mod common;
 mod made;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use qconv::container::qpack::{Manifest, Origin, Qpack, Tensor};
+use qconv::container::qpack::{Encoding, Manifest, Origin, Qpack, Tensor};
 use qconv::container::{Store, safetensors};
 use qconv::limits::Limits;
 use qconv::packed::qpack::{join, open as open_qpack, restore, take};
@@ -27,6 +27,11 @@ fn all(store: &Store) -> Tensors {
 
 /// Into a file and out of it again; the encodings on the way.
 fn through(path: &Path, config: Option<&Json>) -> BTreeSet<String> {
+    through_beside(path, config, &[("config.json", json!({"quantization_config": config}))])
+}
+
+/// As [`through`], with these files, in the order of their names.
+fn through_beside(path: &Path, config: Option<&Json>, files: &[(&str, Json)]) -> BTreeSet<String> {
     let open = || safetensors::open(path, &Limits::default()).unwrap().store;
     let source = open();
     let plain = all(&source);
@@ -35,10 +40,10 @@ fn through(path: &Path, config: Option<&Json>) -> BTreeSet<String> {
     let tensors: Vec<Tensor> = taken.iter().map(|t| t.tensor.clone()).collect();
     let contents: Vec<_> =
         taken.iter().flat_map(|t| made::fill(&t.tensor, |put| t.write(&store, put))).collect();
-    let text = json!({"quantization_config": config}).to_string().into_bytes();
-    let manifest =
-        Manifest { files: vec![made::side_file("config.json", &text)], tensors, ..Manifest::default() };
-    let contents: Vec<Vec<u8>> = [text].into_iter().chain(contents).collect();
+    let texts: Vec<Vec<u8>> = files.iter().map(|(_, json)| json.to_string().into_bytes()).collect();
+    let files = files.iter().zip(&texts).map(|((name, _), text)| made::side_file(name, text)).collect();
+    let manifest = Manifest { files, tensors, ..Manifest::default() };
+    let contents: Vec<Vec<u8>> = texts.into_iter().chain(contents).collect();
     let (bytes, _) = made::file(manifest, &contents, &[]);
     let dir = tempfile::tempdir().unwrap();
     let packed = dir.path().join("x.qpack");
@@ -47,6 +52,9 @@ fn through(path: &Path, config: Option<&Json>) -> BTreeSet<String> {
     assert!(model.verify(2, &|_| true).unwrap().is_empty());
     // What a command reads: all values, what stayed as it was joined too.
     assert!(all(&open_qpack(&packed, &Limits::default()).unwrap().0) == all(&store), "{}", path.display());
+    let opened = qconv::open(&packed).unwrap();
+    let is_there = |t: &qconv::tensor::TensorInfo| opened.get(&t.name).is_some();
+    assert!(opened.tensors().len() == store.tensors().len() && store.tensors().iter().all(is_there));
     let (parts, tensors) = model.into_parts().unwrap();
     let back = join(parts, &tensors).unwrap();
 
@@ -126,4 +134,71 @@ fn models_come_back_bit_by_bit() {
             "{name}: {kinds:?}"
         );
     }
+}
+
+/// A file of `fixtures/packed` in which a tensor begins with other bytes, and its `quantization_config`.
+fn changed(dir: &Path, name: &str, tensor: &str, begin: &[u8]) -> (PathBuf, Json) {
+    let source = common::fixture("packed").join(name).with_extension("safetensors");
+    let mut bytes = std::fs::read(&source).unwrap();
+    let header = 8 + u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    let fields: Json = serde_json::from_slice(&bytes[8..header]).unwrap();
+    let at = header + fields[tensor]["data_offsets"][0].as_u64().unwrap() as usize;
+    bytes[at..][..begin.len()].copy_from_slice(begin);
+    let path = dir.join("x.safetensors");
+    std::fs::write(&path, bytes).unwrap();
+    let config = fields["__metadata__"]["quantization_config"].as_str().unwrap();
+    (path, serde_json::from_str(config).unwrap())
+}
+
+/// NaN with more to say than that it is none: no encoding gives it back.
+const ODD_NAN: [u8; 2] = 0x7E01u16.to_le_bytes();
+
+#[test]
+fn odd_numbers_stay_where_they_were() {
+    let dir = tempfile::tempdir().unwrap();
+    let kinds = |name: &str, tensor: &str, begin: &[u8]| {
+        let (path, config) = changed(dir.path(), name, tensor, begin);
+        through(&path, Some(&config)).into_iter().collect::<Vec<_>>()
+    };
+    // One that makes no number, and others that do.
+    for begin in [ODD_NAN, 0x7C01u16.to_le_bytes(), 0xFE01u16.to_le_bytes()] {
+        assert_eq!(kinds("gptq4", "p.scales", &begin), ["plain"]);
+        assert_eq!(kinds("awq", "p.scales", &begin), ["plain"]);
+    }
+    for begin in [0x7E00u16, 0xFC00, 0x8000, 0x0001].map(u16::to_le_bytes) {
+        assert_eq!(kinds("gptq4", "p.scales", &begin), ["integers", "plain"]);
+    }
+    // One for all rows, in BF16.
+    assert_eq!(kinds("int-tensor", "p.weight_scale", &0x7FC0u16.to_le_bytes()), ["integers", "plain"]);
+}
+
+#[test]
+fn groups_that_there_are_not_stay_where_they_were() {
+    let dir = tempfile::tempdir().unwrap();
+    for name in ["gptq4", "gptq4-act"] {
+        let (path, config) = changed(dir.path(), name, "p.g_idx", &(-1i32).to_le_bytes());
+        let open = || safetensors::open(&path, &Limits::default()).unwrap().store;
+        let store = unpack(open(), Some(&config)).unwrap().0;
+        let mut found = Tensors::new();
+        for taken in take(&store, Some(&config)).unwrap() {
+            let contents = made::fill(&taken.tensor, |put| taken.write(&store, put));
+            let Encoding::Plain(dtype) = taken.tensor.encoding else { panic!("{:?}", taken.tensor) };
+            found.insert(taken.tensor.name, (dtype, taken.tensor.shape, contents.concat()));
+        }
+        assert!(found == all(&open()), "{name}");
+    }
+}
+
+/// What has no encoding is joined at reading, as another file than config.json says.
+#[test]
+fn early_gptq_is_joined() {
+    let dir = tempfile::tempdir().unwrap();
+    let (path, config) = changed(dir.path(), "gptq4", "p.scales", &ODD_NAN);
+    let mut early = config.clone();
+    early.as_object_mut().unwrap().remove("quant_method");
+    for first in [json!({}), json!({"quantization_config": null})] {
+        let files = [("config.json", first), ("quantize_config.json", early.clone())];
+        assert_eq!(through_beside(&path, Some(&config), &files).len(), 1);
+    }
+    assert_eq!(through_beside(&path, Some(&config), &[("quantize_config.json", early)]).len(), 1);
 }

@@ -169,15 +169,6 @@ pub fn quantization(
     values: Map<String, Json>,
     limits: &Limits,
 ) -> Result<Option<Json>> {
-    let text = config.get("text_config").unwrap_or(&Json::Null);
-    let stated =
-        [config, text].into_iter().find_map(|c| c.get("quantization_config").filter(|q| !q.is_null()));
-    if stated.is_some() {
-        return packed::stated(stated.cloned(), values);
-    }
-    let mut early = read_json::<Json>(&dir.join("quantize_config.json"), limits.side_file_bytes)?;
-    if let Some(fields) = early.as_mut().and_then(Json::as_object_mut) {
-        fields.entry("quant_method").or_insert_with(|| "gptq".into());
-    }
-    packed::stated(early, values)
+    let early = || read_json(&dir.join(packed::QUANTIZE_CONFIG), limits.side_file_bytes);
+    packed::stated(packed::quantization(config, early)?, values)
 }

@@ -34,12 +34,6 @@ pub(super) fn read_gguf(file: &Qpack, path: &Path, limits: &Limits) -> Result<Me
     Gguf::metadata_of_bytes(path, bytes, limits).map_err(|e| e.context(GGUF))
 }
 
-/// What config.json says of quantization.
-pub(super) fn quantization(config: &Json) -> Option<&Json> {
-    let text = config.get("text_config").unwrap_or(&Json::Null);
-    [config, text].into_iter().find_map(|c| c.get("quantization_config"))
-}
-
 /// A value of a GGUF file.
 pub fn json_of(value: &Value) -> Json {
     match value {

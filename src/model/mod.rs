@@ -147,16 +147,16 @@ impl Model {
     fn take_qpack(&mut self, file: qpack::Qpack, limits: &Limits) -> Result<()> {
         self.format = "qpack";
         let has = |name: &str| file.files().iter().any(|f| f.name == name);
-        let mut stated = None;
+        let mut config = Json::Null;
         if has(metadata::CONFIG) {
-            let config: Json = from_json(&file.read_file(metadata::CONFIG, limits)?, &self.path)
+            config = from_json(&file.read_file(metadata::CONFIG, limits)?, &self.path)
                 .map_err(|e| e.context(metadata::CONFIG))?;
-            stated = metadata::quantization(&config).cloned();
             self.metadata = config.as_object().cloned().unwrap_or_default();
         } else if has(metadata::GGUF) {
             self.metadata_kind = "GGUF metadata";
             self.metadata = metadata::of_gguf(&metadata::read_gguf(&file, &self.path, limits)?);
         }
+        let stated = packed::qpack::stated(&file, &config, limits).map_err(|e| e.at(&self.path))?;
         self.side = side::of_qpack(&file);
         let path = &self.path;
         let (parts, tensors) = file.into_parts()?;

@@ -64,6 +64,27 @@ static FORMATS: &[Format] = &[
     mxfp4::FORMAT,
 ];
 
+/// The file in which early GPTQ models say how they are quantized.
+pub const QUANTIZE_CONFIG: &str = "quantize_config.json";
+
+/// What a model says of its quantization: in config.json, or, of early GPTQ models, in a file of its own, which
+/// `early` reads.
+///
+/// # Errors
+/// As `early`.
+pub fn quantization(config: &Json, early: impl FnOnce() -> Result<Option<Json>>) -> Result<Option<Json>> {
+    let text = config.get("text_config").unwrap_or(&Json::Null);
+    let mut both = [config, text].into_iter().filter_map(|c| c.get("quantization_config"));
+    if let Some(stated) = both.find(|q| !q.is_null()) {
+        return Ok(Some(stated.clone()));
+    }
+    let mut early = early()?;
+    if let Some(fields) = early.as_mut().and_then(Json::as_object_mut) {
+        fields.entry("quant_method").or_insert_with(|| "gptq".into());
+    }
+    Ok(early)
+}
+
 /// Joins what is packed in `store`, of a model whose config.json says `quantization` of it
 /// (`None` where it says nothing). A second result names the method.
 ///

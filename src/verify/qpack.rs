@@ -1,7 +1,6 @@
 //! Checks of `.qpack` files: what is there is what the manifest says, and means something.
 
 use std::path::Path;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::{Check, Options, Outcome, Report};
 use crate::container::gguf::Gguf;
@@ -249,20 +248,7 @@ fn restored(store: &Store, tensor: &crate::container::qpack::Tensor) -> Result<O
         let layout = &origin.layout;
         return Ok(Some(format!("tensor {:?}: layout {layout:?} is not known to this version", tensor.name)));
     }
-    let put: Vec<_> = origin.parts.iter().map(|_| AtomicU64::new(0)).collect();
-    restore(store, tensor, &origin, &mut |part, _, bytes| {
-        put[part].fetch_add(bytes.len() as u64, Ordering::Relaxed);
-        Ok(())
-    })?;
-    for (source, put) in origin.parts.iter().zip(put) {
-        let (found, wanted) = (put.into_inner(), source.dtype.nbytes(&source.shape)?);
-        if found != wanted {
-            return Err(Error::malformed(format!(
-                "tensor {:?}: {:?} would have {found} bytes, {} of shape {:?} has {wanted}",
-                tensor.name, source.name, source.dtype, source.shape
-            )));
-        }
-    }
+    restore(store, tensor, &origin, &mut |_, _, _| Ok(()))?;
     Ok(None)
 }
 

@@ -140,6 +140,9 @@ const SCALES: &[DType] = &[DType::F16, DType::BF16, DType::F32, DType::F8_E8M0];
 const NUMBERS: &[DType] = &[DType::F16, DType::BF16, DType::F32];
 const SCALED: &[DType] = &[DType::I8, DType::F8_E4M3, DType::F8_E5M2];
 
+/// Longest row of integers and ternary digits, which are decoded, and moved to other layouts, by whole rows.
+pub const MAX_COLS: u64 = 1 << 20;
+
 /// The rows and columns of a tensor that is no plain one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Matrix {
@@ -160,6 +163,17 @@ impl Matrix {
         match all {
             0 => Err(Error::malformed(format!("shape {shape:?} has no elements"))),
             _ => Ok(Self { rows: all / cols, cols }),
+        }
+    }
+
+    /// Of a tensor whose rows are decoded as a whole.
+    fn of_rows(shape: &[u64]) -> Result<Self> {
+        let matrix = Self::of(shape, false)?;
+        match matrix.cols <= MAX_COLS {
+            true => Ok(matrix),
+            false => {
+                Err(Error::limit(format!("a row has {} columns, at most {MAX_COLS} are read", matrix.cols)))
+            }
         }
     }
 
@@ -306,15 +320,16 @@ impl Encoding {
     /// The parts of a tensor of this shape, in the order of the file; `None` where that is not known.
     ///
     /// # Errors
-    /// `Malformed` where such a tensor cannot be so encoded, or would be too large.
+    /// `Malformed` where such a tensor cannot be so encoded, or would be too large; `Limit` for rows longer than
+    /// [`MAX_COLS`] of encodings that are decoded by rows.
     pub fn parts(&self, shape: &[u64]) -> Result<Option<Vec<PartSize>>> {
         let parts = match self {
             Self::Unknown(_) => return Ok(None),
             Self::Plain(dtype) => vec![part("data", *dtype, shape)],
-            Self::Integers(e) => e.parts(Matrix::of(shape, false)?)?,
+            Self::Integers(e) => e.parts(Matrix::of_rows(shape)?)?,
             Self::Codebook(e) => e.parts(Matrix::of(shape, e.flat)?)?,
             Self::Ternary(e) => {
-                let matrix = Matrix::of(shape, false)?;
+                let matrix = Matrix::of_rows(shape)?;
                 matrix.check(e.block, "block")?;
                 let row = match e.packing {
                     Trits::Base3 => matrix.cols.div_ceil(5),
@@ -324,7 +339,7 @@ impl Encoding {
                 vec![part("codes", DType::U8, [matrix.rows, row]), scales]
             }
             Self::Sparse(e) => {
-                let matrix = Matrix::of(shape, false)?;
+                let matrix = Matrix::of_rows(shape)?;
                 matrix.check(e.block, "block")?;
                 let row = stream_bytes(matrix.cols, 1)?;
                 let starts = matrix.rows + 1; // below 2^63

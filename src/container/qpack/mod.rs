@@ -21,7 +21,7 @@ mod sums;
 pub mod write;
 
 pub use encoding::{
-    Codebook, Encoding, Integers, Matrix, Nested, PartSize, Scaled, Sparse, Ternary, Trits, Zeros,
+    Codebook, Encoding, Integers, MAX_COLS, Matrix, Nested, PartSize, Scaled, Sparse, Ternary, Trits, Zeros,
 };
 pub use frame::{ALIGNMENT, VERSION, is_magic, is_qpack};
 pub use manifest::is_path;

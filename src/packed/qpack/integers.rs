@@ -129,13 +129,36 @@ pub fn put(
     put: &mut Put<'_>,
 ) -> Result<()> {
     let matrix = Matrix::of(shape, false)?;
-    let parts = Encoding::Integers(e.clone()).parts(shape)?.unwrap_or_default();
-    let groups = matrix.blocks(e.block)[1];
-    count_rows(matrix, first, rows, groups)?;
+    count_rows(matrix, first, rows, matrix.blocks(e.block)[1])?;
     put_streams(e.bits, matrix.cols, first, &rows.codes, 0, put)?;
+    put_lines(e, shape, first, rows, put)?;
+    match (g_idx, e.g_idx) {
+        (Some(list), true) if list.len() as u64 == matrix.cols => {
+            let bytes: Vec<u8> = list.iter().flat_map(|g| g.to_le_bytes()).collect();
+            let parts = Encoding::Integers(e.clone()).parts(shape)?.unwrap_or_default();
+            if first == 0 { put(index_of(&parts, "g_idx"), 0, &bytes) } else { Ok(()) }
+        }
+        (None, false) => Ok(()),
+        _ => Err(Error::misuse("a list of groups that the encoding has not, or the other way round")),
+    }
+}
+
+/// Puts scales and zeros of the rows from `first` on.
+///
+/// # Errors
+/// As `put`, the first of them.
+pub(super) fn put_lines(
+    e: &Integers,
+    shape: &[u64],
+    first: u64,
+    rows: &Rows,
+    put: &mut Put<'_>,
+) -> Result<()> {
+    let matrix = Matrix::of(shape, false)?;
+    let groups = matrix.blocks(e.block)[1];
     let shared = |values| Shared { matrix, block: e.block, first, values };
     shared(&rows.scales).put(1, e.scales, put)?;
-    let zeros = index_of(&parts, "zeros");
+    let zeros = 2; // behind codes and scales
     match e.zeros {
         Zeros::Middle => {
             let middle = (1u32 << (e.bits - 1)) as f32;
@@ -158,14 +181,7 @@ pub fn put(
             }
         }
     }
-    match (g_idx, e.g_idx) {
-        (Some(list), true) if list.len() as u64 == matrix.cols => {
-            let bytes: Vec<u8> = list.iter().flat_map(|g| g.to_le_bytes()).collect();
-            if first == 0 { put(index_of(&parts, "g_idx"), 0, &bytes) } else { Ok(()) }
-        }
-        (None, false) => Ok(()),
-        _ => Err(Error::misuse("a list of groups that the encoding has not, or the other way round")),
-    }
+    Ok(())
 }
 
 /// Puts rows of codes, each as a stream of whole bytes.

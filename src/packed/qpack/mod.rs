@@ -25,6 +25,7 @@ pub use sparse::{put as put_sparse, sign_bytes};
 pub use take::{Taken, take};
 pub use ternary::put as put_ternary;
 
+use super::{QUANTIZE_CONFIG, quantization};
 use crate::block::{bf16_from_f32, f16_from_f32, f32_from_bf16, f32_from_f16};
 use crate::container::grouped::{Grouped, Rows, Values};
 use crate::container::qpack::{Encoding, Matrix, PartSize, Qpack, Tensor, part_name};
@@ -36,8 +37,7 @@ use crate::tensor::{DType, TensorInfo};
 
 /// Opens the model that the file at `path` belongs to: its tensors as values, and what the manifest says of
 /// each. A tensor whose encoding or compression is not known is there as its parts, `NAME / PART`, in
-/// bytes. What stayed in the layout of a quantized checkpoint is joined as the `quantization_config` says that is in
-/// the file's config.json.
+/// bytes. What stayed in the layout of a quantized checkpoint is joined as the file's config.json says ([`stated`]).
 ///
 /// # Errors
 /// As [`Qpack::open`], [`join`] and [`super::unpack`].
@@ -48,15 +48,26 @@ pub fn open(path: impl AsRef<Path>, limits: &Limits) -> Result<(Store, Vec<Tenso
         true => from_json(&model.read_file(CONFIG, limits)?, path).map_err(|e| e.context(CONFIG))?,
         false => Json::Null,
     };
+    let stated = stated(&model, &config, limits).map_err(|e| e.at(path))?;
     let (parts, tensors) = model.into_parts()?;
     let store = join(parts, &tensors).map_err(|e| e.at(path))?;
-    let text = config.get("text_config").unwrap_or(&Json::Null);
-    let stated = [&config, text].into_iter().find_map(|c| c.get("quantization_config"));
-    let (store, _) = unpack_rest(store, stated).map_err(|e| e.at(path))?;
+    let (store, _) = unpack_rest(store, stated.as_ref()).map_err(|e| e.at(path))?;
     Ok((store, tensors))
 }
 
-/// Joins what stayed in the layout of a quantized checkpoint, as its config.json says of quantization. A second
+/// What the model says of the quantization of its rest: in its config.json, which is `config`, or in the
+/// quantize_config.json of early GPTQ models.
+///
+/// # Errors
+/// As [`Qpack::read_file`]; `Malformed` for what is no JSON.
+pub fn stated(model: &Qpack, config: &Json, limits: &Limits) -> Result<Option<Json>> {
+    quantization(config, || match model.files().iter().any(|f| f.name == QUANTIZE_CONFIG) {
+        true => from_json(&model.read_file(QUANTIZE_CONFIG, limits)?, Path::new(QUANTIZE_CONFIG)),
+        false => Ok(None),
+    })
+}
+
+/// Joins what stayed in the layout of a quantized checkpoint, as the model says of its quantization. A second
 /// result names the method that it states.
 ///
 /// # Errors
@@ -65,7 +76,7 @@ pub fn unpack_rest(store: Store, stated: Option<&Json>) -> Result<(Store, Option
     super::unpack_some(store, stated, 0)
 }
 
-/// The file that says how the rest is quantized.
+/// The file that says how the rest is quantized, with early GPTQ models another one.
 const CONFIG: &str = "config.json";
 
 /// Joins the parts of tensors ([`Qpack::into_parts`]).
@@ -257,7 +268,9 @@ impl Shared<'_> {
         for (row, values) in (self.first..).zip(self.values.chunks_exact(across)) {
             if row % self.block[0] == 0 {
                 out.push((row / self.block[0], values));
-            } else if before.is_some_and(|b| b != values) {
+            } else if before
+                .is_some_and(|b| !b.iter().map(|x| x.to_bits()).eq(values.iter().map(|x| x.to_bits())))
+            {
                 return Err(Error::misuse(format!(
                     "row {row} shares a scale with another, and has not the same"
                 )));

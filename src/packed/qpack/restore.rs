@@ -14,25 +14,38 @@ pub const KNOWN_LAYOUTS: [&str; 7] =
     ["gptq", "awq", "pack-quantized", "int-quantized", "mxfp4", "bitsandbytes", "plain"];
 /// Bytes that are moved at a time.
 const BUFFER: u64 = 1 << 20;
-/// Bytes of rows that change places with columns at a time.
+/// Bytes of rows that change places with columns at a time; of long rows (`MAX_COLS`) 32, which fill words.
 const PANEL: u64 = 4 << 20;
 
 /// Puts the bytes of each tensor that `tensor` was made of, by their number in `origin`.
 ///
 /// # Errors
 /// As reads and `put` fail; `Unsupported` for a layout that is not known; `Malformed` where the note does not
-/// fit the tensor.
+/// fit the tensor: each byte of each source is put once, or it is an error.
 pub fn restore(store: &Store, tensor: &Tensor, origin: &Origin, put: &mut Put<'_>) -> Result<()> {
     let context = |e: Error| e.context(format_args!("tensor {:?}", tensor.name));
     let restorer = Restorer::new(store, tensor).map_err(context)?;
     for (k, source) in origin.parts.iter().enumerate() {
         let len = source.dtype.nbytes(&source.shape)?;
-        let mut put =
-            |at: u64, bytes: &[u8]| match at.checked_add(bytes.len() as u64).is_some_and(|end| end <= len) {
-                true => put(k, at, bytes),
-                false => Err(Error::malformed(format!("{:?} is not made of {:?}", source.name, source.from))),
-            };
+        let wrong = |found: &str| {
+            Error::malformed(format!(
+                "{:?}, {} of shape {:?}, is not made of {:?}: it has {len} bytes, and {found}",
+                source.name, source.dtype, source.shape, source.from
+            ))
+        };
+        // No byte is put twice: as many as there are fill it.
+        let mut filled = 0;
+        let mut put = |at: u64, bytes: &[u8]| {
+            if at.checked_add(bytes.len() as u64).is_none_or(|end| end > len) {
+                return Err(wrong("more are stored"));
+            }
+            filled += bytes.len() as u64;
+            put(k, at, bytes)
+        };
         restorer.part(&origin.layout, &source.from, len, &mut put).map_err(context)?;
+        if filled != len {
+            return Err(context(wrong(&format!("{filled} are stored"))));
+        }
     }
     Ok(())
 }
@@ -173,6 +186,12 @@ impl<'a> Restorer<'a> {
     /// other.
     fn zeros(&self, side_by_side: bool, put: &mut PutAt<'_>) -> Result<()> {
         let (across, bits) = (self.across as usize, self.bits);
+        if !(self.matrix.rows * u64::from(bits)).is_multiple_of(32) {
+            return Err(Error::malformed(format!(
+                "{} zeros of {bits} bits are no whole words",
+                self.matrix.rows
+            )));
+        }
         self.panels(self.info("zeros")?, |first, n, found| {
             let mut fields = vec![0; n * across];
             for (stream, fields) in found.chunks_exact(found.len() / n).zip(fields.chunks_exact_mut(across)) {

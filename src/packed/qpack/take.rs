@@ -5,14 +5,15 @@ use std::sync::Arc;
 
 use serde_json::Value as Json;
 
+use super::integers::put_lines;
 use super::restore::halves_exchanged;
 use super::{put_integers, shares};
-use crate::container::grouped::{Grouped, Rows};
+use crate::container::grouped::{Grouped, Rows, Shape};
 use crate::container::qpack::{
     Codebook, Encoding, Integers, Nested, Origin, Part, Scaled, Segment, Source, Tensor, Zeros, part_name,
 };
 use crate::container::{Store, Stored};
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::packed::write::Put;
 use crate::tensor::{DType, TensorInfo};
 
@@ -111,8 +112,7 @@ impl Taken {
     /// Writes all parts.
     ///
     /// # Errors
-    /// As reads and `put` fail; `Unsupported` for scales that the encoding does not have, such as a NaN that is
-    /// not the usual one.
+    /// As reads and `put` fail.
     pub fn write(&self, store: &Store, put: &mut Put<'_>) -> Result<()> {
         let stored = store.stored();
         match &self.from {
@@ -250,7 +250,8 @@ impl<'a> JoinedTensor<'a> {
         Ok((tensor, kept))
     }
 
-    /// The integers behind it, where scales have a type that is known and columns are in order or listed.
+    /// The integers behind it, where scales have a type that is known and columns are in order or listed, and
+    /// each scale, zero and group is one that the encoding has.
     fn integers(&self, scales: &TensorInfo, of_row: bool, zeros: Zeros) -> Result<Option<Found>> {
         let Some((matrix, stored)) = self.store.grouped(self.info) else { return Ok(None) };
         let shape = matrix.shape();
@@ -258,13 +259,15 @@ impl<'a> JoinedTensor<'a> {
             return Ok(None);
         }
         let size = shape.group_size.min(shape.cols);
-        let groups = matrix.groups(stored)?;
+        let Some(groups) = found(matrix.groups(stored))? else { return Ok(None) };
         let is_in_order =
             |list: &Vec<u32>| (0..).zip(list).all(|(col, g): (u64, _)| col / size == u64::from(*g));
         let groups = groups.filter(|list| !is_in_order(list));
         let block = if of_row { [1, size] } else { [shape.rows, shape.cols] };
         let e = Integers { bits: shape.bits, block, scales: scales.dtype, zeros, g_idx: groups.is_some() };
-        Ok(Some(Found { matrix: matrix.clone(), encoding: e, groups }))
+        let fits = Encoding::Integers(e.clone()).parts(&self.info.shape).is_ok()
+            && found(has_lines(&**matrix, stored, &e, &self.info.shape))?.is_some();
+        Ok(fits.then(|| Found { matrix: matrix.clone(), encoding: e, groups }))
     }
 
     fn gptq_or_awq(&self, qweight: &TensorInfo) -> Result<Option<Taken>> {
@@ -421,6 +424,31 @@ impl<'a> JoinedTensor<'a> {
         let is_all = kept.is_empty();
         Ok(is_all.then(|| Taken { tensor, from: Supply::Whole(self.info.clone()) }))
     }
+}
+
+/// `None` where it is the values that do not fit.
+fn found<T>(result: Result<T>) -> Result<Option<T>> {
+    match result {
+        Err(e) if matches!(e.kind(), ErrorKind::Malformed | ErrorKind::Unsupported) => Ok(None),
+        other => other.map(Some),
+    }
+}
+
+/// That the encoding has all scales and zeros of a matrix, bit by bit.
+fn has_lines(matrix: &dyn Grouped, stored: &Stored, e: &Integers, shape: &[u64]) -> Result<()> {
+    let Shape { rows, groups, .. } = *matrix.shape();
+    let step = (CODES / groups.max(1) / 32 * 32).max(32);
+    let (mut lines, mut first) = (Rows::default(), 0);
+    while first < rows {
+        let end = rows.min(first + step);
+        let n = ((end - first) * groups) as usize;
+        lines.scales.resize(n, 0.0);
+        lines.zeros.resize(n, 0.0);
+        matrix.lines(stored, first..end, &mut lines.scales, &mut lines.zeros)?;
+        put_lines(e, shape, first, &lines, &mut |_, _, _| Ok(()))?;
+        first = end;
+    }
+    Ok(())
 }
 
 /// Integers of a joined tensor.
