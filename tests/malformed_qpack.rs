@@ -274,6 +274,11 @@ fn manifests_that_deceive() {
     refused(&dims, ErrorKind::Limit, "9 dimensions");
     let missing = changed(|m| drop(m.as_object_mut().unwrap().remove("tensors")));
     refused(&missing, ErrorKind::Malformed, "manifest has no tensors");
+    // So is what takes many times its bytes.
+    let many = |n: usize| Json::from(vec![0; n]);
+    for (path, most) in [("/tensors/0/future", 4096), ("/files/0/shape", 4096), ("/future", 1 << 20)] {
+        refused(&set(path, many(most)), ErrorKind::Limit, &format!("more than {most} JSON values"));
+    }
     // What is unknown outside of encodings is passed over, and kept.
     for path in ["/future", "/tensors/0/future", "/files/0/future"] {
         assert!(opened(&set(path, json!({"a": [1]}))).is_ok(), "{path}");
@@ -283,6 +288,26 @@ fn manifests_that_deceive() {
     assert_eq!(Qpack::open(at(dir.path(), &whole()), &few).unwrap_err().kind(), ErrorKind::Limit);
     let short = Limits { header_bytes: 100, ..Limits::default() };
     assert_eq!(Qpack::open(at(dir.path(), &whole()), &short).unwrap_err().kind(), ErrorKind::Limit);
+}
+
+/// What is not known is written again as it was.
+#[test]
+fn what_is_not_known_is_kept() {
+    let bytes = changed(|m| {
+        m["future"] = json!([1]);
+        m["tensors"][0]["future"] = json!({"b": [1, {}], "a": "é"});
+        m["tensors"][1]["origin"] = json!({"later": null});
+        m["tensors"][2]["encoding"] = json!({"kind": "spiral", "turns": 3});
+    });
+    let (place, length) = (&bytes[bytes.len() - 128..][..8], &bytes[bytes.len() - 120..][..8]);
+    let [place, length] = [place, length].map(|b| u64::from_le_bytes(b.try_into().unwrap()) as usize);
+    let model = opened(&bytes).unwrap();
+    let (_, manifest) = model.manifests().next().unwrap();
+    assert!(manifest.bytes().unwrap() == bytes[place..][..length]);
+    let found = &manifest.tensors;
+    assert_eq!(found[0].more.fields()["future"], json!({"a": "é", "b": [1, {}]}));
+    assert_eq!(found[1].origin.as_ref().unwrap().value(), json!({"later": null}));
+    assert_eq!(manifest.more.value(), json!({"future": [1]}));
 }
 
 const MAX: u64 = (1 << 53) - 1;

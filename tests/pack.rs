@@ -166,6 +166,49 @@ fn what_cannot_be_packed() {
     assert_eq!(e.kind(), ErrorKind::Malformed, "{e}");
 }
 
+/// What is written can be read: beside tensors there is no more than the limit says.
+#[test]
+fn the_largest_files_are_left_out() {
+    let dir = tempfile::tempdir().unwrap();
+    let source = dir.path().join("model");
+    std::fs::create_dir(&source).unwrap();
+    for (name, bytes) in files(&fixture("tiny-llama"), of_model) {
+        std::fs::write(source.join(name), bytes).unwrap();
+    }
+    let sum_of = |path: &Path| -> u64 {
+        let model = Qpack::open(path, &Limits::default()).unwrap();
+        model.files().iter().map(|f| f.segment.bytes).sum()
+    };
+    let packed = dir.path().join("x.qpack");
+    pack(&source, &packed, u64::MAX, 1);
+    let sum = sum_of(&packed);
+    // Larger than any other, and each alone small enough.
+    for name in ["a.txt", "z.txt"] {
+        std::fs::write(source.join(name), vec![b'x'; sum as usize]).unwrap();
+    }
+    let with = |side_file_bytes: u64| {
+        let limits = Limits { side_file_bytes, ..Limits::default() };
+        let output = Some(packed.clone());
+        let job = ToQpack { output, limits: limits.clone(), ..ToQpack::new(&source) }.plan().unwrap();
+        job.run(true, &budget(1), &Silent).unwrap();
+        FromQpack { limits, ..FromQpack::new(&packed) }.plan().unwrap();
+        (sum_of(&packed), job.plan.notes.join("; "))
+    };
+    let (found, notes) = with(3 * sum);
+    assert!(found == 3 * sum && !notes.contains("left out"), "{notes}");
+    let (found, notes) = with(3 * sum - 1);
+    assert!(found == 2 * sum && notes.contains("1 files are left out: z.txt"), "{notes}");
+    let (found, notes) = with(sum);
+    assert!(found == sum && notes.contains("2 files are left out: a.txt, z.txt"), "{notes}");
+
+    // What has to be there has no place elsewhere.
+    let gguf = dir.path().join("x.gguf");
+    convert(&fixture("tiny-llama"), &gguf, Some("f16"));
+    let limits = Limits { side_file_bytes: 100, ..Limits::default() };
+    let e = ToQpack { limits, ..ToQpack::new(&gguf) }.plan().unwrap_err();
+    assert!(e.kind() == ErrorKind::Limit && e.to_string().contains("bytes together"), "{e}");
+}
+
 fn quantize(source: &Path, output: &Path, wanted: Wanted, exact_only: bool) -> Vec<Outcome> {
     let job = ToHf {
         container: HfContainer::Qpack,

@@ -11,7 +11,7 @@ use std::path::Path;
 
 use common::fixture;
 use place::Place;
-use qconv::container::qpack::{Encoding, Manifest, Qpack, Segment, SideFile, Tensor};
+use qconv::container::qpack::{Encoding, Kept, Manifest, Qpack, Segment, SideFile, Tensor, Unknown};
 use qconv::convert::{Budget, FromQpack, Silent, ToQpack};
 use qconv::error::{Error, ErrorKind};
 use qconv::limits::Limits;
@@ -146,7 +146,7 @@ fn headers_that_lie() {
 #[test]
 fn unknown_encodings_keep_their_bytes() {
     let dir = tempfile::tempdir().unwrap();
-    let future = json!({"kind": "future"});
+    let future = Unknown { kind: "future".into(), more: Kept::default() };
     let mut tensor = Tensor::new("w", vec![4], Encoding::Plain(DType::F32)).unwrap();
     tensor.shape = vec![0, 4];
     tensor.encoding = Encoding::Unknown(future);

@@ -451,7 +451,8 @@ fn compressed(content: &[u8], size: u64) -> (Segment, Vec<u8>) {
     more.insert("planes".into(), size.into());
     more.insert("chunk".into(), planes.chunk.into());
     let sha256 = Sha256::digest(content).into();
-    let compression = Compression { kind: KIND.into(), bytes: content.len() as u64, sha256, more };
+    let compression =
+        Compression { kind: KIND.into(), bytes: content.len() as u64, sha256, more: more.into() };
     (Segment { compression: Some(compression), ..Segment::plain(bytes.len() as u64) }, bytes)
 }
 

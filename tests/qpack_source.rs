@@ -8,9 +8,10 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use qconv::container::gguf::{Gguf, Metadata, is_gguf, write};
-use qconv::container::qpack::{Encoding, Integers, Manifest, Qpack, Tensor, Zeros};
+use qconv::container::qpack::{Encoding, Integers, Kept, Manifest, Qpack, Tensor, Unknown, Zeros};
 use qconv::convert::{
-    Checkpoint, HfToGguf, Job, LoraToGguf, Quantize, Quantizer, Recipe, Silent, ToHf, ToQpack, Wanted,
+    Checkpoint, FromQpack, HfToGguf, Job, LoraToGguf, Quantize, Quantizer, Recipe, SideFiles, Silent, ToHf,
+    ToQpack, Wanted,
 };
 use qconv::error::{Error, ErrorKind};
 use qconv::limits::Limits;
@@ -124,6 +125,33 @@ fn side_files_are_there_while_they_are_needed() {
     assert_eq!(fs::read_dir(place.path()).unwrap().count(), 1);
 }
 
+/// Whatever reads all files beside the tensors reads no more than the limit says, of all of them together.
+#[test]
+fn side_files_are_bounded_together() {
+    let place = tempfile::tempdir().unwrap();
+    let packed = place.path().join("m.qpack");
+    let tensor = Tensor::new("x", vec![2], Encoding::Plain(DType::F32)).unwrap();
+    let files = ["a.txt", "b.txt", "config.json"].map(|name| (name.to_string(), b"{     }".to_vec()));
+    made::with_files(files.to_vec(), vec![(tensor, vec![vec![0; 8]])], &packed);
+    let limits = |side_file_bytes| Limits { side_file_bytes, ..Limits::default() };
+    let model = Qpack::open(&packed, &limits(20)).unwrap();
+    assert_eq!(model.read_file("b.txt", &limits(20)).unwrap(), b"{     }");
+    assert_eq!(model.read_files(|_| true, &limits(21)).unwrap().count(), 3);
+    assert_eq!(model.read_files(|f| f.name != "a.txt", &limits(20)).unwrap().count(), 2);
+    let refused = |limits: Limits| {
+        let pack = ToQpack { limits: limits.clone(), ..ToQpack::new(&packed) }.plan().err();
+        let unpack = FromQpack { limits: limits.clone(), ..FromQpack::new(&packed) }.plan().err();
+        let extract = SideFiles::of(&packed, &limits).err();
+        [pack, unpack, extract].map(|e| e.map(|e| (e.kind(), e.to_string())))
+    };
+    assert_eq!(refused(limits(21)), [None, None, None]);
+    for (kind, said) in refused(limits(20)).map(Option::unwrap) {
+        assert_eq!(kind, ErrorKind::Limit);
+        assert!(said.starts_with(packed.to_str().unwrap()), "{said}");
+        assert!(said.contains("have 21 bytes together, at most 20"), "{said}");
+    }
+}
+
 fn refusal(packed: &Path) -> Error {
     let error = HfToGguf { source: packed.to_path_buf(), ..HfToGguf::default() }.plan().err().unwrap();
     assert!(error.to_string().starts_with(packed.to_str().unwrap()), "{error}");
@@ -168,14 +196,14 @@ fn what_cannot_be_read_is_named() {
     let tensor = Tensor::new("some.weight", vec![4, 64], Encoding::Integers(e)).unwrap();
     let contents: Vec<_> = tensor.parts.iter().map(|p| vec![0; p.segment.bytes as usize]).collect();
     let mut unknown = tensor.clone();
-    unknown.encoding = Encoding::Unknown(serde_json::json!({"kind": "quasicrystal"}));
+    unknown.encoding = Encoding::Unknown(Unknown { kind: "quasicrystal".into(), more: Kept::default() });
     let mut closed = tensor.clone();
     for part in &mut closed.parts {
         part.segment.compression = Some(qconv::container::qpack::Compression {
             kind: "lzfoo".into(),
             bytes: part.segment.bytes,
             sha256: [0; 32],
-            more: serde_json::Map::new(),
+            more: Kept::default(),
         });
     }
     for (tensor, kind) in [(unknown, "quasicrystal"), (closed, "lzfoo")] {

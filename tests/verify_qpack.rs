@@ -10,7 +10,7 @@ use std::fs;
 
 use made::{example, file};
 use place::Place;
-use qconv::container::qpack::{Codebook, Encoding, Manifest, Scaled, Sparse, Tensor};
+use qconv::container::qpack::{Codebook, Encoding, Kept, Manifest, Scaled, Sparse, Tensor, Unknown};
 use qconv::tensor::DType;
 use serde_json::{Value as Json, json};
 use sha2::{Digest, Sha256};
@@ -183,7 +183,7 @@ fn codes_that_mean_nothing() {
 
     // What a later version wrote is not judged.
     let mut later = Tensor::new("w", vec![1], Encoding::Plain(DType::F32)).unwrap();
-    later.encoding = Encoding::Unknown(json!({"kind": "later"}));
+    later.encoding = Encoding::Unknown(Unknown { kind: "later".into(), more: Kept::default() });
     let (code, said) = verify(&place, &one(later, vec![vec![1; 4]]), &[]);
     assert!(code == 0 && said.contains("skipped  encodings: tensor \"w\": encoding \"later\""), "{said}");
 }
@@ -244,7 +244,9 @@ fn origins_that_do_not_fit() {
     let with = |change: &dyn Fn(&mut Json)| {
         let mut manifest = manifest.clone();
         let made = manifest.tensors.iter_mut().find(|t| t.origin.is_some()).unwrap();
-        change(made.origin.as_mut().unwrap());
+        let mut origin = made.origin.as_ref().unwrap().value();
+        change(&mut origin);
+        made.origin = Some((&origin).into());
         file(manifest, &contents, &[]).0
     };
     assert_eq!(verify(&place, &with(&|_| {}), &["-q"]), (0, String::new()));

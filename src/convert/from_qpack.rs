@@ -54,10 +54,7 @@ impl FromQpack {
     pub fn plan(&self) -> Result<Job> {
         let model = Qpack::open(&self.source, &self.limits)?;
         let at = |e: Error| e.at(&self.source);
-        let mut side = Vec::with_capacity(model.files().len());
-        for file in model.files() {
-            side.push((file.name.clone(), model.read_file(&file.name, &self.limits)?));
-        }
+        let side: Vec<_> = model.read_files(|_| true, &self.limits)?.collect::<Result<_>>()?;
         if let Some(t) = model.tensors().find(|t| is_own(t)) {
             let what = format!("tensor {:?} is encoded as {}", t.name, t.encoding.kind());
             return Err(at(Error::unsupported(format!("{what}, which no checkpoint holds as it is"))

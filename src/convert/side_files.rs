@@ -38,11 +38,11 @@ impl SideFiles {
         }
     }
 
-    /// Those of a `.qpack` file, but for headers of weights, and for what is longer than side files may be: nobody
-    /// would read it.
+    /// Those of a `.qpack` file, but for headers of weights.
     ///
     /// # Errors
-    /// `Io`; `Malformed` for damaged bytes, and for files that cannot lie beside each other.
+    /// `Io`; `Malformed` for damaged bytes, and for files that cannot lie beside each other; `Limit` for too many
+    /// bytes.
     pub fn extract(model: &Qpack, path: &Path, limits: &Limits) -> Result<Self> {
         let mut builder = tempfile::Builder::new();
         builder.prefix("qconv-");
@@ -50,23 +50,19 @@ impl SideFiles {
         builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o700));
         let temporary = std::env::temp_dir();
         let kept = builder.tempdir().map_err(|e| Error::io("create a directory in", &temporary, e))?;
-        for file in model.files() {
-            if file.segment.content_bytes() > limits.side_file_bytes || file.name.starts_with(HEADERS) {
-                continue;
-            }
-            let inside = Path::new(&file.name);
+        for read in model.read_files(|file| !file.name.starts_with(HEADERS), limits)? {
+            let (name, bytes) = read?;
+            let inside = Path::new(&name);
             if inside.components().any(|c| !matches!(c, Component::Normal(_))) {
-                let why = format!("file {:?} would lie outside the model's directory", file.name);
+                let why = format!("file {name:?} would lie outside the model's directory");
                 return Err(Error::malformed(why).at(path));
             }
-            let bytes = model.read_file(&file.name, limits)?;
             let target = kept.path().join(inside);
             let created = target
                 .parent()
                 .map_or(Ok(()), fs::create_dir_all)
                 .and_then(|()| fs::File::create_new(&target).and_then(|mut out| out.write_all(&bytes)));
-            created
-                .map_err(|e| Error::io("extract", path, e).context(format_args!("file {:?}", file.name)))?;
+            created.map_err(|e| Error::io("extract", path, e).context(format_args!("file {name:?}")))?;
         }
         Ok(Self { dir: kept.path().to_path_buf(), packed: Some((path.to_path_buf(), kept)) })
     }

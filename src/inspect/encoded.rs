@@ -7,7 +7,7 @@ use serde::Serialize;
 use serde_json::{Map, Value as Json};
 
 use super::{Filter, plain, short};
-use crate::container::qpack::{Qpack, Tensor};
+use crate::container::qpack::{Kept, Qpack, Tensor};
 use crate::model::encoding;
 
 /// A tensor of a `.qpack` file.
@@ -56,7 +56,8 @@ impl Encoded {
     fn of(t: &Tensor) -> Self {
         let segments = || t.parts.iter().map(|p| &p.segment);
         let bytes = segments().map(|s| s.bytes).sum();
-        let origin = t.origin.as_ref().and_then(|o| o.get("layout")).and_then(Json::as_str);
+        let origin = t.origin.as_ref().map(Kept::fields).unwrap_or_default();
+        let origin = origin.get("layout").and_then(Json::as_str);
         Self {
             name: t.name.clone(),
             shape: t.shape.clone(),

@@ -135,16 +135,20 @@ fn integrity(
 
 /// That JSON is JSON, and metadata.gguf a GGUF file. What is `damaged` was said before.
 fn side_files(file: &Qpack, damaged: &[String], limits: &Limits) -> Vec<String> {
-    let checked = |name: &str| {
-        let bytes = file.read_file(name, limits)?;
-        match name {
+    let checked = |read: Result<(String, Vec<u8>)>| {
+        let (name, bytes) = read?;
+        match &*name {
             "metadata.gguf" => Gguf::metadata_of_bytes(name, bytes, limits).map(drop),
-            _ if name.ends_with(".json") => from_json::<serde_json::Value>(&bytes, Path::new(name)).map(drop),
+            _ if name.ends_with(".json") => {
+                from_json::<serde_json::Value>(&bytes, Path::new(&name)).map(drop)
+            }
             _ => Ok(()),
         }
     };
-    let whole = file.files().iter().filter(|f| !damaged.contains(&f.name));
-    whole.filter_map(|f| checked(&f.name).err()).map(|e| e.to_string()).collect()
+    match file.read_files(|f| !damaged.contains(&f.name), limits) {
+        Ok(files) => files.filter_map(|read| checked(read).err()).map(|e| e.to_string()).collect(),
+        Err(e) => vec![e.to_string()],
+    }
 }
 
 /// What a stretch of values holds.

@@ -5,7 +5,7 @@
 use serde_json::{Value as Json, json};
 
 use super::fields::{Fields, dtype};
-use super::json::MAX_NUMBER;
+use super::json::{Kept, MAX_NUMBER};
 use crate::error::{Error, Result};
 use crate::tensor::DType;
 
@@ -25,7 +25,16 @@ pub enum Encoding {
     /// Elements of a small type times a scale.
     Scaled(Scaled),
     /// Something of a later time: its parts are listed, and mean nothing here.
-    Unknown(Json),
+    Unknown(Unknown),
+}
+
+/// An encoding that is not known.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Unknown {
+    /// Its name.
+    pub kind: String,
+    /// What else a manifest says of it.
+    pub more: Kept,
 }
 
 /// Integers in groups.
@@ -244,11 +253,13 @@ impl Encoding {
                 scales: one_of(&mut fields, "scales", SCALES)?,
                 divisor: fields.number("divisor", 1..=1 << 24)?,
             }),
-            _ => return Ok(Self::Unknown(value.clone())),
+            kind => return Ok(Self::Unknown(Unknown { kind: kind.to_string(), more: fields.rest() })),
         };
-        match fields.rest().keys().next() {
+        match fields.left().next() {
             None => Ok(parsed),
-            Some(key) => Err(Error::malformed(format!("encoding {:?} has a field {key:?}", parsed.kind()))),
+            Some((key, _)) => {
+                Err(Error::malformed(format!("encoding {:?} has a field {key:?}", parsed.kind())))
+            }
         }
     }
 
@@ -300,7 +311,11 @@ impl Encoding {
                 "scales": e.scales.name(),
                 "divisor": e.divisor,
             }),
-            Self::Unknown(value) => value.clone(),
+            Self::Unknown(e) => {
+                let mut fields = e.more.fields();
+                fields.insert("kind".into(), json!(e.kind));
+                fields.into()
+            }
         }
     }
 
@@ -313,7 +328,7 @@ impl Encoding {
             Self::Ternary(_) => "ternary",
             Self::Sparse(_) => "sparse_ternary",
             Self::Scaled(_) => "scaled",
-            Self::Unknown(value) => value.get("kind").and_then(Json::as_str).unwrap_or(""),
+            Self::Unknown(e) => &e.kind,
         }
     }
 
@@ -426,7 +441,7 @@ fn codebook(fields: &mut Fields<'_>) -> Result<Encoding> {
         Json::Object(_) => {
             let mut inner = Fields::of(scales, "scales")?;
             nested = Some(Nested { block: inner.number("block", 1..=MAX_NUMBER)? });
-            if !inner.rest().is_empty() {
+            if inner.left().next().is_some() {
                 return Err(fields.wrong("scales", scales));
             }
             Some(DType::F32)

@@ -4,6 +4,7 @@ use std::ops::RangeInclusive;
 
 use serde_json::{Map, Value as Json};
 
+use super::json::Kept;
 use crate::error::{Error, Result};
 use crate::tensor::DType;
 
@@ -75,9 +76,14 @@ impl<'a> Fields<'a> {
     }
 
     /// The fields that nobody took.
-    pub fn rest(&self) -> Map<String, Json> {
-        let left = self.map.iter().filter(|(key, _)| !self.taken.contains(&key.as_str()));
-        left.map(|(key, value)| (key.clone(), value.clone())).collect()
+    pub fn rest(&self) -> Kept {
+        let left = self.left().map(|(key, value)| (key.clone(), value.clone()));
+        left.collect::<Map<String, Json>>().into()
+    }
+
+    /// Their names and values.
+    pub fn left(&self) -> impl Iterator<Item = (&'a String, &'a Json)> {
+        self.map.iter().filter(|(key, _)| !self.taken.contains(&key.as_str()))
     }
 }
 

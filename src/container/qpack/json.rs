@@ -13,6 +13,46 @@ use crate::error::{Error, Result};
 pub const MAX_NUMBER: u64 = (1 << 53) - 1;
 /// Objects and arrays within each other.
 const MAX_DEPTH: u32 = 32;
+/// Most values in an item of a list: a value in memory may have 40 times the bytes of its text.
+const MAX_OF_ITEM: u32 = 1 << 12;
+/// Most values in all that is beside the lists.
+const MAX_BESIDE: u32 = 1 << 20;
+
+/// JSON that nothing is asked of here: its canonical text, which takes a fraction of the memory.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Kept(Box<str>);
+
+impl Kept {
+    /// The value.
+    pub fn value(&self) -> Json {
+        serde_json::from_str(&self.0).unwrap_or_default()
+    }
+
+    /// The fields of an object; of anything else none.
+    pub fn fields(&self) -> Map<String, Json> {
+        match self.value() {
+            Json::Object(map) => map,
+            _ => Map::new(),
+        }
+    }
+}
+
+impl From<&Json> for Kept {
+    fn from(value: &Json) -> Self {
+        // What has no canonical text is refused when it is written.
+        let text = write(value).ok().and_then(|bytes| String::from_utf8(bytes).ok());
+        Self(text.unwrap_or_else(|| value.to_string()).into())
+    }
+}
+
+impl From<Map<String, Json>> for Kept {
+    fn from(fields: Map<String, Json>) -> Self {
+        match fields.is_empty() {
+            true => Self::default(),
+            false => Self::from(&Json::Object(fields)),
+        }
+    }
+}
 
 /// The bytes of `value`.
 ///
@@ -55,14 +95,15 @@ fn same(again: &[u8], bytes: &[u8]) -> Result<()> {
 /// there as a value at a time.
 ///
 /// # Errors
-/// `Malformed` when it is no canonical text, or a list is missing; those of `item`.
+/// `Malformed` when it is no canonical text, or a list is missing; `Limit` for more values in an item, or beside the
+/// lists, than there may be; those of `item`.
 pub fn parse_lists(
     bytes: &[u8],
     lists: &[&str],
     item: &mut dyn FnMut(usize, &Json) -> Result<()>,
 ) -> Result<Map<String, Json>> {
     let again = Vec::with_capacity(bytes.len());
-    let mut reader = Reader { lists, item, again, seen: Vec::new(), failure: None };
+    let mut reader = Reader { lists, item, again, beside: 0, seen: Vec::new(), failure: None };
     let mut from = serde_json::Deserializer::from_slice(bytes);
     let read = (&mut reader).deserialize(&mut from).and_then(|map| from.end().map(|()| map));
     let Reader { again, seen, failure, .. } = reader;
@@ -79,6 +120,8 @@ struct Reader<'a> {
     lists: &'a [&'a str],
     item: &'a mut dyn FnMut(usize, &Json) -> Result<()>,
     again: Vec<u8>,
+    /// Values that were beside the lists.
+    beside: u32,
     /// The lists that were there.
     seen: Vec<usize>,
     /// Why reading was ended.
@@ -129,7 +172,11 @@ impl<'de> Visitor<'de> for &mut Reader<'_> {
             match self.lists.iter().position(|name| *name == key) {
                 Some(number) => map.next_value_seed(List { reader: self, number })?,
                 None => {
-                    let value: Json = map.next_value()?;
+                    let read = map.next_value_seed(Counted { seen: &mut self.beside, most: MAX_BESIDE });
+                    let value = read.map_err(|e| match self.beside > MAX_BESIDE {
+                        true => self.fail(too_many(MAX_BESIDE, "beside its lists")),
+                        false => e,
+                    })?;
                     self.put(|out| put(&value, 1, out))?;
                     found.insert(key.clone(), value);
                 }
@@ -167,7 +214,14 @@ impl<'de> Visitor<'de> for List<'_, '_> {
         reader.seen.push(number);
         reader.again.push(b'[');
         let mut is_first = true;
-        while let Some(value) = items.next_element::<Json>()? {
+        loop {
+            let mut seen = 0;
+            let read = items.next_element_seed(Counted { seen: &mut seen, most: MAX_OF_ITEM });
+            let read = read.map_err(|e| match seen > MAX_OF_ITEM {
+                true => reader.fail(too_many(MAX_OF_ITEM, format!("in one of its {}", reader.lists[number]))),
+                false => e,
+            });
+            let Some(value) = read? else { break };
             if !std::mem::take(&mut is_first) {
                 reader.again.push(b',');
             }
@@ -176,6 +230,82 @@ impl<'de> Visitor<'de> for List<'_, '_> {
         }
         reader.again.push(b']');
         Ok(())
+    }
+}
+
+fn too_many(most: u32, place: impl fmt::Display) -> Error {
+    Error::limit(format!("more than {most} JSON values {place}"))
+}
+
+/// Reads a value, and counts it and those in it.
+struct Counted<'a> {
+    seen: &'a mut u32,
+    most: u32,
+}
+
+impl Counted<'_> {
+    fn inner(&mut self) -> Counted<'_> {
+        Counted { seen: self.seen, most: self.most }
+    }
+}
+
+impl<'de> DeserializeSeed<'de> for Counted<'_> {
+    type Value = Json;
+
+    fn deserialize<D: Deserializer<'de>>(self, from: D) -> Result<Json, D::Error> {
+        *self.seen += 1;
+        match *self.seen > self.most {
+            true => Err(de::Error::custom("too many values")),
+            false => from.deserialize_any(self),
+        }
+    }
+}
+
+impl<'de> Visitor<'de> for Counted<'_> {
+    type Value = Json;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a value")
+    }
+
+    fn visit_unit<E>(self) -> Result<Json, E> {
+        Ok(Json::Null)
+    }
+
+    fn visit_bool<E>(self, flag: bool) -> Result<Json, E> {
+        Ok(flag.into())
+    }
+
+    fn visit_u64<E>(self, n: u64) -> Result<Json, E> {
+        Ok(n.into())
+    }
+
+    fn visit_i64<E>(self, n: i64) -> Result<Json, E> {
+        Ok(n.into())
+    }
+
+    fn visit_f64<E>(self, n: f64) -> Result<Json, E> {
+        Ok(n.into())
+    }
+
+    fn visit_str<E>(self, text: &str) -> Result<Json, E> {
+        Ok(text.into())
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(mut self, mut items: A) -> Result<Json, A::Error> {
+        let mut list = Vec::new();
+        while let Some(value) = items.next_element_seed(self.inner())? {
+            list.push(value);
+        }
+        Ok(list.into())
+    }
+
+    fn visit_map<A: MapAccess<'de>>(mut self, mut entries: A) -> Result<Json, A::Error> {
+        let mut map = Map::new();
+        while let Some(key) = entries.next_key::<String>()? {
+            map.insert(key, entries.next_value_seed(self.inner())?);
+        }
+        Ok(map.into())
     }
 }
 
@@ -295,6 +425,22 @@ mod tests {
                 "{listed}"
             );
         }
+        let listed =
+            |n: u32| format!("{{\"l\":[[{}0]],\"x\":[{}0]}}", "0,".repeat(n as usize), "0,".repeat(9));
+        let read = |text: &str, lists: &[&str]| parse_lists(text.as_bytes(), lists, &mut |_, _| Ok(()));
+        // An array is a value, and so is the last one in it.
+        assert!(read(&listed(MAX_OF_ITEM - 2), &["l"]).is_ok());
+        let e = read(&listed(MAX_OF_ITEM - 1), &["l"]).unwrap_err();
+        assert_eq!(e.kind(), crate::error::ErrorKind::Limit);
+        assert!(e.to_string().contains("more than 4096 JSON values in one of its l"), "{e}");
+        // Two arrays in `l`, one in `x`, 11 numbers that are always there.
+        assert!(read(&listed(MAX_BESIDE - 14), &[]).is_ok());
+        let e = read(&listed(MAX_BESIDE - 13), &[]).unwrap_err();
+        assert_eq!(e.kind(), crate::error::ErrorKind::Limit);
+        assert!(e.to_string().contains("beside its lists"), "{e}");
+        let kept = Kept::from(&value);
+        assert_eq!((kept.value(), kept.fields().len()), (value.clone(), 3));
+        assert_eq!(Kept::from(Map::new()).fields(), Map::new());
         let deep = |n: usize| [vec![b'['; n], vec![b']'; n]].concat();
         assert!(parse(&deep(33)).is_ok() && parse(&deep(34)).is_err() && parse(&deep(100_000)).is_err());
     }

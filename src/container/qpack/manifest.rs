@@ -7,7 +7,7 @@ use serde_json::{Map, Value as Json, json};
 use super::encoding::{Encoding, PartSize};
 use super::fields::{Fields, hex};
 use super::frame::{ALIGNMENT, HEADER};
-use super::json::{self, MAX_NUMBER};
+use super::json::{self, Kept, MAX_NUMBER};
 use super::planes;
 use crate::error::{Error, Result};
 use crate::limits::Limits;
@@ -35,7 +35,7 @@ pub struct Manifest {
     /// Which part of a model in several files it is.
     pub split: Option<Split>,
     /// What a later version has put beside.
-    pub more: Map<String, Json>,
+    pub more: Kept,
 }
 
 /// A file that is stored as it is.
@@ -61,9 +61,9 @@ pub struct Tensor {
     /// Those the encoding has, in its order; then those that are kept for the source's sake.
     pub parts: Vec<Part>,
     /// The tensors that it was made from, and becomes again.
-    pub origin: Option<Json>,
+    pub origin: Option<Kept>,
     /// What a later version has put beside.
-    pub more: Map<String, Json>,
+    pub more: Kept,
 }
 
 /// A part of a tensor.
@@ -96,7 +96,7 @@ pub struct Compression {
     /// Their SHA-256.
     pub sha256: [u8; 32],
     /// What the method has to know.
-    pub more: Map<String, Json>,
+    pub more: Kept,
 }
 
 /// Which part of a model a file is.
@@ -156,7 +156,7 @@ impl Segment {
         map.insert("bytes".into(), json!(self.bytes));
         map.insert("sha256".into(), json!(hex(&self.sha256)));
         if let Some(c) = &self.compression {
-            let mut inner = c.more.clone();
+            let mut inner = c.more.fields();
             inner.insert("kind".into(), json!(c.kind));
             inner.insert("bytes".into(), json!(c.bytes));
             inner.insert("sha256".into(), json!(hex(&c.sha256)));
@@ -186,16 +186,12 @@ impl Manifest {
                 }
             }
         };
-        let value = json::parse_lists(bytes, &LISTS, &mut item)?.into();
-        let mut fields = Fields::of(&value, "manifest")?;
-        let provenance = fields.required("provenance")?;
-        let manifest = Self {
-            files,
-            tensors,
-            provenance: provenance.as_object().ok_or_else(|| fields.wrong("provenance", provenance))?.clone(),
-            split: fields.optional("split").map(Split::parse).transpose()?,
-            more: fields.rest(),
+        let mut rest = json::parse_lists(bytes, &LISTS, &mut item)?;
+        let Some(Json::Object(provenance)) = rest.shift_remove("provenance") else {
+            return Err(Error::malformed("manifest has no provenance, or one that is no object"));
         };
+        let split = rest.shift_remove("split").as_ref().map(Split::parse).transpose()?;
+        let manifest = Self { files, tensors, provenance, split, more: rest.into() };
         manifest.check()?;
         Ok(manifest)
     }
@@ -206,7 +202,7 @@ impl Manifest {
     /// `Malformed` for what a reader would refuse, `Unsupported` for what JSON has no canonical text for.
     pub fn bytes(&self) -> Result<Vec<u8>> {
         self.check()?;
-        let mut map = self.more.clone();
+        let mut map = self.more.fields();
         map.insert("files".into(), self.files.iter().map(|f| f.segment.json(&f.name)).collect());
         map.insert("tensors".into(), self.tensors.iter().map(Tensor::json).collect());
         map.insert("provenance".into(), self.provenance.clone().into());
@@ -276,6 +272,22 @@ impl Manifest {
 }
 
 impl SideFile {
+    /// That these can be in memory together, as they are where models are converted.
+    ///
+    /// # Errors
+    /// `Limit`.
+    pub fn check_sum<'a>(files: impl IntoIterator<Item = &'a Self>, limits: &Limits) -> Result<()> {
+        let lengths = files.into_iter().map(|f| f.segment.content_bytes());
+        let sum = lengths.fold(0, u64::saturating_add);
+        match sum <= limits.side_file_bytes {
+            true => Ok(()),
+            false => Err(Error::limit(format!(
+                "the files beside its tensors have {sum} bytes together, at most {} are allowed",
+                limits.side_file_bytes
+            ))),
+        }
+    }
+
     fn parse(value: &Json) -> Result<Self> {
         let mut fields = Fields::of(value, "a file")?;
         let name = fields.text("name")?.to_string();
@@ -298,7 +310,7 @@ impl Tensor {
         };
         let parts = sizes.into_iter().map(part).collect::<Result<_>>()?;
         let name = name.into();
-        Ok(Self { name, shape, role: None, encoding, parts, origin: None, more: Map::new() })
+        Ok(Self { name, shape, role: None, encoding, parts, origin: None, more: Kept::default() })
     }
 
     /// Whether a part is compressed in a way that is not known.
@@ -352,13 +364,13 @@ impl Tensor {
             role: role.transpose()?,
             encoding: Encoding::parse(fields.required("encoding")?)?,
             parts: parts.iter().map(part).collect::<Result<_>>()?,
-            origin: fields.optional("origin").cloned(),
+            origin: fields.optional("origin").map(Kept::from),
             more: fields.rest(),
         })
     }
 
     fn json(&self) -> Json {
-        let mut map = self.more.clone();
+        let mut map = self.more.fields();
         map.insert("name".into(), json!(self.name));
         map.insert("shape".into(), json!(self.shape));
         map.insert("encoding".into(), self.encoding.json());
@@ -367,7 +379,7 @@ impl Tensor {
             map.insert("role".into(), json!(role));
         }
         if let Some(origin) = &self.origin {
-            map.insert("origin".into(), origin.clone());
+            map.insert("origin".into(), origin.value());
         }
         map.into()
     }

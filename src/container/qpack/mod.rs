@@ -21,9 +21,11 @@ mod sums;
 pub mod write;
 
 pub use encoding::{
-    Codebook, Encoding, Integers, MAX_COLS, Matrix, Nested, PartSize, Scaled, Sparse, Ternary, Trits, Zeros,
+    Codebook, Encoding, Integers, MAX_COLS, Matrix, Nested, PartSize, Scaled, Sparse, Ternary, Trits,
+    Unknown, Zeros,
 };
 pub use frame::{ALIGNMENT, VERSION, is_magic, is_qpack};
+pub use json::Kept;
 pub use manifest::is_path;
 pub use manifest::{Compression, Manifest, Part, Segment, ShardSeal, SideFile, Split, Tensor};
 pub use origin::{Origin, Source};

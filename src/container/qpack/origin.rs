@@ -3,6 +3,7 @@
 use serde_json::{Value as Json, json};
 
 use super::fields::{Fields, dtype};
+use super::json::Kept;
 use crate::error::{Error, Result};
 use crate::tensor::DType;
 
@@ -34,8 +35,9 @@ impl Origin {
     /// # Errors
     /// `Malformed` where it is no such note.
     pub fn of(tensor: &super::Tensor) -> Result<Option<Self>> {
-        let read =
-            |value| Self::parse(value).map_err(|e| e.context(format_args!("tensor {:?}", tensor.name)));
+        let read = |kept: &Kept| {
+            Self::parse(&kept.value()).map_err(|e| e.context(format_args!("tensor {:?}", tensor.name)))
+        };
         tensor.origin.as_ref().map(read).transpose()
     }
 

@@ -49,7 +49,8 @@ impl Planes {
         if compression.kind != KIND {
             return Ok(None);
         }
-        let number = |key: &str| compression.more.get(key).and_then(serde_json::Value::as_u64);
+        let more = compression.more.fields();
+        let number = |key: &str| more.get(key).and_then(serde_json::Value::as_u64);
         let planes = number("planes").filter(|n| (1..=8).contains(n));
         let chunk = number("chunk").filter(|n| n.is_power_of_two() && (MIN_CHUNK..=MAX_CHUNK).contains(n));
         match (planes, chunk) {
@@ -61,7 +62,8 @@ impl Planes {
     /// What a manifest says of content of so many bytes.
     pub fn note(&self, bytes: u64, sha256: [u8; 32]) -> Compression {
         let more = [("planes", self.planes as u64), ("chunk", self.chunk)];
-        let more = more.into_iter().map(|(key, n)| (key.to_string(), n.into())).collect();
+        let more = more.into_iter().map(|(key, n)| (key.to_string(), n.into()));
+        let more = more.collect::<serde_json::Map<_, _>>().into();
         Compression { kind: KIND.to_string(), bytes, sha256, more }
     }
 

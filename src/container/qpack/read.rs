@@ -209,6 +209,24 @@ impl Qpack {
         }
     }
 
+    /// The names and bytes of all side files that are `wanted`, one after the other.
+    ///
+    /// # Errors
+    /// `Limit` where they are too long together; as [`Self::read_file`] for each.
+    pub fn read_files<'a>(
+        &'a self,
+        wanted: impl Fn(&SideFile) -> bool,
+        limits: &'a Limits,
+    ) -> Result<impl Iterator<Item = Result<(String, Vec<u8>)>>> {
+        let wanted: Vec<_> = self.files().iter().filter(|f| wanted(f)).collect();
+        let path = self.shards.first().map(|s| s.file.path());
+        SideFile::check_sum(wanted.iter().copied(), limits).map_err(|e| match path {
+            Some(path) => e.at(path),
+            None => e,
+        })?;
+        Ok(wanted.into_iter().map(|f| Ok((f.name.clone(), self.read_file(&f.name, limits)?))))
+    }
+
     /// What each segment of a file stands for, in the order of the file; `number` counts files from 0.
     pub fn contents(&self, number: usize) -> impl Iterator<Item = Result<Content<'_>>> {
         let shards = self.shards.get(number).into_iter();

@@ -33,7 +33,8 @@ impl ToHf {
         let tensors = tensors.collect::<Result<Vec<_>>>()?;
         side.push((CONFIG.to_string(), pretty(&config)));
         let provenance = self.provenance(target)?;
-        lay_out(&mut plan, Contents { tensors, side, provenance }, &store, output, self.max_shard_size)?;
+        let contents = Contents { tensors, side, provenance };
+        lay_out(&mut plan, contents, &store, output, self.max_shard_size, &self.limits)?;
         Ok(Job::gguf(plan, store, output))
     }
 

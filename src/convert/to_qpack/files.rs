@@ -18,7 +18,8 @@ pub struct Beside {
 }
 
 /// All files of a directory but for weights, those in it too. Of the safetensors files that are packed (`own`) the
-/// headers are kept, that they may become the same files again.
+/// headers are kept, that they may become the same files again. Of more bytes than are read again the largest files
+/// are left out: what a model needs is small.
 ///
 /// # Errors
 /// `Io`; `Limit` for more files than there may be.
@@ -28,12 +29,12 @@ pub fn beside(dir: &Path, own: &[PathBuf], format: &str, limits: &Limits) -> Res
     // The same file may be called in several ways.
     let own: Vec<PathBuf> = own.iter().filter_map(|path| path.canonicalize().ok()).collect();
     let Below { files, skipped: mut left } = files_below(dir)?;
-    let mut names = HashSet::new();
+    let (mut taken, mut names) = (Vec::new(), HashSet::new());
     for (name, path) in files {
         let is_index = name.ends_with(".index.json");
         if path.canonicalize().is_ok_and(|path| own.contains(&path)) {
             if is_safetensors && name.ends_with(".safetensors") && !name.contains('/') {
-                found.files.push((format!("{HEADERS}{name}"), header(&path, limits)?));
+                taken.push((header_bytes(&path, limits)?, format!("{HEADERS}{name}"), path));
             }
             continue;
         }
@@ -42,16 +43,29 @@ pub fn beside(dir: &Path, own: &[PathBuf], format: &str, limits: &Limits) -> Res
             left.push(name);
             continue;
         }
-        match read_side_file(&path, limits.side_file_bytes) {
-            Ok(Some(bytes)) => found.files.push((name, bytes)),
-            Ok(None) => {}
-            Err(e) if e.kind() == crate::error::ErrorKind::Limit => left.push(name),
-            Err(e) => return Err(e),
-        }
-        if found.files.len() as u64 > limits.tensors {
+        let len = path.metadata().map_err(|e| Error::io("read", &path, e))?.len();
+        taken.push((len, name, path));
+        if taken.len() as u64 > limits.tensors {
             return Err(Error::limit(format!("holds more than {} files", limits.tensors)).at(dir));
         }
     }
+    taken.sort();
+    let mut room = limits.side_file_bytes;
+    for (len, name, path) in taken {
+        if len > room {
+            left.push(name);
+            continue;
+        }
+        let bytes = match name.starts_with(HEADERS) {
+            true => Some(beginning(&path, len)?),
+            false => read_side_file(&path, room)?,
+        };
+        if let Some(bytes) = bytes {
+            room = room.saturating_sub(bytes.len() as u64);
+            found.files.push((name, bytes));
+        }
+    }
+    left.sort();
     if !left.is_empty() {
         let shown = left[..left.len().min(4)].join(", ");
         let more = if left.len() > 4 { ", ..." } else { "" };
@@ -68,17 +82,21 @@ pub fn headers(own: &[PathBuf], format: &str, limits: &Limits) -> Result<Vec<(St
     let own = own.iter().filter(|_| format == safetensors::NAMING.format);
     let named = own.filter_map(|path| Some((path, path.file_name()?.to_str()?)));
     let named = named.filter(|(_, name)| name.ends_with(".safetensors"));
-    named.map(|(path, name)| Ok((format!("{HEADERS}{name}"), header(path, limits)?))).collect()
+    let header = |path| beginning(path, header_bytes(path, limits)?);
+    named.map(|(path, name)| Ok((format!("{HEADERS}{name}"), header(path)?))).collect()
 }
 
-/// The length and the text before the data.
-fn header(path: &Path, limits: &Limits) -> Result<Vec<u8>> {
+/// Bytes of the length and the text before the data.
+fn header_bytes(path: &Path, limits: &Limits) -> Result<u64> {
     let file = InputFile::open(path)?;
     let mut len = [0; 8];
     file.read_at(0, &mut len)?;
     let n = u64::from_le_bytes(len).checked_add(8).filter(|n| *n <= file.len() && *n <= limits.header_bytes);
-    let n = n.ok_or_else(|| Error::malformed("its header leaves the file").at(path))?;
-    let mut bytes = vec![0; n as usize];
-    file.read_at(0, &mut bytes)?;
+    n.ok_or_else(|| Error::malformed("its header leaves the file").at(path))
+}
+
+fn beginning(path: &Path, len: u64) -> Result<Vec<u8>> {
+    let mut bytes = vec![0; len as usize];
+    InputFile::open(path)?.read_at(0, &mut bytes)?;
     Ok(bytes)
 }

@@ -9,6 +9,7 @@ use crate::container::qpack::write::Sources;
 use crate::container::qpack::{self, Manifest, SUFFIX, Segment, SideFile, Tensor};
 use crate::convert::plan::{FilePlan, Plan};
 use crate::error::{Error, Result};
+use crate::limits::Limits;
 
 /// What a manifest says of a plan.
 #[derive(Debug)]
@@ -34,13 +35,15 @@ pub enum Provenance {
 /// Lays out the files, and gives each tensor its place.
 ///
 /// # Errors
-/// `Malformed` for names and sizes that cannot be; `Unsupported` for what has no place in a manifest.
+/// `Malformed` for names and sizes that cannot be; `Unsupported` for what has no place in a manifest; `Limit` for
+/// other files that would not be read again.
 pub fn lay_out(
     plan: &mut Plan,
     contents: Contents,
     store: &Store,
     output: &Path,
     max_shard_size: u64,
+    limits: &Limits,
 ) -> Result<()> {
     let Contents { tensors, mut side, provenance } = contents;
     side.sort();
@@ -55,7 +58,8 @@ pub fn lay_out(
         name: name.clone(),
         segment: Segment::plain(bytes.len() as u64),
     };
-    let files = side.iter().map(file).collect();
+    let files: Vec<_> = side.iter().map(file).collect();
+    SideFile::check_sum(&files, limits)?;
     let manifest = Manifest { files, tensors, provenance, ..Manifest::default() };
     let name = output.file_name().unwrap_or_default().to_string_lossy().into_owned();
     let stem = name.strip_suffix(SUFFIX).and_then(|s| s.strip_suffix('.')).unwrap_or(&name);

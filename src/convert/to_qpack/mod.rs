@@ -83,7 +83,7 @@ impl ToQpack {
             None => Provenance::New(Map::new(), None),
         };
         let contents = Contents { tensors, side, provenance };
-        lay_out(&mut plan, contents, &store, &output, self.max_shard_size)?;
+        lay_out(&mut plan, contents, &store, &output, self.max_shard_size, &self.limits)?;
         Ok(Job { vouched, ..Job::gguf(plan, store, &output) })
     }
 
@@ -110,9 +110,7 @@ impl ToQpack {
 
     fn open_qpack(&self, path: &Path) -> Result<Opened> {
         let model = Qpack::open(path, &self.limits)?;
-        let names: Vec<String> = model.files().iter().map(|f| f.name.clone()).collect();
-        let read = |name: String| Ok((name.clone(), model.read_file(&name, &self.limits)?));
-        let side = names.into_iter().map(read).collect::<Result<_>>()?;
+        let side = model.read_files(|_| true, &self.limits)?.collect::<Result<_>>()?;
         let provenance = model.manifests().next().map(|(_, m)| m.provenance.clone()).unwrap_or_default();
         let (store, tensors) = model.into_parts()?;
         let taken = tensors.into_iter().map(|t| Taken::parts(&store, t)).collect::<Result<_>>()?;

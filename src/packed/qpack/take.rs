@@ -246,7 +246,7 @@ impl<'a> JoinedTensor<'a> {
             Source { name: t.name.clone(), dtype: t.dtype, shape: t.shape.clone(), from }
         };
         let parts = self.parts.iter().map(&mut source).collect();
-        tensor.origin = Some(Origin { layout: layout.to_string(), parts }.json());
+        tensor.origin = Some((&Origin { layout: layout.to_string(), parts }.json()).into());
         Ok((tensor, kept))
     }
 
