@@ -5,6 +5,7 @@
 //! caller asks for it ([`map`]): a positioned read into a bounded buffer keeps resident memory bounded, and a
 //! file that shrinks meanwhile is an error instead of a signal.
 
+pub mod coreml;
 mod endian;
 pub mod gguf;
 pub mod grouped;

@@ -12,6 +12,7 @@ use serde_json::{Map, json};
 
 use super::side::{from_json, read_side_file};
 
+use super::coreml::blob::Records;
 use super::pytorch::write::Checksums;
 use super::qpack::ShardSeal;
 use super::qpack::write::{ReadAt, Seal, Seen, WriteAt};
@@ -327,13 +328,15 @@ impl Index {
     }
 }
 
-/// What of a file depends on its data, and is written last.
+/// What of a file is written last: what depends on its data, and what lies between them.
 #[derive(Debug)]
 pub enum Ending {
     /// Checksums of members.
     Zip(Checksums),
     /// A manifest.
     Qpack(Box<Seal>),
+    /// What lies between the data of Core ML's weight files; it does not depend on them.
+    Blobs(Records),
 }
 
 impl Ending {
@@ -362,6 +365,7 @@ impl Ending {
                 let own = seal.write(threads, seals, read, write, seen)?;
                 seals.push(own);
             }
+            Self::Blobs(records) => records.write(write)?,
         }
         Ok(())
     }
@@ -372,7 +376,7 @@ impl Ending {
     /// `Io`; `Interrupted` as `seen` says.
     pub fn prepare(&self, threads: usize, seen: &Seen<'_>) -> Result<()> {
         match self {
-            Self::Zip(_) => Ok(()),
+            Self::Zip(_) | Self::Blobs(_) => Ok(()),
             Self::Qpack(seal) => seal.sum_sources(threads, seen),
         }
     }
@@ -382,6 +386,7 @@ impl Ending {
         match self {
             Self::Zip(checksums) => checksums.bytes(),
             Self::Qpack(seal) => seal.bytes(),
+            Self::Blobs(_) => 0,
         }
     }
 }
