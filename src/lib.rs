@@ -17,6 +17,7 @@ pub mod eval;
 pub mod ggml;
 pub mod inspect;
 pub mod limits;
+pub mod mil;
 pub mod mix;
 pub mod model;
 pub mod packed;
