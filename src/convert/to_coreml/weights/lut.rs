@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 
 use super::plain::halves;
 use super::values::{Outcome, Scratch, Tensor, common, whole_bytes};
-use super::{Encoding, Operand, Put, SCATTERED_SPAN};
+use super::{Encoding, Operand, Put, SPAN};
 use crate::container::Store;
 use crate::container::coreml::DataType;
 use crate::error::{Error, Result};
@@ -60,7 +60,7 @@ impl Lut {
         }
         let bytes = whole_bytes(tensor.cols, bits);
         let unit = common(bytes, rows);
-        let in_span = unit.checked_mul(tensor.cols).is_some_and(|n| n <= SCATTERED_SPAN);
+        let in_span = unit.checked_mul(tensor.cols).is_some_and(|n| n <= SPAN);
         let groups = if in_span { 0 } else { tensor.rows / rows };
         let shared = (0..groups).map(|_| Mutex::default()).collect();
         Ok(Self { bits, indices, rows, unit: if in_span { unit } else { bytes }, shared })
