@@ -10,7 +10,7 @@ use crate::container::Store;
 use crate::container::coreml::DataType;
 use crate::error::{Error, Result};
 use crate::mil::{Form, Stored};
-use crate::quantize::palette::{Counts, Palette};
+use crate::quantize::palette::Palette;
 
 /// The type of indices of so many bits; Core ML has no others.
 pub(super) fn indices(bits: u32) -> Result<DataType> {
@@ -79,19 +79,19 @@ impl Lut {
         if let Some(palette) = &*shared {
             return Ok(Some(palette.clone()));
         }
-        let mut counts = Counts::default();
         let step = tensor.step(1);
         let (mut row, end) = (group * self.rows, (group + 1) * self.rows);
         tensor.importance(row / tensor.of_matrix, scratch)?;
         while row < end {
             let rows = row..end.min(row + step);
             tensor.values(store, &rows, scratch)?;
-            counts.add(&scratch.values, &scratch.importance);
+            scratch.counts.add(&scratch.values, &scratch.importance);
             row = rows.end;
         }
-        scratch.points.gather_counted(&counts);
-        let palette = Arc::new(Palette::fit(&scratch.points, self.bits));
-        Ok(Some(shared.insert(palette).clone()))
+        scratch.points.take(&mut scratch.counts);
+        let mut palette = Palette::default();
+        palette.fit(&scratch.points, self.bits);
+        Ok(Some(shared.insert(Arc::new(palette)).clone()))
     }
 }
 
@@ -129,12 +129,14 @@ impl Encoding for Lut {
             let first = group * self.rows;
             let these = first.max(rows.start)..(first + self.rows).min(rows.end);
             let at = (these.start - rows.start) as usize * cols..(these.end - rows.start) as usize * cols;
-            let palette = match made {
+            let palette = match &made {
                 Some(palette) => palette,
                 None => {
                     tensor.importance(first / tensor.of_matrix, scratch)?;
-                    scratch.points.gather(&scratch.values[at.clone()], &scratch.importance);
-                    Arc::new(Palette::fit(&scratch.points, self.bits))
+                    scratch.counts.add(&scratch.values[at.clone()], &scratch.importance);
+                    scratch.points.take(&mut scratch.counts);
+                    scratch.palette.fit(&scratch.points, self.bits);
+                    &scratch.palette
                 }
             };
             let (codes, stored) = (&mut scratch.codes[at.clone()], &mut scratch.stored[at.clone()]);
