@@ -31,6 +31,7 @@ mod shards;
 mod side_files;
 mod stage;
 mod stream;
+pub mod to_coreml;
 mod to_hf;
 mod to_qpack;
 mod tokens;

@@ -1,0 +1,3 @@
+//! To Core ML packages.
+
+pub mod weights;
