@@ -11,6 +11,7 @@
 
 pub mod blob;
 mod check;
+pub mod chunks;
 pub mod constants;
 mod dtype;
 mod message;

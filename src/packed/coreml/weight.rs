@@ -1,5 +1,4 @@
-//! Weights of Core ML packages: what constants decode to. How they are made up is read by
-//! [`constants`](crate::container::coreml::constants()).
+//! What a constant decodes to.
 //!
 //! Values are those that coremltools decodes: products are rounded once to the type of the result.
 
@@ -44,6 +43,11 @@ impl Weight {
     /// What it decodes.
     pub fn constant(&self) -> &Arc<Constant> {
         &self.constant
+    }
+
+    /// The package it is of.
+    pub fn package(&self) -> &Arc<Package> {
+        &self.package
     }
 
     /// Fills `out` with the values from element `start` on, in row-major order.
