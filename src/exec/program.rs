@@ -65,7 +65,7 @@ impl Program {
         Ok(program)
     }
 
-    /// That states of one name are of one type.
+    /// That states of one name are of one type, and are not too large together.
     fn check_states(&self) -> Result<()> {
         let mut types: BTreeMap<&str, &Declared> = BTreeMap::new();
         for state in self.functions.values().flat_map(|f| &f.states) {
@@ -75,7 +75,13 @@ impl Program {
                 return Err(Error::malformed(format!("the state {name:?} is {first} and {state}")));
             }
         }
-        Ok(())
+        let size = |state: &&Declared| state.shape.iter().map(|n| n.unwrap_or(0)).product::<usize>();
+        match types.values().map(size).fold(0, usize::saturating_add) {
+            all if all > MOST_LIVE => Err(Error::limit(format!(
+                "its states have {all} elements, at most {MOST_LIVE} are computed with"
+            ))),
+            _ => Ok(()),
+        }
     }
 
     /// Where it was opened.

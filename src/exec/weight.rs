@@ -219,11 +219,6 @@ impl Weight {
         Ok(Self { dtype, shape, form: Form::Sparse(Sparse::new(mask, values)?), depth })
     }
 
-    /// How many elements there are.
-    pub(super) fn len(&self) -> usize {
-        self.shape.iter().product()
-    }
-
     /// What is stored, where nothing is computed.
     pub(super) fn as_stored(&self) -> Option<&Stored> {
         match &self.form {
