@@ -31,6 +31,7 @@ mod shards;
 mod side_files;
 mod stage;
 mod stream;
+mod to_coreml;
 mod to_hf;
 mod to_qpack;
 mod tokens;
@@ -126,7 +127,7 @@ impl Job {
     /// needs is missing, or when the budget is too small; `Io`; what the source's data give.
     pub fn run(&self, force: bool, budget: &Budget, observer: &dyn Observer) -> Result<Vec<Outcome>> {
         let outputs = self.outputs();
-        self.plan.check_feasible()?;
+        self.plan.check_feasible(force)?;
         self.plan.check_not_input(&outputs, &self.store)?;
         budget.check(&self.plan)?;
         let (stage, journal) = self.begin(&outputs, force)?;
