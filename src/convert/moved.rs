@@ -20,6 +20,8 @@ use crate::tensor::DType;
 pub struct Moved {
     /// What it is on the way, such as `integers`.
     pub kind: &'static str,
+    /// How its weights become codes; `copy` where they are those of the source.
+    pub method: &'static str,
     /// The tensors that are written.
     pub parts: Vec<PartPlan>,
     by: By,
@@ -49,18 +51,22 @@ impl Moved {
             _ => PartPlan::new(&part.name, DType::U8, &[part.segment.bytes]),
         };
         let parts = tensor.parts.iter().enumerate().map(part).collect();
-        Ok(Self { kind: kind(&tensor.encoding), parts, by: By::Taking(Box::new(taken)) })
+        Ok(Self { kind: kind(&tensor.encoding), method: "copy", parts, by: By::Taking(Box::new(taken)) })
     }
 
     /// Out of `.qpack`, as the tensors that it was made from.
     pub fn restored(tensor: Tensor, origin: Origin) -> Self {
         let parts = origin.parts.iter().map(|s| PartPlan::new(&s.name, s.dtype, &s.shape)).collect();
-        Self { kind: kind(&tensor.encoding), parts, by: By::Restoring(Box::new((tensor, origin))) }
+        Self { kind: kind(&tensor.encoding), method: "copy", parts, by: By::Restoring(Box::new((tensor, origin))) }
     }
 
     /// Into the blobs of a Core ML package, which have their places.
-    pub(super) fn encoding(kind: &'static str, weight: WeightPlan, parts: Vec<PartPlan>) -> Self {
-        Self { kind, parts, by: By::Encoding(Box::new(weight)) }
+    pub(super) fn encoding(
+        (kind, method): (&'static str, &'static str),
+        weight: WeightPlan,
+        parts: Vec<PartPlan>,
+    ) -> Self {
+        Self { kind, method, parts, by: By::Encoding(Box::new(weight)) }
     }
 
     /// Into how many spans the work falls.
@@ -68,14 +74,6 @@ impl Moved {
         match &self.by {
             By::Taking(_) | By::Restoring(_) => 1,
             By::Encoding(weight) => weight.spans() as u64,
-        }
-    }
-
-    /// How weights become codes; `None` where they are moved.
-    pub(super) fn method(&self) -> Option<&'static str> {
-        match &self.by {
-            By::Encoding(weight) => Some(weight.method()),
-            By::Taking(_) | By::Restoring(_) => None,
         }
     }
 

@@ -6,7 +6,6 @@ use std::sync::Mutex;
 
 use serde::{Deserialize, Serialize};
 
-use super::moved::Moved;
 use super::plan::{Plan, TensorPlan};
 use crate::block::gram::PANEL;
 use crate::error::Result;
@@ -173,8 +172,8 @@ fn outcome(t: &TensorPlan, mut entries: Vec<Entry>) -> Outcome {
         name: t.name.clone(),
         dtype: t.type_name(),
         nmse,
-        method: match t.moved.as_ref().and_then(Moved::method) {
-            Some(method) => method,
+        method: match &t.moved {
+            Some(moved) => moved.method,
             None if t.is_rounded() => t.rounding.name(),
             None => "copy",
         },

@@ -5,10 +5,12 @@ use std::collections::BTreeMap;
 use serde_json::Value as Json;
 
 use crate::arch::Model as ArchModel;
-use crate::container::coreml::Model;
 use crate::container::coreml::mil::Program;
-use crate::container::coreml::model::{FunctionDescription, Metadata, ModelDescription};
-use crate::mil::{Built, Layout, Length, Target};
+use crate::container::coreml::model::{
+    ArrayDataType, FeatureDescription, Flexibility, FunctionDescription, Metadata, ModelDescription, SizeRange,
+};
+use crate::container::coreml::{DataType, Model, Only};
+use crate::mil::{Built, Dim, Feature, Layout};
 
 /// What a package is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,21 +40,21 @@ impl Profile {
         }
     }
 
-    /// The functions, and how many tokens each takes. The first counts where none is asked for.
-    pub fn functions(self, context: u64) -> Vec<(&'static str, Length)> {
+    /// The functions, and how activations lie in each. The first counts where none is asked for.
+    pub fn functions(self, context: u64) -> Vec<(&'static str, Layout)> {
+        let channels = |tokens: u64| Layout::Channels { tokens: tokens.min(context) };
         match self {
-            Self::Gpu => vec![("main", Length::Flexible { most: context })],
-            Self::Ane => vec![("infer", Length::Fixed(1)), ("prefill", Length::Fixed(PREFILL.min(context)))],
+            Self::Gpu => vec![("main", Layout::Rows)],
+            Self::Ane => vec![("infer", channels(1)), ("prefill", channels(PREFILL))],
         }
     }
 
-    /// What a function is built for, with a vocabulary of `parts` parts.
-    pub fn target(self, queries: Length, context: u64, parts: usize) -> Target {
-        let layout = match self {
-            Self::Gpu => Layout::Rows,
-            Self::Ane => Layout::Channels,
-        };
-        Target { layout, queries, context, vocab_split: parts }
+    /// Most tokens in one call.
+    pub fn tokens(self, context: u64) -> u64 {
+        match self {
+            Self::Gpu => context,
+            Self::Ane => PREFILL.min(context),
+        }
     }
 
     /// The rows of the head that are one product each.
@@ -66,29 +68,69 @@ impl Profile {
     }
 }
 
-/// The model of a package: its functions by name, the first of which counts where none is asked for.
-pub fn model(functions: Vec<(&'static str, Built)>, metadata: Metadata) -> Model {
+/// The model of a package: its functions by name, the first of which counts where none is asked for. Lengths that
+/// are not fixed go up to `context`.
+pub fn model(functions: Vec<(&'static str, Built)>, metadata: Metadata, context: u64) -> Model {
     let mut program = Program { version: 1, ..Program::default() };
     let mut description = ModelDescription { metadata, ..ModelDescription::default() };
     let alone = functions.len() == 1;
     for (name, built) in functions {
+        let input = built.inputs.iter().map(|f| described(f, context)).collect();
+        let output = built.outputs.iter().map(|f| result(f)).collect();
+        let state = built.states.iter().map(|f| FeatureDescription::state(&f.name, &sizes(f, 1))).collect();
         program.functions.insert(name.to_string(), built.function);
         if alone {
-            (description.input, description.output, description.state) =
-                (built.inputs, built.outputs, built.states);
+            (description.input, description.output, description.state) = (input, output, state);
             continue;
         }
         if description.functions.is_empty() {
             description.default_function_name = name.to_string();
         }
-        description.functions.push(FunctionDescription {
-            name: name.to_string(),
-            input: built.inputs,
-            output: built.outputs,
-            state: built.states,
-        });
+        description.functions.push(FunctionDescription { name: name.to_string(), input, output, state });
     }
     Model { specification_version: SPECIFICATION, description, program, ..Model::default() }
+}
+
+/// An input: its shape, and, where lengths vary, the range of each dimension.
+fn described(feature: &Feature, context: u64) -> FeatureDescription {
+    let most = context as i64; // far below 2^63
+    let flexibility = match is_fixed(feature) {
+        true => Flexibility::None,
+        false => {
+            let range = |dim: &Dim| match dim {
+                Dim::Known(n) => SizeRange { lower_bound: *n, upper_bound: *n as i64 },
+                Dim::Any(_) => SizeRange { lower_bound: 1, upper_bound: most },
+            };
+            Flexibility::Range(Only(feature.ty.dims.iter().map(range).collect()))
+        }
+    };
+    FeatureDescription::array(&feature.name, array_type(feature), &sizes(feature, 1), flexibility)
+}
+
+/// An output: its shape, where that is fixed.
+fn result(feature: &Feature) -> FeatureDescription {
+    let shape = if is_fixed(feature) { sizes(feature, 1) } else { Vec::new() };
+    FeatureDescription::array(&feature.name, array_type(feature), &shape, Flexibility::None)
+}
+
+fn is_fixed(feature: &Feature) -> bool {
+    feature.ty.dims.iter().all(|dim| matches!(dim, Dim::Known(_)))
+}
+
+/// The shape, with `any` for what is not known.
+fn sizes(feature: &Feature, any: i64) -> Vec<i64> {
+    let size = |dim: &Dim| match dim {
+        Dim::Known(n) => i64::try_from(*n).unwrap_or(i64::MAX),
+        Dim::Any(_) => any,
+    };
+    feature.ty.dims.iter().map(size).collect()
+}
+
+fn array_type(feature: &Feature) -> ArrayDataType {
+    match feature.ty.dtype {
+        DataType::Int32 => ArrayDataType::Int32,
+        _ => ArrayDataType::Float16,
+    }
 }
 
 /// What a package says of itself. swift-transformers fetches the tokenizer of the repository it names.
