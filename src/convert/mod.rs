@@ -67,8 +67,8 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use self::journal::Journal;
-use crate::container::Store;
 use crate::container::qpack::Qpack;
+use crate::container::{InputFile, Store};
 use crate::error::{Error, ErrorKind, Result};
 use crate::limits::Limits;
 
@@ -110,6 +110,15 @@ impl Job {
         Self::new(plan, store, output, true)
     }
 
+    /// The same, compared with the manifest before anything appears where `source` is a `.qpack`.
+    ///
+    /// # Errors
+    /// `Io`.
+    pub fn vouching(self, source: &Path) -> Result<Self> {
+        let vouched = side_files::is_qpack_file(source)?.then(|| source.to_path_buf());
+        Ok(Self { vouched, ..self })
+    }
+
     fn new(plan: Plan, store: Store, output: PathBuf, is_directory: bool) -> Self {
         Self { plan, store, output, is_directory, tokens: None, resume: true,
             vouched: None,
@@ -117,6 +126,12 @@ impl Job {
             is_package: false,
             beside: Vec::new(),
         }
+    }
+
+    /// Bytes that are written or read over again while it runs: what progress counts.
+    pub fn work(&self) -> u64 {
+        let vouched = self.vouched.iter().flat_map(|_| self.store.files()).map(InputFile::len);
+        self.plan.work() + vouched.sum::<u64>()
     }
 
     /// The files that will be there in the end.

@@ -211,7 +211,7 @@ impl ToHf {
             return self.qpack(plan, model, target.as_ref(), &output);
         }
         lay_out(&mut plan, self.container, model.config, model.side, self.max_shard_size)?;
-        Ok(Job::directory(plan, model.store, output))
+        Job::directory(plan, model.store, output).vouching(&self.source)
     }
 
     fn open(&self) -> Result<HfModel> {
