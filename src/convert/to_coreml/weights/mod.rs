@@ -5,12 +5,14 @@
 //! any span, and the bytes are the same. Each encoding is a file here. Sources: `formats/spec/coreml.md` for bytes,
 //! coremltools 9 (`converters/mil/mil/ops/defs/iOS18/compression.py`) for what operations make of them.
 
+mod integers;
 mod plain;
 mod values;
 
 use std::fmt::Debug;
 use std::ops::Range;
 
+use self::integers::Integers;
 use self::plain::Plain;
 use self::values::Tensor;
 pub use self::values::{Outcome, Scratch};
@@ -149,6 +151,7 @@ impl WeightPlan {
         let tensor = Tensor::new(tensor, store, rows, importance)?;
         let encoding: Box<dyn Encoding> = match wish {
             Wish::F16 => Box::new(Plain::new(&tensor, store)?),
+            Wish::Int { bits, block } => Box::new(Integers::new(&tensor, bits, block)?),
             _ => return Err(Error::unsupported(format!("{wish:?}"))),
         };
         let operands = encoding.operands(&tensor);

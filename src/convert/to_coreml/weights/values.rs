@@ -2,7 +2,9 @@
 
 use std::ops::Range;
 
+use super::Put;
 use crate::arch::Mapped;
+use crate::block::bits;
 use crate::container::Store;
 use crate::convert::gather;
 use crate::convert::{Importance, Source};
@@ -37,7 +39,32 @@ pub struct Scratch {
     important: Option<(String, u64)>,
     /// What they are stored as.
     pub(super) stored: Vec<f32>,
+    /// Codes, one in a byte.
+    pub(super) codes: Vec<u8>,
+    /// Scales or tables.
+    pub(super) small: Vec<u8>,
     pub(super) bytes: Vec<u8>,
+}
+
+impl Scratch {
+    /// Puts codes of so many bits into a blob, from an element on that begins a byte.
+    pub(super) fn put_codes(&mut self, blob: usize, bits: u32, element: u64, put: &Put<'_>) -> Result<()> {
+        let n = bits::bytes(self.codes.len() as u64, bits).and_then(|n| usize::try_from(n).ok());
+        self.bytes.resize(n.ok_or_else(|| Error::misuse("a span beyond memory"))?, 0);
+        bits::pack(&self.codes, bits, &mut self.bytes);
+        let first = bits::bytes(element, bits).ok_or_else(|| Error::misuse("a blob beyond 2^64 bytes"))?;
+        put(blob, first, &self.bytes)
+    }
+}
+
+/// The fewest rows that fill whole bytes with codes of so many bits.
+pub(super) fn whole_bytes(cols: u64, bits: u32) -> u64 {
+    let mut rows = 1;
+    // 8 at most: all numbers are of bits.
+    while !(cols % 8 * rows * u64::from(bits)).is_multiple_of(8) {
+        rows += 1;
+    }
+    rows
 }
 
 /// What became of weights.
@@ -180,6 +207,14 @@ impl Tensor {
         }
         scratch.important = Some((self.name.clone(), matrix));
         Ok(())
+    }
+
+    /// That these are rows of matrices, of which alone rows can share anything.
+    pub fn check_matrix(&self) -> Result<()> {
+        match self.shape.len() {
+            2.. => Ok(()),
+            _ => Err(Error::misuse(format!("shape {:?} is no matrix: it is stored as float16", self.shape))),
+        }
     }
 
     /// Whether errors are weighed.
