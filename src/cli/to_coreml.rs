@@ -167,7 +167,8 @@ impl WeightArgs {
 
 impl PackageArgs {
     fn run(&self, source: &Path, arch: Option<&str>) -> anyhow::Result<Status> {
-        let imatrix = |path: &PathBuf| ImatrixChoice { path: path.clone(), include: Vec::new(), exclude: Vec::new() };
+        let imatrix =
+            |path: &PathBuf| ImatrixChoice { path: path.clone(), include: Vec::new(), exclude: Vec::new() };
         let conversion = ToCoreml {
             output: self.output.clone(),
             profile: self.profile,
@@ -186,14 +187,20 @@ impl PackageArgs {
 
 pub fn from_hf(args: &HfArgs) -> anyhow::Result<Status> {
     if is_file_of_gguf(&args.source)? {
-        return Err(Error::unsupported("is a GGUF file").at(&args.source).hint("gguf-to-coreml takes it").into());
+        return Err(Error::unsupported("is a GGUF file")
+            .at(&args.source)
+            .hint("gguf-to-coreml takes it")
+            .into());
     }
     args.package.run(&args.source, args.arch.as_deref())
 }
 
 pub fn from_gguf(args: &GgufArgs) -> anyhow::Result<Status> {
     if !is_file_of_gguf(&args.source)? {
-        return Err(Error::unsupported("is no GGUF file").at(&args.source).hint("hf-to-coreml takes others").into());
+        return Err(Error::unsupported("is no GGUF file")
+            .at(&args.source)
+            .hint("hf-to-coreml takes others")
+            .into());
     }
     args.package.run(&args.source, None)
 }

@@ -120,7 +120,13 @@ impl Job {
     }
 
     fn new(plan: Plan, store: Store, output: PathBuf, is_directory: bool) -> Self {
-        Self { plan, store, output, is_directory, tokens: None, resume: true,
+        Self {
+            plan,
+            store,
+            output,
+            is_directory,
+            tokens: None,
+            resume: true,
             vouched: None,
             is_trial: false,
             is_package: false,

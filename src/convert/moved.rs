@@ -57,7 +57,12 @@ impl Moved {
     /// Out of `.qpack`, as the tensors that it was made from.
     pub fn restored(tensor: Tensor, origin: Origin) -> Self {
         let parts = origin.parts.iter().map(|s| PartPlan::new(&s.name, s.dtype, &s.shape)).collect();
-        Self { kind: kind(&tensor.encoding), method: "copy", parts, by: By::Restoring(Box::new((tensor, origin))) }
+        Self {
+            kind: kind(&tensor.encoding),
+            method: "copy",
+            parts,
+            by: By::Restoring(Box::new((tensor, origin))),
+        }
     }
 
     /// Into the blobs of a Core ML package, which have their places.

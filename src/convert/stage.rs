@@ -103,7 +103,8 @@ impl Stage {
         for (target, _) in targets {
             places.push(prepare(target, force, bytes, false)?);
         }
-        let mut stage = Self { directory: None, files: Vec::new(), targets: Vec::new(), stays: true, replaces: false };
+        let mut stage =
+            Self { directory: None, files: Vec::new(), targets: Vec::new(), stays: true, replaces: false };
         for (target, temporary) in places {
             let file = OpenOptions::new()
                 .read(true)
@@ -151,8 +152,9 @@ impl Stage {
 
     /// Lets a directory that exists go as a whole, with what else is in it.
     #[must_use]
-    pub fn replacing(self) -> Self {
-        Self { replaces: true, ..self }
+    pub fn replacing(mut self) -> Self {
+        self.replaces = true;
+        self
     }
 
     /// Adds a file of `len` bytes to a directory, or to one in it.

@@ -82,7 +82,9 @@ impl Forms {
         match (self.granularity, self.matrices) {
             (None, _) => {}
             (Some(_), Matrices::Float16) => return refused("float16 shares nothing".into()),
-            (Some(_), Matrices::Ternary) => return refused("ternary weights have a scale for each row".into()),
+            (Some(_), Matrices::Ternary) => {
+                return refused("ternary weights have a scale for each row".into());
+            }
             (Some(Granularity::Group(0)), _) => return refused("a group of 0".into()),
             (Some(Granularity::Tensor), Matrices::Integers(_)) => {
                 return refused("integers have a scale for each row at least".into());
@@ -138,8 +140,9 @@ impl Forms {
         let why = format!("its {columns} columns are no multiple of {block}");
         match self.allow_fallback {
             true => Ok((Wish::Int { bits, block: None }, Some(format!("{why}: a scale for each row")))),
-            false => Err(Error::unsupported(why)
-                .hint("--allow-fallback gives such matrices a scale for each row; --granularity channel all")),
+            false => Err(Error::unsupported(why).hint(
+                "--allow-fallback gives such matrices a scale for each row; --granularity channel all",
+            )),
         }
     }
 
@@ -197,6 +200,7 @@ fn palette(bits: u32, granularity: Option<Granularity>, rows: u64) -> (Wish, Opt
         None => ROWS,
     };
     let each = (1..=wanted.min(rows)).rev().find(|n| rows.is_multiple_of(*n)).unwrap_or(1);
-    let note = (each != wanted).then(|| format!("its {rows} rows are no multiple of {wanted}: {each} share a table"));
+    let note = (each != wanted)
+        .then(|| format!("its {rows} rows are no multiple of {wanted}: {each} share a table"));
     (Wish::Lut { bits, rows: Some(each) }, note)
 }

@@ -99,7 +99,8 @@ impl ToCoreml {
     /// What is no model; `Unsupported` for architectures without a graph; `Misuse` for options that do not fit.
     pub fn plan(&self) -> Result<Job> {
         self.forms.check(self.profile)?;
-        let given = Given { path: &self.source, arch: self.arch.as_deref(), arch_file: self.arch_file.as_deref() };
+        let given =
+            Given { path: &self.source, arch: self.arch.as_deref(), arch_file: self.arch_file.as_deref() };
         let mut opened = given.open(&self.limits)?;
         let (context, of_context) = self.context(&opened)?;
         let at = |e: Error| e.at(&self.source);
@@ -107,9 +108,10 @@ impl ToCoreml {
         let mut notes = std::mem::take(&mut opened.notes);
         notes.extend(of_context);
         notes.extend(self.remarks(&decoder));
-        let imatrix = self.imatrix.as_ref().map(|choice| {
-            ImportanceMatrix::open(&choice.path, &self.limits).map(Arc::new)
-        });
+        let imatrix = self
+            .imatrix
+            .as_ref()
+            .map(|choice| ImportanceMatrix::open(&choice.path, &self.limits).map(Arc::new));
         let asked = Asked {
             profile: self.profile,
             forms: &self.forms,
@@ -172,7 +174,10 @@ impl ToCoreml {
             )));
         }
         let beyond = trained.filter(|n| context > *n);
-        Ok((context, beyond.map(|n| format!("the model was trained on {n} tokens, its package takes {context}"))))
+        Ok((
+            context,
+            beyond.map(|n| format!("the model was trained on {n} tokens, its package takes {context}")),
+        ))
     }
 
     /// What the graph of a model means where it runs.

@@ -119,7 +119,8 @@ impl<'a> Weights<'a> {
                 weights.add(name, Mapping::Source(head_tensor), Some(rows), (At::Head, false), store)?;
             }
             if is_tied {
-                let why = "embeddings and head are the same, and stored twice: the head is divided".to_string();
+                let why =
+                    "embeddings and head are the same, and stored twice: the head is divided".to_string();
                 weights.notes.entry(why).or_default();
             }
         }
@@ -159,7 +160,8 @@ impl<'a> Weights<'a> {
         if let (Some(rows), Some(n)) = (&rows, shape.first_mut()) {
             *n = rows.end - rows.start;
         }
-        let (wish, note) = self.asked.forms.wish(self.asked.profile, &tensor.name, &shape).map_err(context)?;
+        let (wish, note) =
+            self.asked.forms.wish(self.asked.profile, &tensor.name, &shape).map_err(context)?;
         if let Some(note) = note {
             self.notes.entry(note).or_default().push(name.clone());
         }
@@ -293,8 +295,10 @@ impl<'a> Weights<'a> {
         }
         match placed.0.keys().find(|name| !used.contains(*name)) {
             None => Ok(profile::model(functions, self.asked.metadata.clone(), context)),
-            Some(name) => Err(Error::unsupported(format!("tensor {name:?} has no place in the graph of {}", self.arch))
-                .hint("its [graph] lacks something: the definition is in formats/arch")),
+            Some(name) => {
+                Err(Error::unsupported(format!("tensor {name:?} has no place in the graph of {}", self.arch))
+                    .hint("its [graph] lacks something: the definition is in formats/arch"))
+            }
         }
     }
 }
@@ -315,7 +319,9 @@ impl Weight<'_> {
         let weighed = self.importance.is_some();
         match self.wish {
             Wish::F16 => ("f16", "copy"),
-            Wish::Int { bits, .. } => (if bits == 4 { "int4" } else { "int8" }, if weighed { "imatrix" } else { "rtn" }),
+            Wish::Int { bits, .. } => {
+                (if bits == 4 { "int4" } else { "int8" }, if weighed { "imatrix" } else { "rtn" })
+            }
             Wish::Lut { bits, .. } => {
                 let names = ["lut1", "lut2", "lut3", "lut4", "", "lut6", "", "lut8"];
                 let name = bits.checked_sub(1).and_then(|k| names.get(k as usize)).copied().unwrap_or("lut");

@@ -105,7 +105,8 @@ mod tests {
 
     #[test]
     fn as_few_as_fit() {
-        let divided = |most| divide(6, most, &bytes).unwrap().iter().map(|p| format!("{p:?}")).collect::<Vec<_>>();
+        let divided =
+            |most| divide(6, most, &bytes).unwrap().iter().map(|p| format!("{p:?}")).collect::<Vec<_>>();
         assert_eq!(divided(101 * MB + 1), ["Whole"]);
         assert_eq!(divided(101 * MB), ["Embedding", "Layers(0..6)", "Head"]);
         assert_eq!(divided(41 * MB + 1), ["Embedding", "Layers(0..4)", "Layers(4..6)", "Head"]);
@@ -116,7 +117,10 @@ mod tests {
     #[test]
     fn weights_have_places() {
         assert_eq!(At::of("blk.12.attn_q.weight"), At::Layer(12));
-        assert_eq!((At::of("token_embd.weight"), At::of("position_embd.weight")), (At::Embedding, At::Embedding));
+        assert_eq!(
+            (At::of("token_embd.weight"), At::of("position_embd.weight")),
+            (At::Embedding, At::Embedding)
+        );
         assert_eq!((At::of("output_norm.weight"), At::of("output.3.weight")), (At::Head, At::Head));
         let tables = [0, 1, 0];
         assert!(At::Table(1).is_in(&Part::Layers(1..3), &tables));

@@ -7,7 +7,8 @@ use serde_json::Value as Json;
 use crate::arch::Model as ArchModel;
 use crate::container::coreml::mil::Program;
 use crate::container::coreml::model::{
-    ArrayDataType, FeatureDescription, Flexibility, FunctionDescription, Metadata, ModelDescription, SizeRange,
+    ArrayDataType, FeatureDescription, Flexibility, FunctionDescription, Metadata, ModelDescription,
+    SizeRange,
 };
 use crate::container::coreml::{DataType, Model, Only};
 use crate::mil::{Built, Dim, Feature, Layout};
@@ -64,7 +65,10 @@ impl Profile {
             Self::Ane => rows.div_ceil(ROWS).max(1),
         };
         let each = rows.div_ceil(parts).checked_next_multiple_of(STEP).unwrap_or(rows).max(1);
-        (0..parts).map(|j| (j * each).min(rows)..((j + 1) * each).min(rows)).filter(|r| !r.is_empty()).collect()
+        (0..parts)
+            .map(|j| (j * each).min(rows)..((j + 1) * each).min(rows))
+            .filter(|r| !r.is_empty())
+            .collect()
     }
 }
 
@@ -134,7 +138,13 @@ fn array_type(feature: &Feature) -> ArrayDataType {
 }
 
 /// What a package says of itself. swift-transformers fetches the tokenizer of the repository it names.
-pub fn metadata(source: &ArchModel, id: Option<&str>, profile: Profile, context: u64, form: &str) -> Metadata {
+pub fn metadata(
+    source: &ArchModel,
+    id: Option<&str>,
+    profile: Profile,
+    context: u64,
+    form: &str,
+) -> Metadata {
     let config = source.config();
     let stated = config.get("_name_or_path").and_then(Json::as_str).filter(|name| !name.is_empty());
     let architecture = source.class_name().to_string();
@@ -168,7 +178,9 @@ mod tests {
             let starts: Vec<u64> = parts.iter().map(|r| r.start).collect();
             assert_eq!((starts[0], *ends.last().unwrap()), (0, rows));
             assert_eq!(starts[1..], ends[..ends.len() - 1], "{rows}");
-            assert!(starts.iter().all(|s| s.is_multiple_of(8)) && parts.iter().all(|r| r.end - r.start <= ROWS));
+            assert!(
+                starts.iter().all(|s| s.is_multiple_of(8)) && parts.iter().all(|r| r.end - r.start <= ROWS)
+            );
         }
     }
 }

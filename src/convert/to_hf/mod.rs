@@ -12,8 +12,8 @@ use std::path::{Path, PathBuf};
 use regex::Regex;
 use serde_json::Value as Json;
 
-use self::model::HfModel;
 pub(super) use self::gguf::{Wish as GgufWish, recognise as recognise_gguf};
+use self::model::HfModel;
 pub(super) use self::rounding::places_of_checkpoint;
 use self::rounding::{Need, Rounder};
 use super::Job;
