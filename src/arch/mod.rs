@@ -7,6 +7,7 @@
 
 mod active;
 mod also;
+mod decoder;
 mod elementwise;
 mod example;
 mod expr;
@@ -20,6 +21,7 @@ mod misfit;
 mod projector;
 mod recognise;
 mod rope;
+mod rope_table;
 mod rows;
 mod scalars;
 mod schema;
@@ -36,6 +38,7 @@ pub use low_rank::{Placed, Placer};
 pub use mapping::{Data, Generated, Mapped, Piece};
 pub use projector::{PROJECTOR, has_projector, recognise_projector, take_for_projector};
 pub use recognise::{recognise, take_for};
+pub use rope_table::Lengths;
 pub use schema::{Architecture, TokenizerRule};
 pub use scope::Facts;
 pub use template::{Captures, Template};
