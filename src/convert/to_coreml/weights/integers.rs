@@ -6,9 +6,9 @@
 
 use std::ops::Range;
 
-use super::values::{Outcome, Scratch, Tensor, whole_bytes};
+use super::values::{Outcome, Scratch, Tensor, half, whole_bytes};
 use super::{Encoding, Operand, Put};
-use crate::block::{WHOLE, f16_from_f32, f32_from_f16};
+use crate::block::{WHOLE, f16_from_f32};
 use crate::container::Store;
 use crate::container::coreml::DataType;
 use crate::error::{Error, Result};
@@ -25,12 +25,6 @@ pub(super) struct Integers {
 
 /// Scales that are tried where importance is known, in parts of the usual one: from 0.8 to 1.05.
 const TRIED: u32 = 16;
-/// What stands for the scale of zeros: the least number of float16 that is not subnormal, so that nobody divides by
-/// zero.
-const LEAST: f32 = 1.0 / 16384.0;
-/// The least number that float16 does not round to 65504.
-const BEYOND: f32 = 65520.0;
-
 impl Integers {
     pub fn new(tensor: &Tensor, bits: u32, block: Option<u64>) -> Result<Self> {
         if ![4, 8].contains(&bits) {
@@ -109,17 +103,6 @@ fn greatest(x: &[f32]) -> f32 {
     x.iter().fold(0.0, |most, x| if x.abs() > most { x.abs() } else { most })
 }
 
-/// A scale as float16, such that `most` of it are of float16 too.
-fn half(scale: f32, most: f32) -> f32 {
-    let bits = f16_from_f32(scale);
-    let rounded = f32_from_f16(bits);
-    match rounded {
-        0.0 => LEAST,
-        _ if rounded * most >= BEYOND => f32_from_f16(bits - 1),
-        _ => rounded,
-    }
-}
-
 /// A code, as a number.
 #[inline(always)]
 fn code<const LOW: i32, const HIGH: i32>(x: f32, inverse: f32) -> f32 {
@@ -187,6 +170,7 @@ fn tried<const LOW: i32, const HIGH: i32>(x: &[f32], importance: &[f32]) -> f32 
 
 #[cfg(test)]
 mod tests {
+    use super::super::values::{BEYOND, LEAST};
     use super::*;
     use proptest::prelude::*;
 

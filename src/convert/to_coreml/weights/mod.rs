@@ -5,15 +5,23 @@
 //! any span, and the bytes are the same. Each encoding is a file here. Sources: `formats/spec/coreml.md` for bytes,
 //! coremltools 9 (`converters/mil/mil/ops/defs/iOS18/compression.py`) for what operations make of them.
 
+mod codes;
 mod integers;
+mod kept;
+mod lut;
 mod plain;
+mod ternary;
 mod values;
 
 use std::fmt::Debug;
 use std::ops::Range;
 
+use self::codes::Codes;
 use self::integers::Integers;
+use self::kept::{Choice, Kept};
+use self::lut::Lut;
 use self::plain::Plain;
+use self::ternary::{Dense, Digits, Sparse};
 use self::values::Tensor;
 pub use self::values::{Outcome, Scratch};
 use crate::arch::Mapped;
@@ -145,14 +153,44 @@ impl WeightPlan {
         store: &Store,
         rows: Option<Range<u64>>,
         wish: Wish,
-        _keep: Keep,
+        keep: Keep,
         importance: Option<Importance>,
     ) -> Result<Self> {
-        let tensor = Tensor::new(tensor, store, rows, importance)?;
-        let encoding: Box<dyn Encoding> = match wish {
-            Wish::F16 => Box::new(Plain::new(&tensor, store)?),
-            Wish::Int { bits, block } => Box::new(Integers::new(&tensor, bits, block)?),
-            _ => return Err(Error::unsupported(format!("{wish:?}"))),
+        let mapped = tensor;
+        let tensor = Tensor::new(mapped, store, rows, importance)?;
+        let (mut note, mut fallback) = (None, None);
+        let mut kept = None;
+        let codes = if keep == Keep::Never { None } else { Codes::of(mapped, &tensor, store)? };
+        match codes {
+            None => {}
+            Some(Err(why)) => note = Some(why),
+            Some(Ok(codes)) => {
+                let (choice, said) = match Kept::choose(codes, &tensor, store, wish, keep)? {
+                    Choice::Ternary(codes, said) => (Some(Err(codes)), said),
+                    Choice::Kept(kept, said) => (Some(Ok(kept)), said),
+                    Choice::Decoded(said) => (None, said),
+                };
+                (kept, note) = (choice, Some(said));
+            }
+        }
+        let mut ternary = |codes: Option<Codes>, sparse: bool| -> Result<Box<dyn Encoding>> {
+            let mut digits = Digits::new(codes);
+            if sparse {
+                digits = match Sparse::new(&tensor, store, digits)? {
+                    Ok(sparse) => return Ok(Box::new(sparse)),
+                    Err(digits) => digits,
+                };
+                fallback = Some("has no weight but zeros, which a sparse form needs".to_string());
+            }
+            Ok(Box::new(Dense::new(&tensor, digits)?))
+        };
+        let encoding: Box<dyn Encoding> = match (kept, wish) {
+            (Some(Ok(kept)), _) => kept,
+            (Some(Err(codes)), wish) => ternary(Some(codes), wish == Wish::Ternary { sparse: true })?,
+            (None, Wish::F16) => Box::new(Plain::new(&tensor, store)?),
+            (None, Wish::Int { bits, block }) => Box::new(Integers::new(&tensor, bits, block)?),
+            (None, Wish::Lut { bits, rows }) => Box::new(Lut::new(&tensor, bits, rows)?),
+            (None, Wish::Ternary { sparse }) => ternary(None, sparse)?,
         };
         let operands = encoding.operands(&tensor);
         let mut blobs = Vec::with_capacity(operands.len());
@@ -160,10 +198,8 @@ impl WeightPlan {
             let elements = crate::tensor::elements(shape)?;
             blobs.push(Wanted { data_type: *dtype, elements, sum: None });
         }
-        let unit = encoding.unit();
-        let span = if tensor.is_contiguous() { SPAN } else { SCATTERED_SPAN };
-        let step = (span / tensor.cols / unit).max(1).saturating_mul(unit);
-        Ok(Self { tensor, encoding, operands, blobs, step, note: None, fallback: None })
+        let step = tensor.step(encoding.unit());
+        Ok(Self { tensor, encoding, operands, blobs, step, note, fallback })
     }
 
     /// What the weight file needs, in order. Empty where so few elements stand in the program.

@@ -2,13 +2,15 @@
 
 use std::ops::Range;
 
-use super::Put;
+use super::{Put, SCATTERED_SPAN, SPAN};
 use crate::arch::Mapped;
-use crate::block::bits;
+use crate::block::{bits, f16_from_f32, f32_from_f16};
 use crate::container::Store;
+use crate::container::grouped::Rows;
 use crate::convert::gather;
 use crate::convert::{Importance, Source};
 use crate::error::{Error, Result};
+use crate::quantize::palette::Points;
 
 /// The tensor behind a plan: rows of one matrix, or of all matrices of a stack.
 #[derive(Debug)]
@@ -30,7 +32,7 @@ pub(super) struct Tensor {
 /// Buffers of one worker, kept between spans.
 #[derive(Debug, Default)]
 pub struct Scratch {
-    fetch: gather::Scratch,
+    pub(super) fetch: gather::Scratch,
     /// Weights of a span.
     pub(super) values: Vec<f32>,
     /// Importance of the columns.
@@ -41,8 +43,15 @@ pub struct Scratch {
     pub(super) stored: Vec<f32>,
     /// Codes, one in a byte.
     pub(super) codes: Vec<u8>,
-    /// Scales or tables.
+    /// Of rows, or of groups; tables too.
+    pub(super) scales: Vec<f32>,
+    pub(super) zeros: Vec<u8>,
+    /// The same as bytes.
     pub(super) small: Vec<u8>,
+    /// Codes of the source, and of a part of the span.
+    pub(super) rows: Rows,
+    pub(super) some: Rows,
+    pub(super) points: Points,
     pub(super) bytes: Vec<u8>,
 }
 
@@ -55,6 +64,26 @@ impl Scratch {
         let first = bits::bytes(element, bits).ok_or_else(|| Error::misuse("a blob beyond 2^64 bytes"))?;
         put(blob, first, &self.bytes)
     }
+}
+
+/// A scale as float16, such that `most` of it are of float16 too; never 0, so that nobody divides by it.
+pub(super) fn half(scale: f32, most: f32) -> f32 {
+    let bits = f16_from_f32(scale);
+    let rounded = f32_from_f16(bits);
+    match rounded {
+        0.0 => LEAST,
+        _ if rounded * most >= BEYOND => f32_from_f16(bits - 1),
+        _ => rounded,
+    }
+}
+
+/// The least common multiple.
+pub(super) fn common(a: u64, b: u64) -> u64 {
+    let (mut x, mut y) = (a, b);
+    while y > 0 {
+        (x, y) = (y, x % y);
+    }
+    (a / x.max(1)).saturating_mul(b)
 }
 
 /// The fewest rows that fill whole bytes with codes of so many bits.
@@ -100,7 +129,9 @@ impl Outcome {
 }
 
 /// From here on numbers round to what float16 does not have: half a unit beyond 65504.
-const BEYOND: f32 = 65520.0;
+pub(super) const BEYOND: f32 = 65520.0;
+/// What stands for a scale of zero: the least number of float16 that is not subnormal.
+pub(super) const LEAST: f32 = 1.0 / 16384.0;
 
 impl Tensor {
     pub fn new(
@@ -151,9 +182,10 @@ impl Tensor {
         self.rows * self.cols // as many as the source has at most
     }
 
-    /// Whether small spans cost nothing.
-    pub fn is_contiguous(&self) -> bool {
-        self.source.is_contiguous()
+    /// Rows of a span, a multiple of `unit`.
+    pub fn step(&self, unit: u64) -> u64 {
+        let span = if self.source.is_contiguous() { SPAN } else { SCATTERED_SPAN };
+        (span / self.cols / unit).max(1).saturating_mul(unit)
     }
 
     /// The rows of the source that are these.
