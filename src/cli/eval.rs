@@ -9,6 +9,7 @@ use qconv::convert::Stage;
 use qconv::error::{Error, Result};
 use qconv::eval::SAMPLE_TEXT;
 use qconv::eval::baseline::{Baseline, Shape};
+use qconv::eval::engine::Engine;
 use qconv::eval::picture::Picture;
 use qconv::eval::plot::{Point, kld_over_size};
 use qconv::eval::score::{Base, Divergence, DivergenceSummary, Estimate, Perplexity, log_norm};
@@ -482,7 +483,7 @@ fn compare(paths: &[PathBuf], files: &[(PathBuf, Form)], force: bool, args: &Tex
     let windows = same_windows(args, &named)?;
     let mut watch = Watch::new(&windows, args.quiet);
     let mut all = vec![Divergence::default(); models.len()];
-    let references: Vec<&Model> = models.iter().collect();
+    let references: Vec<&dyn Engine> = models.iter().map(|m| m as &dyn Engine).collect();
     let times = windows.read(&references, args.threads(), |window, rows, next| {
         watch.at(window, String::new)?;
         if let Some(base) = rows.first() {

@@ -7,11 +7,10 @@ pub mod bench;
 pub mod chat;
 #[cfg(feature = "ggml")]
 mod compare;
-#[cfg(feature = "ggml")]
 pub mod dialogue;
 #[cfg(feature = "ggml")]
 pub mod embed;
-#[cfg(feature = "ggml")]
+pub mod engine;
 pub mod generate;
 pub mod logits;
 pub mod parity;
