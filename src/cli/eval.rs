@@ -9,17 +9,16 @@ use qconv::convert::Stage;
 use qconv::error::{Error, Result};
 use qconv::eval::SAMPLE_TEXT;
 use qconv::eval::baseline::{Baseline, Shape};
-use qconv::eval::engine::Engine;
+use qconv::eval::engine::{Engine, Size};
 use qconv::eval::picture::Picture;
 use qconv::eval::plot::{Point, kld_over_size};
 use qconv::eval::score::{Base, Divergence, DivergenceSummary, Estimate, Perplexity, log_norm};
 use qconv::eval::windows::Windows;
-use qconv::ggml::{Model, ModelOptions};
 use qconv::limits::Limits;
 use serde::Serialize;
 use serde_json::{Value as Json, json};
 
-use super::runnable::{self, Loaded};
+use super::runnable::{self, Execution, Ready};
 use super::ui::{self, Progress};
 
 /// Measure what a model predicts: perplexity, and divergence from the model it was made from
@@ -33,14 +32,14 @@ pub struct Args {
 enum Command {
     /// How well a model predicts a text, by llama.cpp's definition
     Perplexity {
-        /// The model: a GGUF file (of a split one, the first shard), a .qpack file or a Hugging Face directory
+        /// The model: a GGUF file (of a split one, the first shard), a .qpack file, a Hugging Face directory or a Core ML package
         model: PathBuf,
         #[command(flatten)]
         text: TextArgs,
     },
     /// How far a model's predictions depart from those of the model it was made from
     Kld {
-        /// The model: a GGUF file (of a split one, the first shard), a .qpack file or a Hugging Face directory
+        /// The model: a GGUF file (of a split one, the first shard), a .qpack file, a Hugging Face directory or a Core ML package
         model: PathBuf,
         /// The model to compare with, or what `eval baseline` or llama-perplexity kept of it
         #[arg(long, value_name = "MODEL|BASELINE")]
@@ -50,7 +49,7 @@ enum Command {
     },
     /// Keep a model's predictions in a small file, to compare others with it later
     Baseline {
-        /// The model: a GGUF file (of a split one, the first shard), a .qpack file or a Hugging Face directory
+        /// The model: a GGUF file (of a split one, the first shard), a .qpack file, a Hugging Face directory or a Core ML package
         model: PathBuf,
         /// The file to write
         #[arg(short, long)]
@@ -106,6 +105,10 @@ struct TextArgs {
     #[arg(long, default_value_t = 0, allow_negative_numbers = true)]
     gpu_layers: i32,
 
+    /// Round the result of each operation to float16, as devices do (Core ML packages)
+    #[arg(long)]
+    fp16: bool,
+
     /// Print the result as JSON
     #[arg(long)]
     json: bool,
@@ -116,9 +119,16 @@ struct TextArgs {
 }
 
 impl TextArgs {
-    fn model(&self, path: &Path) -> Result<Loaded> {
-        let options = ModelOptions { n_gpu_layers: self.gpu_layers, ..ModelOptions::default() };
-        runnable::load(path, &options, self.threads, self.quiet)
+    fn model(&self, path: &Path) -> Result<Ready> {
+        let execution = Execution {
+            threads: self.threads,
+            gpu_layers: self.gpu_layers,
+            lora: &[],
+            rearranges: false,
+            fp16: self.fp16,
+            quiet: self.quiet,
+        };
+        runnable::execute(path, &execution)
     }
 
     fn text(&self) -> Result<Cow<'static, str>> {
@@ -139,11 +149,11 @@ impl TextArgs {
         }
     }
 
-    fn windows(&self, model: &Model) -> Result<Windows> {
+    fn windows(&self, model: &dyn Engine) -> Result<Windows> {
         self.windows_of(model, &self.text()?)
     }
 
-    fn windows_of(&self, model: &Model, text: &str) -> Result<Windows> {
+    fn windows_of(&self, model: &dyn Engine, text: &str) -> Result<Windows> {
         Windows::new(model, text, self.ctx.unwrap_or(512), self.chunks)
     }
 
@@ -154,6 +164,12 @@ impl TextArgs {
 
 pub fn run(args: &Args) -> anyhow::Result<()> {
     ui::catch_interrupt();
+    let (models, text): (Vec<&PathBuf>, _) = match &args.command {
+        Command::Perplexity { model, text } | Command::Baseline { model, text, .. } => (vec![model], text),
+        Command::Kld { model, base, text } => (vec![model, base], text),
+        Command::Compare { models, text, .. } => (models.iter().collect(), text),
+    };
+    runnable::check_fp16(text.fp16, models.into_iter().map(PathBuf::as_path))?;
     match &args.command {
         Command::Perplexity { model, text } => perplexity(model, text),
         Command::Kld { model, base, text } => kld(model, base, text),
@@ -191,12 +207,12 @@ impl Watch {
 }
 
 fn perplexity(path: &Path, args: &TextArgs) -> anyhow::Result<()> {
-    let Loaded { runs, model } = args.model(path)?;
-    let windows = args.windows(&model).map_err(|e| e.at(path))?;
+    let Ready { runs, model, .. } = args.model(path)?;
+    let windows = args.windows(&*model).map_err(|e| e.at(path))?;
     let mut watch = Watch::new(&windows, args.quiet);
     let mut ppl = Perplexity::default();
     windows
-        .read(&[&model], args.threads(), |window, rows, next| {
+        .read(&[&*model], args.threads(), |window, rows, next| {
             watch.at(window, || format!("perplexity {:.4}", ppl.estimate().value))?;
             for row in rows {
                 ppl.add(log_norm(row) - row.get(next).map_or(f64::NEG_INFINITY, |&x| f64::from(x)));
@@ -220,7 +236,7 @@ fn perplexity(path: &Path, args: &TextArgs) -> anyhow::Result<()> {
 }
 
 fn kld(path: &Path, base: &Path, args: &TextArgs) -> anyhow::Result<()> {
-    let Loaded { runs, model } = args.model(path)?;
+    let Ready { runs, model, .. } = args.model(path)?;
     let mut divergence = Divergence::default();
     let mut base_converted = Json::Null;
     let note = if !base.is_dir() && Baseline::is_one(base)? {
@@ -236,11 +252,11 @@ fn kld(path: &Path, base: &Path, args: &TextArgs) -> anyhow::Result<()> {
         let mut windows = baseline.windows.clone();
         if baseline.shape.is_none() {
             // llama.cpp's file leaves this to the model.
-            windows.bos = Windows::bos_of(&model);
+            windows.bos = Windows::bos_of(&*model);
         }
         let mut watch = Watch::new(&windows, args.quiet);
         windows
-            .read(&[&model], args.threads(), |window, rows, next| {
+            .read(&[&*model], args.threads(), |window, rows, next| {
                 watch.at(window, || running(&divergence))?;
                 let base = baseline.next_row()?;
                 rows.iter().for_each(|row| divergence.add(row, base, next));
@@ -256,9 +272,9 @@ fn kld(path: &Path, base: &Path, args: &TextArgs) -> anyhow::Result<()> {
             )
         })
     } else {
-        let Loaded { runs, model: base_model } = args.model(base)?;
+        let Ready { runs, model: base_model, .. } = args.model(base)?;
         base_converted = runs.json();
-        divergence = side_by_side(args, (base, &base_model), (path, &model))?;
+        divergence = side_by_side(args, (base, &*base_model), (path, &*model))?;
         None
     };
     let s = divergence.summary();
@@ -289,7 +305,7 @@ fn running(divergence: &Divergence) -> String {
 }
 
 /// Lets a model and its base read the text.
-fn side_by_side(args: &TextArgs, base: (&Path, &Model), of: (&Path, &Model)) -> Result<Divergence> {
+fn side_by_side(args: &TextArgs, base: (&Path, &dyn Engine), of: (&Path, &dyn Engine)) -> Result<Divergence> {
     let windows = same_windows(args, &[base, of])?;
     let mut divergence = Divergence::default();
     let mut watch = Watch::new(&windows, args.quiet);
@@ -307,6 +323,7 @@ fn side_by_side(args: &TextArgs, base: (&Path, &Model), of: (&Path, &Model)) -> 
 }
 
 /// How a written file is compared with its source.
+#[cfg(feature = "ggml")]
 pub struct Comparison<'t> {
     /// The text; a part of a novel where there is none.
     pub text: Option<&'t Path>,
@@ -320,6 +337,7 @@ pub struct Comparison<'t> {
 ///
 /// # Errors
 /// What cannot be run; texts that are too short.
+#[cfg(feature = "ggml")]
 pub fn compare_files(base: &Path, path: &Path, options: &Comparison<'_>) -> Result<DivergenceSummary> {
     let args = TextArgs {
         text: options.text.map(Path::to_path_buf),
@@ -327,18 +345,19 @@ pub fn compare_files(base: &Path, path: &Path, options: &Comparison<'_>) -> Resu
         chunks: Some(options.chunks),
         threads: Some(options.threads),
         gpu_layers: 0,
+        fp16: false,
         json: false,
         quiet: options.quiet,
     };
     let (base_model, model) = (args.model(base)?, args.model(path)?);
-    Ok(side_by_side(&args, (base, &base_model.model), (path, &model.model))?.summary())
+    Ok(side_by_side(&args, (base, &*base_model.model), (path, &*model.model))?.summary())
 }
 
 /// The text in windows, after a look at whether all models read the same tokens in it.
-fn same_windows(args: &TextArgs, models: &[(&Path, &Model)]) -> Result<Windows> {
+fn same_windows(args: &TextArgs, models: &[(&Path, &dyn Engine)]) -> Result<Windows> {
     let text = args.text()?;
     let mut windows: Option<Windows> = None;
-    for (path, model) in models {
+    for &(path, model) in models {
         let own = args.windows_of(model, &text).map_err(|e| e.at(path))?;
         match &windows {
             Some(first) if *first != own => {
@@ -359,8 +378,8 @@ fn baseline(
     force: bool,
     args: &TextArgs,
 ) -> anyhow::Result<()> {
-    let Loaded { runs, model } = args.model(path)?;
-    let windows = args.windows(&model).map_err(|e| e.at(path))?;
+    let Ready { runs, model, .. } = args.model(path)?;
+    let windows = args.windows(&*model).map_err(|e| e.at(path))?;
     let mut shape = Shape::fitting(model.n_tokens());
     if let Some(k) = top_k {
         if k == 0 || k > shape.n_vocab {
@@ -377,7 +396,7 @@ fn baseline(
     let mut watch = Watch::new(&windows, args.quiet);
     let (mut rest, mut count) = (0.0, 0u64);
     windows
-        .read(&[&model], args.threads(), |window, rows, next| {
+        .read(&[&*model], args.threads(), |window, rows, next| {
             watch.at(window, String::new)?;
             for row in rows {
                 let sampled = shape.sample(row, next, count);
@@ -479,12 +498,13 @@ fn compare(paths: &[PathBuf], files: &[(PathBuf, Form)], force: bool, args: &Tex
         runs.push(loaded.runs);
         models.push(loaded.model);
     }
-    let named: Vec<(&Path, &Model)> = paths.iter().map(PathBuf::as_path).zip(&models).collect();
+    let models: Vec<&dyn Engine> = models.iter().map(|m| &**m).collect();
+    let named: Vec<(&Path, &dyn Engine)> =
+        paths.iter().map(PathBuf::as_path).zip(models.iter().copied()).collect();
     let windows = same_windows(args, &named)?;
     let mut watch = Watch::new(&windows, args.quiet);
     let mut all = vec![Divergence::default(); models.len()];
-    let references: Vec<&dyn Engine> = models.iter().map(|m| m as &dyn Engine).collect();
-    let times = windows.read(&references, args.threads(), |window, rows, next| {
+    let times = windows.read(&models, args.threads(), |window, rows, next| {
         watch.at(window, String::new)?;
         if let Some(base) = rows.first() {
             let base = Base::Whole(base, log_norm(base));
@@ -494,21 +514,21 @@ fn compare(paths: &[PathBuf], files: &[(PathBuf, Form)], force: bool, args: &Tex
     })?;
     watch.progress.finish();
     let read = (windows.count() * (windows.n_ctx - 1)) as f64;
-    let rows: Vec<Row> = named
+    let sizes = named.iter().map(|(path, model)| model.size().map_err(|e| e.at(path)));
+    let sizes: Vec<Size> = sizes.collect::<Result<_>>()?;
+    let rows: Vec<Row> = paths
         .iter()
+        .zip(sizes)
         .zip(&all)
         .zip(times)
         .zip(&runs)
-        .map(|((((path, model), divergence), time), runs)| {
-            let bytes = model.tensor_bytes();
-            Row {
-                model: path.to_path_buf(),
-                bytes,
-                bits_per_weight: bytes as f64 * 8.0 / model.n_params().max(1) as f64,
-                tokens_per_second: read / time.as_secs_f64().max(1e-9),
-                converted: runs.json(),
-                divergence: divergence.summary(),
-            }
+        .map(|((((path, size), divergence), time), runs)| Row {
+            model: path.clone(),
+            bytes: size.bytes,
+            bits_per_weight: size.bytes as f64 * 8.0 / size.parameters.max(1) as f64,
+            tokens_per_second: read / time.as_secs_f64().max(1e-9),
+            converted: runs.json(),
+            divergence: divergence.summary(),
         })
         .collect();
     for (file, (_, form)) in stage.files().iter().zip(files) {

@@ -21,6 +21,12 @@ pub trait Engine: Debug {
     /// Context length that it was made for, in tokens.
     fn n_ctx(&self) -> usize;
 
+    /// How large it is.
+    ///
+    /// # Errors
+    /// As its files cannot be read.
+    fn size(&self) -> Result<Size>;
+
     /// The ids of `text`. `add_special` adds what the vocabulary says to add; `parse_special` reads the names
     /// of control tokens as those tokens.
     ///
@@ -45,6 +51,9 @@ pub trait Engine: Debug {
 
     /// The chat template, in Jinja.
     fn chat_template(&self) -> Option<String>;
+
+    /// What is recommended for sampling under this key, as GGUF calls it (`general.sampling.*`): `temp`, `top_k`.
+    fn recommended(&self, key: &str) -> Option<String>;
 
     /// A sequence of which nothing has been read yet.
     ///
@@ -78,6 +87,15 @@ pub struct Delimiters {
     pub add_bos: bool,
     /// Whether [`Engine::tokenize`] with `add_special` ends with `eos`.
     pub add_eos: bool,
+}
+
+/// The size of a model.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Size {
+    /// Bytes of all tensors.
+    pub bytes: u64,
+    /// Number of weights.
+    pub parameters: u64,
 }
 
 /// How to read.
@@ -146,7 +164,7 @@ pub trait Reader: Debug {
 /// The linked llama.cpp.
 #[cfg(feature = "ggml")]
 mod linked {
-    use super::{Delimiters, Engine, Keep, Kind, Reader, ReaderOptions, Result};
+    use super::{Delimiters, Engine, Keep, Kind, Reader, ReaderOptions, Result, Size};
     use crate::ggml::{Context, ContextOptions, Logits, Model};
 
     impl Engine for Model {
@@ -169,6 +187,10 @@ mod linked {
 
         fn n_ctx(&self) -> usize {
             self.n_ctx_train() as usize
+        }
+
+        fn size(&self) -> Result<Size> {
+            Ok(Size { bytes: self.tensor_bytes(), parameters: self.n_params() })
         }
 
         fn tokenize(&self, text: &str, add_special: bool, parse_special: bool) -> Result<Vec<i32>> {
@@ -199,6 +221,10 @@ mod linked {
 
         fn chat_template(&self) -> Option<String> {
             Self::chat_template(self)
+        }
+
+        fn recommended(&self, key: &str) -> Option<String> {
+            self.metadata(&format!("general.sampling.{key}"))
         }
 
         fn reader<'a>(&'a self, options: &ReaderOptions) -> Result<Box<dyn Reader + 'a>> {

@@ -7,6 +7,7 @@ pub mod bench;
 pub mod chat;
 #[cfg(feature = "ggml")]
 mod compare;
+pub mod coreml;
 pub mod dialogue;
 #[cfg(feature = "ggml")]
 pub mod embed;
@@ -24,6 +25,7 @@ pub mod sample;
 pub mod score;
 mod softmax;
 pub mod stop;
+pub mod tokens;
 #[cfg(feature = "ggml")]
 pub mod trial;
 pub mod windows;
