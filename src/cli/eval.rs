@@ -9,15 +9,14 @@ use qconv::convert::Stage;
 use qconv::error::{Error, Result};
 use qconv::eval::SAMPLE_TEXT;
 use qconv::eval::baseline::{Baseline, Shape};
-use qconv::eval::engine::{Engine, Size};
-use qconv::eval::picture::Picture;
-use qconv::eval::plot::{Point, kld_over_size};
-use qconv::eval::score::{Base, Divergence, DivergenceSummary, Estimate, Perplexity, log_norm};
+use qconv::eval::coreml::is_coreml;
+use qconv::eval::engine::Engine;
+use qconv::eval::score::{Base, Divergence, Estimate, Perplexity, log_norm};
 use qconv::eval::windows::Windows;
 use qconv::limits::Limits;
-use serde::Serialize;
 use serde_json::{Value as Json, json};
 
+use super::compare::{compare, files};
 use super::runnable::{self, Execution, Ready};
 use super::ui::{self, Progress};
 
@@ -84,7 +83,7 @@ enum Command {
 }
 
 #[derive(clap::Args, Debug)]
-struct TextArgs {
+pub struct TextArgs {
     /// The text, in UTF-8, or - for stdin; by default a part of a novel by Jane Austen
     #[arg(long, value_name = "FILE")]
     text: Option<PathBuf>,
@@ -111,15 +110,15 @@ struct TextArgs {
 
     /// Print the result as JSON
     #[arg(long)]
-    json: bool,
+    pub json: bool,
 
     /// No progress
     #[arg(short, long)]
-    quiet: bool,
+    pub quiet: bool,
 }
 
 impl TextArgs {
-    fn model(&self, path: &Path) -> Result<Ready> {
+    pub fn model(&self, path: &Path) -> Result<Ready> {
         let execution = Execution {
             threads: self.threads,
             gpu_layers: self.gpu_layers,
@@ -157,7 +156,7 @@ impl TextArgs {
         Windows::new(model, text, self.ctx.unwrap_or(512), self.chunks)
     }
 
-    fn threads(&self) -> u32 {
+    pub fn threads(&self) -> u32 {
         super::common::threads(self.threads)
     }
 }
@@ -183,17 +182,17 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
 }
 
 /// Shows a window's end with a running value, and stops on Ctrl-C.
-struct Watch {
-    progress: Progress,
+pub struct Watch {
+    pub progress: Progress,
     window: usize,
 }
 
 impl Watch {
-    fn new(windows: &Windows, quiet: bool) -> Self {
+    pub fn new(windows: &Windows, quiet: bool) -> Self {
         Self { progress: Progress::counting("reading", "windows", windows.count() as u64, quiet), window: 0 }
     }
 
-    fn at(&mut self, window: usize, value: impl FnOnce() -> String) -> Result<()> {
+    pub fn at(&mut self, window: usize, value: impl FnOnce() -> String) -> Result<()> {
         use qconv::convert::Observer;
         if self.progress.interrupted() {
             return Err(Error::interrupted());
@@ -338,7 +337,11 @@ pub struct Comparison<'t> {
 /// # Errors
 /// What cannot be run; texts that are too short.
 #[cfg(feature = "ggml")]
-pub fn compare_files(base: &Path, path: &Path, options: &Comparison<'_>) -> Result<DivergenceSummary> {
+pub fn compare_files(
+    base: &Path,
+    path: &Path,
+    options: &Comparison<'_>,
+) -> Result<qconv::eval::score::DivergenceSummary> {
     let args = TextArgs {
         text: options.text.map(Path::to_path_buf),
         ctx: None,
@@ -353,22 +356,37 @@ pub fn compare_files(base: &Path, path: &Path, options: &Comparison<'_>) -> Resu
     Ok(side_by_side(&args, (base, &*base_model.model), (path, &*model.model))?.summary())
 }
 
-/// The text in windows, after a look at whether all models read the same tokens in it.
-fn same_windows(args: &TextArgs, models: &[(&Path, &dyn Engine)]) -> Result<Windows> {
+/// The text in windows, after a look at whether all models read the same tokens in it. Where a Core ML package has
+/// the same vocabulary and other tokens, all read the first model's, and that is said: tokenizer.json and llama.cpp
+/// differ here and there (see [`qconv::eval::parity`]).
+///
+/// # Errors
+/// `Misuse` where models with different tokens cannot be compared.
+pub fn same_windows(args: &TextArgs, models: &[(&Path, &dyn Engine)]) -> Result<Windows> {
     let text = args.text()?;
-    let mut windows: Option<Windows> = None;
-    for &(path, model) in models {
-        let own = args.windows_of(model, &text).map_err(|e| e.at(path))?;
-        match &windows {
-            Some(first) if *first != own => {
-                return Err(Error::misuse("reads other tokens in the text than the first model")
-                    .at(path)
-                    .hint("only models with the same tokenizer can be compared"));
-            }
-            _ => windows = Some(own),
+    let &(first_path, first) = models.first().ok_or_else(|| Error::misuse("no model is given"))?;
+    let windows = args.windows_of(first, &text).map_err(|e| e.at(first_path))?;
+    for &(path, model) in models.iter().skip(1) {
+        if args.windows_of(model, &text).map_err(|e| e.at(path))? == windows {
+            continue;
+        }
+        let ids = || 0..i32::try_from(first.n_tokens()).unwrap_or(i32::MAX);
+        let same = first.n_tokens() == model.n_tokens()
+            && ids().all(|id| first.token_text(id) == model.token_text(id));
+        if !same || !is_coreml(path) && !is_coreml(first_path) {
+            return Err(Error::misuse("reads other tokens in the text than the first model")
+                .at(path)
+                .hint("only models with the same tokenizer can be compared"));
+        }
+        if !args.quiet {
+            ui::say(&format!(
+                "note: {} would read the text in other tokens of the same vocabulary; it reads those of {}",
+                path.display(),
+                first_path.display()
+            ));
         }
     }
-    windows.ok_or_else(|| Error::misuse("no model is given"))
+    Ok(windows)
 }
 
 fn baseline(
@@ -433,168 +451,7 @@ fn baseline(
     Ok(())
 }
 
-/// A line of the table.
-#[derive(Serialize)]
-struct Row {
-    model: PathBuf,
-    bytes: u64,
-    bits_per_weight: f64,
-    tokens_per_second: f64,
-    converted: Json,
-    #[serde(flatten)]
-    divergence: DivergenceSummary,
-}
-
-/// How the table is written to a file.
-#[derive(Clone, Copy)]
-enum Form {
-    Csv,
-    Svg,
-    Png,
-}
-
-impl Form {
-    fn bytes(self, rows: &[Row]) -> Vec<u8> {
-        match self {
-            Self::Csv => table(rows).into_bytes(),
-            Self::Svg => picture(rows).to_svg().into_bytes(),
-            Self::Png => picture(rows).to_png(),
-        }
-    }
-}
-
-fn files(csv: Option<&Path>, plots: &[PathBuf]) -> Result<Vec<(PathBuf, Form)>> {
-    let mut files: Vec<_> = csv.map(|path| (path.to_path_buf(), Form::Csv)).into_iter().collect();
-    for path in plots {
-        let form = match path.extension().map(|e| e.to_ascii_lowercase()) {
-            Some(e) if e == "svg" => Form::Svg,
-            Some(e) if e == "png" => Form::Png,
-            _ => return Err(Error::misuse("a picture's name ends in .svg or .png").at(path)),
-        };
-        files.push((path.clone(), form));
-    }
-    Ok(files)
-}
-
-fn picture(rows: &[Row]) -> Picture {
-    let point = |r: &Row| Point {
-        name: r.model.file_stem().unwrap_or_default().to_string_lossy().into_owned(),
-        bytes: r.bytes,
-        bits_per_weight: r.bits_per_weight,
-        kld: r.divergence.kld,
-    };
-    let points: Vec<Point> = rows.iter().map(point).collect();
-    // There are at least two models; the first is the base.
-    kld_over_size(&points[0], &points[1..])
-}
-
-fn compare(paths: &[PathBuf], files: &[(PathBuf, Form)], force: bool, args: &TextArgs) -> anyhow::Result<()> {
-    // What cannot be written shall show before the work.
-    let outputs: Vec<_> = files.iter().map(|(path, _)| (path.clone(), 0)).collect();
-    let stage = Stage::files_at(&outputs, force)?;
-    let (mut runs, mut models) = (Vec::with_capacity(paths.len()), Vec::with_capacity(paths.len()));
-    for path in paths {
-        let loaded = args.model(path)?;
-        runs.push(loaded.runs);
-        models.push(loaded.model);
-    }
-    let models: Vec<&dyn Engine> = models.iter().map(|m| &**m).collect();
-    let named: Vec<(&Path, &dyn Engine)> =
-        paths.iter().map(PathBuf::as_path).zip(models.iter().copied()).collect();
-    let windows = same_windows(args, &named)?;
-    let mut watch = Watch::new(&windows, args.quiet);
-    let mut all = vec![Divergence::default(); models.len()];
-    let times = windows.read(&models, args.threads(), |window, rows, next| {
-        watch.at(window, String::new)?;
-        if let Some(base) = rows.first() {
-            let base = Base::Whole(base, log_norm(base));
-            all.iter_mut().zip(rows).for_each(|(d, row)| d.add(row, base, next));
-        }
-        Ok(())
-    })?;
-    watch.progress.finish();
-    let read = (windows.count() * (windows.n_ctx - 1)) as f64;
-    let sizes = named.iter().map(|(path, model)| model.size().map_err(|e| e.at(path)));
-    let sizes: Vec<Size> = sizes.collect::<Result<_>>()?;
-    let rows: Vec<Row> = paths
-        .iter()
-        .zip(sizes)
-        .zip(&all)
-        .zip(times)
-        .zip(&runs)
-        .map(|((((path, size), divergence), time), runs)| Row {
-            model: path.clone(),
-            bytes: size.bytes,
-            bits_per_weight: size.bytes as f64 * 8.0 / size.parameters.max(1) as f64,
-            tokens_per_second: read / time.as_secs_f64().max(1e-9),
-            converted: runs.json(),
-            divergence: divergence.summary(),
-        })
-        .collect();
-    for (file, (_, form)) in stage.files().iter().zip(files) {
-        file.write_at(0, &form.bytes(&rows))?;
-    }
-    stage.commit()?;
-    if args.json {
-        println!("{}", serde_json::to_string_pretty(&rows)?);
-    } else {
-        say(&rows);
-    }
-    Ok(())
-}
-
-fn say(rows: &[Row]) {
-    let name = |r: &Row| r.model.file_name().unwrap_or_default().to_string_lossy().into_owned();
-    let width = rows.iter().map(|r| name(r).chars().count()).max().unwrap_or(0).max(5);
-    println!(
-        "{:width$}  {:>9}  {:>6}  {:>20}  {:>21}  {:>9}  {:>8}  {:>8}",
-        "model", "size", "bits/w", "perplexity", "KLD", "KLD 99 %", "same top", "tokens/s"
-    );
-    for r in rows {
-        let d = &r.divergence;
-        println!(
-            "{:width$}  {:>9}  {:>6.2}  {:>20}  {:>21}  {:>9.6}  {:>6.2} %  {:>8.1}",
-            name(r),
-            ui::size(r.bytes),
-            r.bits_per_weight,
-            plus_minus(d.perplexity, 4),
-            plus_minus(d.kld, 6),
-            d.kld_99,
-            100.0 * d.same_top.value,
-            r.tokens_per_second
-        );
-    }
-}
-
-fn table(rows: &[Row]) -> String {
-    let mut out = String::from(
-        "model,bytes,bits_per_weight,perplexity,perplexity_error,kld,kld_error,kld_median,kld_99,kld_999,kld_max,\
-         p_rms,same_top,tokens_per_second\n",
-    );
-    for r in rows {
-        let d = &r.divergence;
-        let quoted = r.model.to_string_lossy().replace('"', "\"\"");
-        out += &format!(
-            "\"{quoted}\",{},{:.4},{:.6},{:.6},{:.8},{:.8},{:.8},{:.8},{:.8},{:.8},{:.6},{:.6},{:.2}\n",
-            r.bytes,
-            r.bits_per_weight,
-            d.perplexity.value,
-            d.perplexity.error,
-            d.kld.value,
-            d.kld.error,
-            d.kld_median,
-            d.kld_99,
-            d.kld_999,
-            d.kld_max,
-            d.p_rms.value,
-            d.same_top.value,
-            r.tokens_per_second
-        );
-    }
-    out
-}
-
-fn plus_minus(e: Estimate, digits: usize) -> String {
+pub fn plus_minus(e: Estimate, digits: usize) -> String {
     format!("{:.digits$} ± {:.digits$}", e.value, e.error)
 }
 

@@ -9,6 +9,7 @@ mod calibrate;
 #[cfg(feature = "ggml")]
 mod calibration;
 mod common;
+mod compare;
 mod completions;
 mod config;
 mod convert;
