@@ -28,7 +28,7 @@ use super::plan::{FilePlan, Plan};
 use super::quantizer::ImatrixChoice;
 use super::to_hf::pretty;
 use crate::arch::{Decoder, Ffn, Positions};
-use crate::container::coreml::package::is_package;
+use crate::container::coreml::chunks::{CHUNKS, is_model};
 use crate::container::imatrix::ImportanceMatrix;
 use crate::error::{Error, Result};
 use crate::limits::Limits;
@@ -36,9 +36,6 @@ use crate::mil::Part;
 
 /// What packages end in.
 pub const SUFFIX: &str = "mlpackage";
-/// The file that names the packages of a model in several.
-pub const CHUNKS: &str = "chunks.json";
-
 /// Tokens of context, where nothing is said of it.
 const CONTEXT: u64 = 2048;
 /// The least: ranges of lengths have to be ranges.
@@ -152,10 +149,10 @@ impl ToCoreml {
         notes.extend(needs.warning(self.profile));
         plan.obstacle = needs.obstacle(self.profile, &opened.name, &self.forms.name(), &decoder);
         plan.notes = notes;
-        let beside = if parts.len() == 1 { opened.side } else { Vec::new() };
+        let mut beside = opened.side;
         if parts.len() > 1 {
             let chunks = json!({"context": context, "packages": names});
-            let small = std::iter::once((CHUNKS.to_string(), pretty(&chunks))).chain(opened.side);
+            let small = std::iter::once((CHUNKS.to_string(), pretty(&chunks))).chain(beside.drain(..));
             plan.files.extend(small.map(|(name, bytes)| FilePlan::whole(name, bytes)));
         }
         let folder = output.parent().map(Path::to_path_buf).unwrap_or_default();
@@ -209,7 +206,7 @@ impl ToCoreml {
         };
         let output = match &self.output {
             None => opened.beside.join(name()),
-            Some(dir) if dir.is_dir() && !is_own(dir) && dir.extension().is_none_or(|e| e != SUFFIX) => {
+            Some(dir) if dir.is_dir() && !is_model(dir) && dir.extension().is_none_or(|e| e != SUFFIX) => {
                 dir.join(name())
             }
             Some(output) => output.clone(),
@@ -239,18 +236,13 @@ fn layers(part: &Part) -> Option<[usize; 2]> {
     }
 }
 
-/// Whether there is what such a conversion writes.
-fn is_own(path: &Path) -> bool {
-    is_package(path) || path.join(CHUNKS).is_file()
-}
-
 /// Refuses to replace a directory that no such conversion wrote.
 ///
 /// # Errors
 /// `Misuse`.
 pub(super) fn check_own(path: &Path) -> Result<()> {
     let is_empty = || std::fs::read_dir(path).is_ok_and(|mut entries| entries.next().is_none());
-    match !path.is_dir() || is_own(path) || is_empty() {
+    match !path.is_dir() || is_model(path) || is_empty() {
         true => Ok(()),
         false => Err(Error::misuse("exists already, and is no Core ML package").at(path)),
     }

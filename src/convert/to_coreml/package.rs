@@ -134,7 +134,7 @@ impl<'a> Weights<'a> {
         let too_large = || Error::limit("tables of rotations beyond the address space");
         let context = usize::try_from(self.asked.context).map_err(|_| too_large())?;
         for (t, spec) in tables.iter().enumerate() {
-            let (cos, sin) = spec.table(context);
+            let (cos, sin) = spec.table(context)?;
             for (name, values) in [("rope_cos", cos), ("rope_sin", sin)] {
                 let name = format!("{name}.{t}");
                 let values = values.into_iter().map(f32::from).collect();
