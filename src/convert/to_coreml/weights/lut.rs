@@ -28,6 +28,18 @@ pub(super) fn indices(bits: u32) -> Result<DataType> {
     })
 }
 
+/// What palettes of so many bits are called.
+pub(super) fn name(bits: u32) -> &'static str {
+    match bits {
+        1 => "lut1",
+        2 => "lut2",
+        3 => "lut3",
+        4 => "lut4",
+        6 => "lut6",
+        _ => "lut8",
+    }
+}
+
 /// The shape of tables for a matrix or a stack, each for so many rows and columns.
 pub(super) fn tables(shape: &[u64], rows: u64, cols: u64, bits: u32) -> Vec<u64> {
     let mut tables = shape.to_vec();
@@ -96,6 +108,14 @@ impl Lut {
 }
 
 impl Encoding for Lut {
+    fn name(&self) -> &'static str {
+        name(self.bits)
+    }
+
+    fn method(&self, is_weighed: bool) -> Option<&'static str> {
+        Some(if is_weighed { "weighed k-means" } else { "k-means" })
+    }
+
     fn operands(&self, tensor: &Tensor) -> Vec<Operand> {
         let tables = tables(&tensor.shape, self.rows, tensor.cols, self.bits);
         vec![Operand::new(self.indices, tensor.shape.clone()), Operand::new(DataType::Float16, tables)]
