@@ -9,9 +9,17 @@
 //! [`Program`] is any program, called function by function; [`Session`] decodes tokens with those that have an
 //! interface that it knows.
 
+mod call;
+mod groups;
+mod ops;
+mod parse;
+mod product;
 mod program;
 mod session;
+mod sparse;
+mod strided;
 mod tensor;
+mod weight;
 
 pub use program::{Program, States};
 pub use session::{LanguageModel, Session};

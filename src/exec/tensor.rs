@@ -6,7 +6,9 @@ use crate::container::coreml::DataType;
 use crate::error::{Error, Result};
 
 /// Most elements of a tensor that an operation makes.
-pub(super) const MOST_ELEMENTS: usize = 1 << 31;
+const MOST_ELEMENTS: usize = 1 << 29;
+/// Most elements of a tensor that is stored, or a state.
+pub(super) const MOST_STORED: usize = 1 << (usize::BITS / 2 + usize::BITS / 8);
 
 /// Elements, row-major.
 #[derive(Clone, Debug, PartialEq)]
@@ -111,16 +113,25 @@ fn check_len(shape: &[usize], found: usize) -> Result<()> {
     }
 }
 
-/// How many elements a tensor of this shape has.
+/// How many elements a tensor of this shape has that is to be made.
 ///
 /// # Errors
 /// `Limit` for more than are computed with.
 pub(super) fn elements(shape: &[usize]) -> Result<usize> {
-    let product = match shape.contains(&0) {
-        true => Some(0),
-        false => shape.iter().try_fold(1usize, |n, size| n.checked_mul(*size)),
-    };
-    product.filter(|n| *n <= MOST_ELEMENTS).ok_or_else(|| {
-        Error::limit(format!("a tensor of shape {shape:?} has more than {MOST_ELEMENTS} elements"))
-    })
+    bounded(shape, MOST_ELEMENTS)
+}
+
+/// How many elements a tensor of this shape has, at most `most`. Sizes of the others are bounded where one is 0, too:
+/// products of any of them are safe.
+///
+/// # Errors
+/// `Limit` for more.
+pub(super) fn bounded(shape: &[usize], most: usize) -> Result<usize> {
+    let product = shape.iter().try_fold(1usize, |n, size| n.checked_mul((*size).max(1)));
+    match product.filter(|n| *n <= most) {
+        Some(_) => Ok(shape.iter().product()),
+        None => Err(Error::limit(format!(
+            "a tensor of shape {shape:?} has more than {most} elements, the most that are computed with"
+        ))),
+    }
 }
