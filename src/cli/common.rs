@@ -160,7 +160,7 @@ pub fn carry_out(job: &Job, args: &WriteArgs) -> Result<Option<Done>> {
     }
     ui::catch_interrupt();
     let begun = Instant::now();
-    let progress = Progress::new("converting", job.plan.work(), args.work.quiet);
+    let progress = Progress::new("converting", job.work(), args.work.quiet);
     let done = job.run(args.force, &budget, &progress);
     progress.finish();
     let outcomes = done?;

@@ -31,6 +31,7 @@ mod run;
 mod runnable;
 mod split;
 mod talk;
+mod to_coreml;
 mod ui;
 mod unpack;
 mod verify;
@@ -52,6 +53,8 @@ enum Command {
     HfToGguf(hf_to_gguf::Args),
     GgufToHf(gguf_to_hf::Args),
     Convert(convert::Args),
+    HfToCoreml(to_coreml::HfArgs),
+    GgufToCoreml(to_coreml::GgufArgs),
     Pack(pack::Args),
     Unpack(unpack::Args),
     LoraToGguf(lora_to_gguf::Args),
@@ -165,6 +168,8 @@ fn run(command: Command) -> anyhow::Result<Status> {
         Command::HfToGguf(args) => hf_to_gguf::run(&args),
         Command::GgufToHf(args) => gguf_to_hf::run(&args),
         Command::Convert(args) => convert::run(&args),
+        Command::HfToCoreml(args) => to_coreml::from_hf(&args),
+        Command::GgufToCoreml(args) => to_coreml::from_gguf(&args),
         Command::Pack(args) => pack::run(&args),
         Command::Unpack(args) => unpack::run(args),
         Command::LoraToGguf(args) => lora_to_gguf::run(&args),
