@@ -69,6 +69,11 @@ fn family(source: &Path, name: &str, profile: Profile) {
     let model = LanguageModel::open(&output, &Limits::default()).unwrap();
     let wanted = Matrix { columns: values.len() / ids.len(), values };
     agree(&format!("{name} {profile:?}"), &model, &ids, &wanted);
+    // Longer than what is known: functions of many tokens and of one give the same.
+    let longer: Vec<i32> = ids.iter().copied().cycle().take(70).collect();
+    let wanted = logits(&model, &longer, 1, Rounding::F32);
+    let found = compare(&logits(&model, &longer, longer.len(), Rounding::F32), &wanted).unwrap();
+    assert!(found.finite && found.rel_rms < 1e-5, "{name} {profile:?}: {found:?}");
 }
 
 #[test]
