@@ -91,6 +91,8 @@ impl Lut {
         if let Some(palette) = &*shared {
             return Ok(Some(palette.clone()));
         }
+        // What an error left behind.
+        scratch.points.take(&mut scratch.counts);
         let step = tensor.step(1);
         let (mut row, end) = (group * self.rows, (group + 1) * self.rows);
         tensor.importance(row / tensor.of_matrix, scratch)?;
@@ -145,6 +147,7 @@ impl Encoding for Lut {
         let cols = tensor.cols as usize;
         scratch.codes.resize(scratch.values.len(), 0);
         scratch.stored.resize(scratch.values.len(), 0.0);
+        let mut tables = Vec::new();
         for (group, made) in groups.zip(made) {
             let first = group * self.rows;
             let these = first.max(rows.start)..(first + self.rows).min(rows.end);
@@ -162,11 +165,15 @@ impl Encoding for Lut {
             let (codes, stored) = (&mut scratch.codes[at.clone()], &mut scratch.stored[at.clone()]);
             palette.codes(&scratch.values[at], codes);
             stored.iter_mut().zip(&*codes).for_each(|(y, c)| *y = palette.levels[usize::from(*c)]);
-            // Of a table that several spans use, the first one.
+            // Of a table that several spans use, the first one writes it.
             if these.start == first {
-                halves(&palette.levels, &mut scratch.small)?;
-                put(1, group * scratch.small.len() as u64, &scratch.small)?;
+                tables.extend_from_slice(&palette.levels);
             }
+        }
+        if !tables.is_empty() {
+            let first = rows.start.div_ceil(self.rows) << self.bits;
+            halves(&tables, &mut scratch.small)?;
+            put(1, first * 2, &scratch.small)?;
         }
         let outcome = Outcome::of(&scratch.values, &scratch.stored);
         scratch.put_codes(0, self.bits, rows.start * tensor.cols, put)?;
