@@ -5,6 +5,7 @@
 
 mod families;
 mod package;
+mod types;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -14,7 +15,7 @@ use families::{CONTEXT, Compressed, Family, WIDTH, families, llama};
 use package::save;
 use qconv::container::coreml::mil::Binding;
 use qconv::error::ErrorKind;
-use qconv::mil::{Built, Layout, Part, Target, Text, check, decoder};
+use qconv::mil::{Built, Layout, Part, Target, Text, decoder};
 
 const ROWS: Target = Target { layout: Layout::Rows, context: CONTEXT, vocab_split: 1 };
 const CHANNELS: Target = Target { layout: Layout::Channels { tokens: 8 }, context: CONTEXT, vocab_split: 1 };
@@ -22,7 +23,7 @@ const CHANNELS: Target = Target { layout: Layout::Channels { tokens: 8 }, contex
 fn build(family: &Family, target: &Target, part: Part) -> Built {
     let built = decoder(&family.decoder, &family.weights, target, part.clone());
     let built = built.unwrap_or_else(|e| panic!("{} {target:?} {part:?}: {e}", family.name));
-    check(&built.function).unwrap_or_else(|e| panic!("{} {target:?} {part:?}: {e}", family.name));
+    types::check(&built.function).unwrap_or_else(|e| panic!("{} {target:?} {part:?}: {e}", family.name));
     built
 }
 
@@ -54,8 +55,11 @@ fn families_of_one_layer() {
     }
 }
 
-/// What each operation reads and gives, in order: kind, names by parameter, names of results.
-fn operations(built: &Built) -> Vec<(&str, BTreeMap<&str, Vec<&str>>, Vec<&str>)> {
+/// Kind of an operation, names that it reads by parameter, names of its results.
+type Seen<'a> = (&'a str, BTreeMap<&'a str, Vec<&'a str>>, Vec<&'a str>);
+
+/// What each operation reads and gives, in order.
+fn operations(built: &Built) -> Vec<Seen<'_>> {
     let block = &built.function.block_specializations[&built.function.opset];
     block
         .operations

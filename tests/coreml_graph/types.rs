@@ -1,14 +1,13 @@
-//! Whether a function is one: each value made once and before it is used, each of the type that its operation gives.
+//! Types of a function, inferred anew from what stands in it: each value is made once and before it is used, and is
+//! declared as exactly what its operation gives.
 
 use std::collections::{HashMap, HashSet};
 
-use super::infer::infer;
-use super::types::{Symbols, TensorType};
-use super::value::{Int, Known, Operand};
-use crate::container::coreml::mil::{
+use qconv::container::coreml::mil::{
     Binding, Function, ImmediateValue, Operation, Stored, TensorValue, Value, ValueType,
 };
-use crate::error::{Error, Result};
+use qconv::error::{Error, Result};
+use qconv::mil::{Dim, Int, Known, Operand, Symbols, TensorType, infer};
 
 /// Checks each operation of a function against what is known of it.
 ///
@@ -140,81 +139,9 @@ impl<'a> Checker<'a> {
             return Err(Error::unsupported("only tensors are known"));
         };
         let dims = ty.shape()?.into_iter().map(|size| match size {
-            Some(size) => super::types::Dim::Known(size),
+            Some(size) => Dim::Known(size),
             None => self.symbols.fresh(),
         });
         Ok(TensorType::new(ty.data_type, dims.collect()))
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::super::builder::{Builder, OPSET};
-    use super::super::state::State;
-    use super::super::types::Dim;
-    use super::super::weight::{Encoded, Weights};
-    use super::*;
-    use crate::container::coreml::DataType;
-    use crate::container::coreml::mil::Block;
-
-    struct Nothing;
-
-    impl Weights for Nothing {
-        fn get(&self, _: &str) -> Option<Encoded> {
-            None
-        }
-    }
-
-    /// `out = silu(cache)` behind a write of `x` into the cache.
-    fn sound() -> Function {
-        let mut b = Builder::new(&Nothing);
-        let x = b.input("x", DataType::Float16, &[Dim::Known(1), Dim::Known(4)]).unwrap();
-        let at = b.input("at", DataType::Int32, &[Dim::Known(2)]).unwrap();
-        let mut cache = State::new(&mut b, "cache", &[8, 4]).unwrap();
-        let end = b.add("end", &at, &at).unwrap();
-        cache.write(&mut b, &x, &at, &end).unwrap();
-        let all = cache.read(&mut b);
-        let out = b.silu("out", &all).unwrap();
-        b.finish(&[("out", &out)]).unwrap().function
-    }
-
-    #[test]
-    fn what_is_wrong_is_named() {
-        check(&sound()).unwrap();
-        type Damage = fn(&mut Block);
-        fn op<'a>(block: &'a mut Block, kind: &str) -> &'a mut Operation {
-            block.operations.iter_mut().find(|o| o.kind == kind).unwrap()
-        }
-        let damages: [(&str, Damage); 9] = [
-            ("operation selu that gives \"out\"", |b| op(b, "silu").kind = "selu".into()),
-            ("declared as fp16[8,5], it is fp16[8,4]", |b| {
-                op(b, "silu").outputs[0].value_type = ValueType::fixed(DataType::Float16, &[8, 5]);
-            }),
-            ("declared as int32[8,4]", |b| {
-                op(b, "silu").outputs[0].value_type = ValueType::fixed(DataType::Int32, &[8, 4]);
-            }),
-            ("\"x\" is there twice", |b| op(b, "silu").outputs[0].name = "x".into()),
-            ("the output \"out\" is not there", |b| drop(b.operations.pop())),
-            ("the output \"out\" is not there, or is there twice", |b| b.outputs.push("out".into())),
-            ("which no operation before it gives", |b| {
-                let last = b.operations.pop().unwrap();
-                b.operations.insert(0, last);
-            }),
-            ("input is no state", |b| {
-                op(b, "write_state").inputs.get_mut("input").unwrap().0 = vec![Binding::Name("x".into())];
-            }),
-            ("fp16[1,4] into a state of fp16[8,4]", |b| {
-                op(b, "write_state").inputs.get_mut("data").unwrap().0 = vec![Binding::Name("x".into())];
-            }),
-        ];
-        for (words, damage) in damages {
-            let mut function = sound();
-            damage(function.block_specializations.get_mut(OPSET).unwrap());
-            let e = check(&function).unwrap_err();
-            assert!(e.to_string().contains(words), "{words:?} was expected: {e}");
-        }
-        let mut function = sound();
-        function.opset = "CoreML7".into();
-        assert!(check(&function).unwrap_err().to_string().contains("no block for CoreML7"));
     }
 }
