@@ -4,12 +4,12 @@ use std::borrow::Cow;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
+use qconv::container::coreml::chunks::is_model as is_coreml;
 use qconv::container::side::read_text;
 use qconv::convert::Stage;
 use qconv::error::{Error, Result};
 use qconv::eval::SAMPLE_TEXT;
 use qconv::eval::baseline::{Baseline, Shape};
-use qconv::eval::coreml::is_coreml;
 use qconv::eval::engine::Engine;
 use qconv::eval::score::{Base, Divergence, Estimate, Perplexity, log_norm};
 use qconv::eval::windows::Windows;

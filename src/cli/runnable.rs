@@ -7,11 +7,12 @@ use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use qconv::container::InputFile;
+use qconv::container::coreml::chunks::is_model as is_coreml;
 use qconv::container::gguf::is_gguf;
 use qconv::container::qpack::is_qpack;
 use qconv::convert::{Budget, FileType, FromQpack, HfToGguf, Job, Outcome, Sharding, Temporary, TokenCheck};
 use qconv::error::{Error, Result};
-use qconv::eval::coreml::{CoremlModel, is_coreml};
+use qconv::eval::coreml::CoremlModel;
 use qconv::eval::engine::Engine;
 use qconv::exec::Rounding;
 use qconv::limits::Limits;

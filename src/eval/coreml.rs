@@ -9,17 +9,15 @@ use rayon::ThreadPool;
 use super::engine::{Delimiters, Engine, Keep, Kind, Reader, ReaderOptions, Size};
 use super::logits::is_sound;
 use super::tokens::Tokens;
+use crate::container::coreml::Package;
+use crate::container::coreml::chunks::packages;
 use crate::container::coreml::mil::{Binding, BlobFileValue, Operation, Stored, ValueType};
-use crate::container::coreml::{self, Package};
 use crate::error::{Error, Result};
 use crate::exec::{LanguageModel, Rounding, Session};
 use crate::limits::Limits;
 
 /// Most bytes of logits that are computed at once: the executor gives those of every token.
 const LOGIT_BYTES: usize = 64 << 20;
-
-/// What names the parts of a model that is divided into several packages.
-const CHUNKS: &str = "chunks.json";
 
 /// A package, or a directory of them, with the tokenizer beside it.
 #[derive(Debug)]
@@ -28,11 +26,6 @@ pub struct CoremlModel {
     model: LanguageModel,
     tokens: Tokens,
     rounding: Rounding,
-}
-
-/// Whether there is a package at `path`, or a directory of the packages that a model was divided into.
-pub fn is_coreml(path: &Path) -> bool {
-    coreml::package::is_package(path) || path.join(CHUNKS).is_file()
 }
 
 impl CoremlModel {
@@ -199,16 +192,10 @@ impl Reader for CoremlReader<'_> {
 
 /// The weight files of one package or several, and how many weights their blobs are.
 fn size(path: &Path) -> Result<Size> {
-    let mut packages = vec![path.to_path_buf()];
-    if !coreml::package::is_package(path) {
-        let entries =
-            std::fs::read_dir(path).and_then(|entries| entries.collect::<std::io::Result<Vec<_>>>());
-        let entries = entries.map_err(|e| Error::io("read", path, e))?;
-        packages = entries.into_iter().map(|e| e.path()).filter(|p| coreml::package::is_package(p)).collect();
-    }
+    let limits = Limits::default();
     let mut sum = Size::default();
-    for path in packages {
-        let package = Package::open(path, &Limits::default())?;
+    for path in packages(path, &limits)? {
+        let package = Package::open(path, &limits)?;
         sum.bytes += package.weights().values().map(|file| file.file().len()).sum::<u64>();
         // Functions share blobs.
         let mut seen = HashSet::new();
