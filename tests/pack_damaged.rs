@@ -68,6 +68,9 @@ fn a_flipped_bit_is_not_passed_on() {
     place.refuses(&["unpack", "x.qpack", "-o", "back", "-q"], &says);
     place.refuses(&["pack", "x.qpack", "-o", "y.qpack", "-q"], &says);
     place.refuses(&["pack", "x.qpack", "--compress", "-o", "y.qpack", "-q"], &says);
+    place.refuses(&["hf-to-gguf", "x.qpack", "-o", "y.gguf", "-q"], &says);
+    place.refuses(&["convert", "x.qpack", "--to", "fp8", "-o", "y", "-q"], &says);
+    place.refuses(&["pack", "x.qpack", "--encoding", "int8", "-o", "y.qpack", "-q"], &says);
     let output = place.qconv(&["verify", "x.qpack"]);
     assert_eq!(output.status.code(), Some(1));
 }

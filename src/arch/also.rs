@@ -8,6 +8,7 @@ use serde::Deserialize;
 use super::Model;
 use super::active::ActiveRow;
 use super::expr::{Expr, truth};
+use super::halves::Layout;
 use super::rows::Op;
 use super::scope::{WithCaptures, WithShape};
 use super::template::{Captures, Template};
@@ -76,7 +77,7 @@ impl Also {
                 "`to` needs the same placeholders, but for one letter that counts along the first axis",
             );
         }
-        if self.ops().iter().any(|op| !matches!(op, Op::Rearrange(_))) {
+        if self.ops().iter().any(|op| !matches!(op, Op::Rearrange(_)) || op.layout().is_some()) {
             return fail("it can be rearranged, and no more");
         }
         Ok(())
@@ -118,7 +119,13 @@ impl Model {
         mut whole: Axes,
         rows: &[ActiveRow<'_>],
     ) -> Result<Vec<(String, Axes)>> {
-        self.apply(also.ops(), &mut whole, &mut Vec::new(), &WithCaptures(&self.scope, &captures))?;
+        self.apply(
+            also.ops(),
+            &mut whole,
+            &mut Vec::new(),
+            &WithCaptures(&self.scope, &captures),
+            Layout::Ggml,
+        )?;
         let shape = whole.shape();
         let first = |axis: usize| {
             shape.get(axis).copied().ok_or_else(|| Error::malformed(format!("shape {shape:?} has no parts")))

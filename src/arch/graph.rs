@@ -1,4 +1,4 @@
-//! What a decoder computes, read from a definition's `[graph]` and one model's config.
+//! What a decoder computes: see `decoder.rs` for how it follows from a definition's `[graph]` and a config.
 
 /// What a decoder computes, beyond what its tensors show. Biases, norms of queries and keys, norms behind a sublayer,
 /// attention sinks, a head of its own and fused projections are there when their tensors are.

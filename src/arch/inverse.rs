@@ -8,6 +8,7 @@ use serde_json::{Map, Value as Json, json};
 use super::Model;
 use super::active::ActiveRow;
 use super::expr::{Expr, Scope, truth};
+use super::halves::Layout;
 use super::mapping::{Data, Mapped, Piece, sizes};
 use super::rope::Llama3;
 use super::rows::{Op, Row};
@@ -109,6 +110,11 @@ impl Rearrange {
         Ok((axes, bound))
     }
 
+    /// The way back.
+    pub fn inverse(self) -> Self {
+        Self { left: self.right, right: self.left }
+    }
+
     /// What to do with a tensor of this shape.
     pub fn resolve(&self, shape: &[u64], sizes: &HashMap<String, u64>) -> Result<Regrouping> {
         let (left, bound) = Self::bind(&self.left, shape, sizes)?;
@@ -146,6 +152,14 @@ impl Model {
     /// # Errors
     /// `Malformed` for a tensor that no row makes, or a split of which a part is missing.
     pub fn map_back(&self, tensors: &[TensorInfo]) -> Result<Vec<Mapped>> {
+        self.map_back_as(tensors, Layout::Ggml)
+    }
+
+    /// The same from the order of rotated elements that `layout` says.
+    ///
+    /// # Errors
+    /// As [`Self::map_back`].
+    pub fn map_back_as(&self, tensors: &[TensorInfo], layout: Layout) -> Result<Vec<Mapped>> {
         let rows = self.active_rows(tensors.len())?;
         let mut out: IndexMap<String, Mapped> = IndexMap::new();
         // What a slice took away at the beginning comes back as zeros.
@@ -171,7 +185,7 @@ impl Model {
                 if active.row.cuts_beginning() {
                     cut.insert(&t.name);
                 }
-                self.unmap(t, active, k, captures, &mut out)
+                self.unmap(t, active, k, captures, layout, &mut out)
                     .map_err(|e| e.context(format!("tensor {:?}", t.name)))?;
             }
         }
@@ -198,6 +212,7 @@ impl Model {
         active: &ActiveRow<'_>,
         k: usize,
         mut captures: Captures,
+        layout: Layout,
         out: &mut IndexMap<String, Mapped>,
     ) -> Result<()> {
         let (one, places) = match (&active.row.stack, t.shape.split_first()) {
@@ -215,7 +230,8 @@ impl Model {
         for (k, one, first) in self.parts_of(active.row, k, &one, &captures)? {
             let shape = self.shape_before(active.row, k, &one, &captures)?;
             elements(&shape)?;
-            let (axes, mut elementwise) = self.transform(active.row, k, &Axes::new(&shape), &captures)?;
+            let (axes, mut elementwise) =
+                self.transform(active.row, k, &Axes::new(&shape), &captures, layout)?;
             if axes.shape() != one {
                 return Err(Error::malformed(format!("shape {one:?} cannot be undone")));
             }

@@ -3,6 +3,7 @@
 
 use super::active::ActiveRow;
 use super::elementwise::Elementwise;
+use super::halves::Layout;
 use super::{Model, Template};
 use crate::error::{Error, Result};
 use crate::tensor::{Axes, TensorInfo};
@@ -92,7 +93,7 @@ impl Placer<'_> {
             (None, _) => None,
         };
         let place = |(k, to): (usize, &Template)| {
-            let (axes, elementwise) = model.transform(active.row, k, whole, &captures)?;
+            let (axes, elementwise) = model.transform(active.row, k, whole, &captures, Layout::Ggml)?;
             let factor = elementwise.iter().try_fold(1.0, |product, e| match e {
                 Elementwise::Affine { mul, add: 0.0 } => Ok(product * mul),
                 _ => Err(Error::unsupported(
@@ -105,7 +106,7 @@ impl Placer<'_> {
                 )
             })?;
             let target = to.fill(&captures).ok_or_else(|| Error::malformed("no target name"))?;
-            let joined = model.joined(active.row, k, whole, &captures)?;
+            let joined = model.joined(active.row, k, whole, &captures, Layout::Ggml)?;
             Ok(Placed { target, rows, columns, turned, factor, stack, joined })
         };
         active.row.to.iter().enumerate().map(place).collect()

@@ -8,6 +8,7 @@ use super::Model;
 use super::active::ActiveRow;
 use super::elementwise::Elementwise;
 use super::expr::{Expr, Scope, truth};
+use super::halves::Layout;
 use super::rope;
 use super::rows::{Function, Op, Row};
 use super::schema::Drop;
@@ -17,7 +18,7 @@ use crate::error::{Error, Result};
 use crate::tensor::{Axes, DType, StridedCopy, TensorInfo, elements};
 
 /// As many as `LLAMA_MAX_LAYERS`, where tensors are made for each.
-const MAX_LAYERS: u64 = 512;
+pub(super) const MAX_LAYERS: u64 = 512;
 
 /// A tensor to be written.
 #[derive(Clone, Debug)]
@@ -84,6 +85,14 @@ impl Model {
     /// `Malformed` for a tensor that no rule knows (naming the nearest rule), one that is missing,
     /// or a shape that a transform does not fit.
     pub fn map(&self, tensors: &[TensorInfo]) -> Result<Vec<Mapped>> {
+        self.map_as(tensors, Layout::Ggml)
+    }
+
+    /// The same, in the order of rotated elements that `layout` says.
+    ///
+    /// # Errors
+    /// As [`Self::map`].
+    pub fn map_as(&self, tensors: &[TensorInfo], layout: Layout) -> Result<Vec<Mapped>> {
         let rows = self.active_rows(tensors.len())?;
         let mut out: IndexMap<String, Building> = IndexMap::new();
         for Generated { name, shape, values } in self.generated()? {
@@ -110,8 +119,8 @@ impl Model {
                     let target =
                         to.fill(&captures).ok_or_else(|| context(Error::malformed("no target name")))?;
                     let (part, elementwise) =
-                        self.transform(active.row, k, &axes, &captures).map_err(context)?;
-                    let joined = self.joined(active.row, k, &axes, &captures).map_err(context)?;
+                        self.transform(active.row, k, &axes, &captures, layout).map_err(context)?;
+                    let joined = self.joined(active.row, k, &axes, &captures, layout).map_err(context)?;
                     out.entry(target)
                         .or_insert_with(|| Building { stack: active.stack, ..Building::default() })
                         .add(t, active, &captures, part, joined, elementwise)
@@ -204,16 +213,17 @@ impl Model {
         k: usize,
         axes: &Axes,
         captures: &Captures,
+        layout: Layout,
     ) -> Result<(Axes, Vec<Elementwise>)> {
         let scope = WithCaptures(&self.scope, captures);
         let mut axes = axes.clone();
         let mut elementwise = Vec::new();
-        self.apply(&row.ops, &mut axes, &mut elementwise, &scope)?;
+        self.apply(&row.ops, &mut axes, &mut elementwise, &scope, layout)?;
         if row.to.len() > 1 {
             let shape = axes.shape();
             let (start, stop, step) = self.part(row, k, &shape, &scope)?;
             axes.slice(row.axis, start, stop, step)?;
-            self.apply(&row.part_ops[k], &mut axes, &mut elementwise, &scope)?;
+            self.apply(&row.part_ops[k], &mut axes, &mut elementwise, &scope, layout)?;
         }
         Ok((axes, elementwise))
     }
@@ -224,8 +234,9 @@ impl Model {
         axes: &mut Axes,
         elementwise: &mut Vec<Elementwise>,
         scope: &WithCaptures<'_>,
+        layout: Layout,
     ) -> Result<()> {
-        for op in ops {
+        for op in ops.iter().filter(|op| op.layout().is_none_or(|of| of == layout)) {
             let scope_shape = axes.shape();
             let scope = WithShape(scope, &scope_shape);
             let number = |e: &Option<Expr>, default: u64| match e {
@@ -313,6 +324,7 @@ impl Model {
         k: usize,
         axes: &Axes,
         captures: &Captures,
+        layout: Layout,
     ) -> Result<Option<(u64, u64)>> {
         let parts: Vec<usize> = row.joined_with(k).collect();
         if parts.len() == 1 {
@@ -324,7 +336,7 @@ impl Model {
             if j == k {
                 first = total;
             }
-            let shape = self.transform(row, j, axes, captures)?.0.shape();
+            let shape = self.transform(row, j, axes, captures, layout)?.0.shape();
             let (rows, others) =
                 shape.split_first().ok_or_else(|| Error::malformed("a scalar has no parts"))?;
             if rest.replace(others.to_vec()).is_some_and(|r| r != others) {

@@ -19,6 +19,27 @@ pub(super) struct Llama3 {
 }
 
 impl Llama3 {
+    /// From config.json's object.
+    ///
+    /// # Errors
+    /// `Malformed` for what is no positive number.
+    pub fn of(rope: &Json) -> Result<Self> {
+        let get = |key: &str, default: f64| match rope.get(key).filter(|v| !v.is_null()) {
+            None => Ok(default),
+            Some(v) => v
+                .as_f64()
+                .filter(|v| *v > 0.0)
+                .ok_or_else(|| Error::malformed(format!("RoPE parameter {key} = {v} is no positive number"))),
+        };
+        Ok(Self {
+            theta: get("rope_theta", 10_000.0)?,
+            factor: get("factor", 8.0)?,
+            low_freq_factor: get("low_freq_factor", 1.0)?,
+            high_freq_factor: get("high_freq_factor", 4.0)?,
+            original_max_position_embeddings: get("original_max_position_embeddings", 8192.0)?,
+        })
+    }
+
     /// One divisor for each pair of dimensions: 1 for short wavelengths, `factor` for long ones,
     /// and between them a line in the frequency.
     /// Source: `ROPE_INIT_FUNCTIONS["llama3"]` of transformers; Llama 3.1's release notes.
@@ -84,20 +105,7 @@ pub(super) fn generate(rule: &Generate, model: &Model) -> Result<(Vec<u64>, Vec<
         Some(GenerateFn::RopeLong) => listed(model, "long_factor"),
         Some(GenerateFn::RopeShort) => listed(model, "short_factor"),
         Some(GenerateFn::RopeLlama3) => {
-            let rope = model.var("rope")?;
-            let get = |key: &str, default: f64| match rope.get(key).filter(|v| !v.is_null()) {
-                None => Ok(default),
-                Some(v) => v.as_f64().filter(|v| *v > 0.0).ok_or_else(|| {
-                    Error::malformed(format!("RoPE parameter {key} = {v} is no positive number"))
-                }),
-            };
-            let parameters = Llama3 {
-                theta: get("rope_theta", 10_000.0)?,
-                factor: get("factor", 8.0)?,
-                low_freq_factor: get("low_freq_factor", 1.0)?,
-                high_freq_factor: get("high_freq_factor", 4.0)?,
-                original_max_position_embeddings: get("original_max_position_embeddings", 8192.0)?,
-            };
+            let parameters = Llama3::of(&model.var("rope")?)?;
             let dim = model.var("rope_dim")?.as_u64().filter(|d| (2..=MAX_DIM).contains(d));
             let dim = dim.ok_or_else(|| Error::malformed("the head dimension is unknown or absurd"))?;
             Ok((vec![dim / 2], parameters.factors(dim)))

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use serde::Deserialize;
 
 use super::expr::Expr;
+use super::halves::Layout;
 use super::template::Template;
 use crate::error::{Error, Result};
 use crate::tensor::DType;
@@ -138,6 +139,9 @@ pub(super) enum Function {
 #[derive(Clone, Debug, Deserialize)]
 pub(super) struct RearrangeOp {
     pub rearrange: String,
+    /// The layout that it leads to, which of all others lack it: the order of rotated elements.
+    #[serde(rename = "for")]
+    pub layout: Option<Layout>,
     #[serde(flatten)]
     pub sizes: BTreeMap<String, Expr>,
 }
@@ -166,6 +170,13 @@ pub(super) struct ScaleOp {
 pub(super) struct AffineOp {
     pub mul: Option<Expr>,
     pub add: Option<Expr>,
+}
+
+impl Op {
+    /// The layout that alone has it.
+    pub fn layout(&self) -> Option<Layout> {
+        if let Self::Rearrange(r) = self { r.layout } else { None }
+    }
 }
 
 impl SliceOp {
@@ -227,6 +238,21 @@ impl Row {
             return fail("parts of a `split` can be rearranged, and no more");
         }
         let is_joined = (1..to.len()).any(|k| to[..k].contains(&to[k]));
+        // Behind all others: so that they can be undone and done on a tensor of GGUF.
+        let last =
+            |ops: &[Op]| ops.iter().skip_while(|op| op.layout().is_none()).all(|op| op.layout().is_some());
+        let tells_layouts = |ops: &[Op]| ops.iter().any(|op| op.layout().is_some());
+        let in_parts = part_ops.iter().any(|ops| tells_layouts(ops));
+        let alone = !is_joined && table.stack.is_none() && table.pad.is_none();
+        if !last(&table.ops)
+            || !part_ops.iter().all(|ops| last(ops))
+            || (tells_layouts(&table.ops) && (to.len() > 1 || !alone))
+            || (in_parts && !alone)
+        {
+            return fail(
+                "rearrangements `for` a layout come last, in the parts of a `split`, and go with neither joined parts nor `stack` nor `pad`",
+            );
+        }
         if is_joined && (table.sizes.is_empty() || table.interleaved) {
             return fail("parts that are joined need `sizes`");
         }

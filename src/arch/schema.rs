@@ -8,6 +8,7 @@ use serde::Deserialize;
 use serde_json::Value as Json;
 
 use super::also::Also;
+use super::decoder::GraphKey;
 use super::expr::{Expr, truth};
 use super::fold::FoldSpec;
 use super::rows::{Row, RowSpec};
@@ -77,6 +78,8 @@ pub struct Architecture {
     /// What config.json says beyond `kv` when it is written from a GGUF.
     #[serde(default)]
     pub(super) config: IndexMap<String, ConfigValue>,
+    /// What the model computes, where it is described.
+    pub(super) graph: Option<IndexMap<GraphKey, Expr>>,
     /// Keys of a tiny config.json, on which the definition is tried.
     pub(super) example: Option<IndexMap<String, Json>>,
     /// The example with other keys, by name; `"null"` takes a key away.
@@ -327,6 +330,9 @@ impl Architecture {
         if let (Some(mine), Some(mut base)) = (&mut self.example, base.example) {
             // Which class it is of, the base does not know.
             base.retain(|key, _| key != "architectures" && key != "model_type");
+            under(mine, base);
+        }
+        if let (Some(mine), Some(base)) = (&mut self.graph, base.graph) {
             under(mine, base);
         }
         self.require.splice(0..0, base.require);

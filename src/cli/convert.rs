@@ -66,15 +66,14 @@ pub struct Args {
     pub write: WriteArgs,
 }
 
-/// What can be chosen of a quantized format. By default it is as in the source, where that is quantized.
+/// What can be chosen of integer codes.
 #[derive(clap::Args, Debug)]
-#[command(next_help_heading = "Format")]
-pub struct GridArgs {
+pub struct CodeArgs {
     /// Bits of a code
     #[arg(long, visible_alias = "w-bit", value_name = "N")]
     pub bits: Option<u32>,
 
-    /// Columns that share a scale: 32, 64, 128 ..., or -1 for whole rows
+    /// Columns that share a scale: 32, 64, 128 ... (in .qpack any number), or -1 for whole rows
     #[arg(long, visible_alias = "q-group-size", value_name = "N", allow_negative_numbers = true)]
     pub group_size: Option<i64>,
 
@@ -85,6 +84,33 @@ pub struct GridArgs {
     /// Each group has its own zero
     #[arg(long, overrides_with = "sym")]
     pub asym: bool,
+}
+
+impl CodeArgs {
+    /// Options that were given.
+    pub fn given(&self) -> impl Iterator<Item = &'static str> {
+        let each = [
+            self.bits.map(|_| "--bits"),
+            self.group_size.map(|_| "--group-size"),
+            self.sym.then_some("--sym"),
+            self.asym.then_some("--asym"),
+        ];
+        each.into_iter().flatten()
+    }
+
+    /// What is wanted of a format's codes.
+    pub fn wanted(&self, format: Format) -> Wanted {
+        let symmetric = if self.sym || self.asym { Some(self.sym) } else { None };
+        Wanted { bits: self.bits, group_size: self.group_size, symmetric, ..Wanted::new(format) }
+    }
+}
+
+/// What can be chosen of a quantized format. By default it is as in the source, where that is quantized.
+#[derive(clap::Args, Debug)]
+#[command(next_help_heading = "Format")]
+pub struct GridArgs {
+    #[command(flatten)]
+    pub codes: CodeArgs,
 
     /// Say in config.json that columns were rounded in the order of their activations; groups stay where
     /// they are (static_groups)
@@ -216,16 +242,12 @@ impl GridArgs {
     /// Options that were given.
     fn given(&self) -> Vec<&'static str> {
         let each = [
-            self.bits.map(|_| "--bits"),
-            self.group_size.map(|_| "--group-size"),
-            self.sym.then_some("--sym"),
-            self.asym.then_some("--asym"),
             self.desc_act.then_some("--desc-act"),
             self.checkpoint_format.as_ref().map(|_| "--checkpoint-format"),
             self.compressed_format.map(|_| "--compressed-format"),
             self.double_quant.then_some("--double-quant"),
         ];
-        each.into_iter().flatten().collect()
+        self.codes.given().chain(each.into_iter().flatten()).collect()
     }
 
     /// # Errors
@@ -252,13 +274,10 @@ impl GridArgs {
             return Err(Error::misuse(format!("{option} means nothing with --to {name}")));
         }
         Ok(Wanted {
-            bits: self.bits,
-            group_size: self.group_size,
-            symmetric: if self.sym || self.asym { Some(self.sym) } else { None },
             desc_act: self.desc_act,
             second_version: self.checkpoint_format.as_ref().map(|f| f == "gptq_v2"),
             double_quant: self.double_quant,
-            ..Wanted::new(format)
+            ..self.codes.wanted(format)
         })
     }
 }

@@ -9,13 +9,13 @@ mod calibrate;
 #[cfg(feature = "ggml")]
 mod calibration;
 mod common;
+mod compare;
 mod completions;
 mod config;
 mod convert;
 mod diff;
 #[cfg(feature = "ggml")]
 mod embed;
-#[cfg(feature = "ggml")]
 mod eval;
 mod gguf_to_hf;
 mod hf_to_gguf;
@@ -27,12 +27,11 @@ mod pack;
 mod quantize;
 mod quantizer;
 mod report;
-#[cfg(feature = "ggml")]
 mod run;
 mod runnable;
 mod split;
-#[cfg(feature = "ggml")]
 mod talk;
+mod to_coreml;
 mod ui;
 mod unpack;
 mod verify;
@@ -54,6 +53,8 @@ enum Command {
     HfToGguf(hf_to_gguf::Args),
     GgufToHf(gguf_to_hf::Args),
     Convert(convert::Args),
+    HfToCoreml(to_coreml::HfArgs),
+    GgufToCoreml(to_coreml::GgufArgs),
     Pack(pack::Args),
     Unpack(unpack::Args),
     LoraToGguf(lora_to_gguf::Args),
@@ -64,11 +65,9 @@ enum Command {
     Inspect(inspect::Args),
     Verify(verify::Args),
     Diff(diff::Args),
-    #[cfg(feature = "ggml")]
     Run(run::Args),
     #[cfg(feature = "ggml")]
     Embed(embed::Args),
-    #[cfg(feature = "ggml")]
     Eval(eval::Args),
     #[cfg(feature = "ggml")]
     Bench(bench::Args),
@@ -169,6 +168,8 @@ fn run(command: Command) -> anyhow::Result<Status> {
         Command::HfToGguf(args) => hf_to_gguf::run(&args),
         Command::GgufToHf(args) => gguf_to_hf::run(&args),
         Command::Convert(args) => convert::run(&args),
+        Command::HfToCoreml(args) => to_coreml::from_hf(&args),
+        Command::GgufToCoreml(args) => to_coreml::from_gguf(&args),
         Command::Pack(args) => pack::run(&args),
         Command::Unpack(args) => unpack::run(args),
         Command::LoraToGguf(args) => lora_to_gguf::run(&args),
@@ -179,13 +180,11 @@ fn run(command: Command) -> anyhow::Result<Status> {
         Command::Inspect(args) => inspect::run(&args).map(|()| Status::Done),
         Command::Verify(args) => verify::run(&args),
         Command::Diff(args) => diff::run(&args),
-        #[cfg(feature = "ggml")]
         Command::Run(args) => run::run(&args, ui::catch_interrupt()).map(|()| Status::Done),
         #[cfg(feature = "ggml")]
         Command::Embed(args) => embed::run(&args).map(|()| Status::Done),
         #[cfg(feature = "ggml")]
         Command::Bench(args) => bench::run(&args).map(|()| Status::Done),
-        #[cfg(feature = "ggml")]
         Command::Eval(args) => eval::run(&args).map(|()| Status::Done),
         #[cfg(feature = "ggml")]
         Command::Calibrate(args) => calibrate::run(&args).map(|()| Status::Done),

@@ -12,7 +12,7 @@ use regex::Regex;
 use serde_json::json;
 
 use super::common::{self, WriteArgs, parse_size};
-use super::convert::{RoundingArgs, dtype_arg, finish, say_losses};
+use super::convert::{CodeArgs, RoundingArgs, dtype_arg, finish, say_losses};
 use super::ui::Progress;
 use super::{Status, ui};
 
@@ -58,21 +58,8 @@ pub struct EncodingArgs {
     #[arg(long, value_parser = parse_encoding)]
     pub encoding: Option<QpackEncoding>,
 
-    /// Bits of a code, 1 to 8
-    #[arg(long, visible_alias = "w-bit", value_name = "N")]
-    pub bits: Option<u32>,
-
-    /// Columns that share a scale, any number, or -1 for whole rows; the last group of a row may be shorter
-    #[arg(long, visible_alias = "q-group-size", value_name = "N", allow_negative_numbers = true)]
-    pub group_size: Option<i64>,
-
-    /// The middle code is zero
-    #[arg(long, overrides_with = "asym")]
-    pub sym: bool,
-
-    /// Each group has its own zero
-    #[arg(long, overrides_with = "sym")]
-    pub asym: bool,
+    #[command(flatten)]
+    pub codes: CodeArgs,
 
     /// Modules to leave as they are, beside embeddings, head, norms and routers; may be repeated
     #[arg(long, visible_alias = "modules-to-not-convert", value_name = "REGEX", value_parser = Regex::new)]
@@ -99,7 +86,7 @@ impl EncodingArgs {
     /// # Errors
     /// `Misuse` for options that mean nothing so.
     fn wanted(&self, has_method: bool) -> Result<Option<Wanted>> {
-        let given = self.bits.is_some() || self.group_size.is_some() || self.sym || self.asym;
+        let given = self.codes.given().next().is_some();
         let encoding = match self.encoding {
             Some(encoding) => encoding,
             None if given || has_method => QpackEncoding::Integers,
@@ -117,16 +104,13 @@ impl EncodingArgs {
                 };
             }
         };
-        if encoding != QpackEncoding::Integers && (self.bits.is_some() || self.asym) {
-            let option = if self.asym { "--asym" } else { "--bits" };
+        let heeded = |option: &&str| ["--group-size", "--sym"].contains(option);
+        if encoding != QpackEncoding::Integers
+            && let Some(option) = self.codes.given().find(|option| !heeded(option))
+        {
             return Err(Error::misuse(format!("{option} means nothing with --encoding {}", encoding.name())));
         }
-        Ok(Some(Wanted {
-            bits: self.bits,
-            group_size: self.group_size,
-            symmetric: if self.sym || self.asym { Some(self.sym) } else { None },
-            ..Wanted::new(Format::Qpack(encoding))
-        }))
+        Ok(Some(self.codes.wanted(Format::Qpack(encoding))))
     }
 }
 

@@ -178,7 +178,7 @@ impl HfToGguf {
         let name = general.file_name(type_name, self.mmproj);
         let output = output_path(self.output.as_deref(), checkpoint.side.beside(), &name);
         lay_out(&mut plan, &mut metadata, &self.sharding, &output)?;
-        Ok(Job { tokens, ..Job::gguf(plan, checkpoint.store, &output) })
+        Job { tokens, ..Job::gguf(plan, checkpoint.store, &output) }.vouching(&self.source)
     }
 
     /// The small files of the source, such as those of its tokenizer.

@@ -147,7 +147,7 @@ impl Journal {
             total += len;
         }
         let Became { tallies, loss } = became.clone();
-        (digest(found) == *sum).then_some(Spanned { bytes: total, tallies, loss })
+        (digest(found) == *sum).then_some(Spanned { bytes: total, tallies, loss, flushed: 0 })
     }
 
     /// Whether there is anything to go on with.

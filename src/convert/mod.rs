@@ -31,6 +31,7 @@ mod shards;
 mod side_files;
 mod stage;
 mod stream;
+pub mod to_coreml;
 mod to_hf;
 mod to_qpack;
 mod tokens;
@@ -56,6 +57,7 @@ pub use shards::{Reshard, Sharding};
 pub use side_files::SideFiles;
 pub use stage::{OutputFile, Stage, Temporary};
 pub use stream::{Observer, Silent};
+pub use to_coreml::{Forms, Granularity, Matrices, Profile, ToCoreml};
 pub use to_hf::{HfContainer, ToHf, Wanted};
 pub use to_qpack::ToQpack;
 pub use tokens::{TokenCheck, Tokens};
@@ -65,8 +67,8 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use self::journal::Journal;
-use crate::container::Store;
 use crate::container::qpack::Qpack;
+use crate::container::{InputFile, Store};
 use crate::error::{Error, ErrorKind, Result};
 use crate::limits::Limits;
 
@@ -89,6 +91,10 @@ pub struct Job {
     pub vouched: Option<PathBuf>,
     /// Whether the output is tried and removed: nothing is kept of it when that is interrupted.
     pub is_trial: bool,
+    /// Whether the output is a Core ML package, or a directory of some: one that exists goes as a whole.
+    pub is_package: bool,
+    /// Small files that appear beside the output, at these paths. Those that are there already, and the same, stay.
+    pub beside: Vec<(PathBuf, Vec<u8>)>,
 }
 
 impl Job {
@@ -104,8 +110,34 @@ impl Job {
         Self::new(plan, store, output, true)
     }
 
+    /// The same, compared with the manifest before anything appears where `source` is a `.qpack`.
+    ///
+    /// # Errors
+    /// `Io`.
+    pub fn vouching(self, source: &Path) -> Result<Self> {
+        let vouched = side_files::is_qpack_file(source)?.then(|| source.to_path_buf());
+        Ok(Self { vouched, ..self })
+    }
+
     fn new(plan: Plan, store: Store, output: PathBuf, is_directory: bool) -> Self {
-        Self { plan, store, output, is_directory, tokens: None, resume: true, vouched: None, is_trial: false }
+        Self {
+            plan,
+            store,
+            output,
+            is_directory,
+            tokens: None,
+            resume: true,
+            vouched: None,
+            is_trial: false,
+            is_package: false,
+            beside: Vec::new(),
+        }
+    }
+
+    /// Bytes that are written or read over again while it runs: what progress counts.
+    pub fn work(&self) -> u64 {
+        let vouched = self.vouched.iter().flat_map(|_| self.store.files()).map(InputFile::len);
+        self.plan.work() + vouched.sum::<u64>()
     }
 
     /// The files that will be there in the end.
@@ -115,7 +147,7 @@ impl Job {
             (false, true) => self.output.clone(),
             (false, false) => self.output.with_file_name(&f.name),
         };
-        self.plan.files.iter().map(place).collect()
+        self.plan.files.iter().map(place).chain(self.beside.iter().map(|(path, _)| path.clone())).collect()
     }
 
     /// Streams the plan into the output, and gives it its name when complete. Returns what became of each
@@ -126,10 +158,11 @@ impl Job {
     /// needs is missing, or when the budget is too small; `Io`; what the source's data give.
     pub fn run(&self, force: bool, budget: &Budget, observer: &dyn Observer) -> Result<Vec<Outcome>> {
         let outputs = self.outputs();
-        self.plan.check_feasible()?;
+        self.plan.check_feasible(force)?;
         self.plan.check_not_input(&outputs, &self.store)?;
         budget.check(&self.plan)?;
         let (stage, journal) = self.begin(&outputs, force)?;
+        let beside = self.begin_beside(force)?;
         let done = self.write(&stage, journal.as_ref(), budget, observer);
         match (done, journal) {
             (Err(e), Some(_)) if matches!(e.kind(), ErrorKind::Interrupted | ErrorKind::Io) => {
@@ -137,7 +170,11 @@ impl Job {
                 Err(e.hint("what is finished is kept: the same command goes on from there"))
             }
             (done, journal) => {
-                let done = done.and_then(|outcomes| stage.commit().map(|()| outcomes));
+                let commit = |outcomes| {
+                    beside.map_or(Ok(()), Stage::commit)?;
+                    stage.commit().map(|()| outcomes)
+                };
+                let done = done.and_then(commit);
                 if let Some(journal) = journal {
                     journal.remove();
                 }
@@ -192,6 +229,10 @@ impl Job {
     fn begin(&self, outputs: &[PathBuf], force: bool) -> Result<(Stage, Option<Journal>)> {
         if self.is_directory {
             let mut stage = Stage::directory(&self.output, force, self.plan.total_len())?;
+            if self.is_package {
+                to_coreml::check_own(&self.output)?;
+                stage = stage.replacing();
+            }
             for f in &self.plan.files {
                 stage.add(&f.name, f.len)?;
             }
@@ -209,6 +250,24 @@ impl Job {
         let key = journal::key(&self.plan, &self.store)?;
         let (stage, journal) = Stage::going_on(&targets, force, &key, self.resume)?;
         Ok((stage, Some(journal)))
+    }
+}
+
+impl Job {
+    /// Begins the files beside the output that are not there already.
+    fn begin_beside(&self, force: bool) -> Result<Option<Stage>> {
+        let is_there = |path: &Path, bytes: &[u8]| std::fs::read(path).is_ok_and(|found| found == bytes);
+        let new = |(path, bytes): &&(PathBuf, Vec<u8>)| !is_there(path, bytes);
+        let new: Vec<_> = self.beside.iter().filter(new).collect();
+        if new.is_empty() {
+            return Ok(None);
+        }
+        let targets: Vec<_> = new.iter().map(|(path, bytes)| (path.clone(), bytes.len() as u64)).collect();
+        let stage = Stage::files_at(&targets, force)?;
+        for (file, (_, bytes)) in stage.files().iter().zip(new) {
+            file.write_at(0, bytes)?;
+        }
+        Ok(Some(stage))
     }
 }
 

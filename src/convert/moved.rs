@@ -1,10 +1,13 @@
-//! Tensors whose bytes are moved into several others, or out of several: nothing is decoded, nothing rounded.
+//! Tensors that are written as several others, or were several: those of `.qpack`, where nothing is decoded and
+//! nothing rounded, and those of Core ML packages.
 
 use std::fmt::Debug;
 
+use super::outcome::{Loss, Spanned};
 use super::pack::PartPlan;
 use super::stage::OutputFile;
 use super::stream::Observer;
+use super::to_coreml::weights::{Scratch, WeightPlan};
 use crate::container::Store;
 use crate::container::qpack::{Encoding, Origin, Part, Tensor};
 use crate::error::{Error, Result};
@@ -17,6 +20,8 @@ use crate::tensor::DType;
 pub struct Moved {
     /// What it is on the way, such as `integers`.
     pub kind: &'static str,
+    /// How its weights become codes; `copy` where they are those of the source.
+    pub method: &'static str,
     /// The tensors that are written.
     pub parts: Vec<PartPlan>,
     by: By,
@@ -29,6 +34,8 @@ enum By {
     Taking(Box<Taken>),
     /// Out of one.
     Restoring(Box<(Tensor, Origin)>),
+    /// Into the blobs of a Core ML package.
+    Encoding(Box<WeightPlan>),
 }
 
 impl Moved {
@@ -44,27 +51,50 @@ impl Moved {
             _ => PartPlan::new(&part.name, DType::U8, &[part.segment.bytes]),
         };
         let parts = tensor.parts.iter().enumerate().map(part).collect();
-        Ok(Self { kind: kind(&tensor.encoding), parts, by: By::Taking(Box::new(taken)) })
+        Ok(Self { kind: kind(&tensor.encoding), method: "copy", parts, by: By::Taking(Box::new(taken)) })
     }
 
     /// Out of `.qpack`, as the tensors that it was made from.
     pub fn restored(tensor: Tensor, origin: Origin) -> Self {
         let parts = origin.parts.iter().map(|s| PartPlan::new(&s.name, s.dtype, &s.shape)).collect();
-        Self { kind: kind(&tensor.encoding), parts, by: By::Restoring(Box::new((tensor, origin))) }
+        Self {
+            kind: kind(&tensor.encoding),
+            method: "copy",
+            parts,
+            by: By::Restoring(Box::new((tensor, origin))),
+        }
     }
 
-    /// Writes all parts.
+    /// Into the blobs of a Core ML package, which have their places.
+    pub(super) fn encoding(
+        (kind, method): (&'static str, &'static str),
+        weight: WeightPlan,
+        parts: Vec<PartPlan>,
+    ) -> Self {
+        Self { kind, method, parts, by: By::Encoding(Box::new(weight)) }
+    }
+
+    /// Into how many spans the work falls.
+    pub(super) fn spans(&self) -> u64 {
+        match &self.by {
+            By::Taking(_) | By::Restoring(_) => 1,
+            By::Encoding(weight) => weight.spans() as u64,
+        }
+    }
+
+    /// Writes a span of all parts.
     ///
     /// # Errors
     /// As reads and writes fail; `Interrupted` when the observer says so.
     pub(super) fn write(
         &self,
-        name: &str,
+        (name, span): (&str, u64),
         store: &Store,
         files: &[OutputFile],
+        scratch: &mut Scratch,
         observer: &dyn Observer,
-    ) -> Result<()> {
-        let put: &mut Put<'_> = &mut |part: usize, offset: u64, bytes: &[u8]| {
+    ) -> Result<Spanned> {
+        let put = |part: usize, offset: u64, bytes: &[u8]| {
             if observer.interrupted() {
                 return Err(Error::interrupted());
             }
@@ -72,10 +102,18 @@ impl Moved {
             observer.advance(bytes.len() as u64, name);
             files[part.file].write_at(part.offset + offset, bytes)
         };
+        let putting: &mut Put<'_> = &mut |part, offset, bytes| put(part, offset, bytes);
+        let mut done = Spanned { loss: Some(Loss::default()), ..Spanned::default() };
         match &self.by {
-            By::Taking(taken) => taken.write(store, put),
-            By::Restoring(both) => restore(store, &both.0, &both.1, put),
+            By::Taking(taken) => taken.write(store, putting)?,
+            By::Restoring(both) => restore(store, &both.0, &both.1, putting)?,
+            By::Encoding(weight) => {
+                let became = weight.write(store, span as usize, scratch, &put)?;
+                done.loss = Some(Loss { lost: became.lost, power: became.power });
+                done.flushed = became.flushed;
+            }
         }
+        Ok(done)
     }
 }
 

@@ -40,6 +40,8 @@ pub struct Outcome {
     pub damp_grew: bool,
     /// Columns that no token of the calibration text reached, of all its experts.
     pub dead_columns: u64,
+    /// Weights that were not zero, and are now: too small for float16. Counted where that was looked at.
+    pub flushed: u64,
     /// Where the method that was asked for could not be had.
     pub fallback: Option<Fallback>,
 }
@@ -72,6 +74,8 @@ pub(super) struct Spanned {
     pub tallies: Vec<Tally>,
     /// What it lost, where that was looked at.
     pub loss: Option<Loss>,
+    /// Weights that were not zero, and are now.
+    pub flushed: u64,
 }
 
 /// What rows of one expert add to an outcome.
@@ -156,6 +160,7 @@ impl Ledger {
 
 fn outcome(t: &TensorPlan, mut entries: Vec<Entry>) -> Outcome {
     entries.sort_by_key(|(start, _)| *start);
+    let flushed = entries.iter().map(|(_, spanned)| spanned.flushed).sum();
     let losses: Vec<Loss> = entries.iter().filter_map(|(_, spanned)| spanned.loss).collect();
     let tallies: Vec<Tally> = entries.into_iter().flat_map(|(_, spanned)| spanned.tallies).collect();
     let (lost, power) = losses.iter().fold((0.0, 0.0), |(a, b), l| (a + l.lost, b + l.power));
@@ -167,11 +172,16 @@ fn outcome(t: &TensorPlan, mut entries: Vec<Entry>) -> Outcome {
         name: t.name.clone(),
         dtype: t.type_name(),
         nmse,
-        method: if t.is_rounded() { t.rounding.name() } else { "copy" },
+        method: match &t.moved {
+            Some(moved) => moved.method,
+            None if t.is_rounded() => t.rounding.name(),
+            None => "copy",
+        },
         error: (output > 0.0).then(|| OutputError { before: before / output, after: after / output }),
         damp: tallies.iter().map(|t| t.damp).reduce(f64::max),
         damp_grew: tallies.iter().any(|t| t.damp_grew),
         dead_columns: dead.values().sum(),
+        flushed,
         fallback: t.fallback.clone(),
     }
 }
@@ -197,6 +207,14 @@ impl Outcome {
                 "tensors with columns, {columns} in all, that the calibration text never reached, and that are \
                  rounded each by itself: {}",
                 names(&dead)
+            ));
+        }
+        let flushed: Vec<_> = outcomes.iter().filter(|o| o.flushed > 0).collect();
+        if !flushed.is_empty() {
+            let n: u64 = flushed.iter().map(|o| o.flushed).sum();
+            notes.push(format!(
+                "{n} weights are 0 now, being too small for their encoding: {}",
+                names(&flushed)
             ));
         }
         let lost: Vec<_> =

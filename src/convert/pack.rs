@@ -223,7 +223,7 @@ impl Packing {
             }
             None => layout.write(shape, first, Data::Weights(values), &mut put)?,
         };
-        Ok(Spanned { bytes: written, tallies, loss: Some(Loss { lost, power }) })
+        Ok(Spanned { bytes: written, tallies, loss: Some(Loss { lost, power }), flushed: 0 })
     }
 }
 

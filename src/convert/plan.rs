@@ -45,6 +45,8 @@ pub struct Obstacle {
     pub message: String,
     /// What would help.
     pub hint: String,
+    /// Whether `force` overcomes it.
+    pub yields: bool,
 }
 
 /// The importance of a tensor's columns, read as it is needed: one value for each column, of each expert.
@@ -347,10 +349,18 @@ impl Budget {
         Ok(Self { threads, memory, strict })
     }
 
-    /// Elements in each span of `tensor`; the last may be shorter.
+    /// Into how many spans the work on `tensor` falls.
+    pub(super) fn spans(&self, tensor: &TensorPlan) -> u64 {
+        match &tensor.moved {
+            Some(moved) => moved.spans(),
+            None => tensor.source.elements().div_ceil(self.span(tensor)),
+        }
+    }
+
+    /// Elements in each span of `tensor`, the last may be shorter; 1 where something else tells spans apart.
     pub fn span(&self, tensor: &TensorPlan) -> u64 {
         if tensor.moved.is_some() {
-            return tensor.source.elements().max(1);
+            return 1;
         }
         let held = tensor.source.held_bytes(SCATTERED_SPAN);
         let most = (self.memory / self.threads as u64).saturating_sub(held) / bytes_per_element(tensor);
@@ -444,14 +454,14 @@ impl Plan {
         }
     }
 
-    /// Whether it can be carried out.
+    /// Whether it can be carried out, by force or without.
     ///
     /// # Errors
     /// `Misuse` with the obstacle.
-    pub fn check_feasible(&self) -> Result<()> {
+    pub fn check_feasible(&self, force: bool) -> Result<()> {
         match &self.obstacle {
-            Some(o) => Err(Error::misuse(o.message.clone()).hint(o.hint.clone())),
-            None => Ok(()),
+            Some(o) if !(force && o.yields) => Err(Error::misuse(o.message.clone()).hint(o.hint.clone())),
+            _ => Ok(()),
         }
     }
 

@@ -157,6 +157,7 @@ impl Quantizer {
                     hint: "give one with --imatrix FILE; llama.cpp's imatrix tool makes them, and who publishes \
                            quantized models often adds the matrix"
                         .into(),
+                    yields: false,
                 });
             }
             if original == EMBEDDINGS && planned.is_rounded() {

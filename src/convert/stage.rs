@@ -53,6 +53,8 @@ pub struct Stage {
     targets: Vec<PathBuf>,
     /// Whether the files stay when this is dropped.
     stays: bool,
+    /// Whether a directory that exists goes as a whole, with what else is in it.
+    replaces: bool,
 }
 
 impl Stage {
@@ -101,7 +103,8 @@ impl Stage {
         for (target, _) in targets {
             places.push(prepare(target, force, bytes, false)?);
         }
-        let mut stage = Self { directory: None, files: Vec::new(), targets: Vec::new(), stays: true };
+        let mut stage =
+            Self { directory: None, files: Vec::new(), targets: Vec::new(), stays: true, replaces: false };
         for (target, temporary) in places {
             let file = OpenOptions::new()
                 .read(true)
@@ -144,7 +147,14 @@ impl Stage {
         }
         fs::create_dir(&temporary).map_err(|e| Error::io("create", &temporary, e))?;
         let directory = Some((target, temporary));
-        Ok(Self { directory, files: Vec::new(), targets: Vec::new(), stays: false })
+        Ok(Self { directory, files: Vec::new(), targets: Vec::new(), stays: false, replaces: false })
+    }
+
+    /// Lets a directory that exists go as a whole, with what else is in it.
+    #[must_use]
+    pub fn replacing(mut self) -> Self {
+        self.replaces = true;
+        self
     }
 
     /// Adds a file of `len` bytes to a directory, or to one in it.
@@ -187,8 +197,24 @@ impl Stage {
         let rename = |from: &Path, to: &Path| fs::rename(from, to).map_err(|e| Error::io("rename to", to, e));
         match &self.directory {
             Some((target, temporary)) if !target.is_dir() => rename(temporary, target)?,
+            Some((target, temporary)) if self.replaces => {
+                let name = target.file_name().unwrap_or_default().to_string_lossy();
+                let old = target.with_file_name(format!(".{name}.qconv-old"));
+                if old.exists() {
+                    fs::remove_dir_all(&old).map_err(|e| Error::io("remove", &old, e))?;
+                }
+                rename(target, &old)?;
+                if let Err(e) = rename(temporary, target) {
+                    rename(&old, target)?;
+                    return Err(e);
+                }
+                fs::remove_dir_all(&old).map_err(|e| Error::io("remove", &old, e))?;
+            }
             directory => {
                 for (f, target) in self.files.iter().zip(&self.targets) {
+                    if let (Some(_), Some(inner)) = (directory, target.parent()) {
+                        fs::create_dir_all(inner).map_err(|e| Error::io("create", inner, e))?;
+                    }
                     rename(&f.path, target)?;
                 }
                 if let Some((target, temporary)) = directory {

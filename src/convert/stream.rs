@@ -10,6 +10,7 @@ use super::outcome::{Ledger, Loss, Outcome, Spanned, Tally};
 use super::pack::Buffers;
 use super::plan::{Budget, Guide, Importance, Plan, Rounding, TensorPlan};
 use super::stage::OutputFile;
+use super::to_coreml;
 use crate::block::{Codec, codec};
 use crate::container::Store;
 use crate::error::{Error, ErrorKind, Result};
@@ -51,8 +52,7 @@ pub fn stream(
     // Spans of tensor k are numbers firsts[k]..firsts[k + 1].
     let mut firsts = vec![0usize];
     for t in &plan.tensors {
-        let spans = t.source.elements().div_ceil(budget.span(t));
-        firsts.push(firsts.last().copied().unwrap_or(0) + spans as usize);
+        firsts.push(firsts.last().copied().unwrap_or(0) + budget.spans(t) as usize);
     }
     let spans = firsts.last().copied().unwrap_or(0);
     let next = AtomicUsize::new(0);
@@ -132,6 +132,7 @@ struct Worker {
     values: Vec<f32>,
     stored: Vec<f32>,
     packing: Buffers,
+    encoding: to_coreml::weights::Scratch,
     importance: Vec<f32>,
     /// The tensor and expert whose importance was read last.
     important: Option<(String, u64)>,
@@ -148,8 +149,7 @@ impl Worker {
         let Span { tensor, start, end } = span;
         let t = &plan.tensors[tensor];
         if let Some(moved) = &t.moved {
-            moved.write(&t.name, store, files, observer)?;
-            return Ok(Spanned { loss: Some(Loss::default()), ..Spanned::default() });
+            return moved.write((&t.name, start), store, files, &mut self.encoding, observer);
         }
         let read = |file: usize, at: u64, bytes: &mut [u8]| match files.get(file) {
             Some(file) => file.read_at(at, bytes),
@@ -170,7 +170,7 @@ impl Worker {
                     written.note(t.file, t.offset + t.dtype.bytes_for(start)?, &self.bytes);
                 }
                 let loss = if plan.measures { Some(self.loss(t)?) } else { None };
-                Spanned { bytes, tallies, loss }
+                Spanned { bytes, tallies, loss, flushed: 0 }
             }
         };
         if let Some(journal) = journal {

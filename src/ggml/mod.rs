@@ -99,8 +99,8 @@ pub struct Linked {
 /// As [`init`].
 pub fn linked() -> Result<Linked> {
     init()?;
-    // SAFETY: both return a constant string of the library.
     let (version, commit, llama) =
+        // SAFETY: all return a constant string of the library.
         unsafe { (text(sys::ggml_version()), text(sys::ggml_commit()), text(sys::llama_version())) };
     let mut backends = Vec::new();
     // SAFETY: after `init` the registry is complete and constant; indices stay below its counts,

@@ -1,6 +1,12 @@
 //! Weights that a graph refers to: how they are encoded, and where they stand. Their values are not seen here.
 
-use crate::container::coreml::DataType;
+use super::builder::{Builder, Value};
+use super::infer::infer;
+use super::types::TensorType;
+use super::value::Operand;
+use crate::container::coreml::mil::{Binding, TensorValue, Value as Immediate};
+use crate::container::coreml::{DataType, Held, Only};
+use crate::error::{Error, Result};
 
 /// Answers a builder's question for a weight. The conversion answers with places in the weight file, tests with
 /// anything.
@@ -73,4 +79,127 @@ pub enum Place {
     File(u64),
     /// In the program: bytes as the file would hold them.
     Immediate(Vec<u8>),
+}
+
+impl Encoded {
+    /// The same elements as kernels of a convolution that does what the matrix does: `[out, in, 1, 1]`.
+    ///
+    /// # Errors
+    /// `Misuse` for what is no matrix.
+    pub fn kernels(mut self) -> Result<Self> {
+        if self.shape.len() != 2 {
+            return Err(Error::misuse(format!("weight {}: {:?} is no matrix", self.name, self.shape)));
+        }
+        self.shape.extend([1, 1]);
+        let widen = |stored: &mut Stored| stored.shape.extend([1, 1]);
+        // Behind the dimensions of a table that are those of the weight.
+        let table = |stored: &mut Stored| drop(stored.shape.splice(2..2, [1, 1]));
+        match &mut self.form {
+            Form::Plain(values) => widen(values),
+            Form::Blockwise { data, scale, offset } => {
+                [Some(data), Some(scale), offset.as_mut()].into_iter().flatten().for_each(widen);
+            }
+            Form::Lut { indices, lut } => (widen(indices), table(lut)).1,
+            Form::SparseLut { mask, lut, .. } => (widen(mask), table(lut)).1,
+        }
+        Ok(self)
+    }
+
+    /// The same values in another shape.
+    ///
+    /// # Errors
+    /// `Misuse` for another number of elements, and for weights that are compressed.
+    pub fn reshaped(mut self, shape: &[u64]) -> Result<Self> {
+        let Form::Plain(values) = &mut self.form else {
+            return Err(Error::misuse(format!("weight {}: a vector is not compressed", self.name)));
+        };
+        if values.shape.iter().product::<u64>() != shape.iter().product::<u64>() {
+            return Err(Error::misuse(format!(
+                "weight {} is {:?}, {shape:?} was expected",
+                self.name, self.shape
+            )));
+        }
+        values.shape = shape.to_vec();
+        self.shape = shape.to_vec();
+        Ok(self)
+    }
+}
+
+impl Form {
+    /// The operations that decode it; the last one's result is called `name`.
+    pub(super) fn build(&self, b: &mut Builder<'_>, name: &str) -> Result<Value> {
+        match self {
+            Self::Plain(values) => {
+                let operand = Operand::weight(values.ty());
+                Ok(b.constant(name, values.value()?, operand))
+            }
+            Self::Blockwise { data, scale, offset } => {
+                let mut given = vec![("data", data), ("scale", scale)];
+                given.extend(offset.as_ref().map(|offset| ("offset", offset)));
+                let [value] = decode(b, "constexpr_blockwise_shift_scale", [name], &given)?;
+                Ok(value)
+            }
+            Self::Lut { indices, lut } => {
+                let given = [("indices", indices), ("lut", lut)];
+                let [value] = decode(b, "constexpr_lut_to_dense", [name], &given)?;
+                Ok(value)
+            }
+            Self::SparseLut { mask, indices, lut } => {
+                let given = [("indices_mask", mask), ("indices_nonzero_data", indices), ("lut", lut)];
+                let names = [&*format!("{name}_mask"), &*format!("{name}_nonzero")];
+                let [mask, values] = decode(b, "constexpr_lut_to_sparse", names, &given)?;
+                b.op(
+                    "constexpr_sparse_to_dense",
+                    name,
+                    [("nonzero_data", (&values).into()), ("mask", (&mask).into())],
+                )
+            }
+        }
+    }
+}
+
+/// An operation of stored operands, which stand in its place.
+fn decode<const N: usize>(
+    b: &mut Builder<'_>,
+    kind: &'static str,
+    names: [&str; N],
+    given: &[(&'static str, &Stored)],
+) -> Result<[Value; N]> {
+    let operands: Vec<Operand> = given.iter().map(|(_, stored)| Operand::weight(stored.ty())).collect();
+    let operands: Vec<(&str, Vec<&Operand>)> =
+        given.iter().zip(&operands).map(|((parameter, _), operand)| (*parameter, vec![operand])).collect();
+    let results = infer(kind, &operands, &mut b.symbols)?;
+    let results: [Operand; N] =
+        results.try_into().map_err(|_| Error::misuse(format!("{kind} has not {N} results")))?;
+    let mut names = names.iter();
+    let results = results.map(|operand| b.value(names.next().copied().unwrap_or_default(), operand));
+    let bound = |(parameter, stored): &(&'static str, &Stored)| {
+        Ok::<_, Error>((*parameter, vec![Binding::Value(stored.value()?)]))
+    };
+    let inputs = given.iter().map(bound).collect::<Result<_>>()?;
+    b.push(kind, inputs, &results.each_ref());
+    Ok(results)
+}
+
+impl Stored {
+    /// Its type.
+    pub fn ty(&self) -> TensorType {
+        TensorType::fixed(self.dtype, &self.shape)
+    }
+
+    /// The value as a program has it.
+    fn value(&self) -> Result<Immediate> {
+        match &self.place {
+            Place::File(record) => Ok(Immediate::blob(self.dtype, &self.shape, *record)),
+            Place::Immediate(bytes) => {
+                let elements = self.shape.iter().try_fold(1u64, |n, size| n.checked_mul(*size));
+                let expected = elements.and_then(|n| self.dtype.bytes(n));
+                if expected != Some(bytes.len() as u64) || self.dtype.held() != Held::Bytes {
+                    return Err(Error::misuse(format!("{} in {} bytes", self.ty(), bytes.len())));
+                }
+                let elements = TensorValue::Bytes(Only(bytes.clone()));
+                Ok(Immediate::immediate(self.dtype, &self.shape, elements))
+            }
+        }
+    }
 }

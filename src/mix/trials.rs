@@ -42,7 +42,7 @@ impl<'a> Variants<'a> {
             wishes.tensor_types.push(parse_tensor_type(&format!(".={dtype}"))?);
             let quantizer = with(quantize, wishes)?;
             let job = Quantize { quantizer, ..quantize.clone() }.plan()?;
-            job.plan.check_feasible().map_err(|e| e.context(format!("--types: {dtype}")))?;
+            job.plan.check_feasible(false).map_err(|e| e.context(format!("--types: {dtype}")))?;
             jobs.push(job);
         }
         let first = jobs.first().ok_or_else(|| Error::misuse("--types names no type"))?;

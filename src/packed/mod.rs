@@ -14,6 +14,7 @@ mod awq;
 mod bitnet;
 mod bnb;
 mod compressed;
+pub mod coreml;
 mod exact;
 mod fp4;
 mod fp8;

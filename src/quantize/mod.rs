@@ -7,6 +7,7 @@ pub mod adaround;
 pub mod awq;
 pub mod descent;
 pub mod gptq;
+pub mod palette;
 #[cfg(test)]
 mod sample;
 pub mod ternary;

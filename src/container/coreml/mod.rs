@@ -5,10 +5,14 @@
 //! that each value lies where its type says. [`package::small_files`] and [`blob::layout`] are what a new one is
 //! written from: sizes are known before there are data, and the same input gives the same bytes.
 //!
+//! [`constants()`] says how each weight of a function is encoded, and where its parts stand.
+//!
 //! Here are messages and bytes; what operations mean is for whoever builds or executes programs.
 
 pub mod blob;
 mod check;
+pub mod chunks;
+pub mod constants;
 mod dtype;
 mod message;
 pub mod mil;
@@ -16,6 +20,7 @@ pub mod model;
 pub mod package;
 mod wire;
 
+pub use constants::{Constant, Form, Place, constants};
 pub use dtype::{DataType, Held};
 pub use message::{Message, Only};
 pub use model::Model;

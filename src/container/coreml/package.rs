@@ -14,6 +14,7 @@ use serde_json::{Map, json};
 
 use super::blob::{Blob, BlobFile};
 use super::check;
+use super::constants::Place;
 use super::mil::{BlobFileValue, TensorType};
 use super::model::Model;
 use super::wire::{Unknown, decode, encode};
@@ -132,6 +133,27 @@ impl Package {
             Error::malformed(format!("no value lies in {:?}", value.file_name)).at(&self.path)
         })?;
         Ok((file, file.get(value.offset, tensor)?))
+    }
+
+    /// Fills `buf` from byte `at` of what is stored at a place of this package.
+    ///
+    /// # Errors
+    /// `Malformed` when the range leaves it, or no value lies in its file; `Io`.
+    pub fn read(&self, place: &Place, at: u64, buf: &mut [u8]) -> Result<()> {
+        let lost = |what: String| Error::malformed(what).at(&self.path);
+        match place {
+            Place::File(name, blob) => match self.weights.get(&**name) {
+                Some(file) => file.read(blob, at, buf),
+                None => Err(lost(format!("no value lies in {name:?}"))),
+            },
+            Place::Immediate(bytes) => {
+                let found = usize::try_from(at).ok().and_then(|at| bytes.get(at..)?.get(..buf.len()));
+                let n = buf.len();
+                let found = found.ok_or_else(|| lost(format!("{n} bytes at {at} of {}", bytes.len())))?;
+                buf.copy_from_slice(found);
+                Ok(())
+            }
+        }
     }
 
     /// Opens the weight files, and checks the values.

@@ -197,8 +197,8 @@ impl Seal {
         Ok(())
     }
 
-    /// Reads all segments on so many threads (and sources, if that was not done), and writes padding, manifest and footer. The last file of
-    /// a split model is given what writing the others returned.
+    /// Reads all segments on so many threads (and sources, if that was not done), and writes padding, manifest and
+    /// footer. The last file of a split model is given what writing the others returned.
     ///
     /// # Errors
     /// Those of `read` and `write`; `Interrupted` as `seen` says.

@@ -32,11 +32,74 @@ pub struct Wish<'a> {
     pub arch_file: Option<&'a Path>,
 }
 
+/// A GGUF file that has been opened and recognised.
+pub struct Recognised {
+    /// Its tensors.
+    pub store: Store,
+    pub metadata: Metadata,
+    /// With a complete config.json.
+    pub model: Model,
+    pub vocab: Vocab,
+    /// Type of the weights that are not packed.
+    pub dtype: DType,
+}
+
+impl Recognised {
+    /// config.json, without what it says of quantization.
+    pub fn config(&self) -> Json {
+        let mut config = self.model.config().clone();
+        if let Some(config) = config.as_object_mut() {
+            config.shift_remove("quantization_config");
+        }
+        config
+    }
+
+    /// generation_config.json and the tokenizer's files.
+    ///
+    /// # Errors
+    /// As [`Vocab::write_hf`].
+    pub fn side_files(&self) -> Result<Vec<(String, Vec<u8>)>> {
+        let generation = generation_config(self.model.config());
+        let generation = generation.map(|g| ("generation_config.json".to_string(), pretty(&g)));
+        Ok(generation.into_iter().chain(self.vocab.write_hf()?).collect())
+    }
+
+    /// What it calls itself.
+    pub fn name(&self) -> Option<String> {
+        self.metadata.str("general.name").map(|name| name.replace(['/', ' '], "-"))
+    }
+}
+
 /// Opens and recognises.
 ///
 /// # Errors
 /// What is no GGUF file, unknown architectures, tensors without a place.
 pub fn open(path: &Path, wish: &Wish<'_>, limits: &Limits) -> Result<HfModel> {
+    let at = |e: Error| e.at(path);
+    let found = recognise(path, wish, limits)?;
+    let (store, metadata) = (&found.store, &found.metadata);
+    let mut mapped = found.model.map_back(store.tensors()).map_err(at)?;
+    mapped.extend(found.model.scalars_back(metadata).map_err(at)?);
+    let mut side = found.side_files()?;
+    side.push((GGUF_METADATA_FILE.to_string(), pretty(&general_metadata(metadata))));
+    let number = |key: &str| metadata.u64(&format!("{}.{key}", found.model.arch.arch));
+    if let (Some(pooling), Some(n_embd)) = (number("pooling_type"), number("embedding_length")) {
+        side.extend(
+            sentence::files(pooling, n_embd).into_iter().map(|(name, config)| (name, pretty(&config))),
+        );
+    }
+    let keeps_types = wish.keeps_types && wish.dtype.is_none();
+    let places = places_of_gguf(&mapped, store);
+    let (config, name) = (found.config(), found.name());
+    let Recognised { store, vocab, dtype, .. } = found;
+    Ok(HfModel { store, mapped, config, side, dtype, keeps_types, name, places, notes: vocab.notes })
+}
+
+/// Opens and recognises.
+///
+/// # Errors
+/// What is no GGUF file; unknown architectures.
+pub fn recognise(path: &Path, wish: &Wish<'_>, limits: &Limits) -> Result<Recognised> {
     let gguf = Gguf::open(path, limits)?;
     gguf.check_model()?;
     let Gguf { metadata, store, .. } = gguf;
@@ -50,28 +113,7 @@ pub fn open(path: &Path, wish: &Wish<'_>, limits: &Limits) -> Result<HfModel> {
     let dtype = wish.dtype.unwrap_or_else(|| main_dtype(&store));
     model.facts_mut().n_tokens = Some(vocab.tokens.len() as u64);
     complete(&mut model, &vocab, &store, dtype, wish.quant_method)?;
-    let mut mapped = model.map_back(store.tensors()).map_err(at)?;
-    mapped.extend(model.scalars_back(&metadata).map_err(at)?);
-    let mut config = model.config().clone();
-    if let Some(config) = config.as_object_mut() {
-        config.shift_remove("quantization_config");
-    }
-    let mut side = Vec::new();
-    if let Some(generation) = generation_config(&config) {
-        side.push(("generation_config.json".to_string(), pretty(&generation)));
-    }
-    side.push((GGUF_METADATA_FILE.to_string(), pretty(&general_metadata(&metadata))));
-    side.extend(vocab.write_hf()?);
-    let number = |key: &str| metadata.u64(&format!("{}.{key}", model.arch.arch));
-    if let (Some(pooling), Some(n_embd)) = (number("pooling_type"), number("embedding_length")) {
-        side.extend(
-            sentence::files(pooling, n_embd).into_iter().map(|(name, config)| (name, pretty(&config))),
-        );
-    }
-    let name = metadata.str("general.name").map(|name| name.replace(['/', ' '], "-"));
-    let keeps_types = wish.keeps_types && wish.dtype.is_none();
-    let places = places_of_gguf(&mapped, &store);
-    Ok(HfModel { store, mapped, config, side, dtype, keeps_types, name, places, notes: vocab.notes })
+    Ok(Recognised { store, metadata, model, vocab, dtype })
 }
 
 /// What config.json says beyond the metadata.

@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use regex::Regex;
 use serde_json::Value as Json;
 
+pub(super) use self::gguf::{Wish as GgufWish, recognise as recognise_gguf};
 use self::model::HfModel;
 pub(super) use self::rounding::places_of_checkpoint;
 use self::rounding::{Need, Rounder};
@@ -210,7 +211,7 @@ impl ToHf {
             return self.qpack(plan, model, target.as_ref(), &output);
         }
         lay_out(&mut plan, self.container, model.config, model.side, self.max_shard_size)?;
-        Ok(Job::directory(plan, model.store, output))
+        Job::directory(plan, model.store, output).vouching(&self.source)
     }
 
     fn open(&self) -> Result<HfModel> {
@@ -497,7 +498,7 @@ fn holds(m: &Mapped, source: &Source, store: &Store, dtype: DType) -> Result<boo
     Ok(values.iter().zip(&back).all(|(a, b)| a.to_bits() == b.to_bits()))
 }
 
-fn pretty(value: &Json) -> Vec<u8> {
+pub(super) fn pretty(value: &Json) -> Vec<u8> {
     let mut text = format!("{value:#}").into_bytes();
     text.push(b'\n');
     text

@@ -35,7 +35,7 @@ impl ToHf {
         let provenance = self.provenance(target)?;
         let contents = Contents { tensors, side, provenance };
         lay_out(&mut plan, contents, &store, output, self.max_shard_size, &self.limits)?;
-        Ok(Job::gguf(plan, store, output))
+        Job::gguf(plan, store, output).vouching(&self.source)
     }
 
     /// How weights became codes.

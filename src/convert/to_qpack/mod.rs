@@ -166,7 +166,7 @@ impl ToQpack {
         let config_path = dir.join(CONFIG);
         let config = read_json::<Json>(&config_path, self.limits.side_file_bytes)?.unwrap_or(Json::Null);
         let stated = quantization(&config, &dir, Map::new(), &self.limits).map_err(|e| e.at(&config_path))?;
-        let Beside { files: side, notes } = beside(&dir, &own, weights.format, &self.limits)?;
+        let Beside { files: side, mut notes } = beside(&dir, &own, weights.format, &self.limits)?;
         let (store, method) =
             packed::unpack(weights.store, stated.as_ref()).map_err(|e| e.at(&config_path))?;
         let mut taken = take(&store, stated.as_ref())?;
@@ -175,7 +175,6 @@ impl ToQpack {
         for t in &mut taken {
             t.tensor.role = places.get(&t.tensor.name).map(|(name, _)| role(name));
         }
-        let mut notes = notes;
         if let Some(method) = method {
             let moved = taken.iter().filter(|t| t.tensor.origin.is_some()).count();
             notes.push(format!("{moved} matrices keep the codes and scales they have ({method})"));
