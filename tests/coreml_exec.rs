@@ -5,14 +5,17 @@ mod common;
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use common::fixture;
+use qconv::container::coreml::mil::{Binding, Block, Function, Value, ValueType};
 use qconv::container::coreml::package::{MANIFEST, MODEL, WEIGHTS};
-use qconv::error::ErrorKind;
+use qconv::container::coreml::{DataType, Model, Only, decode, encode};
+use qconv::error::{Error, ErrorKind};
 use qconv::exec::{LanguageModel, Program, Rounding, Session, Tensor};
 use qconv::limits::Limits;
 use serde_json::Value as Json;
+use tempfile::TempDir;
 
 const IDS: [i32; 8] = [5, 17, 200, 3, 42, 7, 99, 254];
 
@@ -177,31 +180,172 @@ fn inputs_have_their_types() {
     );
 }
 
-/// Cut anywhere, or with a byte changed: refused when opened or called, or executed, but no panic.
+/// A copy of a package, to be changed.
+struct Copied {
+    _dir: TempDir,
+    path: PathBuf,
+    model: Vec<u8>,
+}
+
+impl Copied {
+    fn new(name: &str) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x.mlpackage");
+        fs::create_dir_all(path.join(WEIGHTS).parent().unwrap()).unwrap();
+        for file in [MANIFEST, MODEL, WEIGHTS] {
+            fs::copy(fixture(name).join(file), path.join(file)).unwrap();
+        }
+        let model = fs::read(path.join(MODEL)).unwrap();
+        Self { _dir: dir, path, model }
+    }
+
+    fn open(&self, model: &[u8]) -> Result<Program, Error> {
+        fs::write(self.path.join(MODEL), model).unwrap();
+        Program::open(&self.path, &Limits::default())
+    }
+
+    /// With another function.
+    fn changed(&self, change: impl Fn(&mut Function, &mut Block)) -> Result<Program, Error> {
+        let mut model: Model = decode(&self.model).unwrap().0;
+        let main = model.program.functions.get_mut("main").unwrap();
+        let opset = main.opset.clone();
+        let mut block = main.block_specializations.remove(&opset).unwrap();
+        change(main, &mut block);
+        main.block_specializations.insert(opset, block);
+        self.open(&encode(&model))
+    }
+}
+
+/// Cut anywhere, or with a bit changed: refused when opened or called, or executed, but no panic.
 #[test]
 fn damage_is_no_panic() {
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("x.mlpackage");
-    fs::create_dir_all(path.join(WEIGHTS).parent().unwrap()).unwrap();
-    let from = fixture("coreml/mini.mlpackage");
-    for name in [MANIFEST, MODEL, WEIGHTS] {
-        fs::copy(from.join(name), path.join(name)).unwrap();
-    }
-    let whole = fs::read(from.join(MODEL)).unwrap();
-    let (mut opened, mut called) = (0, 0);
-    let mut attempt = |bytes: &[u8]| {
-        fs::write(path.join(MODEL), bytes).unwrap();
-        if let Ok(program) = Program::open(&path, &Limits::default()) {
-            opened += 1;
-            let result = program.call("main", &ids(&[1, 2]), &mut program.states(), Rounding::F16);
-            called += usize::from(result.is_ok());
+    for (name, every) in [("coreml/mini.mlpackage", 1), ("coreml/llama.mlpackage", 53)] {
+        let copied = Copied::new(name);
+        let mask = Tensor::floats(&[1, 1, 2, 2], vec![0.0, -30000.0, 0.0, 0.0]).unwrap();
+        let tokens = Tensor::ints(&[1, 2], vec![1, 2]).unwrap();
+        let inputs: BTreeMap<String, Tensor> = match name.contains("mini") {
+            true => ids(&[1, 2]),
+            false => [("inputIds".to_string(), tokens), ("causalMask".to_string(), mask)].into(),
+        };
+        let (mut opened, mut called) = (0, 0);
+        let mut attempt = |bytes: &[u8]| {
+            if let Ok(program) = copied.open(bytes) {
+                opened += 1;
+                let result = program.call("main", &inputs, &mut program.states(), Rounding::F16);
+                called += usize::from(result.is_ok());
+            }
+        };
+        let whole = &copied.model;
+        attempt(whole);
+        (0..whole.len()).step_by(every).for_each(|n| attempt(&whole[..n]));
+        for at in (0..whole.len()).step_by(every) {
+            let mut bytes = whole.clone();
+            bytes[at] ^= 1 << (at % 8);
+            attempt(&bytes);
         }
-    };
-    (0..whole.len()).for_each(|n| attempt(&whole[..n]));
-    for at in 0..whole.len() {
-        let mut bytes = whole.clone();
-        bytes[at] ^= 1 << (at % 8);
-        attempt(&bytes);
+        assert!(
+            opened > called && called > 50,
+            "{name}: {opened} opened, {called} called of {}",
+            whole.len()
+        );
     }
-    assert!(opened > called && called > 100, "{opened} opened, {called} called of {}", whole.len());
+}
+
+/// Each fault of a program has its words, and names the operation.
+#[test]
+fn faults_of_programs() {
+    let copied = Copied::new("coreml/mini.mlpackage");
+    let at = |block: &Block, kind: &str| block.operations.iter().position(|o| o.kind == kind).unwrap();
+    let refused = |words: &str, change: &dyn Fn(&mut Function, &mut Block)| {
+        let e = copied.changed(change).map(|_| ()).unwrap_err();
+        assert!(e.to_string().contains(words), "{words:?} was expected: {e}");
+        assert!(e.path().is_some_and(|path| path.starts_with(&copied.path)), "{e}");
+    };
+    let name = |text: &str| Only(vec![Binding::Name(text.into())]);
+    refused("gather \"emb\": x: \"tables\" is used, and nothing before it", &|_, block| {
+        let n = at(block, "gather");
+        block.operations[n].inputs.insert("x".into(), name("tables"));
+    });
+    refused("linear \"emb\": \"emb\" is the name of two values", &|_, block| {
+        let n = at(block, "linear");
+        block.operations[n].outputs[0].name = "emb".into();
+    });
+    refused("warp \"emb\": this operation is not executed", &|_, block| {
+        let n = at(block, "gather");
+        block.operations[n].kind = "warp".into();
+    });
+    refused("gather \"emb\": it has no parameter mode", &|_, block| {
+        let n = at(block, "gather");
+        block.operations[n].inputs.insert("mode".into(), name("ids"));
+    });
+    refused("add \"acc_new\": x: \"acc\" is a state", &|_, block| {
+        let n = at(block, "add");
+        block.operations[n].inputs.insert("x".into(), name("acc"));
+    });
+    refused("read_state \"acc_in\": input: the name of a state", &|_, block| {
+        let n = at(block, "read_state");
+        block.operations[n].inputs.insert("input".into(), name("ids"));
+    });
+    refused("read_state: it has 0 results", &|_, block| {
+        let n = at(block, "read_state");
+        block.operations[n].outputs.clear();
+    });
+    refused("its output \"z\" is made by no operation", &|_, block| block.outputs.push("z".into()));
+    refused("constexpr_lut_to_dense \"table\": it has the attribute shape", &|_, block| {
+        let n = at(block, "constexpr_lut_to_dense");
+        block.operations[n].attributes.insert("shape".into(), Value::string("x"));
+    });
+    refused("constexpr_lut_to_dense \"table\": lut is missing", &|_, block| {
+        let n = at(block, "constexpr_lut_to_dense");
+        block.operations[n].inputs.remove("lut");
+    });
+    refused("\"w\" is fp16[6,32], it is declared fp16[32,6]", &|_, block| {
+        let n = at(block, "constexpr_blockwise_shift_scale");
+        block.operations[n].outputs[0].value_type = ValueType::fixed(DataType::Float16, &[32, 6]);
+    });
+    refused("const \"axis0\": it has no val", &|_, block| {
+        let n = at(block, "const");
+        block.operations[n].attributes.remove("val");
+    });
+    refused("input \"acc\": its state is not of floats", &|main, _| {
+        main.inputs[1].value_type = ValueType::state(DataType::Int32, &[1, 1, 32]);
+    });
+    refused("its states have", &|main, _| {
+        main.inputs[1].value_type = ValueType::state(DataType::Float16, &[1, 1 << 20, 1 << 14]);
+    });
+    refused("9 dimensions, at most 8", &|main, _| {
+        main.inputs[0].value_type = ValueType::fixed(DataType::Int32, &[1; 9]);
+    });
+    // What shows when it is computed.
+    let computed = |words: &str, change: &dyn Fn(&mut Function, &mut Block)| {
+        let program = copied.changed(change).unwrap_or_else(|e| panic!("{words}: {e}"));
+        let e = program.call("main", &ids(&[1]), &mut program.states(), Rounding::F32).unwrap_err();
+        assert!(e.to_string().contains(words), "{words:?} was expected: {e}");
+    };
+    computed("reduce_mean \"m\": \"m\" is fp16[1,1,32], it is declared fp16[1,2,32]", &|_, block| {
+        let n = at(block, "reduce_mean");
+        block.operations[n].outputs[0].value_type = ValueType::fixed(DataType::Float16, &[1, 2, 32]);
+    });
+    computed("gather \"emb\": \"emb\" is fp16[1,1,32], it is declared fp32[1,?,32]", &|_, block| {
+        let n = at(block, "gather");
+        block.operations[n].outputs[0].value_type =
+            ValueType::tensor(DataType::Float32, &[Some(1), None, Some(32)]);
+    });
+    computed("gather \"emb\": x is missing", &|_, block| {
+        let n = at(block, "gather");
+        block.operations[n].inputs.remove("x");
+    });
+    computed("gather \"emb\": x is bound to 2 values, not one", &|_, block| {
+        let n = at(block, "gather");
+        let two = [Binding::Name("table".into()), Binding::Name("table".into())];
+        block.operations[n].inputs.insert("x".into(), Only(two.to_vec()));
+    });
+    computed("\"acc\" is fp16[1,1,32], it is declared fp16[1,32,1]", &|main, block| {
+        main.inputs[1].value_type = ValueType::state(DataType::Float16, &[1, 32, 1]);
+        let read = at(block, "read_state");
+        block.operations.remove(read);
+        // Only the mean is written.
+        let add = at(block, "add");
+        block.operations[add].inputs.insert("x".into(), name("m"));
+    });
 }

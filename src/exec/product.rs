@@ -207,6 +207,10 @@ fn matrices(call: &mut Call<'_>) -> Result<Vec<Tensor>> {
     let outer = broadcast(of_x.outer, of_y.outer)?;
     let shape = [&outer[..], &[rows, columns]].concat();
     let mut out = vec![0.0; elements(&shape)?];
+    let done = |out| Ok(vec![Tensor::of_floats(x.dtype, shape, out)]);
+    if out.is_empty() || inner == 0 {
+        return done(out);
+    }
     // Which matrices each product is of.
     let mut pairs = Vec::new();
     let strides = repeated(of_x.outer, &outer).into_iter().zip(repeated(of_y.outer, &outer));
@@ -214,10 +218,6 @@ fn matrices(call: &mut Call<'_>) -> Result<Vec<Tensor>> {
     walk.rows([0; 2], |at, n, strides| {
         pairs.extend((0..n).map(|i| [0, 1].map(|k| at[k] as usize + i * strides[k] as usize)));
     });
-    let done = |out| Ok(vec![Tensor::of_floats(x.dtype, shape, out)]);
-    if out.is_empty() || inner == 0 {
-        return done(out);
-    }
     let x_of = |i: usize| of_x.matrix(&values[i * rows * inner..][..rows * inner]);
     // Where rows of what is stored are columns of what is multiplied, they are decoded in tiles.
     if let (Operand::Weight(weight), true) = (&y, of_y.turned) {

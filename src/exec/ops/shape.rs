@@ -90,6 +90,7 @@ pub(super) fn transposed(x: &Tensor, perm: &[usize]) -> Result<Tensor> {
 fn expand_dims(call: &mut Call<'_>) -> Result<Vec<Tensor>> {
     let (mut x, given) = (call.tensor("x")?, call.some_ints("axes")?);
     let rank = x.shape.len() + given.len();
+    elements(&vec![1; rank])?;
     let axes: Vec<usize> = given.iter().map(|a| axis(*a, rank)).collect::<Result<_>>()?;
     let mut own = x.shape.iter().copied();
     let at = |i: usize| if axes.contains(&i) { Some(1) } else { own.next() };
