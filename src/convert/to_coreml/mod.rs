@@ -22,6 +22,7 @@ pub use self::profile::Profile;
 
 use self::fit::Needs;
 use self::package::{Asked, Weights};
+pub(super) use self::source::SIDE;
 use self::source::{Given, Opened};
 use super::Job;
 use super::plan::{FilePlan, Plan};
