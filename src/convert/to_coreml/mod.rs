@@ -23,6 +23,7 @@ pub(crate) use self::source::{Given, Opened};
 
 use self::fit::Needs;
 use self::package::{Asked, Weights};
+pub(super) use self::source::SIDE;
 use super::Job;
 use super::plan::{FilePlan, Plan};
 use super::quantizer::ImatrixChoice;
