@@ -64,17 +64,17 @@ fn forms_in_words() {
         ("int8_rows", "int8, a scale per row", 35 + 10),
         ("uint8_whole", "uint8, a scale and a zero point per tensor", 35 + 2 + 1),
         ("conv", "int4, a scale per row", 64 + 8),
-        ("palette2_rows", "palette of 2 bits per 2 rows", 18 + 32),
-        ("palette8", "palette of 8 bits per tensor", 72 + 512),
-        ("palette_conv", "palette of 2 bits per 4 rows", 32 + 16),
-        ("vectors_of_rows", "palette of 4 bits per 4 rows, 2 at a time", 18 + 128),
-        ("palette_of_integers", "palette of 4 bits per 4 rows, entries int8, a scale per row", 36 + 32 + 4),
-        ("scaled_palette", "palette of 2 bits per tensor, a scale per 1 x 4", 32 + 8 + 64),
+        ("palette2_rows", "2-bit palette per 2 rows", 18 + 32),
+        ("palette8", "8-bit palette per tensor", 72 + 512),
+        ("palette_conv", "2-bit palette per 4 rows", 32 + 16),
+        ("vectors_of_rows", "4-bit palette per 4 rows, 2 at a time", 18 + 128),
+        ("palette_of_integers", "4-bit palette per 4 rows, entries int8, a scale per row", 36 + 32 + 4),
+        ("scaled_palette", "2-bit palette per tensor, a scale per 1 x 4", 32 + 8 + 64),
     ] {
         assert_eq!((of(name).encoding().as_str(), of(name).bytes()), (words, bytes), "{name}");
     }
     let sparse = of("sparse_palette");
-    assert_eq!(sparse.encoding(), "sparse, palette of 2 bits per 4 rows");
+    assert_eq!(sparse.encoding(), "sparse 2-bit palette per 4 rows");
     let names: Vec<&str> = sparse.parts().into_iter().map(|(name, _)| name).collect();
     assert_eq!(names, ["mask", "nonzero_data"]);
     assert!(matches!(of("sparse").form, Form::Sparse { .. }) && of("sparse").is_in_file());

@@ -9,7 +9,8 @@ use qconv::limits::Limits;
 /// Show what a model file or directory holds, from its headers alone
 #[derive(clap::Args, Debug)]
 pub struct Args {
-    /// A GGUF or .qpack file (any shard), a safetensors or PyTorch file, or a Hugging Face directory
+    /// A GGUF or .qpack file (any shard), a safetensors or PyTorch file, a Hugging Face directory, or a Core ML
+    /// package
     pub path: PathBuf,
 
     /// Show only tensors whose name matches
@@ -24,6 +25,10 @@ pub struct Args {
     #[arg(long)]
     pub full: bool,
 
+    /// Show the programs of a Core ML package, operation by operation
+    #[arg(long, conflicts_with_all = ["tensor", "metadata"])]
+    pub ops: bool,
+
     /// Print everything as JSON
     #[arg(long)]
     pub json: bool,
@@ -33,13 +38,19 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     let mut report = inspect(&args.path, &Limits::default())?;
     let mut out = BufWriter::new(std::io::stdout().lock());
     if args.json {
+        if !args.ops {
+            report.functions.iter_mut().for_each(|f| f.text = None);
+        }
         if let Some(regex) = &args.tensor {
             report.tensors.retain(|t| regex.is_match(&t.name));
             report.encoded.retain(|t| regex.is_match(&t.name));
+            report.weights.retain(|w| regex.is_match(&w.name));
         }
         if args.metadata {
             report.tensors.clear();
             report.encoded.clear();
+            report.weights.clear();
+            report.functions.clear();
         }
         if let Some(quantization) = &mut report.quantization {
             let shown = |name: &str| !args.metadata && args.tensor.as_ref().is_none_or(|r| r.is_match(name));
@@ -48,8 +59,12 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         serde_json::to_writer_pretty(&mut out, &report).map_err(std::io::Error::from)?;
         writeln!(out)?;
     } else {
-        let filter =
-            Filter { tensor: args.tensor.clone(), metadata_only: args.metadata, whole_arrays: args.full };
+        let filter = Filter {
+            tensor: args.tensor.clone(),
+            metadata_only: args.metadata,
+            whole_arrays: args.full,
+            ops: args.ops,
+        };
         print(&report, &filter, &mut out)?;
     }
     out.flush()?;

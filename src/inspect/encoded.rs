@@ -77,7 +77,7 @@ impl Encoded {
     }
 }
 
-fn bits(bytes: u64, parameters: u64) -> f64 {
+pub(super) fn bits(bytes: u64, parameters: u64) -> f64 {
     bytes as f64 * 8.0 / parameters.max(1) as f64
 }
 

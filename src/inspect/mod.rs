@@ -1,8 +1,10 @@
 //! Inspection: what a file or directory holds, from its headers alone.
 
+mod coreml;
 mod encoded;
 mod quantization;
 
+pub use coreml::{Feature, Function, Weight};
 pub use encoded::{Encoded, OfEncoding};
 pub use quantization::{Kind, Matrix, Quantization, Sums, Unquantized};
 
@@ -15,6 +17,7 @@ use serde::Serialize;
 use serde_json::{Map, Value as Json, json};
 
 use crate::container::Store;
+use crate::container::coreml::chunks::is_model;
 use crate::container::gguf::Gguf;
 use crate::container::qpack::{Qpack, VERSION};
 use crate::container::weights::Weights;
@@ -26,11 +29,11 @@ use crate::packed;
 use crate::tensor::DType;
 
 /// What was found.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Default, Serialize)]
 pub struct Report {
     /// What was inspected.
     pub path: PathBuf,
-    /// `GGUF`, `safetensors`, `PyTorch`, `qpack` or `Hugging Face`.
+    /// `GGUF`, `safetensors`, `PyTorch`, `qpack`, `Hugging Face` or `Core ML`.
     pub format: &'static str,
     /// Facts about the container: version, byte order, alignment, shards.
     pub container: Map<String, Json>,
@@ -51,6 +54,12 @@ pub struct Report {
     /// Sums of these by encoding.
     #[serde(skip_serializing_if = "IndexMap::is_empty")]
     pub encodings: IndexMap<String, OfEncoding>,
+    /// The functions of Core ML packages.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub functions: Vec<Function>,
+    /// The weights of Core ML packages.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub weights: Vec<Weight>,
 }
 
 /// One tensor.
@@ -97,6 +106,8 @@ pub struct Filter {
     pub metadata_only: bool,
     /// Arrays whole.
     pub whole_arrays: bool,
+    /// The programs of Core ML packages, operation by operation.
+    pub ops: bool,
 }
 
 /// Looks at `path` by its content.
@@ -104,6 +115,9 @@ pub struct Filter {
 /// # Errors
 /// `Io` for no such path; `Unsupported` for what is none of the formats; what the readers say.
 pub fn inspect(path: &Path, limits: &Limits) -> Result<Report> {
+    if is_model(path) {
+        return coreml::of_packages(path, limits);
+    }
     match Opened::open(path, limits)? {
         Opened::Gguf(gguf) => Ok(of_gguf(path, &gguf)),
         Opened::Safetensors(opened) => {
@@ -223,9 +237,7 @@ fn report(
         metadata,
         tensors,
         totals,
-        quantization: None,
-        encoded: Vec::new(),
-        encodings: IndexMap::new(),
+        ..Report::default()
     }
 }
 
@@ -259,6 +271,12 @@ pub fn print(report: &Report, filter: &Filter, out: &mut impl Write) -> io::Resu
     }
     if filter.metadata_only {
         return Ok(());
+    }
+    if report.format == coreml::FORMAT {
+        if filter.tensor.is_none() {
+            coreml::print_functions(&report.functions, filter.ops, out)?;
+        }
+        return if filter.ops { Ok(()) } else { coreml::print_weights(report, filter, out) };
     }
     if !report.encoded.is_empty() {
         encoded::print(&report.encoded, filter, out)?;

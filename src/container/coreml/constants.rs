@@ -138,7 +138,7 @@ impl Constant {
         self.stored().iter().any(|(_, place)| matches!(place, Place::File(..)))
     }
 
-    /// How it is encoded, in words: `int4, a scale per 1 x 32`, `palette of 2 bits per 8 rows`.
+    /// How it is encoded, in words: `int4, a scale per 1 x 32`, `2-bit palette per 8 rows`.
     pub fn encoding(&self) -> String {
         let block = |of: &[u64]| block(&self.shape, of);
         let offsets = |offset: &Option<Arc<Constant>>| {
@@ -165,11 +165,11 @@ impl Constant {
                 format!("{}, {} {}", inner(data), offsets(offset), block(&scale.shape))
             }
             Form::Lut { indices, lut, .. } => {
-                format!("palette of {} bits {}", indices.data_type.bits(), table(lut))
+                format!("{}-bit palette {}", indices.data_type.bits(), table(lut))
             }
             Form::Sparse { values, .. } => match &values.form {
                 Form::SparseLut { indices, lut, .. } => {
-                    format!("sparse, palette of {} bits {}", indices.data_type.bits(), table(lut))
+                    format!("sparse {}-bit palette {}", indices.data_type.bits(), table(lut))
                 }
                 Form::SparseBlockwise { data, scale, offset, .. } => {
                     format!("sparse {}, {} {}", inner(data), offsets(offset), block(&scale.shape))

@@ -5,12 +5,12 @@ use std::sync::{Arc, Mutex};
 
 use super::plain::halves;
 use super::values::{Outcome, Scratch, Tensor, common, whole_bytes};
-use super::{Encoding, Operand, Put, SCATTERED_SPAN};
+use super::{Encoding, Operand, Put, SPAN};
 use crate::container::Store;
 use crate::container::coreml::DataType;
 use crate::error::{Error, Result};
 use crate::mil::{Form, Stored};
-use crate::quantize::palette::{Counts, Palette};
+use crate::quantize::palette::Palette;
 
 /// The type of indices of so many bits; Core ML has no others.
 pub(super) fn indices(bits: u32) -> Result<DataType> {
@@ -60,7 +60,7 @@ impl Lut {
         }
         let bytes = whole_bytes(tensor.cols, bits);
         let unit = common(bytes, rows);
-        let in_span = unit.checked_mul(tensor.cols).is_some_and(|n| n <= SCATTERED_SPAN);
+        let in_span = unit.checked_mul(tensor.cols).is_some_and(|n| n <= SPAN);
         let groups = if in_span { 0 } else { tensor.rows / rows };
         let shared = (0..groups).map(|_| Mutex::default()).collect();
         Ok(Self { bits, indices, rows, unit: if in_span { unit } else { bytes }, shared })
@@ -79,19 +79,19 @@ impl Lut {
         if let Some(palette) = &*shared {
             return Ok(Some(palette.clone()));
         }
-        let mut counts = Counts::default();
         let step = tensor.step(1);
         let (mut row, end) = (group * self.rows, (group + 1) * self.rows);
         tensor.importance(row / tensor.of_matrix, scratch)?;
         while row < end {
             let rows = row..end.min(row + step);
             tensor.values(store, &rows, scratch)?;
-            counts.add(&scratch.values, &scratch.importance);
+            scratch.counts.add(&scratch.values, &scratch.importance);
             row = rows.end;
         }
-        scratch.points.gather_counted(&counts);
-        let palette = Arc::new(Palette::fit(&scratch.points, self.bits));
-        Ok(Some(shared.insert(palette).clone()))
+        scratch.points.take(&mut scratch.counts);
+        let mut palette = Palette::default();
+        palette.fit(&scratch.points, self.bits);
+        Ok(Some(shared.insert(Arc::new(palette)).clone()))
     }
 }
 
@@ -129,12 +129,14 @@ impl Encoding for Lut {
             let first = group * self.rows;
             let these = first.max(rows.start)..(first + self.rows).min(rows.end);
             let at = (these.start - rows.start) as usize * cols..(these.end - rows.start) as usize * cols;
-            let palette = match made {
+            let palette = match &made {
                 Some(palette) => palette,
                 None => {
                     tensor.importance(first / tensor.of_matrix, scratch)?;
-                    scratch.points.gather(&scratch.values[at.clone()], &scratch.importance);
-                    Arc::new(Palette::fit(&scratch.points, self.bits))
+                    scratch.counts.add(&scratch.values[at.clone()], &scratch.importance);
+                    scratch.points.take(&mut scratch.counts);
+                    scratch.palette.fit(&scratch.points, self.bits);
+                    &scratch.palette
                 }
             };
             let (codes, stored) = (&mut scratch.codes[at.clone()], &mut scratch.stored[at.clone()]);
