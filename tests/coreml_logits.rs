@@ -24,10 +24,19 @@ const FAMILIES: &[&str] = &[
     "models/gpt2",
     "models/gpt_oss",
     "models/gpt_oss-mxfp4",
+    "models/gemma2-spm",
+    "models/gemma2-scaled",
+    "models/granite",
+    "models/cohere",
+    "models/glm4",
+    "models/gpt_neox",
+    "models/gpt_neox-seq",
+    "models/falcon2",
+    "models/qwen3_moe",
 ];
 
 /// Experts are not for the Neural Engine.
-const WITH_EXPERTS: &[&str] = &["models/mixtral", "models/gpt_oss", "models/gpt_oss-mxfp4"];
+const WITH_EXPERTS: &[&str] = &["models/mixtral", "models/gpt_oss", "models/gpt_oss-mxfp4", "models/qwen3_moe"];
 
 /// Root mean square of the difference, as a part of the spread of the reference.
 const BOUNDS: [(Rounding, f64); 2] = [(Rounding::F32, 1e-3), (Rounding::F16, 2e-2)];
