@@ -36,14 +36,15 @@ const FAMILIES: &[&str] = &[
 ];
 
 /// Experts are not for the Neural Engine.
-const WITH_EXPERTS: &[&str] = &["models/mixtral", "models/gpt_oss", "models/gpt_oss-mxfp4", "models/qwen3_moe"];
+const WITH_EXPERTS: &[&str] =
+    &["models/mixtral", "models/gpt_oss", "models/gpt_oss-mxfp4", "models/qwen3_moe"];
 
 /// Root mean square of the difference, as a part of the spread of the reference.
 const BOUNDS: [(Rounding, f64); 2] = [(Rounding::F32, 1e-3), (Rounding::F16, 2e-2)];
 
-fn package(source: &Path, output: &Path, profile: Profile, context: u64) {
-    let job =
-        ToCoreml { output: Some(output.into()), profile, context: Some(context), ..ToCoreml::new(source) };
+fn package(source: &Path, output: &Path, profile: Profile, forms: Forms) {
+    let output = Some(output.into());
+    let job = ToCoreml { output, profile, forms, context: Some(128), ..ToCoreml::new(source) };
     job.plan().unwrap().run(true, &common::budget(), &Silent).unwrap();
 }
 
