@@ -112,9 +112,8 @@ fn compressed_packages_agree_with_llama_cpp() {
         Matrices::Palette(2),
         Matrices::Ternary,
     ];
-    // llama.cpp computes YaRN's ramp of gpt-oss otherwise: `reference_logits.rs`.
-    let others =
-        ["mistral", "qwen2", "qwen3", "gemma3-spm", "phi_3", "gpt2"].map(|name| format!("models/{name}"));
+    let others = ["mistral", "qwen2", "qwen3", "gemma3-spm", "phi_3", "gpt2", "gpt_oss"]
+        .map(|name| format!("models/{name}"));
     let cases = all.iter().map(|m| ("models/llama".to_string(), *m));
     let cases = cases.chain(others.into_iter().zip(all.into_iter().cycle()));
     for (case, (name, matrices)) in cases.enumerate() {
@@ -122,7 +121,8 @@ fn compressed_packages_agree_with_llama_cpp() {
         let (ids, _) = common::reference(&source);
         let dir = tempfile::tempdir().unwrap();
         let [output, back, gguf] = ["x.mlpackage", "back", "x.gguf"].map(|name| dir.path().join(name));
-        let profile = if case % 2 == 0 { Profile::Gpu } else { Profile::Ane };
+        let is_gpu = case % 2 == 0 || WITH_EXPERTS.contains(&name.as_str());
+        let profile = if is_gpu { Profile::Gpu } else { Profile::Ane };
         let forms = Forms { allow_fallback: true, ..Forms::new(matrices) };
         package(&source, &output, profile, forms);
         let to_hf = ToHf { dtype: Some(DType::F32), ..ToHf::new(&output, &back) };
