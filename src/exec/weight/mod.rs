@@ -347,3 +347,6 @@ pub(super) fn round(values: &mut [f32]) -> bool {
     }
     overflows
 }
+
+#[cfg(test)]
+mod tests;
