@@ -33,12 +33,8 @@ const WITH_EXPERTS: &[&str] = &["models/mixtral", "models/gpt_oss", "models/gpt_
 const BOUNDS: [(Rounding, f64); 2] = [(Rounding::F32, 1e-3), (Rounding::F16, 2e-2)];
 
 fn package(source: &Path, output: &Path, profile: Profile, context: u64) {
-    let job = ToCoreml {
-        output: Some(output.into()),
-        profile,
-        context: Some(context),
-        ..ToCoreml::new(source)
-    };
+    let job =
+        ToCoreml { output: Some(output.into()), profile, context: Some(context), ..ToCoreml::new(source) };
     job.plan().unwrap().run(true, &common::budget(), &Silent).unwrap();
 }
 
