@@ -13,6 +13,7 @@ pub mod convert;
 pub mod diff;
 pub mod error;
 pub mod eval;
+pub mod exec;
 #[cfg(feature = "ggml")]
 pub mod ggml;
 pub mod inspect;

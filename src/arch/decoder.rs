@@ -7,11 +7,11 @@ use indexmap::IndexMap;
 use serde::{Deserialize, Deserializer};
 use serde_json::{Value as Json, json};
 
-use super::Model;
 use super::expr::{Expr, truth};
 use super::graph::{Activation, Clamp, Decoder, Ffn, Norm, Positions, RopeSpec, Router};
 use super::mapping::MAX_LAYERS;
 use super::rope_table::Lengths;
+use super::{Architecture, Model};
 use crate::error::{Error, Result};
 
 /// The keys; CONTRIBUTING.md says what each means.
@@ -86,6 +86,13 @@ impl Borrow<str> for GraphKey {
     }
 }
 
+impl Architecture {
+    /// Whether the definition has a `[graph]`.
+    pub fn has_graph(&self) -> bool {
+        self.graph.is_some()
+    }
+}
+
 impl Model {
     /// What the model computes, for a graph of `context` positions. It decides which frequencies RoPE has where these
     /// depend on the length, and whether a window is one.
@@ -95,7 +102,7 @@ impl Model {
     /// value is none that a graph can have; `Malformed` for values that do not go together; `Limit` for absurd sizes.
     pub fn decoder(&self, context: u64) -> Result<Decoder> {
         let Some(graph) = &self.arch.graph else {
-            let described = super::all()?.into_iter().filter(|a| a.graph.is_some());
+            let described = super::all()?.into_iter().filter(Architecture::has_graph);
             let names: Vec<String> = described.map(|a| a.name).collect();
             return Err(Error::unsupported(format!(
                 "what {} computes is not described: formats/arch/{}.toml has no [graph]",

@@ -197,3 +197,93 @@ fn yarn(
         };
     Ok((frequencies, attention_factor))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::ErrorKind;
+    use serde_json::json;
+
+    /// `tests/peers/rope.py` made it with transformers.
+    const CASES: &str = include_str!("../../fixtures/graph/rope.json");
+
+    fn spec(case: &Json) -> Result<RopeSpec> {
+        let lengths =
+            Lengths { model: case["model"].as_u64(), context: case["context"].as_u64().unwrap_or(1) };
+        RopeSpec::of(&case["parameters"], case["dim"].as_u64().unwrap() as usize, 1.0, lengths)
+    }
+
+    #[test]
+    fn frequencies_are_those_of_transformers() {
+        let cases: Vec<Json> = serde_json::from_str(CASES).unwrap();
+        assert_eq!(cases.len(), 15);
+        for case in cases {
+            let name = &case["name"];
+            let spec = spec(&case).unwrap();
+            let wanted = case["frequencies"].as_array().unwrap();
+            assert_eq!(spec.frequencies.len(), wanted.len(), "{name}");
+            for (j, (found, wanted)) in spec.frequencies.iter().zip(wanted).enumerate() {
+                let wanted = wanted.as_f64().unwrap();
+                // transformers has them in f32.
+                assert!((found - wanted).abs() <= 2e-6 * wanted, "{name}: {j} is {found}, not {wanted}");
+            }
+            let wanted = case["attention_factor"].as_f64().unwrap();
+            assert!((spec.attention_factor - wanted).abs() < 1e-8, "{name}");
+        }
+    }
+
+    #[test]
+    fn tables_hold_each_angle_twice() {
+        let spec = RopeSpec { frequencies: vec![1.0, 0.25], attention_factor: 0.5 };
+        let (cos, sin) = spec.table(3).unwrap();
+        let row =
+            |table: &[f16], p: usize| table[4 * p..][..4].iter().map(|v| v.to_f64()).collect::<Vec<_>>();
+        assert_eq!((cos.len(), sin.len()), (12, 12));
+        assert_eq!((row(&cos, 0), row(&sin, 0)), (vec![0.5; 4], vec![0.0; 4]));
+        let near = |v: f64| f16::from_f64(v).to_f64();
+        let wanted = |f: fn(f64) -> f64| [2.0, 0.5, 2.0, 0.5].map(|angle| near(0.5 * f(angle))).to_vec();
+        assert_eq!((row(&cos, 2), row(&sin, 2)), (wanted(f64::cos), wanted(f64::sin)));
+        let (cos, sin) = RopeSpec::still(4).table(9).unwrap();
+        assert!(cos.iter().all(|v| *v == f16::ONE) && sin.iter().all(|v| *v == f16::ZERO));
+        assert_eq!(spec.table(1 << 27).unwrap_err().kind(), ErrorKind::Limit);
+        assert_eq!(spec.table(usize::MAX).unwrap_err().kind(), ErrorKind::Limit);
+    }
+
+    #[test]
+    fn what_no_table_can_hold_is_refused() {
+        let of = |parameters: Json| {
+            spec(&json!({ "parameters": parameters, "dim": 8, "model": 64, "context": 65 }))
+        };
+        let cases = [
+            (json!({ "rope_type": "dynamic", "factor": 2.0 }), ErrorKind::Unsupported, "64"),
+            (json!({ "rope_type": "proportional" }), ErrorKind::Unsupported, "proportional"),
+            (json!({ "rope_type": 7 }), ErrorKind::Unsupported, "7"),
+            (json!({ "rope_type": "linear" }), ErrorKind::Malformed, "factor"),
+            (json!({ "rope_type": "linear", "factor": -1.0 }), ErrorKind::Malformed, "-1"),
+            (json!({ "rope_type": "yarn", "factor": 4.0 }), ErrorKind::Malformed, "original_max_position"),
+            // Logarithms of 1.
+            (
+                json!({ "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 1.0 }),
+                ErrorKind::Malformed,
+                "not finite",
+            ),
+            (
+                json!({ "rope_type": "longrope", "original_max_position_embeddings": 32, "long_factor": [1.0], "short_factor": [1.0] }),
+                ErrorKind::Malformed,
+                "long_factor should hold 4",
+            ),
+            (json!({ "rope_theta": "much" }), ErrorKind::Malformed, "rope_theta"),
+        ];
+        for (parameters, kind, says) in cases {
+            let error = of(parameters.clone()).unwrap_err();
+            assert_eq!(error.kind(), kind, "{parameters}");
+            assert!(error.to_string().contains(says), "{error}");
+        }
+        // Within its length dynamic RoPE is as if unscaled.
+        let within = json!({ "parameters": { "rope_type": "dynamic", "factor": 2.0 }, "dim": 8, "model": 64, "context": 64 });
+        assert_eq!(
+            spec(&within).unwrap().frequencies,
+            RopeSpec::of(&json!({}), 8, 1.0, Lengths { model: None, context: 9 }).unwrap().frequencies
+        );
+    }
+}

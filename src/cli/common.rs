@@ -61,7 +61,6 @@ impl WorkArgs {
 }
 
 /// The threads given, or one for each processor.
-#[cfg(feature = "ggml")]
 pub fn threads(given: Option<u32>) -> u32 {
     given.unwrap_or_else(|| {
         std::thread::available_parallelism().map_or(1, |n| u32::try_from(n.get()).unwrap_or(u32::MAX))

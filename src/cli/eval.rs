@@ -4,21 +4,20 @@ use std::borrow::Cow;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
+use qconv::container::coreml::chunks::is_model as is_coreml;
 use qconv::container::side::read_text;
 use qconv::convert::Stage;
 use qconv::error::{Error, Result};
 use qconv::eval::SAMPLE_TEXT;
 use qconv::eval::baseline::{Baseline, Shape};
-use qconv::eval::picture::Picture;
-use qconv::eval::plot::{Point, kld_over_size};
-use qconv::eval::score::{Base, Divergence, DivergenceSummary, Estimate, Perplexity, log_norm};
+use qconv::eval::engine::Engine;
+use qconv::eval::score::{Base, Divergence, Estimate, Perplexity, log_norm};
 use qconv::eval::windows::Windows;
-use qconv::ggml::{Model, ModelOptions};
 use qconv::limits::Limits;
-use serde::Serialize;
 use serde_json::{Value as Json, json};
 
-use super::runnable::{self, Loaded};
+use super::compare::{compare, files};
+use super::runnable::{self, Execution, Ready};
 use super::ui::{self, Progress};
 
 /// Measure what a model predicts: perplexity, and divergence from the model it was made from
@@ -32,14 +31,14 @@ pub struct Args {
 enum Command {
     /// How well a model predicts a text, by llama.cpp's definition
     Perplexity {
-        /// The model: a GGUF file (of a split one, the first shard), a .qpack file or a Hugging Face directory
+        /// The model: a GGUF file (of a split one, the first shard), a .qpack file, a Hugging Face directory or a Core ML package
         model: PathBuf,
         #[command(flatten)]
         text: TextArgs,
     },
     /// How far a model's predictions depart from those of the model it was made from
     Kld {
-        /// The model: a GGUF file (of a split one, the first shard), a .qpack file or a Hugging Face directory
+        /// The model: a GGUF file (of a split one, the first shard), a .qpack file, a Hugging Face directory or a Core ML package
         model: PathBuf,
         /// The model to compare with, or what `eval baseline` or llama-perplexity kept of it
         #[arg(long, value_name = "MODEL|BASELINE")]
@@ -49,7 +48,7 @@ enum Command {
     },
     /// Keep a model's predictions in a small file, to compare others with it later
     Baseline {
-        /// The model: a GGUF file (of a split one, the first shard), a .qpack file or a Hugging Face directory
+        /// The model: a GGUF file (of a split one, the first shard), a .qpack file, a Hugging Face directory or a Core ML package
         model: PathBuf,
         /// The file to write
         #[arg(short, long)]
@@ -84,7 +83,7 @@ enum Command {
 }
 
 #[derive(clap::Args, Debug)]
-struct TextArgs {
+pub struct TextArgs {
     /// The text, in UTF-8, or - for stdin; by default a part of a novel by Jane Austen
     #[arg(long, value_name = "FILE")]
     text: Option<PathBuf>,
@@ -105,19 +104,30 @@ struct TextArgs {
     #[arg(long, default_value_t = 0, allow_negative_numbers = true)]
     gpu_layers: i32,
 
+    /// Round the result of each operation to float16, as devices do (Core ML packages)
+    #[arg(long)]
+    fp16: bool,
+
     /// Print the result as JSON
     #[arg(long)]
-    json: bool,
+    pub json: bool,
 
     /// No progress
     #[arg(short, long)]
-    quiet: bool,
+    pub quiet: bool,
 }
 
 impl TextArgs {
-    fn model(&self, path: &Path) -> Result<Loaded> {
-        let options = ModelOptions { n_gpu_layers: self.gpu_layers, ..ModelOptions::default() };
-        runnable::load(path, &options, self.threads, self.quiet)
+    pub fn model(&self, path: &Path) -> Result<Ready> {
+        let execution = Execution {
+            threads: self.threads,
+            gpu_layers: self.gpu_layers,
+            lora: &[],
+            rearranges: false,
+            fp16: self.fp16,
+            quiet: self.quiet,
+        };
+        runnable::execute(path, &execution)
     }
 
     fn text(&self) -> Result<Cow<'static, str>> {
@@ -138,21 +148,27 @@ impl TextArgs {
         }
     }
 
-    fn windows(&self, model: &Model) -> Result<Windows> {
+    fn windows(&self, model: &dyn Engine) -> Result<Windows> {
         self.windows_of(model, &self.text()?)
     }
 
-    fn windows_of(&self, model: &Model, text: &str) -> Result<Windows> {
+    fn windows_of(&self, model: &dyn Engine, text: &str) -> Result<Windows> {
         Windows::new(model, text, self.ctx.unwrap_or(512), self.chunks)
     }
 
-    fn threads(&self) -> u32 {
+    pub fn threads(&self) -> u32 {
         super::common::threads(self.threads)
     }
 }
 
 pub fn run(args: &Args) -> anyhow::Result<()> {
     ui::catch_interrupt();
+    let (models, text): (Vec<&PathBuf>, _) = match &args.command {
+        Command::Perplexity { model, text } | Command::Baseline { model, text, .. } => (vec![model], text),
+        Command::Kld { model, base, text } => (vec![model, base], text),
+        Command::Compare { models, text, .. } => (models.iter().collect(), text),
+    };
+    runnable::check_fp16(text.fp16, models.into_iter().map(PathBuf::as_path))?;
     match &args.command {
         Command::Perplexity { model, text } => perplexity(model, text),
         Command::Kld { model, base, text } => kld(model, base, text),
@@ -166,17 +182,17 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
 }
 
 /// Shows a window's end with a running value, and stops on Ctrl-C.
-struct Watch {
-    progress: Progress,
+pub struct Watch {
+    pub progress: Progress,
     window: usize,
 }
 
 impl Watch {
-    fn new(windows: &Windows, quiet: bool) -> Self {
+    pub fn new(windows: &Windows, quiet: bool) -> Self {
         Self { progress: Progress::counting("reading", "windows", windows.count() as u64, quiet), window: 0 }
     }
 
-    fn at(&mut self, window: usize, value: impl FnOnce() -> String) -> Result<()> {
+    pub fn at(&mut self, window: usize, value: impl FnOnce() -> String) -> Result<()> {
         use qconv::convert::Observer;
         if self.progress.interrupted() {
             return Err(Error::interrupted());
@@ -190,12 +206,12 @@ impl Watch {
 }
 
 fn perplexity(path: &Path, args: &TextArgs) -> anyhow::Result<()> {
-    let Loaded { runs, model } = args.model(path)?;
-    let windows = args.windows(&model).map_err(|e| e.at(path))?;
+    let Ready { runs, model, .. } = args.model(path)?;
+    let windows = args.windows(&*model).map_err(|e| e.at(path))?;
     let mut watch = Watch::new(&windows, args.quiet);
     let mut ppl = Perplexity::default();
     windows
-        .read(&[&model], args.threads(), |window, rows, next| {
+        .read(&[&*model], args.threads(), |window, rows, next| {
             watch.at(window, || format!("perplexity {:.4}", ppl.estimate().value))?;
             for row in rows {
                 ppl.add(log_norm(row) - row.get(next).map_or(f64::NEG_INFINITY, |&x| f64::from(x)));
@@ -219,7 +235,7 @@ fn perplexity(path: &Path, args: &TextArgs) -> anyhow::Result<()> {
 }
 
 fn kld(path: &Path, base: &Path, args: &TextArgs) -> anyhow::Result<()> {
-    let Loaded { runs, model } = args.model(path)?;
+    let Ready { runs, model, .. } = args.model(path)?;
     let mut divergence = Divergence::default();
     let mut base_converted = Json::Null;
     let note = if !base.is_dir() && Baseline::is_one(base)? {
@@ -235,11 +251,11 @@ fn kld(path: &Path, base: &Path, args: &TextArgs) -> anyhow::Result<()> {
         let mut windows = baseline.windows.clone();
         if baseline.shape.is_none() {
             // llama.cpp's file leaves this to the model.
-            windows.bos = Windows::bos_of(&model);
+            windows.bos = Windows::bos_of(&*model);
         }
         let mut watch = Watch::new(&windows, args.quiet);
         windows
-            .read(&[&model], args.threads(), |window, rows, next| {
+            .read(&[&*model], args.threads(), |window, rows, next| {
                 watch.at(window, || running(&divergence))?;
                 let base = baseline.next_row()?;
                 rows.iter().for_each(|row| divergence.add(row, base, next));
@@ -255,9 +271,9 @@ fn kld(path: &Path, base: &Path, args: &TextArgs) -> anyhow::Result<()> {
             )
         })
     } else {
-        let Loaded { runs, model: base_model } = args.model(base)?;
+        let Ready { runs, model: base_model, .. } = args.model(base)?;
         base_converted = runs.json();
-        divergence = side_by_side(args, (base, &base_model), (path, &model))?;
+        divergence = side_by_side(args, (base, &*base_model), (path, &*model))?;
         None
     };
     let s = divergence.summary();
@@ -288,7 +304,7 @@ fn running(divergence: &Divergence) -> String {
 }
 
 /// Lets a model and its base read the text.
-fn side_by_side(args: &TextArgs, base: (&Path, &Model), of: (&Path, &Model)) -> Result<Divergence> {
+fn side_by_side(args: &TextArgs, base: (&Path, &dyn Engine), of: (&Path, &dyn Engine)) -> Result<Divergence> {
     let windows = same_windows(args, &[base, of])?;
     let mut divergence = Divergence::default();
     let mut watch = Watch::new(&windows, args.quiet);
@@ -306,6 +322,7 @@ fn side_by_side(args: &TextArgs, base: (&Path, &Model), of: (&Path, &Model)) -> 
 }
 
 /// How a written file is compared with its source.
+#[cfg(feature = "ggml")]
 pub struct Comparison<'t> {
     /// The text; a part of a novel where there is none.
     pub text: Option<&'t Path>,
@@ -319,36 +336,57 @@ pub struct Comparison<'t> {
 ///
 /// # Errors
 /// What cannot be run; texts that are too short.
-pub fn compare_files(base: &Path, path: &Path, options: &Comparison<'_>) -> Result<DivergenceSummary> {
+#[cfg(feature = "ggml")]
+pub fn compare_files(
+    base: &Path,
+    path: &Path,
+    options: &Comparison<'_>,
+) -> Result<qconv::eval::score::DivergenceSummary> {
     let args = TextArgs {
         text: options.text.map(Path::to_path_buf),
         ctx: None,
         chunks: Some(options.chunks),
         threads: Some(options.threads),
         gpu_layers: 0,
+        fp16: false,
         json: false,
         quiet: options.quiet,
     };
     let (base_model, model) = (args.model(base)?, args.model(path)?);
-    Ok(side_by_side(&args, (base, &base_model.model), (path, &model.model))?.summary())
+    Ok(side_by_side(&args, (base, &*base_model.model), (path, &*model.model))?.summary())
 }
 
-/// The text in windows, after a look at whether all models read the same tokens in it.
-fn same_windows(args: &TextArgs, models: &[(&Path, &Model)]) -> Result<Windows> {
+/// The text in windows, after a look at whether all models read the same tokens in it. Where a Core ML package has
+/// the same vocabulary and other tokens, all read the first model's, and that is said: tokenizer.json and llama.cpp
+/// differ here and there (see [`qconv::eval::parity`]).
+///
+/// # Errors
+/// `Misuse` where models with different tokens cannot be compared.
+pub fn same_windows(args: &TextArgs, models: &[(&Path, &dyn Engine)]) -> Result<Windows> {
     let text = args.text()?;
-    let mut windows: Option<Windows> = None;
-    for (path, model) in models {
-        let own = args.windows_of(model, &text).map_err(|e| e.at(path))?;
-        match &windows {
-            Some(first) if *first != own => {
-                return Err(Error::misuse("reads other tokens in the text than the first model")
-                    .at(path)
-                    .hint("only models with the same tokenizer can be compared"));
-            }
-            _ => windows = Some(own),
+    let &(first_path, first) = models.first().ok_or_else(|| Error::misuse("no model is given"))?;
+    let windows = args.windows_of(first, &text).map_err(|e| e.at(first_path))?;
+    for &(path, model) in models.iter().skip(1) {
+        if args.windows_of(model, &text).map_err(|e| e.at(path))? == windows {
+            continue;
+        }
+        let ids = || 0..i32::try_from(first.n_tokens()).unwrap_or(i32::MAX);
+        let same = first.n_tokens() == model.n_tokens()
+            && ids().all(|id| first.token_text(id) == model.token_text(id));
+        if !same || !is_coreml(path) && !is_coreml(first_path) {
+            return Err(Error::misuse("reads other tokens in the text than the first model")
+                .at(path)
+                .hint("only models with the same tokenizer can be compared"));
+        }
+        if !args.quiet {
+            ui::say(&format!(
+                "note: {} would read the text in other tokens of the same vocabulary; it reads those of {}",
+                path.display(),
+                first_path.display()
+            ));
         }
     }
-    windows.ok_or_else(|| Error::misuse("no model is given"))
+    Ok(windows)
 }
 
 fn baseline(
@@ -358,8 +396,8 @@ fn baseline(
     force: bool,
     args: &TextArgs,
 ) -> anyhow::Result<()> {
-    let Loaded { runs, model } = args.model(path)?;
-    let windows = args.windows(&model).map_err(|e| e.at(path))?;
+    let Ready { runs, model, .. } = args.model(path)?;
+    let windows = args.windows(&*model).map_err(|e| e.at(path))?;
     let mut shape = Shape::fitting(model.n_tokens());
     if let Some(k) = top_k {
         if k == 0 || k > shape.n_vocab {
@@ -376,7 +414,7 @@ fn baseline(
     let mut watch = Watch::new(&windows, args.quiet);
     let (mut rest, mut count) = (0.0, 0u64);
     windows
-        .read(&[&model], args.threads(), |window, rows, next| {
+        .read(&[&*model], args.threads(), |window, rows, next| {
             watch.at(window, String::new)?;
             for row in rows {
                 let sampled = shape.sample(row, next, count);
@@ -413,167 +451,7 @@ fn baseline(
     Ok(())
 }
 
-/// A line of the table.
-#[derive(Serialize)]
-struct Row {
-    model: PathBuf,
-    bytes: u64,
-    bits_per_weight: f64,
-    tokens_per_second: f64,
-    converted: Json,
-    #[serde(flatten)]
-    divergence: DivergenceSummary,
-}
-
-/// How the table is written to a file.
-#[derive(Clone, Copy)]
-enum Form {
-    Csv,
-    Svg,
-    Png,
-}
-
-impl Form {
-    fn bytes(self, rows: &[Row]) -> Vec<u8> {
-        match self {
-            Self::Csv => table(rows).into_bytes(),
-            Self::Svg => picture(rows).to_svg().into_bytes(),
-            Self::Png => picture(rows).to_png(),
-        }
-    }
-}
-
-fn files(csv: Option<&Path>, plots: &[PathBuf]) -> Result<Vec<(PathBuf, Form)>> {
-    let mut files: Vec<_> = csv.map(|path| (path.to_path_buf(), Form::Csv)).into_iter().collect();
-    for path in plots {
-        let form = match path.extension().map(|e| e.to_ascii_lowercase()) {
-            Some(e) if e == "svg" => Form::Svg,
-            Some(e) if e == "png" => Form::Png,
-            _ => return Err(Error::misuse("a picture's name ends in .svg or .png").at(path)),
-        };
-        files.push((path.clone(), form));
-    }
-    Ok(files)
-}
-
-fn picture(rows: &[Row]) -> Picture {
-    let point = |r: &Row| Point {
-        name: r.model.file_stem().unwrap_or_default().to_string_lossy().into_owned(),
-        bytes: r.bytes,
-        bits_per_weight: r.bits_per_weight,
-        kld: r.divergence.kld,
-    };
-    let points: Vec<Point> = rows.iter().map(point).collect();
-    // There are at least two models; the first is the base.
-    kld_over_size(&points[0], &points[1..])
-}
-
-fn compare(paths: &[PathBuf], files: &[(PathBuf, Form)], force: bool, args: &TextArgs) -> anyhow::Result<()> {
-    // What cannot be written shall show before the work.
-    let outputs: Vec<_> = files.iter().map(|(path, _)| (path.clone(), 0)).collect();
-    let stage = Stage::files_at(&outputs, force)?;
-    let (mut runs, mut models) = (Vec::with_capacity(paths.len()), Vec::with_capacity(paths.len()));
-    for path in paths {
-        let loaded = args.model(path)?;
-        runs.push(loaded.runs);
-        models.push(loaded.model);
-    }
-    let named: Vec<(&Path, &Model)> = paths.iter().map(PathBuf::as_path).zip(&models).collect();
-    let windows = same_windows(args, &named)?;
-    let mut watch = Watch::new(&windows, args.quiet);
-    let mut all = vec![Divergence::default(); models.len()];
-    let references: Vec<&Model> = models.iter().collect();
-    let times = windows.read(&references, args.threads(), |window, rows, next| {
-        watch.at(window, String::new)?;
-        if let Some(base) = rows.first() {
-            let base = Base::Whole(base, log_norm(base));
-            all.iter_mut().zip(rows).for_each(|(d, row)| d.add(row, base, next));
-        }
-        Ok(())
-    })?;
-    watch.progress.finish();
-    let read = (windows.count() * (windows.n_ctx - 1)) as f64;
-    let rows: Vec<Row> = named
-        .iter()
-        .zip(&all)
-        .zip(times)
-        .zip(&runs)
-        .map(|((((path, model), divergence), time), runs)| {
-            let bytes = model.tensor_bytes();
-            Row {
-                model: path.to_path_buf(),
-                bytes,
-                bits_per_weight: bytes as f64 * 8.0 / model.n_params().max(1) as f64,
-                tokens_per_second: read / time.as_secs_f64().max(1e-9),
-                converted: runs.json(),
-                divergence: divergence.summary(),
-            }
-        })
-        .collect();
-    for (file, (_, form)) in stage.files().iter().zip(files) {
-        file.write_at(0, &form.bytes(&rows))?;
-    }
-    stage.commit()?;
-    if args.json {
-        println!("{}", serde_json::to_string_pretty(&rows)?);
-    } else {
-        say(&rows);
-    }
-    Ok(())
-}
-
-fn say(rows: &[Row]) {
-    let name = |r: &Row| r.model.file_name().unwrap_or_default().to_string_lossy().into_owned();
-    let width = rows.iter().map(|r| name(r).chars().count()).max().unwrap_or(0).max(5);
-    println!(
-        "{:width$}  {:>9}  {:>6}  {:>20}  {:>21}  {:>9}  {:>8}  {:>8}",
-        "model", "size", "bits/w", "perplexity", "KLD", "KLD 99 %", "same top", "tokens/s"
-    );
-    for r in rows {
-        let d = &r.divergence;
-        println!(
-            "{:width$}  {:>9}  {:>6.2}  {:>20}  {:>21}  {:>9.6}  {:>6.2} %  {:>8.1}",
-            name(r),
-            ui::size(r.bytes),
-            r.bits_per_weight,
-            plus_minus(d.perplexity, 4),
-            plus_minus(d.kld, 6),
-            d.kld_99,
-            100.0 * d.same_top.value,
-            r.tokens_per_second
-        );
-    }
-}
-
-fn table(rows: &[Row]) -> String {
-    let mut out = String::from(
-        "model,bytes,bits_per_weight,perplexity,perplexity_error,kld,kld_error,kld_median,kld_99,kld_999,kld_max,\
-         p_rms,same_top,tokens_per_second\n",
-    );
-    for r in rows {
-        let d = &r.divergence;
-        let quoted = r.model.to_string_lossy().replace('"', "\"\"");
-        out += &format!(
-            "\"{quoted}\",{},{:.4},{:.6},{:.6},{:.8},{:.8},{:.8},{:.8},{:.8},{:.8},{:.6},{:.6},{:.2}\n",
-            r.bytes,
-            r.bits_per_weight,
-            d.perplexity.value,
-            d.perplexity.error,
-            d.kld.value,
-            d.kld.error,
-            d.kld_median,
-            d.kld_99,
-            d.kld_999,
-            d.kld_max,
-            d.p_rms.value,
-            d.same_top.value,
-            r.tokens_per_second
-        );
-    }
-    out
-}
-
-fn plus_minus(e: Estimate, digits: usize) -> String {
+pub fn plus_minus(e: Estimate, digits: usize) -> String {
     format!("{:.digits$} ± {:.digits$}", e.value, e.error)
 }
 

@@ -9,6 +9,7 @@ mod calibrate;
 #[cfg(feature = "ggml")]
 mod calibration;
 mod common;
+mod compare;
 mod completions;
 mod config;
 mod convert;
@@ -16,7 +17,6 @@ mod coreml_to_hf;
 mod diff;
 #[cfg(feature = "ggml")]
 mod embed;
-#[cfg(feature = "ggml")]
 mod eval;
 mod gguf_to_hf;
 mod hf_to_gguf;
@@ -28,11 +28,9 @@ mod pack;
 mod quantize;
 mod quantizer;
 mod report;
-#[cfg(feature = "ggml")]
 mod run;
 mod runnable;
 mod split;
-#[cfg(feature = "ggml")]
 mod talk;
 mod to_coreml;
 mod ui;
@@ -69,11 +67,9 @@ enum Command {
     Inspect(inspect::Args),
     Verify(verify::Args),
     Diff(diff::Args),
-    #[cfg(feature = "ggml")]
     Run(run::Args),
     #[cfg(feature = "ggml")]
     Embed(embed::Args),
-    #[cfg(feature = "ggml")]
     Eval(eval::Args),
     #[cfg(feature = "ggml")]
     Bench(bench::Args),
@@ -187,13 +183,11 @@ fn run(command: Command) -> anyhow::Result<Status> {
         Command::Inspect(args) => inspect::run(&args).map(|()| Status::Done),
         Command::Verify(args) => verify::run(&args),
         Command::Diff(args) => diff::run(&args),
-        #[cfg(feature = "ggml")]
         Command::Run(args) => run::run(&args, ui::catch_interrupt()).map(|()| Status::Done),
         #[cfg(feature = "ggml")]
         Command::Embed(args) => embed::run(&args).map(|()| Status::Done),
         #[cfg(feature = "ggml")]
         Command::Bench(args) => bench::run(&args).map(|()| Status::Done),
-        #[cfg(feature = "ggml")]
         Command::Eval(args) => eval::run(&args).map(|()| Status::Done),
         #[cfg(feature = "ggml")]
         Command::Calibrate(args) => calibrate::run(&args).map(|()| Status::Done),

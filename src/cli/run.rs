@@ -1,26 +1,26 @@
-//! `qconv run`: lets a GGUF model speak, through the linked llama.cpp.
+//! `qconv run`: lets a model speak, through the linked llama.cpp, or a Core ML package through our executor.
 
 use std::io::{IsTerminal, Read, Write};
 use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use qconv::container::side::read_text;
 use qconv::error::{Error, Result};
 use qconv::eval::dialogue::Dialogue;
+use qconv::eval::engine::Engine;
 use qconv::eval::generate::{End, Options, Session, Summary, check_generates, tokenize_prompt};
 use qconv::eval::sample::Sampling;
-use qconv::ggml::{Model, ModelOptions, set_verbose};
 use qconv::limits::Limits;
 use serde_json::{Value as Json, json};
 
-use super::runnable::Runnable;
+use super::runnable::{self, Execution, Ready};
 use super::{talk, ui};
 
-/// Run a GGUF model: continue a prompt, or talk with it
+/// Run a model: continue a prompt, or talk with it
 #[derive(clap::Args, Debug)]
 pub struct Args {
-    /// The model: a GGUF file (of a split one, the first shard), a .qpack file or a Hugging Face directory
+    /// The model: a GGUF file (of a split one, the first shard), a .qpack file, a Hugging Face directory or a Core ML package
     pub model: PathBuf,
 
     /// What to continue, or with --chat what to ask; `-` reads it from stdin, as does a pipe
@@ -73,6 +73,10 @@ pub struct Args {
     /// Layers to place on a GPU, where a GPU backend is built in; -1 for all
     #[arg(long, default_value_t = 0, allow_negative_numbers = true)]
     pub gpu_layers: i32,
+
+    /// Round the result of each operation to float16, as devices do (Core ML packages)
+    #[arg(long)]
+    pub fp16: bool,
 
     /// Show what llama.cpp says
     #[arg(long)]
@@ -141,9 +145,9 @@ fn above_0(text: &str) -> std::result::Result<f32, String> {
 
 impl SamplingArgs {
     /// What was given, else what the model recommends, else llama.cpp's defaults.
-    fn resolve(&self, model: &Model) -> Sampling {
-        fn recommended<T: std::str::FromStr>(model: &Model, key: &str) -> Option<T> {
-            model.metadata(&format!("general.sampling.{key}"))?.parse().ok()
+    fn resolve(&self, model: &dyn Engine) -> Sampling {
+        fn recommended<T: std::str::FromStr>(model: &dyn Engine, key: &str) -> Option<T> {
+            model.recommended(key)?.parse().ok()
         }
         let number = |given: Option<f32>, key: &str, default: f32| {
             let own = || recommended(model, key).filter(|v: &f32| v.is_finite() && *v >= 0.0);
@@ -182,25 +186,27 @@ fn random_seed() -> u64 {
 /// # Errors
 /// When the model cannot be loaded or executed, or stdout cannot be written.
 pub fn run(args: &Args, stop: &AtomicBool) -> anyhow::Result<()> {
-    set_verbose(args.log);
+    #[cfg(feature = "ggml")]
+    qconv::ggml::set_verbose(args.log);
+    runnable::check_fp16(args.fp16, std::iter::once(args.model.as_path()))?;
     let prompt = prompt(args)?;
-    // Rearranged weights compute faster, and nobody looks at them here.
-    let options = ModelOptions {
-        use_extra_bufts: true,
-        n_gpu_layers: args.gpu_layers,
-        adapters: args.lora.clone(),
-        ..ModelOptions::default()
+    let execution = Execution {
+        threads: args.threads,
+        gpu_layers: args.gpu_layers,
+        lora: &args.lora,
+        // They compute faster, and nobody looks at them here.
+        rearranges: true,
+        fp16: args.fp16,
+        quiet: args.quiet,
     };
-    let runs = Runnable::of(&args.model, args.threads, args.quiet)?;
-    let begin = Instant::now();
-    let model = Model::load(&runs.path, &options)?;
-    let load = begin.elapsed();
-    check_generates(&model).map_err(|e| e.at(&args.model))?;
+    let Ready { runs, model, load } = runnable::execute(&args.model, &execution)?;
+    let model = &*model;
+    check_generates(model).map_err(|e| e.at(&args.model))?;
     let max_tokens = match args.n {
         None => (!args.chat).then_some(128),
         Some(n) => usize::try_from(n).ok(),
     };
-    let options = Options { max_tokens, stop: args.stop.clone(), sampling: args.sampling.resolve(&model) };
+    let options = Options { max_tokens, stop: args.stop.clone(), sampling: args.sampling.resolve(model) };
     let out = Output {
         json: args.json,
         quiet: args.quiet,
@@ -209,8 +215,8 @@ pub fn run(args: &Args, stop: &AtomicBool) -> anyhow::Result<()> {
         converted: runs.json(),
     };
     match prompt {
-        Some(prompt) => once(args, &model, &prompt, &options, stop, &out),
-        None => talk::run(args, &model, &options, stop, &out),
+        Some(prompt) => once(args, model, &prompt, &options, stop, &out),
+        None => talk::run(args, model, &options, stop, &out),
     }
     .map_err(|e| e.at(&args.model))?;
     Ok(())
@@ -248,17 +254,18 @@ fn prompt(args: &Args) -> Result<Option<String>> {
 const DEFAULT_CTX: u32 = 4096;
 
 /// As many tokens as were asked for, or those `wanted`, or a usual number; at most the model's own.
-pub fn context_length(args: &Args, model: &Model, wanted: Option<usize>) -> u32 {
+pub fn context_length(args: &Args, model: &dyn Engine, wanted: Option<usize>) -> u32 {
+    let most = u32::try_from(model.n_ctx()).unwrap_or(u32::MAX).max(1);
     match (args.ctx, wanted) {
-        (0, Some(n)) => u32::try_from(n).unwrap_or(u32::MAX).min(model.n_ctx_train().max(1)),
-        (0, None) => DEFAULT_CTX.min(model.n_ctx_train().max(1)),
+        (0, Some(n)) => u32::try_from(n).unwrap_or(u32::MAX).min(most),
+        (0, None) => DEFAULT_CTX.min(most),
         (n, _) => n,
     }
 }
 
 fn once(
     args: &Args,
-    model: &Model,
+    model: &dyn Engine,
     prompt: &str,
     options: &Options,
     stop: &AtomicBool,

@@ -1,14 +1,21 @@
-//! A GGUF file that the engine can load: the one that is given, or a conversion for as long as it is needed.
+//! What can be executed: the GGUF file that is given, a conversion to one for as long as it is needed, or a Core ML
+//! package.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
+use std::time::{Duration, Instant};
 
 use qconv::container::InputFile;
+use qconv::container::coreml::chunks::is_model as is_coreml;
 use qconv::container::gguf::is_gguf;
 use qconv::container::qpack::is_qpack;
 use qconv::convert::{Budget, FileType, FromQpack, HfToGguf, Job, Outcome, Sharding, Temporary, TokenCheck};
 use qconv::error::{Error, Result};
+use qconv::eval::coreml::CoremlModel;
+use qconv::eval::engine::Engine;
+use qconv::exec::Rounding;
+use qconv::limits::Limits;
 use serde_json::{Value as Json, json};
 
 use super::common::WriteArgs;
@@ -43,8 +50,15 @@ impl Runnable {
     /// otherwise has Q8_0, or F16 where rows do not fit that. How much that loses is said.
     ///
     /// # Errors
-    /// As the conversion.
+    /// As the conversion; `Unsupported` for a Core ML package.
     pub fn of(path: &Path, threads: Option<u32>, quiet: bool) -> Result<Self> {
+        if is_coreml(path) {
+            return Err(Error::unsupported("is a Core ML package, which llama.cpp does not execute")
+                .at(path)
+                .hint(
+                    "qconv run and qconv eval execute it; for anything else give the model it was made from",
+                ));
+        }
         let is_packed = path.is_file() && is_qpack(&InputFile::open(path)?)?;
         if !is_packed && !path.is_dir() {
             return Ok(Self { path: path.to_path_buf(), stated: None, _kept: None });
@@ -228,7 +242,89 @@ pub fn load(
     quiet: bool,
 ) -> Result<Loaded> {
     let runs = Runnable::of(path, threads, quiet)?;
-    let loaded = qconv::ggml::Model::load(&runs.path, options);
-    let model = loaded.map_err(|e| if runs.is_temporary() { e.moved(&runs.path, path) } else { e })?;
+    let model = loaded(&runs, path, options)?;
     Ok(Loaded { runs, model })
+}
+
+#[cfg(feature = "ggml")]
+fn loaded(runs: &Runnable, path: &Path, options: &qconv::ggml::ModelOptions) -> Result<qconv::ggml::Model> {
+    let model = qconv::ggml::Model::load(&runs.path, options);
+    model.map_err(|e| if runs.is_temporary() { e.moved(&runs.path, path) } else { e })
+}
+
+/// Whether `--fp16` has something to act on.
+///
+/// # Errors
+/// `Misuse` where it has not.
+pub fn check_fp16<'a>(fp16: bool, mut models: impl Iterator<Item = &'a Path>) -> Result<()> {
+    match !fp16 || models.any(is_coreml) {
+        true => Ok(()),
+        false => Err(Error::misuse("--fp16 rounds what Core ML packages compute, and none is given")),
+    }
+}
+
+/// How a model is executed.
+#[cfg_attr(not(feature = "ggml"), allow(dead_code))]
+pub struct Execution<'a> {
+    pub threads: Option<u32>,
+    pub gpu_layers: i32,
+    pub lora: &'a [(PathBuf, f32)],
+    /// Whether ggml may rearrange weights in memory.
+    pub rearranges: bool,
+    /// Whether results of operations are rounded to float16, in Core ML packages.
+    pub fp16: bool,
+    pub quiet: bool,
+}
+
+/// A model in memory, the file it came from, and how long it took to load it. As for [`Loaded`], the file goes last
+/// where these are bound in this order.
+pub struct Ready {
+    pub runs: Runnable,
+    pub model: Box<dyn Engine>,
+    pub load: Duration,
+}
+
+/// Loads a model of any format: a Core ML package, or what llama.cpp executes ([`Runnable::of`]).
+///
+/// # Errors
+/// As the conversion, and the engine; `Misuse` for options that the engine has not.
+pub fn execute(path: &Path, execution: &Execution<'_>) -> Result<Ready> {
+    if !is_coreml(path) {
+        return linked(path, execution);
+    }
+    for (given, option) in
+        [(!execution.lora.is_empty(), "--lora"), (execution.gpu_layers != 0, "--gpu-layers")]
+    {
+        if given {
+            let message = format!("{option} is for what llama.cpp executes, this is a Core ML package");
+            return Err(Error::misuse(message).at(path));
+        }
+    }
+    let rounding = if execution.fp16 { Rounding::F16 } else { Rounding::F32 };
+    let begin = Instant::now();
+    let model = CoremlModel::open(path, rounding, &Limits::default())?;
+    let runs = Runnable { path: path.to_path_buf(), stated: None, _kept: None };
+    Ok(Ready { runs, model: Box::new(model), load: begin.elapsed() })
+}
+
+#[cfg(feature = "ggml")]
+fn linked(path: &Path, execution: &Execution<'_>) -> Result<Ready> {
+    let options = qconv::ggml::ModelOptions {
+        use_extra_bufts: execution.rearranges,
+        n_gpu_layers: execution.gpu_layers,
+        adapters: execution.lora.to_vec(),
+        ..qconv::ggml::ModelOptions::default()
+    };
+    let runs = Runnable::of(path, execution.threads, execution.quiet)?;
+    let begin = Instant::now();
+    let model = loaded(&runs, path, &options)?;
+    Ok(Ready { runs, model: Box::new(model), load: begin.elapsed() })
+}
+
+#[cfg(not(feature = "ggml"))]
+fn linked(path: &Path, _: &Execution<'_>) -> Result<Ready> {
+    std::fs::metadata(path).map_err(|e| Error::io("open", path, e))?;
+    Err(Error::unsupported("is no Core ML package, and this qconv was built without ggml")
+        .at(path)
+        .hint("a build with the feature ggml executes GGUF files, .qpack files and Hugging Face directories"))
 }

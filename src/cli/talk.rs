@@ -5,8 +5,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use qconv::error::{Error, Result};
 use qconv::eval::dialogue::Dialogue;
+use qconv::eval::engine::Engine;
 use qconv::eval::generate::{End, Options, Session};
-use qconv::ggml::Model;
 
 use super::run::{Args, Output, context_length};
 use super::ui;
@@ -26,7 +26,13 @@ const LONGEST: u64 = 16 << 20;
 /// # Errors
 /// When the model has no chat template, or cannot be executed; where no person is at the terminal,
 /// also when a message cannot be answered.
-pub fn run(args: &Args, model: &Model, options: &Options, stop: &AtomicBool, out: &Output) -> Result<()> {
+pub fn run(
+    args: &Args,
+    model: &dyn Engine,
+    options: &Options,
+    stop: &AtomicBool,
+    out: &Output,
+) -> Result<()> {
     let mut dialogue = Dialogue::new(model, args.system.as_deref())?;
     let n_ctx = context_length(args, model, None);
     let mut session = Session::new(model, n_ctx, super::common::threads(args.threads))?;

@@ -26,13 +26,11 @@ pub fn catch_interrupt() -> &'static AtomicBool {
 }
 
 /// How many Ctrl-C are taken from now on before one ends the program at once.
-#[cfg(feature = "ggml")]
 pub fn patience(n: usize) {
     PATIENCE.store(n, Ordering::Relaxed);
 }
 
 /// The sign that it is the user's turn, on stderr.
-#[cfg(feature = "ggml")]
 pub fn ask(sign: &str) {
     let mut err = std::io::stderr().lock();
     let _ = write!(err, "{sign}").and_then(|()| err.flush());

@@ -36,6 +36,25 @@ impl<'a> Mapped<'a> {
     }
 }
 
+/// One file, in memory.
+#[derive(Debug)]
+pub struct MappedFile(Mmap);
+
+impl MappedFile {
+    /// Maps a file. It must not become shorter nor be written to while this lives: see the module.
+    ///
+    /// # Errors
+    /// As [`Mapped::new`].
+    pub fn new(file: &InputFile) -> Result<Self> {
+        map(file).map(Self)
+    }
+
+    /// All of its bytes.
+    pub fn bytes(&self) -> &[u8] {
+        &self.0
+    }
+}
+
 fn map(file: &InputFile) -> Result<Mmap> {
     let Data::File(inner) = &file.data else {
         return Err(Error::misuse("lies in memory already").at(file.path()));
@@ -47,7 +66,8 @@ fn map(file: &InputFile) -> Result<Mmap> {
         return Err(Error::malformed("has become shorter since it was opened").at(file.path()));
     }
     // SAFETY: the map is read only, of a file open for reading, and not longer than that. That nobody writes to it or
-    // cuts it while the map lives cannot be known here: it is what callers of `Mapped::new` promise.
+    // cuts it while the map lives cannot be known here: it is what callers of `Mapped::new` and `MappedFile::new`
+    // promise.
     let map = unsafe { MmapOptions::new().len(len).map(inner) };
     map.map_err(|e| Error::io("map", file.path(), e))
 }

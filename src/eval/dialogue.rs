@@ -3,14 +3,14 @@
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::chat::{Conversation, Message, TemplateTokens, render};
+use super::engine::Engine;
 use super::generate::tokenize_prompt;
 use crate::error::{Error, Result};
-use crate::ggml::Model;
 
 /// What was said so far.
 #[derive(Debug)]
 pub struct Dialogue<'m> {
-    model: &'m Model,
+    model: &'m dyn Engine,
     template: String,
     tokens: TemplateTokens,
     system: Option<String>,
@@ -25,7 +25,7 @@ impl<'m> Dialogue<'m> {
     ///
     /// # Errors
     /// `Unsupported` when the model has no chat template.
-    pub fn new(model: &'m Model, system: Option<&str>) -> Result<Self> {
+    pub fn new(model: &'m dyn Engine, system: Option<&str>) -> Result<Self> {
         let template = model.chat_template().ok_or_else(|| {
             Error::unsupported("the model has no chat template")
                 .hint("run without --chat to continue the prompt as plain text")

@@ -3,10 +3,10 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use super::engine::{Engine, Keep, Kind, Reader, ReaderOptions};
 use super::sample::{Sampler, Sampling};
 use super::stop::{StopStrings, Utf8Stream};
 use crate::error::{Error, Result};
-use crate::ggml::{Context, ContextOptions, Logits, Model};
 
 /// Most tokens of a prompt that are computed at once.
 const BATCH: u32 = 512;
@@ -90,18 +90,18 @@ fn rate(n: usize, time: Duration) -> Option<f64> {
 /// only an encoder gets the end-of-sequence token, after which a decoder has nothing to say.
 ///
 /// # Errors
-/// As [`Model::tokenize`].
-pub fn tokenize_prompt(model: &Model, text: &str) -> Result<Vec<i32>> {
-    let special = model.special_tokens();
+/// As [`Engine::tokenize`].
+pub fn tokenize_prompt(model: &dyn Engine, text: &str) -> Result<Vec<i32>> {
+    let delimiters = model.delimiters();
     let mut ids = model.tokenize(text, true, true)?;
-    if let (true, Some(bos)) = (special.add_bos, special.bos)
+    if let (true, Some(bos)) = (delimiters.add_bos, delimiters.bos)
         && ids.starts_with(&[bos, bos])
     {
         ids.remove(0);
     }
-    if let (true, Some(eos)) = (special.add_eos, special.eos)
+    if let (true, Some(eos)) = (delimiters.add_eos, delimiters.eos)
         && ids.last() == Some(&eos)
-        && !model.has_encoder()
+        && model.kind() == Kind::Decoder
     {
         ids.pop();
     }
@@ -112,25 +112,21 @@ pub fn tokenize_prompt(model: &Model, text: &str) -> Result<Vec<i32>> {
 ///
 /// # Errors
 /// `Unsupported` when it does not.
-pub fn check_generates(model: &Model) -> Result<()> {
-    if model.is_decoder_only() || model.has_encoder() && model.has_logits() && first_token(model).is_some() {
-        return Ok(());
+pub fn check_generates(model: &dyn Engine) -> Result<()> {
+    if model.kind() == Kind::Encoder {
+        return Err(Error::unsupported("this model is an encoder; it generates no text")
+            .hint("`qconv embed` prints the embeddings of texts"));
     }
-    Err(Error::unsupported("this model is an encoder; it generates no text")
-        .hint("`qconv embed` prints the embeddings of texts"))
+    Ok(())
 }
 
-/// With which token the decoder beside an encoder begins.
-fn first_token(model: &Model) -> Option<i32> {
-    model.decoder_start().or(model.special_tokens().bos)
-}
-
-/// A context that remembers what it has read: a prompt that begins as the last one did is read from
+/// A reader that remembers what it has read: a prompt that begins as the last one did is read from
 /// where it departs.
 #[derive(Debug)]
 pub struct Session<'m> {
-    context: Context<'m>,
-    // The tokens that the context has read.
+    model: &'m dyn Engine,
+    reader: Box<dyn Reader + 'm>,
+    // The tokens that it has read.
     read: Vec<i32>,
 }
 
@@ -140,17 +136,17 @@ impl<'m> Session<'m> {
     ///
     /// # Errors
     /// `Unsupported` when the model generates no text or cannot be executed.
-    pub fn new(model: &'m Model, n_ctx: u32, threads: u32) -> Result<Self> {
+    pub fn new(model: &'m dyn Engine, n_ctx: u32, threads: u32) -> Result<Self> {
         check_generates(model)?;
         // An encoder looks at its text at once; llama.cpp rounds contexts up to 256 tokens.
-        let n_batch = if model.has_encoder() { n_ctx.next_multiple_of(256) } else { BATCH };
-        let options = ContextOptions { n_ctx, n_batch, threads, ..ContextOptions::default() };
-        Ok(Self { context: Context::new(model, &options)?, read: Vec::new() })
+        let n_batch = if model.kind() == Kind::Decoder { BATCH } else { n_ctx.next_multiple_of(256) };
+        let reader = model.reader(&ReaderOptions { n_ctx, n_batch, threads })?;
+        Ok(Self { model, reader, read: Vec::new() })
     }
 
     /// Most tokens of prompt and answer together.
     pub fn n_ctx(&self) -> usize {
-        self.context.n_ctx()
+        self.reader.n_ctx()
     }
 
     /// Continues `prompt`, handing text to `emit` as it comes, in whole characters; what may become
@@ -174,7 +170,6 @@ impl<'m> Session<'m> {
             let message = format!("the prompt has {} tokens, the context {}", prompt.len(), self.n_ctx());
             return Err(Error::misuse(message).hint("shorten the prompt, or give a longer context with -c"));
         }
-        let model = self.context.model();
         let begin = Instant::now();
         let (cached, ready) = self.read_prompt(prompt, stop)?;
         let prompt_time = begin.elapsed();
@@ -195,22 +190,22 @@ impl<'m> Session<'m> {
                 break End::Length;
             }
             if let Some(&id) = generated.last() {
-                if self.context.position() >= self.n_ctx() {
+                if self.reader.position() >= self.n_ctx() {
                     break End::ContextFull;
                 }
                 self.decode(&[id])?;
                 decoded += 1;
             }
             let logits =
-                self.context.last_logits().ok_or_else(|| Error::unsupported("the model gives no logits"))?;
+                self.reader.last_logits().ok_or_else(|| Error::unsupported("the model gives no logits"))?;
             let id = sampler
                 .choose(logits, &self.read)
                 .ok_or_else(|| Error::check("the model computed only NaN; its weights are damaged"))?;
-            if model.is_end_of_generation(id) {
+            if self.model.is_end_of_generation(id) {
                 break End::EndOfGeneration(id);
             }
             generated.push(id);
-            let (ready, found) = stops.push(&characters.push(&model.token_to_piece(id, false)?));
+            let (ready, found) = stops.push(&characters.push(&self.model.piece(id)?));
             show(&ready, &mut text)?;
             if let Some(found) = found {
                 break End::StopString(found.to_string());
@@ -240,19 +235,17 @@ impl<'m> Session<'m> {
     /// Reads what is new of `prompt`, at least its last token. Returns how many tokens were not, and
     /// whether it got to the end before `stop` was set.
     fn read_prompt(&mut self, prompt: &[i32], stop: &AtomicBool) -> Result<(usize, bool)> {
-        let model = self.context.model();
-        if model.has_encoder() {
-            self.context.clear();
+        if let Kind::EncoderDecoder { start } = self.model.kind() {
+            self.reader.clear();
             self.read.clear();
-            self.context.encode(prompt)?;
-            let first = first_token(model).ok_or_else(|| Error::unsupported("no token begins an answer"))?;
-            self.decode(&[first])?;
+            self.reader.encode(prompt)?;
+            self.decode(&[start])?;
             return Ok((0, true));
         }
         let same = self.read.iter().zip(prompt).take_while(|(a, b)| a == b).count();
-        let kept = self.context.truncate(same.min(prompt.len() - 1));
+        let kept = self.reader.truncate(same.min(prompt.len() - 1));
         self.read.truncate(kept);
-        for chunk in prompt[kept..].chunks(self.context.n_batch()) {
+        for chunk in prompt[kept..].chunks(self.reader.n_batch()) {
             if stop.load(Ordering::Relaxed) {
                 return Ok((kept, false));
             }
@@ -262,7 +255,7 @@ impl<'m> Session<'m> {
     }
 
     fn decode(&mut self, ids: &[i32]) -> Result<()> {
-        self.context.decode(ids, Logits::Last)?;
+        self.reader.decode(ids, Keep::Last)?;
         self.read.extend_from_slice(ids);
         Ok(())
     }

@@ -7,11 +7,11 @@ pub mod bench;
 pub mod chat;
 #[cfg(feature = "ggml")]
 mod compare;
-#[cfg(feature = "ggml")]
+pub mod coreml;
 pub mod dialogue;
 #[cfg(feature = "ggml")]
 pub mod embed;
-#[cfg(feature = "ggml")]
+pub mod engine;
 pub mod generate;
 pub mod logits;
 pub mod parity;
@@ -25,6 +25,7 @@ pub mod sample;
 pub mod score;
 mod softmax;
 pub mod stop;
+pub mod tokens;
 #[cfg(feature = "ggml")]
 pub mod trial;
 pub mod windows;

@@ -6,16 +6,12 @@
 //! window the predictions from position `n_ctx / 2` on are scored: before it there is too little
 //! context. Source: `tools/perplexity/perplexity.cpp`.
 
-#[cfg(feature = "ggml")]
 use std::time::{Duration, Instant};
 
-#[cfg(feature = "ggml")]
+use super::engine::{Engine, Keep, Kind, ReaderOptions};
 use crate::error::{Error, Result};
-#[cfg(feature = "ggml")]
-use crate::ggml::{Context, ContextOptions, Logits, Model};
 
 /// Most bytes of the logits that are held of one model at once.
-#[cfg(feature = "ggml")]
 const LOGIT_BYTES: usize = 32 << 20;
 
 /// A tokenized text.
@@ -50,15 +46,12 @@ impl Windows {
     pub fn scored(&self) -> usize {
         self.n_ctx - 1 - self.n_ctx / 2
     }
-}
 
-#[cfg(feature = "ggml")]
-impl Windows {
     /// Tokenizes `text`, and takes at most `most` windows of it.
     ///
     /// # Errors
     /// `Misuse` when the text is shorter than two windows, as in llama.cpp, or windows than 4 tokens.
-    pub fn new(model: &Model, text: &str, n_ctx: usize, most: Option<usize>) -> Result<Self> {
+    pub fn new(model: &dyn Engine, text: &str, n_ctx: usize, most: Option<usize>) -> Result<Self> {
         if n_ctx < 4 {
             return Err(Error::misuse(format!("windows of {n_ctx} tokens: at least 4 are needed")));
         }
@@ -76,9 +69,9 @@ impl Windows {
     }
 
     /// What each window's first token is replaced by: the token that the vocabulary begins texts with.
-    pub fn bos_of(model: &Model) -> Option<i32> {
-        let special = model.special_tokens();
-        special.bos.filter(|_| special.add_bos)
+    pub fn bos_of(model: &dyn Engine) -> Option<i32> {
+        let delimiters = model.delimiters();
+        delimiters.bos.filter(|_| delimiters.add_bos)
     }
 
     /// Lets every model read every window, side by side. `score` gets, for each scored prediction,
@@ -89,7 +82,7 @@ impl Windows {
     /// Those of `score`, and of the models' execution; `Misuse` when vocabularies differ in size.
     pub fn read(
         &self,
-        models: &[&Model],
+        models: &[&dyn Engine],
         threads: u32,
         mut score: impl FnMut(usize, &[&[f32]], usize) -> Result<()>,
     ) -> Result<Vec<Duration>> {
@@ -101,38 +94,37 @@ impl Windows {
                 other.n_tokens()
             )));
         }
-        if let Some(m) = models.iter().find(|m| !m.is_decoder_only()) {
+        if let Some(m) = models.iter().find(|m| m.kind() != Kind::Decoder) {
             return Err(Error::unsupported(format!("{} predicts no next token", m.description())));
         }
         let n_batch = (LOGIT_BYTES / 4 / first.n_tokens().max(1)).clamp(16, 512).min(self.n_ctx);
-        let options = ContextOptions {
+        let options = ReaderOptions {
             n_ctx: u32::try_from(self.n_ctx).map_err(|_| Error::misuse("windows are too long"))?,
             n_batch: n_batch as u32,
             threads,
-            ..ContextOptions::default()
         };
-        let mut contexts = models.iter().map(|m| Context::new(m, &options)).collect::<Result<Vec<_>>>()?;
+        let mut readers = models.iter().map(|m| m.reader(&options)).collect::<Result<Vec<_>>>()?;
         let mut times = vec![Duration::ZERO; models.len()];
         let half = self.n_ctx / 2;
         let windows = self.tokens.chunks_exact(self.n_ctx).zip(self.each());
         for (number, (window, read)) in windows.enumerate() {
-            for (context, time) in contexts.iter_mut().zip(&mut times) {
+            for (reader, time) in readers.iter_mut().zip(&mut times) {
                 let begun = Instant::now();
-                context.clear();
+                reader.clear();
                 for part in read[..half].chunks(n_batch) {
-                    context.decode(part, Logits::Last)?;
+                    reader.decode(part, Keep::Last)?;
                 }
                 *time += begun.elapsed();
             }
             // Nothing follows the last token: what it predicts cannot be scored.
             for (k, part) in read[half..self.n_ctx - 1].chunks(n_batch).enumerate() {
-                for (context, time) in contexts.iter_mut().zip(&mut times) {
+                for (reader, time) in readers.iter_mut().zip(&mut times) {
                     let begun = Instant::now();
-                    context.decode(part, Logits::All)?;
+                    reader.decode(part, Keep::All)?;
                     *time += begun.elapsed();
                 }
                 for i in 0..part.len() {
-                    let rows = contexts.iter().map(|c| c.logits(i)).collect::<Option<Vec<_>>>();
+                    let rows = readers.iter().map(|r| r.logits(i)).collect::<Option<Vec<_>>>();
                     let rows = rows.ok_or_else(|| Error::unsupported("the model gives no logits"))?;
                     let next = window[half + k * n_batch + i + 1];
                     if let Some(bad) = rows.iter().position(|row| !super::logits::is_sound(row)) {
@@ -146,8 +138,7 @@ impl Windows {
     }
 }
 
-#[cfg(feature = "ggml")]
-fn no_numbers(models: &[&Model], bad: usize, window: usize, token: usize) -> Error {
+fn no_numbers(models: &[&dyn Engine], bad: usize, window: usize, token: usize) -> Error {
     let which = match models.len() {
         1 => String::new(),
         n => format!(" of model {} of {n}", bad + 1),

@@ -14,6 +14,7 @@ mod gemma4;
 mod hf;
 mod loadable;
 mod metadata;
+mod piece;
 pub mod pre;
 mod proto;
 mod special;

@@ -54,6 +54,18 @@ pub enum ModelOut<'a> {
 }
 
 impl Vocab {
+    /// Whether llama.cpp adds BOS before a text, and EOS after it: the flags, or its default for this vocabulary.
+    pub fn adds(&self) -> (bool, bool) {
+        let default = match self.kind {
+            Kind::Bpe => (pre::adds_bos(&self.pre), false),
+            Kind::Spm | Kind::Gemma4 => (true, false),
+            // Always, whatever the flags say.
+            Kind::Wpm => return (true, true),
+            Kind::Ugm => (false, true),
+        };
+        (self.add.bos.unwrap_or(default.0), self.add.eos.unwrap_or(default.1))
+    }
+
     /// The tokenizer files of a Hugging Face directory: name and content of each. The ids of
     /// [`Vocab::config_ids`] belong into config.json, which is the caller's.
     ///
@@ -145,22 +157,10 @@ pub fn added_tokens(
         .collect()
 }
 
-/// What llama.cpp adds around a text: the flags, or its default for this vocabulary.
-fn adds(vocab: &Vocab) -> (bool, bool) {
-    let default = match vocab.kind {
-        Kind::Bpe => (pre::adds_bos(&vocab.pre), false),
-        Kind::Spm | Kind::Gemma4 => (true, false),
-        // Always, whatever the flags say.
-        Kind::Wpm => return (true, true),
-        Kind::Ugm => (false, true),
-    };
-    (vocab.add.bos.unwrap_or(default.0), vocab.add.eos.unwrap_or(default.1))
-}
-
 /// A template that puts BOS and EOS around a text. Between two texts there is nothing, but for
 /// encoders the end of the first, twice where a separator is added.
 pub fn post_processor(vocab: &Vocab, texts: &[&str]) -> Value {
-    let (bos, eos) = adds(vocab);
+    let (bos, eos) = vocab.adds();
     let token = |wanted: bool, id: Option<u32>| {
         let id = id.filter(|_| wanted)?;
         Some((*texts.get(id as usize)?, id))
@@ -224,7 +224,7 @@ fn byte_level<'a>(vocab: &'a Vocab, texts: &[&'a str]) -> Result<TokenizerOut<'a
 fn tokenizer_config(vocab: &Vocab) -> Value {
     let mut config = Map::new();
     let AddTokens { bos, eos, sep } = vocab.add;
-    let (adds_bos, adds_eos) = adds(vocab);
+    let (adds_bos, adds_eos) = vocab.adds();
     let flags = [
         ("add_bos_token", bos.or(adds_bos.then_some(true))),
         ("add_eos_token", eos.or(adds_eos.then_some(true))),

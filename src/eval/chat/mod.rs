@@ -11,6 +11,7 @@ mod sandbox;
 
 use serde_json::{Map, Value as Json, json};
 
+use super::engine::Engine;
 use crate::error::{Error, Result};
 
 /// One message of a conversation.
@@ -59,13 +60,12 @@ pub struct TemplateTokens {
     pub eos: String,
 }
 
-#[cfg(feature = "ggml")]
 impl TemplateTokens {
     /// Those of a model's vocabulary.
-    pub fn of(model: &crate::ggml::Model) -> Self {
-        let special = model.special_tokens();
+    pub fn of(model: &dyn Engine) -> Self {
+        let delimiters = model.delimiters();
         let name = |id: Option<i32>| id.and_then(|id| model.token_text(id)).unwrap_or_default();
-        Self { bos: name(special.bos), eos: name(special.eos) }
+        Self { bos: name(delimiters.bos), eos: name(delimiters.eos) }
     }
 }
 

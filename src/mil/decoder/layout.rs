@@ -1,6 +1,7 @@
 //! All in which the two layouts differ, but for attention.
 
 use super::super::builder::{Builder, Value};
+use super::super::types::Dim;
 use super::super::weight::Encoded;
 use super::{Graph, Layout};
 use crate::error::{Error, Result};
@@ -59,6 +60,13 @@ impl Graph<'_> {
     /// Heads of a projection: `[1, heads, tokens, head_dim]` in rows, `[1, heads, head_dim, tokens]` in channels.
     pub(super) fn heads(&self, b: &mut Builder<'_>, name: &str, x: &Value, heads: usize) -> Result<Value> {
         let (heads, dim) = (heads as i64, self.model.head_dim as i64);
+        if x.dims()[self.axis() as usize] != Dim::Known((heads * dim) as u64) {
+            return Err(Error::misuse(format!(
+                "{} of type {} is not {heads} heads of {dim}",
+                x.name(),
+                x.ty()
+            )));
+        }
         let name = format!("{name}_heads");
         match self.target.layout {
             Layout::Rows => {

@@ -10,18 +10,24 @@ impl Graph<'_> {
     pub(super) fn norm(&self, b: &mut Builder<'_>, name: &str, x: &Value) -> Result<Value> {
         match self.model.norm {
             Norm::Rms => self.rms_norm(b, name, x, self.axis()),
-            Norm::Layer => {
-                let axis = self.axis();
-                let width = size(x, axis)?;
-                let gamma = b.vector(&format!("{name}.weight"), &[width])?;
-                let bias = format!("{name}.bias");
-                let beta = if b.has(&bias) { Some(b.vector(&bias, &[width])?) } else { None };
-                let mut inputs = vec![("x", x.into()), ("axes", [axis].into()), ("gamma", (&gamma).into())];
-                inputs.extend(beta.as_ref().map(|beta| ("beta", beta.into())));
-                inputs.push(("epsilon", self.model.eps.into()));
-                b.op("layer_norm", name, inputs)
-            }
+            Norm::Layer => self.layer_norm(b, name, x),
         }
+    }
+
+    /// `(x - mean) / sqrt(variance + eps) * weight + bias` over the channels.
+    fn layer_norm(&self, b: &mut Builder<'_>, name: &str, x: &Value) -> Result<Value> {
+        let axis = self.axis();
+        let shape = along(axis, x.dims().len(), size(x, axis)?);
+        let inputs = [("x", x.into()), ("axes", [axis].into()), ("epsilon", self.model.eps.into())];
+        let normed = b.op("layer_norm", &format!("{name}_normed"), inputs)?;
+        let weight = b.vector(&format!("{name}.weight"), &shape)?;
+        let weighed = b.mul(name, &normed, &weight)?;
+        let bias = format!("{name}.bias");
+        if !b.has(&bias) {
+            return Ok(weighed);
+        }
+        let bias = b.vector(&bias, &shape)?;
+        b.add(&format!("{name}_biased"), &weighed, &bias)
     }
 
     /// `x / sqrt(mean(x^2) + eps) * weight` along an axis.
@@ -46,9 +52,7 @@ impl Graph<'_> {
             ("end_mask", at(0, 1).iter().map(|n| *n == 1).collect::<Vec<bool>>().into()),
         ];
         let half = b.op("slice_by_index", &format!("{name}_half"), inputs)?;
-        // `[n]` along the last axis, `[n, 1, ..]` before others.
-        let shape: Vec<u64> = at(n as i64, 1).iter().skip(axis as usize).map(|n| n.unsigned_abs()).collect();
-        let weight = b.vector(&format!("{name}.weight"), &shape)?;
+        let weight = b.vector(&format!("{name}.weight"), &along(axis, rank, n))?;
         b.mul(name, &half, &weight)
     }
 }
@@ -57,4 +61,9 @@ impl Graph<'_> {
 fn size(x: &Value, axis: i64) -> Result<u64> {
     let dim = usize::try_from(axis).ok().and_then(|axis| x.dims().get(axis));
     dim.and_then(|d| d.known()).ok_or_else(|| Error::misuse(format!("{} has no known axis {axis}", x.ty())))
+}
+
+/// The shape of a vector that goes along an axis: `[n]` along the last one, `[n, 1, ..]` before others.
+fn along(axis: i64, rank: usize, n: u64) -> Vec<u64> {
+    (axis..rank as i64).map(|i| if i == axis { n } else { 1 }).collect()
 }

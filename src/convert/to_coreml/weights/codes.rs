@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::values::{BEYOND, Scratch, Tensor, half};
 use crate::arch::{Data, Mapped};
-use crate::block::codec;
+use crate::block::{codec, f16_from_f32, f32_from_f16};
 use crate::container::Store;
 use crate::container::grouped::{Grouped, Rows, Shape};
 use crate::error::{Error, Result};
@@ -62,8 +62,8 @@ impl Blocks {
             return f64::from(2f32).powi(i32::from(e) - 128) as f32;
         }
         let Some([low, high]) = block.get_mut(self.scale..self.scale + 2) else { return 0.0 };
-        let scale = crate::block::f32_from_f16(u16::from_le_bytes([*low, *high]));
-        [*low, *high] = crate::block::f16_from_f32(1.0).to_le_bytes();
+        let scale = f32_from_f16(u16::from_le_bytes([*low, *high]));
+        [*low, *high] = f16_from_f32(1.0).to_le_bytes();
         scale
     }
 }
@@ -285,18 +285,25 @@ impl Codes {
             if scale.abs() >= BEYOND {
                 return Err(Error::unsupported(format!("has a scale of {scale}; float16 ends at 65504")));
             }
-            of_rows.push(if scale < 0.0 { -half(-scale, 1.0) } else { half(scale, 1.0) });
-            digits.extend(codes.iter().map(|code| (i32::from(*code) - zero + 1) as u8));
+            let rounded = if scale < 0.0 { -half(-scale, 1.0) } else { half(scale, 1.0) };
+            of_rows.push(rounded);
+            // Times a scale that float16 does not tell from zero all digits are.
+            let is_zero = f16_from_f32(scale.abs()) == 0;
+            let digit = |code: &u8| if is_zero { 1 } else { (i32::from(*code) - zero + 1) as u8 };
+            digits.extend(codes.iter().map(digit));
         }
         Ok(())
     }
 }
 
-/// The runs of rows that the rows `to` consist of: a matrix, the rows there, and the first of them here.
+/// Is given a matrix, rows of it, and where the first of them goes.
+type Work<'a> = dyn FnMut(&dyn Grouped, Range<u64>, usize) -> Result<()> + 'a;
+
+/// The runs of rows that the rows `to` consist of.
 fn each_run(
     matrices: &[(Arc<dyn Grouped>, StridedCopy)],
     to: &Range<u64>,
-    work: &mut dyn FnMut(&dyn Grouped, Range<u64>, usize) -> Result<()>,
+    work: &mut Work<'_>,
 ) -> Result<()> {
     for (matrix, copy) in matrices {
         for part in copy.clip(to.start, to.end) {

@@ -7,7 +7,7 @@
 use std::ops::Range;
 
 use super::codes::{Codes, Survey};
-use super::lut::{indices, tables};
+use super::lut::{indices, name, tables};
 use super::plain::halves;
 use super::values::{BEYOND, Outcome, Scratch, Tensor, whole_bytes};
 use super::{Encoding, Keep, Operand, Put, Wish};
@@ -39,7 +39,8 @@ impl Held {
         }
     }
 
-    /// The form that takes the least for groups of so many columns, with no more bits to a code than are wished.
+    /// The form that takes the least for groups of so many columns, with no more bits to a code than are wished, and
+    /// no more than twice of that with scales and tables.
     fn of(survey: &Survey, group: u64, cols: u64, most_bits: u32) -> Option<Self> {
         // What codes less zeros lie between, and the greatest zero.
         let range = survey.zeros.map(|(low, high)| (-high, i32::from(survey.most) - low, high, low));
@@ -57,9 +58,12 @@ impl Held {
         }
         let lut = [1, 2, 3, 4, 6, 8].map(|bits| (Self::Lut(bits), 16u64 << bits, most < 1 << bits));
         forms.extend(lut);
-        let fitting = forms.into_iter().filter(|(form, _, fits)| *fits && form.bits() <= most_bits);
         let size =
             |form: Self, of_group: u64| u128::from(group) * u128::from(form.bits()) + u128::from(of_group);
+        let most_size = u128::from(group) * u128::from((2 * most_bits).min(16));
+        let fitting = forms.into_iter().filter(|(form, of_group, fits)| {
+            *fits && form.bits() <= most_bits && size(*form, *of_group) <= most_size
+        });
         fitting.min_by_key(|(form, of_group, _)| size(*form, *of_group)).map(|(form, ..)| form)
     }
 }
@@ -104,7 +108,7 @@ impl Kept {
             return no(&format!("groups of {group} have scales of their own"));
         }
         let Some(held) = Held::of(&survey, group, tensor.cols, wished) else {
-            return no("no form of Core ML holds them with so few bits");
+            return no("no form of Core ML holds them in so few bits");
         };
         let note = |form: &str| format!("{name}: codes as they are, {form}");
         let of_group = if group == tensor.cols { "rows".into() } else { format!("groups of {group}") };
@@ -126,6 +130,31 @@ impl Kept {
 }
 
 impl Encoding for Kept {
+    fn name(&self) -> &'static str {
+        match self.held {
+            Held::Ternary => "ternary",
+            Held::Signed(bits) => {
+                if bits == 4 {
+                    "int4"
+                } else {
+                    "int8"
+                }
+            }
+            Held::Unsigned(bits) => {
+                if bits == 4 {
+                    "uint4"
+                } else {
+                    "uint8"
+                }
+            }
+            Held::Lut(bits) => name(bits),
+        }
+    }
+
+    fn method(&self, _: bool) -> Option<&'static str> {
+        None
+    }
+
     fn operands(&self, tensor: &Tensor) -> Vec<Operand> {
         let mut scales = tensor.shape.clone();
         if let Some(last) = scales.last_mut() {

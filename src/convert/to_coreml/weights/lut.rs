@@ -5,12 +5,12 @@ use std::sync::{Arc, Mutex};
 
 use super::plain::halves;
 use super::values::{Outcome, Scratch, Tensor, common, whole_bytes};
-use super::{Encoding, Operand, Put, SCATTERED_SPAN};
+use super::{Encoding, Operand, Put, SPAN};
 use crate::container::Store;
 use crate::container::coreml::DataType;
 use crate::error::{Error, Result};
 use crate::mil::{Form, Stored};
-use crate::quantize::palette::{Counts, Palette};
+use crate::quantize::palette::Palette;
 
 /// The type of indices of so many bits; Core ML has no others.
 pub(super) fn indices(bits: u32) -> Result<DataType> {
@@ -26,6 +26,18 @@ pub(super) fn indices(bits: u32) -> Result<DataType> {
             return Err(Error::misuse(why));
         }
     })
+}
+
+/// What palettes of so many bits are called.
+pub(super) fn name(bits: u32) -> &'static str {
+    match bits {
+        1 => "lut1",
+        2 => "lut2",
+        3 => "lut3",
+        4 => "lut4",
+        6 => "lut6",
+        _ => "lut8",
+    }
 }
 
 /// The shape of tables for a matrix or a stack, each for so many rows and columns.
@@ -60,7 +72,7 @@ impl Lut {
         }
         let bytes = whole_bytes(tensor.cols, bits);
         let unit = common(bytes, rows);
-        let in_span = unit.checked_mul(tensor.cols).is_some_and(|n| n <= SCATTERED_SPAN);
+        let in_span = unit.checked_mul(tensor.cols).is_some_and(|n| n <= SPAN);
         let groups = if in_span { 0 } else { tensor.rows / rows };
         let shared = (0..groups).map(|_| Mutex::default()).collect();
         Ok(Self { bits, indices, rows, unit: if in_span { unit } else { bytes }, shared })
@@ -79,23 +91,33 @@ impl Lut {
         if let Some(palette) = &*shared {
             return Ok(Some(palette.clone()));
         }
-        let mut counts = Counts::default();
+        // What an error left behind.
+        scratch.points.take(&mut scratch.counts);
         let step = tensor.step(1);
         let (mut row, end) = (group * self.rows, (group + 1) * self.rows);
         tensor.importance(row / tensor.of_matrix, scratch)?;
         while row < end {
             let rows = row..end.min(row + step);
             tensor.values(store, &rows, scratch)?;
-            counts.add(&scratch.values, &scratch.importance);
+            scratch.counts.add(&scratch.values, &scratch.importance);
             row = rows.end;
         }
-        scratch.points.gather_counted(&counts);
-        let palette = Arc::new(Palette::fit(&scratch.points, self.bits));
-        Ok(Some(shared.insert(palette).clone()))
+        scratch.points.take(&mut scratch.counts);
+        let mut palette = Palette::default();
+        palette.fit(&scratch.points, self.bits);
+        Ok(Some(shared.insert(Arc::new(palette)).clone()))
     }
 }
 
 impl Encoding for Lut {
+    fn name(&self) -> &'static str {
+        name(self.bits)
+    }
+
+    fn method(&self, is_weighed: bool) -> Option<&'static str> {
+        Some(if is_weighed { "weighed k-means" } else { "k-means" })
+    }
+
     fn operands(&self, tensor: &Tensor) -> Vec<Operand> {
         let tables = tables(&tensor.shape, self.rows, tensor.cols, self.bits);
         vec![Operand::new(self.indices, tensor.shape.clone()), Operand::new(DataType::Float16, tables)]
@@ -125,26 +147,33 @@ impl Encoding for Lut {
         let cols = tensor.cols as usize;
         scratch.codes.resize(scratch.values.len(), 0);
         scratch.stored.resize(scratch.values.len(), 0.0);
+        let mut tables = Vec::new();
         for (group, made) in groups.zip(made) {
             let first = group * self.rows;
             let these = first.max(rows.start)..(first + self.rows).min(rows.end);
             let at = (these.start - rows.start) as usize * cols..(these.end - rows.start) as usize * cols;
-            let palette = match made {
+            let palette = match &made {
                 Some(palette) => palette,
                 None => {
                     tensor.importance(first / tensor.of_matrix, scratch)?;
-                    scratch.points.gather(&scratch.values[at.clone()], &scratch.importance);
-                    Arc::new(Palette::fit(&scratch.points, self.bits))
+                    scratch.counts.add(&scratch.values[at.clone()], &scratch.importance);
+                    scratch.points.take(&mut scratch.counts);
+                    scratch.palette.fit(&scratch.points, self.bits);
+                    &scratch.palette
                 }
             };
             let (codes, stored) = (&mut scratch.codes[at.clone()], &mut scratch.stored[at.clone()]);
             palette.codes(&scratch.values[at], codes);
             stored.iter_mut().zip(&*codes).for_each(|(y, c)| *y = palette.levels[usize::from(*c)]);
-            // Of a table that several spans use, the first one.
+            // Of a table that several spans use, the first one writes it.
             if these.start == first {
-                halves(&palette.levels, &mut scratch.small)?;
-                put(1, group * scratch.small.len() as u64, &scratch.small)?;
+                tables.extend_from_slice(&palette.levels);
             }
+        }
+        if !tables.is_empty() {
+            let first = rows.start.div_ceil(self.rows) << self.bits;
+            halves(&tables, &mut scratch.small)?;
+            put(1, first * 2, &scratch.small)?;
         }
         let outcome = Outcome::of(&scratch.values, &scratch.stored);
         scratch.put_codes(0, self.bits, rows.start * tensor.cols, put)?;

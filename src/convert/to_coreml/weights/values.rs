@@ -10,7 +10,7 @@ use crate::container::grouped::Rows;
 use crate::convert::gather;
 use crate::convert::{Importance, Source};
 use crate::error::{Error, Result};
-use crate::quantize::palette::Points;
+use crate::quantize::palette::{Counts, Palette, Points};
 
 /// The tensor behind a plan: rows of one matrix, or of all matrices of a stack.
 #[derive(Debug)]
@@ -51,7 +51,9 @@ pub struct Scratch {
     /// Codes of the source, and of a part of the span.
     pub(super) rows: Rows,
     pub(super) some: Rows,
+    pub(super) counts: Counts,
     pub(super) points: Points,
+    pub(super) palette: Palette,
     pub(super) bytes: Vec<u8>,
 }
 

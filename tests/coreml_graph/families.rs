@@ -1,40 +1,23 @@
-//! The graphs of decoders: what stands in a function of one layer, in both layouts, for each family.
-//!
-//! `QCONV_UPDATE=1` writes `tests/goldens/coreml` anew; `QCONV_PACKAGES=DIR` keeps packages with random weights, for
-//! coremltools to look at.
+//! Models that are nothing but sizes: the eight families.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::fs;
-use std::path::{Path, PathBuf};
+use std::collections::BTreeMap;
 
-use half::f16;
 use qconv::arch::{Activation, Clamp, Decoder, Ffn, Norm, Positions, RopeSpec, Router};
+use qconv::container::coreml::DataType;
 use qconv::container::coreml::blob::{Wanted, layout};
-use qconv::container::coreml::mil::Program;
-use qconv::container::coreml::model::{
-    ArrayDataType, FeatureDescription, Flexibility, FunctionDescription, ModelDescription, SizeRange,
-};
-use qconv::container::coreml::package::{WEIGHTS, small_files};
-use qconv::container::coreml::{DataType, Model, Only, Package};
-use qconv::limits::Limits;
-use qconv::mil::{
-    Built, Encoded, Form, Layout, Part, Place, Stored, Target, TensorType, Text, Weights, check, decoder,
-    identifier,
-};
+use qconv::mil::{Encoded, Form, Place, Stored, Weights, identifier};
 
-const CONTEXT: u64 = 48;
-const ROWS: Target = Target { layout: Layout::Rows, context: CONTEXT, vocab_split: 1 };
-const CHANNELS: Target = Target { layout: Layout::Channels { tokens: 8 }, context: CONTEXT, vocab_split: 1 };
+pub const CONTEXT: u64 = 48;
 
 /// Weights of a model that is nothing but names and shapes: float16, one behind the other in a file.
 #[derive(Default)]
-struct Shapes {
-    shapes: BTreeMap<String, Vec<u64>>,
-    forms: BTreeMap<String, Compressed>,
+pub struct Shapes {
+    pub shapes: BTreeMap<String, Vec<u64>>,
+    pub forms: BTreeMap<String, Compressed>,
 }
 
 #[derive(Clone, Copy)]
-enum Compressed {
+pub enum Compressed {
     Int4,
     Lut4,
     Ternary,
@@ -42,7 +25,7 @@ enum Compressed {
 }
 
 impl Shapes {
-    fn add(&mut self, name: &str, shape: &[u64]) -> &mut Self {
+    pub fn add(&mut self, name: &str, shape: &[u64]) -> &mut Self {
         self.shapes.insert(name.into(), shape.to_vec());
         self
     }
@@ -80,7 +63,7 @@ impl Shapes {
         })
     }
 
-    fn wanted(&self) -> Vec<Wanted> {
+    pub fn wanted(&self) -> Vec<Wanted> {
         let in_file = self.all().filter(|(.., is_short)| !is_short);
         let wanted = |(_, data_type, shape, _): (_, _, Vec<u64>, _)| Wanted {
             data_type,
@@ -119,22 +102,22 @@ impl Weights for Shapes {
 }
 
 /// A model of the sizes below, and its weights.
-struct Family {
-    name: &'static str,
-    decoder: Decoder,
-    weights: Shapes,
+pub struct Family {
+    pub name: &'static str,
+    pub decoder: Decoder,
+    pub weights: Shapes,
 }
 
-const WIDTH: u64 = 64;
-const HEADS: u64 = 4;
-const KV_HEADS: u64 = 2;
-const HEAD_DIM: u64 = 32;
-const FFN: u64 = 96;
-const VOCAB: u64 = 256;
-const EXPERTS: u64 = 3;
+pub const WIDTH: u64 = 64;
+pub const HEADS: u64 = 4;
+pub const KV_HEADS: u64 = 2;
+pub const HEAD_DIM: u64 = 32;
+pub const FFN: u64 = 96;
+pub const VOCAB: u64 = 256;
+pub const EXPERTS: u64 = 3;
 
 /// Llama: what the others differ from.
-fn llama(layers: usize) -> Family {
+pub fn llama(layers: usize) -> Family {
     let tables = vec![RopeSpec { frequencies: vec![1.0; HEAD_DIM as usize / 2], attention_factor: 1.0 }];
     let decoder = Decoder {
         layers,
@@ -165,7 +148,9 @@ fn llama(layers: usize) -> Family {
         .add("rope_cos.0", &[CONTEXT, HEAD_DIM])
         .add("rope_sin.0", &[CONTEXT, HEAD_DIM]);
     for i in 0..layers {
-        let mut add = |name: &str, shape: &[u64]| drop(weights.add(&format!("blk.{i}.{name}"), shape));
+        let mut add = |name: &str, shape: &[u64]| {
+            weights.add(&format!("blk.{i}.{name}"), shape);
+        };
         add("attn_norm.weight", &[WIDTH]);
         add("attn_q.weight", &[queries, WIDTH]);
         add("attn_k.weight", &[keys, WIDTH]);
@@ -180,7 +165,7 @@ fn llama(layers: usize) -> Family {
 }
 
 /// The others: llama with other names, and more or fewer tensors, in each layer.
-fn family(
+pub fn family(
     name: &'static str,
     layers: usize,
     change: impl FnOnce(&mut Decoder),
@@ -202,7 +187,7 @@ fn family(
     family
 }
 
-fn families(layers: usize) -> Vec<Family> {
+pub fn families(layers: usize) -> Vec<Family> {
     let (queries, keys) = (HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM);
     let no_ffn = ["ffn_gate.weight", "ffn_up.weight", "ffn_down.weight"];
     let second_table = |d: &mut Decoder| {
@@ -331,133 +316,4 @@ fn families(layers: usize) -> Vec<Family> {
             ],
         ),
     ]
-}
-
-fn build(family: &Family, target: &Target, part: Part) -> Built {
-    let built = decoder(&family.decoder, &family.weights, target, part.clone());
-    let built = built.unwrap_or_else(|e| panic!("{} {target:?} {part:?}: {e}", family.name));
-    check(&built.function).unwrap_or_else(|e| panic!("{} {target:?} {part:?}: {e}", family.name));
-    built
-}
-
-fn names<'a>(names: impl IntoIterator<Item = &'a String>) -> BTreeSet<&'a str> {
-    names.into_iter().map(String::as_str).collect()
-}
-
-/// Every weight is used, in both layouts; what a function says is what stands in the golden file.
-#[test]
-fn families_of_one_layer() {
-    for family in families(1) {
-        for (layout, target) in [("rows", &ROWS), ("channels", &CHANNELS)] {
-            let built = build(&family, target, Part::Whole);
-            // Of gemma3's two rotations one layer uses one.
-            let mut wanted = names(family.weights.shapes.keys());
-            wanted.retain(|name| !["rope_cos.1", "rope_sin.1"].contains(name));
-            assert_eq!(names(&built.used), wanted, "{} {layout}", family.name);
-            let text = Text(&built.function).to_string();
-            let path = format!("tests/goldens/coreml/{}.{layout}.txt", family.name);
-            let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(path);
-            if std::env::var_os("QCONV_UPDATE").is_some() {
-                fs::write(&path, &text).unwrap();
-            }
-            let golden = fs::read_to_string(&path).unwrap_or_default();
-            let differs = golden.lines().zip(text.lines()).find(|(a, b)| a != b);
-            assert!(golden == text, "{}: {differs:?}; QCONV_UPDATE=1 writes it anew", path.display());
-            save(&family, layout, &[("main", &built)]);
-        }
-    }
-}
-
-/// A weight file of noise, and the package around these functions; opened again, it is the same.
-fn save(family: &Family, what: &str, functions: &[(&str, &Built)]) {
-    let kept = std::env::var_os("QCONV_PACKAGES").map(PathBuf::from);
-    let dir = tempfile::tempdir().unwrap();
-    let path = kept.unwrap_or_else(|| dir.path().into());
-    let path = path.join(format!("{}-{what}.mlpackage", family.name));
-    let wanted = family.weights.wanted();
-    let (file, blobs) = layout("weight.bin", &wanted).unwrap();
-    let mut bytes = vec![0u8; file.len as usize];
-    bytes[..file.header.len()].copy_from_slice(&file.header);
-    let put =
-        |bytes: &mut [u8], at: u64, data: &[u8]| bytes[at as usize..][..data.len()].copy_from_slice(data);
-    let records = std::sync::Mutex::new(Vec::new());
-    let keep = |at: u64, data: &[u8]| {
-        records.lock().unwrap().push((at, data.to_vec()));
-        Ok(())
-    };
-    file.ending.unwrap().write(1, &mut Vec::new(), &|_, _| unreachable!(), &keep, &|_| true).unwrap();
-    records.into_inner().unwrap().iter().for_each(|(at, data)| put(&mut bytes, *at, data));
-    let mut random = 1u64;
-    let mut next = || {
-        random = random.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-        (random >> 33) as u32
-    };
-    for (blob, wanted) in blobs.iter().zip(&wanted) {
-        let data: Vec<u8> = match wanted.data_type {
-            DataType::Float16 => {
-                let number = |n: u32| f16::from_f32(n as f32 / 2f32.powi(33) - 0.125).to_le_bytes();
-                (0..wanted.elements).flat_map(|_| number(next())).collect()
-            }
-            // A mask with as many ones as there are indices.
-            _ => (0..blob.bytes).map(|_| 0x55).collect(),
-        };
-        put(&mut bytes, blob.data(), &data);
-    }
-    let model = model(functions);
-    for (name, content) in small_files(&model, true).unwrap() {
-        fs::create_dir_all(path.join(name).parent().unwrap()).unwrap();
-        fs::write(path.join(name), content).unwrap();
-    }
-    fs::create_dir_all(path.join(WEIGHTS).parent().unwrap()).unwrap();
-    fs::write(path.join(WEIGHTS), bytes).unwrap();
-    let package = Package::open(&path, &Limits::default()).unwrap_or_else(|e| panic!("{e}"));
-    assert_eq!(*package.model(), model);
-}
-
-fn model(functions: &[(&str, &Built)]) -> Model {
-    let description = |name: &str, built: &Built| {
-        let array = |name: &str, ty: &TensorType, is_output: bool| {
-            let data_type = match ty.dtype {
-                DataType::Int32 => ArrayDataType::Int32,
-                _ => ArrayDataType::Float16,
-            };
-            let sizes: Vec<i64> = ty.dims.iter().map(|d| d.known().unwrap_or(1) as i64).collect();
-            let range = |d: Option<u64>| {
-                let (low, high) = d.map_or((1, CONTEXT), |n| (n, n));
-                SizeRange { lower_bound: low, upper_bound: high as i64 }
-            };
-            let ranges = ty.declared().into_iter().map(range).collect();
-            match ty.declared().contains(&None) {
-                true if is_output => FeatureDescription::array(name, data_type, &[], Flexibility::None),
-                true => FeatureDescription::array(name, data_type, &sizes, Flexibility::Range(Only(ranges))),
-                false => FeatureDescription::array(name, data_type, &sizes, Flexibility::None),
-            }
-        };
-        let state = |f: &qconv::mil::Feature| {
-            let sizes: Vec<i64> = f.ty.dims.iter().map(|d| d.known().unwrap() as i64).collect();
-            FeatureDescription::state(&f.name, &sizes)
-        };
-        FunctionDescription {
-            name: name.into(),
-            input: built.inputs.iter().map(|f| array(&f.name, &f.ty, false)).collect(),
-            output: built.outputs.iter().map(|f| array(&f.name, &f.ty, true)).collect(),
-            state: built.states.iter().map(state).collect(),
-        }
-    };
-    let mut described: Vec<FunctionDescription> =
-        functions.iter().map(|(name, built)| description(name, built)).collect();
-    let description = match &mut described[..] {
-        [one] if one.name == "main" => {
-            let FunctionDescription { input, output, state, .. } = one.clone();
-            ModelDescription { input, output, state, ..ModelDescription::default() }
-        }
-        _ => ModelDescription {
-            default_function_name: described[0].name.clone(),
-            functions: described,
-            ..ModelDescription::default()
-        },
-    };
-    let functions = functions.iter().map(|(name, built)| ((*name).into(), built.function.clone()));
-    let program = Program { version: 1, functions: functions.collect(), ..Program::default() };
-    Model { specification_version: 9, description, program, ..Model::default() }
 }

@@ -1,0 +1,151 @@
+//! Decoding tokens with a package, or with a directory of them.
+
+mod model;
+
+use std::collections::BTreeMap;
+
+pub use model::LanguageModel;
+
+use super::{Program, Rounding, States, Tensor};
+use crate::error::{Error, Result};
+use model::{HIDDEN, HIDDEN_AFTER, Interface};
+
+/// What is added to scores that are not to count. Finite, so that no row is without any; float16 holds twice of it.
+const HIDDEN_SCORE: f32 = -30000.0;
+
+/// Tokens that were decoded, and what the model keeps of them.
+#[derive(Debug)]
+pub struct Session<'a> {
+    model: &'a LanguageModel,
+    states: Vec<States>,
+    context: usize,
+    position: usize,
+    rounding: Rounding,
+}
+
+impl<'a> Session<'a> {
+    /// An empty session of at most `context` tokens.
+    ///
+    /// # Errors
+    /// `Misuse` for more tokens than the model can keep.
+    pub fn new(model: &'a LanguageModel, context: usize, rounding: Rounding) -> Result<Self> {
+        let most = model.context();
+        if context > most {
+            return Err(Error::misuse(format!("a context of {context} tokens, the package has {most}"))
+                .at(&model.path)
+                .hint("convert with a longer --context"));
+        }
+        let states = model.programs.iter().map(Program::states).collect();
+        Ok(Self { model, states, context, position: 0, rounding })
+    }
+
+    /// Decodes the tokens that follow. Logits of each: `ids.len()` rows of [`Self::n_vocab`]. Where functions take
+    /// fixed numbers of tokens, they are called one after the other, those of most tokens first.
+    ///
+    /// # Errors
+    /// `Misuse` for more tokens than there is room for, or that are none of the vocabulary; those of
+    /// [`Program::call`].
+    pub fn decode(&mut self, ids: &[i32]) -> Result<Vec<f32>> {
+        let (room, n_vocab) = (self.context - self.position, self.n_vocab());
+        if ids.len() > room {
+            return Err(Error::misuse(format!("{} tokens, there is room for {room}", ids.len())));
+        }
+        if let Some(id) = ids.iter().find(|id| usize::try_from(**id).map_or(true, |id| id >= n_vocab)) {
+            return Err(Error::misuse(format!("there is no token {id}, the vocabulary has {n_vocab}")));
+        }
+        let mut rows = Vec::with_capacity(ids.len().saturating_mul(n_vocab));
+        let mut rest = ids;
+        while !rest.is_empty() {
+            let fits =
+                |(tokens, _): &&(Option<usize>, String)| tokens.is_none_or(|n| (1..=rest.len()).contains(&n));
+            // There is one for a single token.
+            let Some((tokens, function)) = self.model.functions.iter().find(fits) else { break };
+            let (some, others) = rest.split_at(tokens.unwrap_or(rest.len()));
+            self.step(function, some, &mut rows)?;
+            (self.position, rest) = (self.position + some.len(), others);
+        }
+        Ok(rows)
+    }
+
+    /// Calls one function of every package.
+    fn step(&mut self, function: &str, ids: &[i32], rows: &mut Vec<f32>) -> Result<()> {
+        let mut values = self.inputs(ids)?;
+        for (program, states) in self.model.programs.iter().zip(&mut self.states) {
+            let Some(found) = program.function(function) else { continue };
+            let wanted = found.inputs.iter().map(|(declared, _)| &declared.name);
+            let given = |name: &String| values.get(name.as_str()).map(|value| (name.clone(), value.clone()));
+            let inputs: BTreeMap<String, Tensor> = wanted.filter_map(given).collect();
+            for (name, value) in program.call(function, &inputs, states, self.rounding)? {
+                let name = if name == HIDDEN_AFTER { HIDDEN.into() } else { name };
+                values.insert(name, value);
+            }
+        }
+        let parts = self.model.logits.iter().map(|(name, n)| {
+            let part = values.get(name).filter(|part| part.shape() == [1, ids.len(), *n]);
+            part.and_then(Tensor::as_floats).map(|part| (part, *n))
+        });
+        let parts: Option<Vec<(&[f32], usize)>> = parts.collect();
+        let parts = parts.ok_or_else(|| {
+            let found =
+                self.model.logits.iter().filter_map(|(name, _)| Some((name, values.get(name)?.shape())));
+            let found: Vec<_> = found.collect();
+            Error::unsupported(format!("it gives {found:?}, logits of {} tokens were expected", ids.len()))
+                .at(&self.model.path)
+        })?;
+        for i in 0..ids.len() {
+            parts.iter().for_each(|(part, n)| rows.extend_from_slice(&part[i * n..][..*n]));
+        }
+        Ok(())
+    }
+
+    /// All inputs of the interface: those that a package lacks are left out.
+    fn inputs(&self, ids: &[i32]) -> Result<BTreeMap<String, Tensor>> {
+        let (first, n) = (self.position, ids.len());
+        let places = first as i32..(first + n) as i32; // within the context
+        let tokens = Tensor::ints(&[1, n], ids.to_vec())?;
+        let of = |list: Vec<(&str, Tensor)>| {
+            list.into_iter().map(|(name, value)| (name.to_string(), value)).collect()
+        };
+        Ok(match self.model.interface {
+            Interface::Gpu => of(vec![("inputIds", tokens), ("causalMask", mask(first, n, first + n)?)]),
+            Interface::Ane => of(vec![
+                ("input_ids", tokens),
+                ("position_ids", Tensor::ints(&[n], places.clone().collect())?),
+                ("causal_mask", mask(first, n, self.model.context())?),
+                ("current_pos", Tensor::ints(&[1], vec![places.start])?),
+            ]),
+        })
+    }
+
+    /// How many tokens are kept.
+    pub fn position(&self) -> usize {
+        self.position
+    }
+
+    /// Keeps the first `n` tokens alone; all where there are no more.
+    pub fn truncate(&mut self, n: usize) {
+        // What the cache holds beyond is hidden by the mask until it is written over.
+        self.position = self.position.min(n);
+    }
+
+    /// Most tokens that are kept.
+    pub fn context(&self) -> usize {
+        self.context
+    }
+
+    /// Logits of each token.
+    pub fn n_vocab(&self) -> usize {
+        self.model.n_vocab()
+    }
+
+    /// The first operation whose result was beyond float16, where results are rounded to that.
+    pub fn overflow(&self) -> Option<&str> {
+        self.states.iter().find_map(States::overflow)
+    }
+}
+
+/// `[1, 1, n, keys]`: what tokens from `first` on see, keys up to their own.
+fn mask(first: usize, n: usize, keys: usize) -> Result<Tensor> {
+    let row = |i: usize| (0..keys).map(move |key| if key <= first + i { 0.0 } else { HIDDEN_SCORE });
+    Tensor::floats(&[1, 1, n, keys], (0..n).flat_map(row).collect())
+}

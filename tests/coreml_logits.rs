@@ -1,0 +1,87 @@
+//! Core ML packages compute what transformers computes: float16 weights, executed as the program in the file says,
+//! held to `reference_logits.safetensors`, whole, in pieces, and token by token with the cache.
+
+mod common;
+
+use std::path::Path;
+
+use qconv::convert::{Profile, Silent, ToCoreml};
+use qconv::eval::logits::{Agreement, Matrix, compare};
+use qconv::exec::{LanguageModel, Rounding, Session};
+use qconv::limits::Limits;
+
+/// One of each family, and of what families have besides: scaled RoPE, windows, experts, sinks.
+const FAMILIES: &[&str] = &[
+    "tiny-llama",
+    "models/llama",
+    "models/llama-rope3",
+    "models/mistral",
+    "models/mixtral",
+    "models/qwen2",
+    "models/qwen3",
+    "models/gemma3-spm",
+    "models/phi_3",
+    "models/gpt2",
+    "models/gpt_oss",
+    "models/gpt_oss-mxfp4",
+];
+
+/// Experts are not for the Neural Engine.
+const WITH_EXPERTS: &[&str] = &["models/mixtral", "models/gpt_oss", "models/gpt_oss-mxfp4"];
+
+/// Root mean square of the difference, as a part of the spread of the reference.
+const BOUNDS: [(Rounding, f64); 2] = [(Rounding::F32, 1e-3), (Rounding::F16, 2e-2)];
+
+fn package(source: &Path, output: &Path, profile: Profile, context: u64) {
+    let job =
+        ToCoreml { output: Some(output.into()), profile, context: Some(context), ..ToCoreml::new(source) };
+    job.plan().unwrap().run(true, &common::budget(), &Silent).unwrap();
+}
+
+/// Logits of `ids`, decoded in pieces of so many.
+fn logits(model: &LanguageModel, ids: &[i32], piece: usize, rounding: Rounding) -> Matrix {
+    let mut session = Session::new(model, model.context(), rounding).unwrap();
+    let rows = ids.chunks(piece).map(|ids| session.decode(ids).unwrap());
+    let values = rows.flatten().collect();
+    assert_eq!(session.overflow(), None);
+    Matrix { columns: model.n_vocab(), values }
+}
+
+fn agree(name: &str, model: &LanguageModel, ids: &[i32], wanted: &Matrix) {
+    for (rounding, bound) in BOUNDS {
+        for piece in [ids.len(), 5, 1] {
+            let found: Agreement = compare(&logits(model, ids, piece, rounding), wanted).unwrap();
+            println!("{name} {rounding:?} by {piece}: {:.2e}", found.rel_rms);
+            assert!(found.finite && found.rel_rms < bound, "{name} {rounding:?} by {piece}: {found:?}");
+        }
+    }
+}
+
+fn family(source: &Path, name: &str, profile: Profile) {
+    let dir = tempfile::tempdir().unwrap();
+    let output = dir.path().join("x.mlpackage");
+    let (ids, values) = common::reference(source);
+    package(source, &output, profile, 128);
+    let model = LanguageModel::open(&output, &Limits::default()).unwrap();
+    let wanted = Matrix { columns: values.len() / ids.len(), values };
+    agree(&format!("{name} {profile:?}"), &model, &ids, &wanted);
+    // Longer than what is known: functions of many tokens and of one give the same.
+    let longer: Vec<i32> = ids.iter().copied().cycle().take(70).collect();
+    let wanted = logits(&model, &longer, 1, Rounding::F32);
+    let found = compare(&logits(&model, &longer, longer.len(), Rounding::F32), &wanted).unwrap();
+    assert!(found.finite && found.rel_rms < 1e-5, "{name} {profile:?}: {found:?}");
+}
+
+#[test]
+fn gpu_packages_agree_with_transformers() {
+    for name in FAMILIES {
+        family(&common::fixture(name), name, Profile::Gpu);
+    }
+}
+
+#[test]
+fn ane_packages_agree_with_transformers() {
+    for name in FAMILIES.iter().filter(|name| !WITH_EXPERTS.contains(name)) {
+        family(&common::fixture(name), name, Profile::Ane);
+    }
+}

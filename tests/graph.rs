@@ -1,0 +1,229 @@
+//! `[graph]`: what definitions say a model computes.
+
+mod common;
+
+use std::fmt::Write as _;
+
+use common::fixture;
+use qconv::arch::{self, Architecture, Decoder, Model, Positions};
+use qconv::container::gguf::Value;
+use qconv::error::ErrorKind;
+use qconv::limits::Limits;
+use qconv::tensor::{DType, TensorInfo};
+use serde_json::{Value as Json, json};
+
+/// Definitions that have a `[graph]`.
+const DESCRIBED: &str = "gemma3 gpt-oss gpt2 llama mistral3 phi3 qwen2 qwen3";
+
+fn described() -> Vec<Architecture> {
+    arch::all().unwrap().into_iter().filter(Architecture::has_graph).collect()
+}
+
+/// One line for each fact.
+fn text(d: &Decoder) -> String {
+    let mut out = String::new();
+    let Decoder { layers, width, heads, kv_heads, head_dim, norm, eps, scale, activation, .. } = d;
+    writeln!(out, "  {layers} layers of {width}, {heads} heads on {kv_heads} of {head_dim}, scores x{scale}")
+        .unwrap();
+    writeln!(out, "  {norm:?} norm + {eps}, {activation:?}, {:?}, its norm is {}", d.ffn, d.ffn_norm)
+        .unwrap();
+    match &d.positions {
+        Positions::Rope { dim, tables, of_layer } => {
+            for (t, table) in tables.iter().enumerate() {
+                let sum: f64 = table.frequencies.iter().sum();
+                let last = table.frequencies.last().unwrap();
+                let of: Vec<usize> = (0..of_layer.len()).filter(|i| of_layer[*i] == t).collect();
+                writeln!(
+                    out,
+                    "  rope {dim} of layers {of:?}: {} to {last:.6e}, sum {sum:.6}, x{:.6}",
+                    table.frequencies[0], table.attention_factor
+                )
+                .unwrap();
+            }
+        }
+        other => writeln!(out, "  positions {other:?}").unwrap(),
+    }
+    if d.windows.iter().any(Option::is_some) {
+        writeln!(out, "  windows {:?}", d.windows).unwrap();
+    }
+    if (d.embedding_scale, d.residual, d.parallel) != (1.0, 1.0, false) {
+        let parallel = if d.parallel { ", side by side" } else { "" };
+        writeln!(out, "  embeddings x{}, residual x{}{parallel}", d.embedding_scale, d.residual).unwrap();
+    }
+    if d.logit_softcap.is_some() || d.score_softcap.is_some() {
+        writeln!(out, "  caps of logits {:?}, of scores {:?}", d.logit_softcap, d.score_softcap).unwrap();
+    }
+    out
+}
+
+#[test]
+fn fixtures_compute_what_they_computed() {
+    let mut names: Vec<_> = std::fs::read_dir(fixture("models"))
+        .unwrap()
+        .map(|e| e.unwrap().file_name().into_string().unwrap())
+        .collect();
+    names.sort();
+    let (described, mut found) = (described(), String::new());
+    for name in names {
+        let Ok(config) = std::fs::read(fixture(&format!("models/{name}/config.json"))) else { continue };
+        let config: Json = serde_json::from_slice(&config).unwrap();
+        let class = config["architectures"][0].as_str().unwrap();
+        let Some(arch) = described.iter().find(|a| a.class_names().any(|c| c == class)) else { continue };
+        let decoder = arch::take_for(arch.clone(), &config).unwrap().decoder(512).unwrap();
+        write!(found, "{name}\n{}", text(&decoder)).unwrap();
+    }
+    let golden = fixture("graph/decoders.txt");
+    if std::env::var_os("QCONV_UPDATE").is_some() {
+        std::fs::write(&golden, &found).unwrap();
+    }
+    assert_eq!(found, std::fs::read_to_string(&golden).unwrap());
+}
+
+#[test]
+fn every_graph_holds_for_its_examples() {
+    let described = described();
+    let names: Vec<&str> = described.iter().map(|a| a.name.as_str()).collect();
+    assert_eq!(names.join(" "), DESCRIBED);
+    for arch in &described {
+        for (example, config) in arch.examples().unwrap() {
+            let decoder = arch::take_for(arch.clone(), &config).unwrap().decoder(64);
+            match decoder {
+                // Ministral's example has what its `unless` refuses.
+                Err(e) if arch.name == "mistral3" => assert!(e.to_string().contains("llama_4_scaling_beta")),
+                Err(e) => panic!("{} {example}: {e}", arch.name),
+                Ok(decoder) => assert!(decoder.layers > 0),
+            }
+        }
+    }
+}
+
+/// The model of a GGUF file that a model would become.
+fn from_gguf(model: &Model) -> Model {
+    let mut metadata = model.metadata().unwrap();
+    metadata.set("general.architecture", Value::from(model.arch.arch.as_str()));
+    let info =
+        |name: String| TensorInfo { name, dtype: DType::F32, shape: vec![1], file: 0, offset: 0, nbytes: 4 };
+    let tensors: Vec<TensorInfo> = model.targets(512).unwrap().into_iter().map(|t| info(t.name)).collect();
+    let generated = model.generated().unwrap().into_iter().map(|g| (g.name, g.values)).collect();
+    let mut back = Model::from_gguf_as(model.arch.clone(), &metadata, &tensors).unwrap();
+    back.complete_config([], &generated).unwrap();
+    back
+}
+
+/// Numbers in GGUF are f32.
+fn nearly(a: &Decoder, b: &Decoder) -> bool {
+    let near = |a: f64, b: f64| (a - b).abs() <= 1e-6 * a.abs();
+    let tables = |d: &Decoder| match &d.positions {
+        Positions::Rope { tables, .. } => tables.iter().flat_map(|t| t.frequencies.clone()).collect(),
+        _ => Vec::new(),
+    };
+    let (x, y) = (tables(a), tables(b));
+    let blank = |d: &Decoder| {
+        let mut d = d.clone();
+        (d.eps, d.scale, d.residual, d.embedding_scale) = (1.0, 1.0, 1.0, 1.0);
+        if let Positions::Rope { tables, .. } = &mut d.positions {
+            tables.iter_mut().for_each(|t| t.frequencies.fill(0.0));
+            tables.iter_mut().for_each(|t| t.attention_factor = (t.attention_factor * 1e5).round());
+        }
+        d
+    };
+    let numbers = |d: &Decoder| [d.eps, d.scale, d.residual, d.embedding_scale].map(f64::from);
+    blank(a) == blank(b)
+        && x.iter().zip(&y).all(|(a, b)| near(*a, *b))
+        && numbers(a).iter().zip(numbers(b)).all(|(a, b)| near(*a, b))
+}
+
+#[test]
+fn a_gguf_file_computes_the_same() {
+    let mut compared = 0;
+    for arch in described() {
+        for (example, config) in arch.examples().unwrap() {
+            let model = arch::take_for(arch.clone(), &config).unwrap();
+            let Ok(decoder) = model.decoder(64) else { continue };
+            let back = from_gguf(&model).decoder(64).unwrap();
+            assert!(nearly(&decoder, &back), "{} {example}:\n{}{}", arch.name, text(&decoder), text(&back));
+            compared += 1;
+        }
+    }
+    assert!(compared >= 8);
+}
+
+#[test]
+fn lengths_decide() {
+    let archs = described();
+    let [llama, gpt2] = ["llama", "gpt2"].map(|name| archs.iter().find(|a| a.name == name).unwrap());
+    let of = |changes: Json, context: u64| {
+        let mut config = json!({
+            "architectures": ["MistralForCausalLM"], "model_type": "mistral", "hidden_size": 64, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128, "rms_norm_eps": 1e-5,
+            "sliding_window": 32,
+        });
+        config.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
+        arch::take_for(llama.clone(), &config)?.decoder(context)
+    };
+    assert_eq!(of(json!({}), 64).unwrap().windows, [Some(32); 2]);
+    assert_eq!(of(json!({}), 32).unwrap().windows, [None; 2]);
+    // What config.json says without meaning it.
+    for (key, value, says) in [
+        ("num_key_value_heads", json!(3), "key/value heads"),
+        ("num_hidden_layers", json!(513), "layers"),
+        ("hidden_size", json!(1u64 << 40), "width"),
+        ("rms_norm_eps", json!(-1.0), "eps"),
+        ("rms_norm_eps", json!(1e-60), "eps"),
+        ("head_dim", json!(33), "rope_dim"),
+        ("head_dim", json!(1u64 << 60), "head_dim"),
+        ("hidden_act", json!("relu6"), "activation"),
+        ("rope_scaling", json!({ "rope_type": "linear" }), "rope"),
+    ] {
+        let error = match of(json!({ key: value }), 64) {
+            Err(error) => error,
+            Ok(decoder) => panic!("{key} = {value}: {decoder:?}"),
+        };
+        assert!(error.to_string().contains(says), "{key}: {error}");
+    }
+    assert_eq!(of(json!({}), 0).unwrap_err().kind(), ErrorKind::Limit);
+    assert_eq!(of(json!({}), u64::MAX).unwrap_err().kind(), ErrorKind::Limit);
+    let learned = |context| {
+        let config = json!({
+            "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_layer": 2, "n_embd": 64, "n_head": 4,
+            "n_positions": 128, "layer_norm_epsilon": 1e-5,
+        });
+        arch::take_for(gpt2.clone(), &config)?.decoder(context)
+    };
+    assert_eq!(learned(128).unwrap().positions, Positions::Learned);
+    assert!(learned(129).unwrap_err().to_string().contains("128 positions"));
+}
+
+#[test]
+fn keys_are_inherited_one_by_one_and_unknown_ones_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let read = |graph: &str| {
+        let path = dir.path().join("mine.toml");
+        let head = "schema = 1\narch = \"llama\"\nextends = \"llama\"\n[[class]]\nname = \"Mine\"\nmodel_type = \"mine\"\n";
+        std::fs::write(&path, format!("{head}{graph}")).unwrap();
+        arch::read(&path, &Limits::default())
+    };
+    let config = json!({
+        "architectures": ["Mine"], "model_type": "mine", "hidden_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "max_position_embeddings": 128, "rms_norm_eps": 1e-5, "other": "gelu",
+    });
+    let decoder = |graph: &str| arch::take_for(read(graph).unwrap(), &config).unwrap().decoder(64);
+    assert!(decoder("").unwrap_err().to_string().contains("has no [graph]"));
+    let plain = decoder("[graph]\n").unwrap();
+    let other = decoder("[graph]\nactivation = \"other\"\nparallel = \"true\"\n").unwrap();
+    assert_eq!(other.activation, qconv::arch::Activation::Gelu);
+    assert_eq!(Decoder { activation: plain.activation, parallel: false, ..other }, plain);
+    for (key, value, says) in [
+        ("positions", "'alibi'", "rope, learned or none"),
+        ("ffn", "'mixed'", "ffn"),
+        ("windowed", "[true]", "each of 2 layers"),
+        ("unrotated", "other", "unrotated"),
+        ("residual", "0", "residual"),
+        ("unless", "other == 'gelu' ? 'because of that' : null", "because of that"),
+    ] {
+        let error = decoder(&format!("[graph]\n{key} = \"{value}\"\n")).unwrap_err().to_string();
+        assert!(error.contains(says), "{key}: {error}");
+    }
+    let unknown = read("[graph]\nwindws = \"1\"\n").unwrap_err().to_string();
+    assert!(unknown.contains("windws") && unknown.contains("windowed"), "{unknown}");
+}
