@@ -136,6 +136,8 @@ pub fn llama(layers: usize) -> Family {
         embedding_scale: 1.0,
         residual: 1.0,
         parallel: false,
+        logit_scale: 1.0,
+        attn_norm: "attn_norm".into(),
         logit_softcap: None,
         score_softcap: None,
     };
