@@ -36,7 +36,8 @@ const FAMILIES: &[&str] = &[
 ];
 
 /// Experts are not for the Neural Engine.
-const WITH_EXPERTS: &[&str] = &["models/mixtral", "models/gpt_oss", "models/gpt_oss-mxfp4", "models/qwen3_moe"];
+const WITH_EXPERTS: &[&str] =
+    &["models/mixtral", "models/gpt_oss", "models/gpt_oss-mxfp4", "models/qwen3_moe"];
 
 /// Root mean square of the difference, as a part of the spread of the reference.
 const BOUNDS: [(Rounding, f64); 2] = [(Rounding::F32, 1e-3), (Rounding::F16, 2e-2)];
