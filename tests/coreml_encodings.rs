@@ -90,6 +90,8 @@ fn every_form() {
             }
             let made = encode(&tensor, &store, None, wish, Keep::Blocks, None).unwrap();
             assert!(n < 100_000 || made.plan.spans() > 1);
+            let again = encode(&tensor, &store, None, wish, Keep::Blocks, None).unwrap();
+            assert_eq!((&again.blobs, again.outcome), (&made.blobs, made.outcome), "threads do not show");
             let y = made.decode();
             assert_eq!((made.encoded.shape.as_slice(), made.plan.note()), (shape, None));
             let used = y.iter().filter(|v| **v != 0.0).count() as f64 / n as f64;

@@ -16,7 +16,7 @@ use crate::vocab::{self, Vocab};
 /// Tokens of the forward pass.
 const FORWARD_TOKENS: usize = 32;
 /// A source of up to this many bytes is converted for the forward comparison.
-const FORWARD_SOURCE: u64 = 8 << 30;
+pub(super) const FORWARD_SOURCE: u64 = 8 << 30;
 
 pub(super) fn check(
     report: &mut Report,
@@ -82,7 +82,11 @@ fn rebuilt(vocab: &Vocab) -> Result<tokenizers::Tokenizer> {
 /// How far logits may stray from the source's, as root mean square over their spread; beyond, the
 /// layout is wrong rather than the precision low. `None`: the type promises nothing.
 pub(super) fn tolerance(dtypes: impl Iterator<Item = DType>) -> Option<f64> {
-    let bits = dtypes.map(DType::bits_per_weight).fold(f64::INFINITY, f64::min);
+    allowed(dtypes.map(DType::bits_per_weight).fold(f64::INFINITY, f64::min))
+}
+
+/// The same of the least bits for a weight.
+pub(super) fn allowed(bits: f64) -> Option<f64> {
     match bits {
         b if b >= 16.0 => Some(0.02),
         b if b >= 8.0 => Some(0.1),

@@ -4,6 +4,7 @@
 //! promises, token parity, and a forward pass. Nothing here trusts what the conversion knew.
 
 mod chat;
+mod coreml;
 mod qpack;
 mod tensors;
 
@@ -31,9 +32,10 @@ use crate::limits::Limits;
 /// What to verify, and how thoroughly.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// A GGUF or `.qpack` file, any shard of it.
+    /// A GGUF or `.qpack` file, any shard of it; a Core ML package, or a directory of them.
     pub file: PathBuf,
-    /// Its source: a Hugging Face directory or a GGUF file; of a `.qpack` file, a model of any format.
+    /// Its source: a Hugging Face directory or a GGUF file; of a `.qpack` file, a model of any format; of a
+    /// package, what packages are made of.
     pub against: Option<PathBuf>,
     /// Elements to look at in each tensor; `None` looks at all.
     pub sample: Option<u64>,
@@ -142,6 +144,10 @@ pub fn verify(options: &Options, budget: &Budget, observer: &dyn Observer) -> Re
         #[cfg(feature = "ggml")]
         proof: None,
     };
+    if coreml::is_meant(&options.file) {
+        coreml::check(&mut report, options, budget, observer)?;
+        return Ok(report);
+    }
     if qpack::is_meant(&options.file)? {
         qpack::check(&mut report, options, budget, observer)?;
         return Ok(report);
@@ -197,6 +203,9 @@ pub fn verify(options: &Options, budget: &Budget, observer: &dyn Observer) -> Re
 /// `Io`.
 pub fn bytes_to_read(options: &Options) -> Result<u64> {
     let io = |e| Error::io("open", &options.file, e);
+    if coreml::is_meant(&options.file) {
+        return Ok(coreml::bytes(&options.file, &options.limits));
+    }
     let file = std::fs::metadata(&options.file).map_err(io)?.len();
     if !options.file.is_file() || !qpack::is_meant(&options.file)? {
         return Ok(file);

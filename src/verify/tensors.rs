@@ -18,8 +18,11 @@ use crate::tensor::{DType, TensorInfo};
 pub struct TensorCheck {
     /// Name.
     pub name: String,
-    /// Type in the file.
+    /// Type in the file; of a package, that it is decoded to.
     pub dtype: DType,
+    /// How a package encodes it, in words.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub encoding: Option<String>,
     /// Elements looked at.
     pub elements: u64,
     /// Largest error.
@@ -147,7 +150,7 @@ fn check_tensor(
         }
         observer.advance(info.dtype.bytes_for(end - start)?, &info.name);
     }
-    Ok(sums.finish(info))
+    Ok(sums.finish(&info.name, info.dtype))
 }
 
 /// All of the tensor, or a few stretches of it.
@@ -171,20 +174,20 @@ fn spans(elements: u64, sample: Option<u64>, block: u64) -> Vec<(u64, u64)> {
 }
 
 #[derive(Default)]
-struct Sums {
+pub(super) struct Sums {
     n: u64,
     max: f64,
     square: f64,
     file: f64,
     source: f64,
     product: f64,
-    out_of_bound: u64,
+    pub(super) out_of_bound: u64,
     non_finite: u64,
 }
 
 impl Sums {
     /// Adds a block and returns its largest error.
-    fn add(&mut self, found: &[f32], wanted: &[f32]) -> f64 {
+    pub(super) fn add(&mut self, found: &[f32], wanted: &[f32]) -> f64 {
         let mut largest = 0.0f64;
         for (&x, &y) in found.iter().zip(wanted) {
             if !x.is_finite() || !y.is_finite() {
@@ -204,12 +207,13 @@ impl Sums {
         largest
     }
 
-    fn finish(self, info: &TensorInfo) -> TensorCheck {
+    pub(super) fn finish(self, name: &str, dtype: DType) -> TensorCheck {
         let n = self.n.max(1) as f64;
         let norm = (self.file * self.source).sqrt();
         TensorCheck {
-            name: info.name.clone(),
-            dtype: info.dtype,
+            name: name.into(),
+            dtype,
+            encoding: None,
             elements: self.n,
             max_error: self.max,
             rmse: (self.square / n).sqrt(),

@@ -49,6 +49,11 @@ impl Blob {
         self.record + ALIGNMENT // within the file, as reader and layout see to
     }
 
+    /// Bits of the last byte that are not used, the highest.
+    pub fn padding_bits(&self) -> u64 {
+        self.padding_bits
+    }
+
     fn end(&self) -> Option<u64> {
         self.record.checked_add(ALIGNMENT)?.checked_add(self.bytes)
     }

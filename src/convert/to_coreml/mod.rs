@@ -19,10 +19,11 @@ use serde_json::json;
 
 pub use self::forms::{Forms, Granularity, Matrices};
 pub use self::profile::Profile;
+pub(crate) use self::source::{Given, Opened};
 
 use self::fit::Needs;
 use self::package::{Asked, Weights};
-use self::source::{Given, Opened};
+pub(super) use self::source::SIDE;
 use super::Job;
 use super::plan::{FilePlan, Plan};
 use super::quantizer::ImatrixChoice;

@@ -201,7 +201,7 @@ impl Graph<'_> {
         cache: &mut Cache,
     ) -> Result<Value> {
         let model = self.model;
-        let h = self.norm(b, "attn_norm", x)?;
+        let h = self.norm(b, &model.attn_norm, x)?;
         let attended = self.attention(b, i, &h, places, cache)?;
         // gpt-oss has the norm before the feed-forward under this name.
         let attended = match &*model.ffn_norm {
@@ -210,7 +210,12 @@ impl Graph<'_> {
         };
         let attended = self.times(b, "attn_residual", attended, model.residual)?;
         let after_attention = b.add("attn_sum", x, &attended)?;
-        let h = if model.parallel { h } else { self.norm(b, &model.ffn_norm, &after_attention)? };
+        let norms_own = b.has(&format!("{}.weight", model.ffn_norm));
+        let h = match model.parallel {
+            true if norms_own => self.norm(b, &model.ffn_norm, x)?,
+            true => h,
+            false => self.norm(b, &model.ffn_norm, &after_attention)?,
+        };
         let fed = self.feed_forward(b, &h)?;
         let fed = self.post_norm(b, "post_ffw_norm", fed)?;
         let fed = self.times(b, "ffn_residual", fed, model.residual)?;
@@ -235,6 +240,7 @@ impl Graph<'_> {
         for (j, stem) in stems.iter().enumerate() {
             let logits = self.project(b, stem, &format!("head.{j}"), &x)?;
             let logits = self.rows(b, &format!("head.{j}"), &logits)?;
+            let logits = self.times(b, &format!("head.{j}_scaled"), logits, self.model.logit_scale)?;
             let logits = self.capped(b, &format!("head.{j}"), logits, self.model.logit_softcap)?;
             let name = match self.target.layout {
                 Layout::Rows if parts == 1 => "logits".into(),

@@ -3,6 +3,7 @@
 //! How constants are made up is read by [`constants`]. A tensor of a model is a constant that is called after it; a
 //! matrix with a factor for each row may have these apart, behind its product (`NAME_scale`).
 
+mod nearest;
 mod weight;
 
 use std::collections::{HashMap, HashSet};
@@ -91,31 +92,38 @@ impl Constants {
         self.by_name.values().map(|named| &named.constant)
     }
 
-    /// The tensors of a model that are among them: `names` are those of tensors, each with the names of the constants
-    /// that hold it: one, or several that follow on each other along its first dimension. Those that are not there
-    /// are left out. Second, the constants that are part of a tensor.
+    /// The tensor that these hold, one or several that follow on each other along its first dimension; `None` where one
+    /// is not there. Second, the names of all constants that are part of it.
     ///
     /// # Errors
     /// As [`Weight::new`]; `Malformed` for pieces that do not fit together; `Io`.
+    pub fn tensor(&self, of: &[String]) -> Result<Option<(Tensor, Vec<&str>)>> {
+        let (mut pieces, mut used) = (Vec::with_capacity(of.len()), Vec::new());
+        for name in of {
+            let Some((name, named)) = self.by_name.get_key_value(name) else { return Ok(None) };
+            let factors = self.factors(name, &named.constant);
+            used.push(name.as_str());
+            used.extend(factors.map(|(name, _)| name));
+            pieces.push(Piece::new(named, factors.map(|(_, factors)| factors))?);
+        }
+        Ok(if pieces.is_empty() { None } else { Some((Tensor::new(pieces)?, used)) })
+    }
+
+    /// The tensors of a model that are among them: `names` are those of tensors, each with the names of the constants
+    /// that hold it, as [`Self::tensor`] takes them. Those that are not there are left out. Second, the names of all
+    /// constants that are part of a tensor.
+    ///
+    /// # Errors
+    /// As there.
     pub fn store(&self, names: &[(String, Vec<String>)]) -> Result<(Store, HashSet<&str>)> {
         let mut parts = Parts::default();
         let (mut joined, mut used) = (Vec::new(), HashSet::new());
         for (name, of) in names {
-            if of.is_empty() || !of.iter().all(|of| self.by_name.contains_key(of)) {
-                continue;
-            }
             let context = |e: Error| e.context(format_args!("tensor {name:?}"));
-            let pieces = of.iter().filter_map(|of| self.by_name.get_key_value(of));
-            let pieces: Vec<Piece> = pieces
-                .map(|(of, named)| {
-                    used.insert(of.as_str());
-                    let factors = self.factors(of, &named.constant);
-                    used.extend(factors.map(|(name, _)| name));
-                    Piece::new(named, factors.map(|(_, factors)| factors))
-                })
-                .collect::<Result<_>>()
-                .map_err(context)?;
-            joined.push(parts.tensor(name, pieces).map_err(context)?);
+            if let Some((tensor, constants)) = self.tensor(of).map_err(context)? {
+                used.extend(constants);
+                joined.push(parts.tensor(name, tensor).map_err(context)?);
+            }
         }
         Ok((parts.store(joined)?, used))
     }
@@ -159,52 +167,154 @@ impl Piece {
         self.weight.constant()
     }
 
+    fn weights(&self) -> impl Iterator<Item = &Weight> {
+        std::iter::once(&self.weight).chain(self.factors.iter().map(|(factors, _)| factors))
+    }
+
+    fn constants(&self) -> impl Iterator<Item = &Constant> {
+        self.weights().map(|weight| &**weight.constant())
+    }
+
     fn read(&self, start: u64, out: &mut [f32]) -> Result<()> {
         self.weight.read(start, out)?;
+        self.with_factors(start, out, |x, factor| x * factor)
+    }
+
+    fn nearest(&self, start: u64, values: &mut [f32]) -> Result<bool> {
+        self.with_factors(start, values, |x, factor| if factor == 0.0 { 0.0 } else { x / factor })?;
+        let is_told = self.weight.nearest(start, values)?;
+        self.with_factors(start, values, |x, factor| x * factor)?;
+        Ok(is_told)
+    }
+
+    /// Each value with the factor of its row; nothing where there are no factors.
+    fn with_factors(&self, start: u64, values: &mut [f32], of: impl Fn(f32, f32) -> f32) -> Result<()> {
         let Some((factors, row)) = &self.factors else { return Ok(()) };
-        if out.is_empty() {
+        if values.is_empty() {
             return Ok(());
         }
         let first = start / row;
-        let n = (start + out.len() as u64 - 1) / row - first + 1;
+        let n = (start + values.len() as u64 - 1) / row - first + 1;
         let mut of_rows = vec![0.0; n as usize];
         factors.read(first, &mut of_rows)?;
-        for (at, x) in (start..).zip(out) {
-            *x *= of_rows[(at / row - first) as usize];
+        for (at, x) in (start..).zip(values) {
+            *x = of(*x, of_rows[(at / row - first) as usize]);
         }
         Ok(())
     }
 }
 
-/// What decodes a tensor.
+/// A tensor of a model, as packages have it.
 #[derive(Debug)]
-struct Values {
-    pieces: Vec<Piece>,
+pub struct Tensor {
+    shape: Vec<u64>,
     dtype: DType,
+    pieces: Vec<Piece>,
 }
 
-impl View for Values {
-    fn packing(&self) -> Packing {
-        let constant = self.pieces.first().map(Piece::constant);
-        let codes = constant.and_then(|c| c.parts().first().map(|(_, codes)| codes.data_type.bits()));
-        let bits = codes.or(constant.map(|c| c.data_type.bits())).unwrap_or(0);
-        Packing { bits, block: [1, 0] }
+impl Tensor {
+    fn new(pieces: Vec<Piece>) -> Result<Self> {
+        let shapes = || pieces.iter().map(|piece| matrix(&piece.constant().shape));
+        let mut shape = shapes().next().unwrap_or_default().to_vec();
+        if pieces.len() > 1 {
+            let rest = shape.split_first().map(|(_, rest)| rest.to_vec()).unwrap_or_default();
+            if shapes().any(|s| s.split_first().is_none_or(|(_, other)| other != rest)) {
+                return Err(Error::malformed("is in pieces that have rows of different shapes"));
+            }
+            let rows = shapes().filter_map(|s| s.first()).try_fold(0u64, |n, rows| n.checked_add(*rows));
+            let rows = rows.ok_or_else(|| Error::malformed("has more than 2^64 rows"))?;
+            shape = [&[rows], &rest[..]].concat();
+            elements(&shape)?;
+        }
+        let is_half = pieces.iter().all(|piece| piece.constant().data_type == DataType::Float16);
+        Ok(Self { shape, dtype: if is_half { DType::F16 } else { DType::F32 }, pieces })
     }
 
-    fn read(&self, _: &Stored, start: u64, out: &mut [u8]) -> Result<()> {
-        let size = self.dtype.type_size() as usize;
-        let mut values = vec![0.0; out.len() / size];
-        let (mut at, mut rest, mut before) = (start, &mut values[..], 0);
+    /// Its shape, outermost dimension first; of the matrix of a convolution without the dimensions of 1.
+    pub fn shape(&self) -> &[u64] {
+        &self.shape
+    }
+
+    /// Number of elements.
+    pub fn elements(&self) -> u64 {
+        self.pieces.iter().map(|piece| piece.constant().elements()).fold(0, u64::saturating_add)
+    }
+
+    /// How it is encoded, in words.
+    pub fn encoding(&self) -> String {
+        let Some(piece) = self.pieces.first() else { return String::new() };
+        let factors = if piece.factors.is_some() { ", a factor per row" } else { "" };
+        format!("{}{factors}", piece.constant().encoding())
+    }
+
+    /// Bits of a code, or of an element that is stored as it is.
+    pub fn bits(&self) -> u32 {
+        let codes =
+            self.pieces.first().and_then(|piece| piece.constant().stored().first().map(|(c, _)| c.data_type));
+        codes.map_or(0, DataType::bits)
+    }
+
+    /// Bytes of all that is stored for it.
+    pub fn bytes(&self) -> u64 {
+        let constants = self.pieces.iter().flat_map(Piece::constants);
+        constants.map(Constant::bytes).fold(0, u64::saturating_add)
+    }
+
+    /// Fills `out` with the values from element `start` on.
+    ///
+    /// # Errors
+    /// As [`Weight::read`].
+    pub fn read(&self, start: u64, out: &mut [f32]) -> Result<()> {
+        self.each(start, out, &mut |piece, start, out| piece.read(start, out))
+    }
+
+    /// As [`Weight::nearest`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn nearest(&self, start: u64, values: &mut [f32]) -> Result<bool> {
+        let mut is_told = true;
+        self.each(start, values, &mut |piece, start, values| {
+            is_told &= piece.nearest(start, values)?;
+            Ok(())
+        })?;
+        Ok(is_told)
+    }
+
+    /// Calls `of` with each piece that has elements from `start` on, the first of these, and their place in `values`.
+    fn each(
+        &self,
+        start: u64,
+        values: &mut [f32],
+        of: &mut dyn FnMut(&Piece, u64, &mut [f32]) -> Result<()>,
+    ) -> Result<()> {
+        let (mut at, mut rest, mut before) = (start, values, 0);
         for piece in &self.pieces {
             let end = before + piece.constant().elements();
             if at < end && !rest.is_empty() {
                 let n = usize::try_from(end - at).unwrap_or(rest.len()).min(rest.len());
                 let (these, others) = rest.split_at_mut(n);
-                piece.read(at - before, these)?;
+                of(piece, at - before, these)?;
                 (at, rest) = (at + n as u64, others);
             }
             before = end;
         }
+        match rest.is_empty() {
+            true => Ok(()),
+            false => Err(Error::misuse(format!("{} elements beyond its end", rest.len()))),
+        }
+    }
+}
+
+impl View for Tensor {
+    fn packing(&self) -> Packing {
+        Packing { bits: self.bits(), block: [1, 0] }
+    }
+
+    fn read(&self, _: &Stored, start: u64, out: &mut [u8]) -> Result<()> {
+        let size = self.dtype.type_size() as usize;
+        let mut values = vec![0.0; out.len() / size];
+        Self::read(self, start, &mut values)?;
         match self.dtype {
             DType::F16 => {
                 let halves = out.as_chunks_mut::<2>().0.iter_mut().zip(&values);
@@ -229,25 +339,11 @@ struct Parts {
 }
 
 impl Parts {
-    /// A tensor of pieces: what each is stored as becomes a tensor of bytes.
-    fn tensor(&mut self, name: &str, pieces: Vec<Piece>) -> Result<Joined> {
-        let shapes = || pieces.iter().map(|piece| matrix(&piece.constant().shape));
-        let mut shape = shapes().next().unwrap_or_default().to_vec();
-        if pieces.len() > 1 {
-            let rest = shape.split_first().map(|(_, rest)| rest.to_vec()).unwrap_or_default();
-            if shapes().any(|s| s.split_first().is_none_or(|(_, other)| other != rest)) {
-                return Err(Error::malformed("is in pieces that have rows of different shapes"));
-            }
-            let rows = shapes().filter_map(|s| s.first()).try_fold(0u64, |n, rows| n.checked_add(*rows));
-            let rows = rows.ok_or_else(|| Error::malformed("has more than 2^64 rows"))?;
-            shape = [&[rows], &rest[..]].concat();
-            elements(&shape)?;
-        }
-        let is_half = pieces.iter().all(|piece| piece.constant().data_type == DataType::Float16);
+    /// What a tensor is stored as becomes tensors of bytes.
+    fn tensor(&mut self, name: &str, tensor: Tensor) -> Result<Joined> {
         let mut parts = Vec::new();
-        for piece in &pieces {
-            let weights = std::iter::once(&piece.weight).chain(piece.factors.iter().map(|(w, _)| w));
-            for weight in weights {
+        for piece in &tensor.pieces {
+            for weight in piece.weights() {
                 for (constant, place) in weight.constant().stored() {
                     let part = format!("{name} / {}", constant.name);
                     self.part(&part, weight.package(), place)?;
@@ -255,9 +351,8 @@ impl Parts {
                 }
             }
         }
-        let dtype = if is_half { DType::F16 } else { DType::F32 };
-        let view = Box::new(Values { pieces, dtype });
-        Ok(Joined { name: name.into(), dtype, shape, parts, view })
+        let (dtype, shape) = (tensor.dtype, tensor.shape.clone());
+        Ok(Joined { name: name.into(), dtype, shape, parts, view: Box::new(tensor) })
     }
 
     fn part(&mut self, name: &str, package: &Arc<Package>, place: &Place) -> Result<()> {

@@ -68,7 +68,7 @@ impl Weight {
     }
 
     /// The same of a part of it.
-    fn values(&self, constant: &Constant, start: u64, out: &mut [f32]) -> Result<()> {
+    pub(super) fn values(&self, constant: &Constant, start: u64, out: &mut [f32]) -> Result<()> {
         if out.is_empty() {
             return Ok(());
         }
@@ -355,7 +355,7 @@ fn codes_of(
 }
 
 /// To the numbers of a type.
-fn round(data_type: DataType, values: &mut [f32]) {
+pub(super) fn round(data_type: DataType, values: &mut [f32]) {
     if data_type != DataType::Float16 {
         return;
     }
@@ -369,14 +369,14 @@ fn round(data_type: DataType, values: &mut [f32]) {
 
 /// Which block each element is of. Dimensions whose blocks follow on each other are one.
 #[derive(Debug)]
-struct Groups {
+pub(super) struct Groups {
     /// Size and number of blocks of each dimension, from the outermost on.
     axes: Vec<(u64, u64)>,
 }
 
 impl Groups {
     /// Of blocks that divide the shape.
-    fn new(shape: &[u64], groups: &[u64]) -> Self {
+    pub(super) fn new(shape: &[u64], groups: &[u64]) -> Self {
         let mut axes: Vec<(u64, u64)> = Vec::new();
         for (&size, &groups) in shape.iter().zip(groups).filter(|(size, _)| **size != 1) {
             match axes.last_mut() {
@@ -400,7 +400,7 @@ impl Groups {
     }
 
     /// Calls `each` with places among `n` elements from `start` on, and the block that they are of.
-    fn runs(&self, start: u64, n: usize, mut each: impl FnMut(Range<usize>, u64)) {
+    pub(super) fn runs(&self, start: u64, n: usize, mut each: impl FnMut(Range<usize>, u64)) {
         let wide = self.axes.last().map_or(u64::MAX, |(size, groups)| size / groups);
         let mut at = 0;
         while at < n {
@@ -413,7 +413,7 @@ impl Groups {
     }
 
     /// The blocks from the first that `n` elements from `start` on have a part in, to the last.
-    fn span(&self, start: u64, n: usize) -> Range<u64> {
+    pub(super) fn span(&self, start: u64, n: usize) -> Range<u64> {
         let mut span = u64::MAX..0;
         let mut widen = |group: u64| span = span.start.min(group)..span.end.max(group + 1);
         match &self.axes[..] {

@@ -4,7 +4,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use crate::container::coreml::mil::{Function, NamedValueType, TensorType, ValueType};
 use crate::container::coreml::model::{
-    ArrayDataType, ArrayFeatureType, FeatureDescription, FeatureKind, Flexibility, ModelDescription, SizeRange,
+    ArrayDataType, ArrayFeatureType, FeatureDescription, FeatureKind, Flexibility, ModelDescription,
+    SizeRange,
 };
 use crate::container::coreml::{DataType, Model};
 use crate::error::{Error, Result};
@@ -22,7 +23,8 @@ pub(super) fn check(model: &Model) -> Result<()> {
     let (description, functions) = (&model.description, &model.program.functions);
     let names: Vec<&str> = functions.keys().map(String::as_str).collect();
     if description.functions.is_empty() {
-        let [(MAIN, function)] = functions.iter().map(|(n, f)| (n.as_str(), f)).collect::<Vec<_>>()[..] else {
+        let [(MAIN, function)] = functions.iter().map(|(n, f)| (n.as_str(), f)).collect::<Vec<_>>()[..]
+        else {
             return Err(Error::malformed(format!(
                 "no functions are described, so that \"main\" is the only one; there are {names:?}"
             )));
@@ -78,7 +80,10 @@ fn of_function(
     let Some(block) = function.block_specializations.get(&function.opset) else { return Ok(()) };
     if !outputs.iter().map(|o| &o.name).eq(&block.outputs) {
         let found: Vec<&str> = outputs.iter().map(|o| o.name.as_str()).collect();
-        return Err(Error::malformed(format!("outputs {found:?} are described, it gives {:?}", block.outputs)));
+        return Err(Error::malformed(format!(
+            "outputs {found:?} are described, it gives {:?}",
+            block.outputs
+        )));
     }
     for described in outputs {
         let results = block.operations.iter().flat_map(|o| &o.outputs).chain(&function.inputs);
@@ -176,9 +181,7 @@ fn differs(array: &ArrayFeatureType, tensor: &TensorType) -> Error {
     let ranges = match &array.flexibility {
         Flexibility::None => String::new(),
         Flexibility::Range(sizes) => {
-            let range = |r: &SizeRange| {
-                format!("{}..{}", r.lower_bound, r.upper_bound)
-            };
+            let range = |r: &SizeRange| format!("{}..{}", r.lower_bound, r.upper_bound);
             format!(" in ranges {}", sizes.0.iter().map(range).collect::<Vec<_>>().join(", "))
         }
         Flexibility::Enumerated(list) => format!(" or one of {} shapes", list.0.len()),

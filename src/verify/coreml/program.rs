@@ -42,16 +42,19 @@ pub(super) fn check<'a>(name: &'a str, function: &'a Function, specification: i3
             function.opset
         )));
     }
-    let block = match (function.block_specializations.len(), function.block_specializations.get(&function.opset)) {
-        (1, Some(block)) if block.inputs.is_empty() => block,
-        (1, Some(_)) => return Err(Error::malformed("its block has inputs of its own")),
-        (n, _) => return Err(Error::malformed(format!("it has {n} blocks, not the one of its opset"))),
-    };
+    let block =
+        match (function.block_specializations.len(), function.block_specializations.get(&function.opset)) {
+            (1, Some(block)) if block.inputs.is_empty() => block,
+            (1, Some(_)) => return Err(Error::malformed("its block has inputs of its own")),
+            (n, _) => return Err(Error::malformed(format!("it has {n} blocks, not the one of its opset"))),
+        };
     if function.opset != KNOWN {
-        return Err(Error::unsupported(format!("operators of {} are not known, {KNOWN} are", function.opset)));
+        return Err(Error::unsupported(format!(
+            "operators of {} are not known, {KNOWN} are",
+            function.opset
+        )));
     }
-    let mut typed =
-        Typed { name, function, block, states: HashMap::new(), values: HashMap::new() };
+    let mut typed = Typed { name, function, block, states: HashMap::new(), values: HashMap::new() };
     let mut symbols = Symbols::default();
     for input in &function.inputs {
         typed.input(&input.name, &input.value_type, &mut symbols).map_err(|e| e.context(&input.name))?;
@@ -81,7 +84,9 @@ impl<'a> Typed<'a> {
             ValueType::State(held) => {
                 let ty = declared_type(&held.0, symbols)?;
                 if ty.dims.iter().any(|d| d.known().is_none()) || ty.dtype != DataType::Float16 {
-                    return Err(Error::malformed(format!("a state of {ty}, one of fp16 and known sizes is one")));
+                    return Err(Error::malformed(format!(
+                        "a state of {ty}, one of fp16 and known sizes is one"
+                    )));
                 }
                 self.states.insert(name, ty);
             }
@@ -218,7 +223,9 @@ fn check_attributes(operation: &Operation) -> Result<()> {
             "name" if text(value).is_some() => {}
             "name" => return Err(Error::malformed("its attribute name is no text")),
             "val" if is_const => {}
-            other => return Err(Error::malformed(format!("it has the attribute {other}, which is not known"))),
+            other => {
+                return Err(Error::malformed(format!("it has the attribute {other}, which is not known")));
+            }
         }
     }
     match operation.attributes.contains_key("name") {

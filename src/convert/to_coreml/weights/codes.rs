@@ -296,11 +296,14 @@ impl Codes {
     }
 }
 
-/// The runs of rows that the rows `to` consist of: a matrix, the rows there, and the first of them here.
+/// Is given a matrix, rows of it, and where the first of them goes.
+type Work<'a> = dyn FnMut(&dyn Grouped, Range<u64>, usize) -> Result<()> + 'a;
+
+/// The runs of rows that the rows `to` consist of.
 fn each_run(
     matrices: &[(Arc<dyn Grouped>, StridedCopy)],
     to: &Range<u64>,
-    work: &mut dyn FnMut(&dyn Grouped, Range<u64>, usize) -> Result<()>,
+    work: &mut Work<'_>,
 ) -> Result<()> {
     for (matrix, copy) in matrices {
         for part in copy.clip(to.start, to.end) {

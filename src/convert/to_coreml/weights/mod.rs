@@ -98,10 +98,18 @@ impl Operand {
 }
 
 /// Where an encoding puts bytes: the number of the blob, the first byte in its data, and the bytes.
-type Put<'a> = dyn Fn(usize, u64, &[u8]) -> Result<()> + 'a;
+pub type Put<'a> = dyn Fn(usize, u64, &[u8]) -> Result<()> + 'a;
 
 /// How rows of a tensor become blobs. Operands in the program come behind those that are blobs.
 trait Encoding: Debug + Send + Sync {
+    /// What it is called.
+    fn name(&self) -> &'static str;
+
+    /// How codes come about; `None` where they are the source's.
+    fn method(&self, is_weighed: bool) -> Option<&'static str> {
+        Some(if is_weighed { "imatrix" } else { "rtn" })
+    }
+
     /// What is stored.
     fn operands(&self, tensor: &Tensor) -> Vec<Operand>;
 
@@ -226,6 +234,12 @@ impl WeightPlan {
         Ok(Encoded { name: name.into(), shape: self.tensor.shape.clone(), form, after })
     }
 
+    /// What its encoding is called, such as `int4`, and how codes come about: `rtn`, `imatrix`, `k-means`, or `copy`
+    /// where they are the source's.
+    pub fn kind(&self) -> (&'static str, &'static str) {
+        (self.encoding.name(), self.encoding.method(self.tensor.is_weighed()).unwrap_or("copy"))
+    }
+
     /// Into how many spans the work falls.
     pub fn spans(&self) -> usize {
         match self.blobs.is_empty() {
@@ -239,13 +253,7 @@ impl WeightPlan {
     ///
     /// # Errors
     /// As reads and `put` fail; `Malformed` for weights that are not finite or beyond float16, naming the first.
-    pub fn write(
-        &self,
-        store: &Store,
-        span: usize,
-        scratch: &mut Scratch,
-        put: &dyn Fn(usize, u64, &[u8]) -> Result<()>,
-    ) -> Result<Outcome> {
+    pub fn write(&self, store: &Store, span: usize, scratch: &mut Scratch, put: &Put<'_>) -> Result<Outcome> {
         let first = (span as u64).saturating_mul(self.step).min(self.tensor.rows);
         let rows = first..self.tensor.rows.min(first.saturating_add(self.step));
         self.encoding.write(&self.tensor, store, rows, scratch, put).map_err(|e| match e.path() {

@@ -1,0 +1,284 @@
+//! Every weight decoded; with a source, each tensor beside it: its values are the nearest that its scales and tables
+//! have, and nothing of the source is missing.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+
+use half::f16;
+
+use super::super::tensors::{Sums, TensorCheck};
+use super::super::{Options, Outcome};
+use crate::arch::{Mapped, Positions};
+use crate::container::Store;
+use crate::container::coreml::{Constant, Form, Package};
+use crate::convert::to_coreml::{Given, Opened};
+use crate::convert::{Budget, Observer, Scratch, Source};
+use crate::diff::stretches;
+use crate::error::{Error, Result};
+use crate::mil::identifier;
+use crate::packed::coreml::{Constants, Tensor, Weight};
+use crate::tensor::DType;
+use crate::work::each;
+
+/// Elements decoded at a time.
+const SPAN: u64 = 1 << 17;
+/// How much farther from the source than the nearest that it could be a value may be: of the largest weight of its
+/// span, for what is rounded on the way.
+const SLACK: f64 = 1.0 / 2048.0;
+/// What is worse than zeros is wrong whatever its codes.
+const WORST: f64 = 1.0;
+
+/// What was found: each tensor, how it ended, in words.
+pub(super) type Found = (Vec<TensorCheck>, Outcome, String);
+
+/// Decodes everything, and finds it finite.
+///
+/// # Errors
+/// `Malformed` for what cannot be decoded; `Io`; `Interrupted`.
+pub(super) fn decode(packages: &[Arc<Package>], budget: &Budget, observer: &dyn Observer) -> Result<Found> {
+    let constants = Constants::of(packages)?;
+    let parts: HashSet<&str> =
+        constants.iter().flat_map(|c| c.parts()).map(|(_, part)| part.name.as_str()).collect();
+    let is_weight = |c: &Constant| {
+        (!matches!(c.form, Form::Plain(_)) || c.is_in_file()) && !parts.contains(c.name.as_str())
+    };
+    let names: Vec<String> = constants.iter().filter(|c| is_weight(c)).map(|c| c.name.clone()).collect();
+    let counts = each(
+        &names,
+        budget.threads,
+        || vec![0.0; SPAN as usize],
+        |values, name| {
+            let Some((tensor, _)) = constants.tensor(std::slice::from_ref(name))? else { return Ok((0, 0)) };
+            let mut non_finite = 0u64;
+            for span in stretches(tensor.elements(), SPAN) {
+                if observer.interrupted() {
+                    return Err(Error::interrupted());
+                }
+                let values = &mut values[..(span.end - span.start) as usize];
+                tensor.read(span.start, values)?;
+                non_finite += values.iter().filter(|x| !x.is_finite()).count() as u64;
+            }
+            observer.advance(tensor.bytes(), name);
+            Ok((tensor.elements(), non_finite))
+        },
+    )?;
+    let bad = names.iter().zip(&counts).find(|(_, (_, non_finite))| *non_finite > 0);
+    if let Some((name, (_, n))) = bad {
+        return Ok((Vec::new(), Outcome::Failed, format!("weight {name:?}: {n} values are NaN or infinite")));
+    }
+    let n: u64 = counts.iter().map(|(elements, _)| elements).sum();
+    let detail = format!("{} weights, {n} values decoded, all finite", names.len());
+    Ok((Vec::new(), Outcome::Passed, detail))
+}
+
+/// Compares all tensors with those of a source.
+///
+/// # Errors
+/// As [`decode`]; what keeps the source from being read.
+pub(super) fn compare(
+    packages: &[Arc<Package>],
+    source: &Opened,
+    budget: &Budget,
+    observer: &dyn Observer,
+) -> Result<Found> {
+    let constants = Constants::of(packages)?;
+    if let Some(differing) = constants.differing().first() {
+        let [one, other] = &differing.functions;
+        let name = &differing.constant;
+        let detail = format!("the functions {one:?} and {other:?} have different weights {name:?}");
+        return Ok((Vec::new(), Outcome::Failed, detail));
+    }
+    let generated: HashSet<String> = source.model.arch.generates().collect();
+    let mut wanted = Vec::new();
+    for mapped in &source.mapped {
+        let tensors = tensors_of(&constants, mapped, source)?;
+        if tensors.is_empty() && !generated.contains(&mapped.name) {
+            let detail = format!("tensor {:?} of the source is missing", mapped.name);
+            return Ok((Vec::new(), Outcome::Failed, detail));
+        }
+        for tensor in tensors {
+            if tensor.shape() != mapped.shape {
+                let detail = format!(
+                    "tensor {:?} has shape {:?}, its source {:?}",
+                    mapped.name,
+                    tensor.shape(),
+                    mapped.shape
+                );
+                return Ok((Vec::new(), Outcome::Failed, detail));
+            }
+            wanted.push((tensor, mapped));
+        }
+    }
+    let store = &source.store;
+    let checks = each(&wanted, budget.threads, State::default, |state, (tensor, mapped)| {
+        let one = check(tensor, mapped, store, state, observer);
+        one.map_err(|e| e.context(format_args!("tensor {:?}", mapped.name)))
+    })?;
+    if let Some(fault) = rotations(packages, &constants, source)? {
+        return Ok((checks, Outcome::Failed, fault));
+    }
+    let (outcome, detail) = judge(&checks);
+    Ok((checks, outcome, detail))
+}
+
+/// The tensors of the package that hold one of the source: itself, and where a head that is the embedding is divided,
+/// or stored again, that as well.
+fn tensors_of(constants: &Constants, mapped: &Mapped, source: &Opened) -> Result<Vec<Tensor>> {
+    let name = mapped.name.as_str();
+    let has = |name: &str| constants.get(&identifier(name)).is_some();
+    let divided = || -> Vec<String> {
+        (0..).map(|j| format!("output.{j}.weight")).take_while(|name| has(name)).collect()
+    };
+    let has_head = source.mapped.iter().any(|m| m.name == HEAD);
+    let mut names = vec![vec![name.to_string()]];
+    match name {
+        HEAD if !has(HEAD) => names = vec![divided()],
+        EMBEDDING if !has_head => names.extend([divided(), vec![HEAD.to_string()]]),
+        _ => {}
+    }
+    let context = |e: Error| e.context(format_args!("tensor {name:?}"));
+    let mut found = Vec::new();
+    for names in names {
+        let names: Vec<String> = names.iter().map(|name| identifier(name)).collect();
+        found.extend(constants.tensor(&names).map_err(context)?.map(|(tensor, _)| tensor));
+    }
+    Ok(found)
+}
+
+const EMBEDDING: &str = "token_embd.weight";
+const HEAD: &str = "output.weight";
+
+#[derive(Default)]
+struct State {
+    found: Vec<f32>,
+    wanted: Vec<f32>,
+    nearest: Vec<f32>,
+    scratch: Scratch,
+}
+
+fn check(
+    tensor: &Tensor,
+    mapped: &Mapped,
+    store: &Store,
+    state: &mut State,
+    observer: &dyn Observer,
+) -> Result<TensorCheck> {
+    let from = Source::new(mapped, store)?;
+    let mut sums = Sums::default();
+    for span in stretches(tensor.elements(), SPAN) {
+        if observer.interrupted() {
+            return Err(Error::interrupted());
+        }
+        let n = (span.end - span.start) as usize;
+        state.found.resize(n, 0.0);
+        tensor.read(span.start, &mut state.found)?;
+        from.values(store, span.start, span.end, &mut state.wanted, &mut state.scratch)?;
+        state.nearest.clone_from(&state.wanted);
+        let is_told = tensor.nearest(span.start, &mut state.nearest)?;
+        sums.add(&state.found, &state.wanted);
+        let largest = state.wanted.iter().fold(0f32, |most, x| most.max(x.abs()));
+        let slack = f64::from(largest) * SLACK;
+        let distance = |x: f32, y: f32| f64::from((x - y).abs());
+        let all = state.found.iter().zip(&state.wanted).zip(&state.nearest);
+        // Where that is told, a value is at most as far from the source as the nearest one.
+        let far = all.filter(|((x, y), best)| distance(**x, **y) > distance(**best, **y) + slack);
+        sums.out_of_bound += if is_told { far.count() as u64 } else { 0 };
+    }
+    observer.advance(tensor.bytes(), &mapped.name);
+    let dtype = if tensor.bits() >= 32 { DType::F32 } else { DType::F16 };
+    let mut one = sums.finish(&mapped.name, dtype);
+    one.encoding = Some(tensor.encoding());
+    Ok(one)
+}
+
+fn judge(checks: &[TensorCheck]) -> (Outcome, String) {
+    let encoding = |c: &TensorCheck| c.encoding.clone().unwrap_or_default();
+    if let Some(bad) = checks.iter().find(|c| c.non_finite > 0) {
+        let detail = format!("tensor {:?}: {} values are NaN or infinite", bad.name, bad.non_finite);
+        return (Outcome::Failed, detail);
+    }
+    if let Some(bad) = checks.iter().find(|c| c.out_of_bound > 0) {
+        let detail = format!(
+            "tensor {:?} ({}): {} values are not the nearest to the source's that it could hold (largest error {:.3e})",
+            bad.name,
+            encoding(bad),
+            bad.out_of_bound,
+            bad.max_error
+        );
+        return (Outcome::Failed, detail);
+    }
+    if let Some(bad) = checks.iter().find(|c| c.relative_rmse > WORST) {
+        let detail = format!(
+            "tensor {:?} ({}) is farther from the source than zeros would be: relative error {:.2}",
+            bad.name,
+            encoding(bad),
+            bad.relative_rmse
+        );
+        return (Outcome::Failed, detail);
+    }
+    let n: u64 = checks.iter().map(|c| c.elements).sum();
+    let worst = checks.iter().max_by(|a, b| a.relative_rmse.total_cmp(&b.relative_rmse));
+    let worst = worst.map(|c| {
+        format!(
+            "; worst {} ({}): relative error {:.2e}, cosine {:.6}",
+            c.name,
+            encoding(c),
+            c.relative_rmse,
+            c.cosine
+        )
+    });
+    let detail = format!(
+        "{} tensors, {n} weights, each the nearest to the source's that it could be{}",
+        checks.len(),
+        worst.unwrap_or_default()
+    );
+    (Outcome::Passed, detail)
+}
+
+/// That tables of rotations are those of the source's definition.
+fn rotations(packages: &[Arc<Package>], constants: &Constants, source: &Opened) -> Result<Option<String>> {
+    let Some(context) = constants.get(&identifier("rope_cos.0")).and_then(|c| c.shape.first().copied())
+    else {
+        return Ok(None);
+    };
+    let Positions::Rope { tables, .. } = source.model.decoder(context)?.positions else {
+        return Ok(Some("it has tables of rotations, which the model has not".into()));
+    };
+    for (t, spec) in tables.iter().enumerate() {
+        let rows = usize::try_from(context).map_err(|_| Error::limit("a table beyond the address space"))?;
+        let (cos, sin) = spec.table(rows)?;
+        for (name, wanted) in [(format!("rope_cos.{t}"), cos), (format!("rope_sin.{t}"), sin)] {
+            let Some(constant) = constants.get(&identifier(&name)) else {
+                return Ok(Some(format!("the table {name:?} is missing")));
+            };
+            if constant.elements() != wanted.len() as u64 {
+                return Ok(Some(format!("the table {name:?} has shape {:?}", constant.shape)));
+            }
+            // Each package of a model has its own.
+            for package in packages {
+                let of_one = Constants::of(std::slice::from_ref(package))?;
+                let Some(constant) = of_one.get(&identifier(&name)) else { continue };
+                let mut found = vec![0.0; wanted.len()];
+                Weight::new(Arc::clone(package), Arc::clone(constant))?.read(0, &mut found)?;
+                let same = |(x, y): (&f32, &f16)| *x == y.to_f32();
+                if let Some(at) = found.iter().zip(&wanted).position(|pair| !same(pair)) {
+                    return Ok(Some(format!(
+                        "the table {name:?} has {} as element {at}, the model's rotations give {}",
+                        found[at], wanted[at]
+                    )));
+                }
+            }
+        }
+    }
+    Ok(None)
+}
+
+/// Opens a source as packages are made of it.
+///
+/// # Errors
+/// What keeps it from being read.
+pub(super) fn open(options: &Options) -> Result<Option<Opened>> {
+    let Some(path) = &options.against else { return Ok(None) };
+    let given = Given { path, arch: options.arch.as_deref(), arch_file: options.arch_file.as_deref() };
+    given.open(&options.limits).map(Some)
+}
