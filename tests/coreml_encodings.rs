@@ -106,7 +106,7 @@ fn every_form() {
             let lost = nmse(&x, &y);
             let most = match wish {
                 Wish::F16 => 1e-6,
-                Wish::Int { bits: 4, block: Some(_) } => 0.008,
+                Wish::Int { bits: 4, block: Some(_) } => 0.01,
                 Wish::Int { bits: 4, .. } => 0.02,
                 Wish::Int { .. } => 5e-5,
                 Wish::Lut { bits: 1, .. } => 0.36,
