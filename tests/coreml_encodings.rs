@@ -121,7 +121,7 @@ fn every_form() {
             // Ternary scales are taken for what they are in float16.
             assert!((made.outcome.lost / made.outcome.power - lost).abs() < 1e-6 + lost * 1e-2, "{wish:?}");
             let flushed = x.iter().filter(|x| **x != 0.0 && half(**x) == 0.0).count() as u64;
-            assert_eq!((made.outcome.flushed, flushed), (2, 2), "{wish:?}");
+            assert!(made.outcome.flushed == flushed && flushed >= 2, "{wish:?}: {flushed}");
         }
     }
 }
