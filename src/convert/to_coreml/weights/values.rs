@@ -101,7 +101,7 @@ pub(super) fn whole_bytes(cols: u64, bits: u32) -> u64 {
 /// What became of weights.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Outcome {
-    /// Weights that are not zero, and were too small for float16, or lie too near to zero for a scale's codes.
+    /// Weights that are not zero, and were too small for float16. Codes of 0 are what they should be.
     pub flushed: u64,
     /// Sum of the squares of what they lost.
     pub lost: f64,
@@ -124,7 +124,6 @@ impl Outcome {
             let lost = f64::from(x - y);
             outcome.lost += lost * lost;
             outcome.power += f64::from(*x) * f64::from(*x);
-            outcome.flushed += u64::from(*y == 0.0 && *x != 0.0);
         }
         outcome
     }
