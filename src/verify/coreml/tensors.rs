@@ -22,9 +22,6 @@ use crate::work::each;
 
 /// Elements decoded at a time.
 const SPAN: u64 = 1 << 17;
-/// How much farther from the source than the nearest that it could be a value may be: of the largest weight of its
-/// span, for what is rounded on the way.
-const SLACK: f64 = 1.0 / 2048.0;
 /// What is worse than zeros is wrong whatever its codes.
 const WORST: f64 = 1.0;
 
@@ -191,7 +188,7 @@ fn check(
         let is_told = tensor.nearest(span.start, &mut state.nearest)?;
         sums.add(&state.found, &state.wanted);
         let largest = state.wanted.iter().fold(0f32, |most, x| most.max(x.abs()));
-        let slack = f64::from(largest) * SLACK;
+        let slack = f64::from(largest) * tensor.slack();
         let distance = |x: f32, y: f32| f64::from((x - y).abs());
         let all = state.found.iter().zip(&state.wanted).zip(&state.nearest);
         // Where that is told, a value is at most as far from the source as the nearest one.
