@@ -5,6 +5,7 @@
 
 mod families;
 mod package;
+mod run;
 mod types;
 
 use std::collections::{BTreeMap, BTreeSet};
