@@ -128,6 +128,9 @@ fn parts() {
             assert_eq!(rows(&whole), 6);
             let layout = if target == &ROWS { "rows" } else { "channels" };
             save(&family, &format!("three-{layout}"), &[("main", &whole)]);
+            for (i, part) in parts.iter().enumerate() {
+                save(&family, &format!("part-{i}-{layout}"), &[("main", part)]);
+            }
         }
     }
 }
