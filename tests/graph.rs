@@ -54,6 +54,9 @@ fn text(d: &Decoder) -> String {
     if d.windows.iter().any(Option::is_some) {
         writeln!(out, "  windows {:?}", d.windows).unwrap();
     }
+    if d.stream != 1.0 {
+        writeln!(out, "  stream x{}", d.stream).unwrap();
+    }
     if (d.embedding_scale, d.residual, d.logit_scale, d.parallel) != (1.0, 1.0, 1.0, false) {
         let parallel = if d.parallel { ", side by side" } else { "" };
         let (embedding, residual, logits) = (d.embedding_scale, d.residual, d.logit_scale);

@@ -38,6 +38,9 @@ pub struct Decoder {
     pub embedding_scale: f32,
     /// What sublayers are multiplied by before they are added.
     pub residual: f32,
+    /// What the residual stream is multiplied by throughout. Norms take it out again: it is for streams beyond what
+    /// float16 holds.
+    pub stream: f32,
     /// Whether attention and feed-forward read the same stream: the same norm of it, or each its own where both are
     /// there.
     pub parallel: bool,

@@ -284,7 +284,10 @@ impl<'a> Parser<'a> {
     fn single(&self, operation: &Operation, parameter: &str) -> Result<Source> {
         match operation.inputs.get(parameter).map(|argument| &argument.0[..]) {
             Some([binding]) => self.bound(binding).map_err(|e| e.context(parameter)),
-            _ => Err(Error::malformed(format!("{parameter}: one value was expected"))),
+            None => Err(Error::malformed(format!("{parameter} is missing"))),
+            Some(others) => {
+                Err(Error::malformed(format!("{parameter} is bound to {} values, not one", others.len())))
+            }
         }
     }
 

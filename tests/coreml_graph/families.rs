@@ -1,6 +1,7 @@
 //! Models that are nothing but sizes: the eight families.
 
 use std::collections::BTreeMap;
+use std::sync::OnceLock;
 
 use qconv::arch::{Activation, Clamp, Decoder, Ffn, Norm, Positions, RopeSpec, Router};
 use qconv::container::coreml::DataType;
@@ -14,6 +15,8 @@ pub const CONTEXT: u64 = 48;
 pub struct Shapes {
     pub shapes: BTreeMap<String, Vec<u64>>,
     pub forms: BTreeMap<String, Compressed>,
+    /// By name, from the first question on.
+    encoded: OnceLock<BTreeMap<String, Encoded>>,
 }
 
 #[derive(Clone, Copy)]
@@ -76,28 +79,37 @@ impl Shapes {
 
 impl Weights for Shapes {
     fn get(&self, name: &str) -> Option<Encoded> {
-        let shape = self.shapes.get(name)?.clone();
+        self.encoded.get_or_init(|| self.encode()).get(name).cloned()
+    }
+}
+
+impl Shapes {
+    fn encode(&self) -> BTreeMap<String, Encoded> {
         let (_, blobs) = layout("weight.bin", &self.wanted()).unwrap();
         let mut blobs = blobs.iter();
-        let placed = self.all().map(|(of, dtype, shape, is_short)| {
+        let mut stored = self.all().map(|(_, dtype, shape, is_short)| {
             let place = match is_short {
                 true => Place::Immediate(vec![0x3c; shape.iter().product::<u64>() as usize * 2]),
                 false => Place::File(blobs.next().unwrap().record),
             };
-            (of, Stored { dtype, shape, place })
+            Stored { dtype, shape, place }
         });
-        let mut stored = placed.filter(|(of, _)| *of == name).map(|(_, stored)| stored);
         let mut next = || stored.next().unwrap();
-        let (form, after) = match self.forms.get(name) {
-            None => (Form::Plain(next()), None),
-            Some(Compressed::Int4) => (Form::Blockwise { data: next(), scale: next(), offset: None }, None),
-            Some(Compressed::Lut4) => (Form::Lut { indices: next(), lut: next() }, None),
-            Some(Compressed::Ternary) => (Form::Lut { indices: next(), lut: next() }, Some(next())),
-            Some(Compressed::Sparse) => {
-                (Form::SparseLut { mask: next(), indices: next(), lut: next() }, None)
-            }
+        let mut encode = |(name, shape): (&String, &Vec<u64>)| {
+            let (form, after) = match self.forms.get(name) {
+                None => (Form::Plain(next()), None),
+                Some(Compressed::Int4) => {
+                    (Form::Blockwise { data: next(), scale: next(), offset: None }, None)
+                }
+                Some(Compressed::Lut4) => (Form::Lut { indices: next(), lut: next() }, None),
+                Some(Compressed::Ternary) => (Form::Lut { indices: next(), lut: next() }, Some(next())),
+                Some(Compressed::Sparse) => {
+                    (Form::SparseLut { mask: next(), indices: next(), lut: next() }, None)
+                }
+            };
+            (name.clone(), Encoded { name: identifier(name), shape: shape.clone(), form, after })
         };
-        Some(Encoded { name: identifier(name), shape, form, after })
+        self.shapes.iter().map(&mut encode).collect()
     }
 }
 
@@ -135,6 +147,7 @@ pub fn llama(layers: usize) -> Family {
         ffn_norm: "ffn_norm".into(),
         embedding_scale: 1.0,
         residual: 1.0,
+        stream: 1.0,
         parallel: false,
         logit_scale: 1.0,
         attn_norm: "attn_norm".into(),
@@ -223,6 +236,7 @@ pub fn families(layers: usize) -> Vec<Family> {
                 d.windows[0] = Some(16);
                 d.activation = Activation::GeluTanh;
                 d.embedding_scale = 8.0;
+                d.stream = 0.125;
                 d.scale = 0.25;
                 d.logit_softcap = Some(30.0);
             },

@@ -272,7 +272,7 @@ impl<'a> Weights<'a> {
                 offset: blob.data(),
                 ..PartPlan::new(&format!("{}.{k}", weight.name), DType::U8, &[blob.bytes])
             });
-            let moved = Moved::encoding(planned.kind(), planned, parts.collect());
+            let moved = Moved::encoding(planned, parts.collect());
             plan.tensors.push(TensorPlan::moved(weight.name.clone(), shape, moved)?);
         }
         let model = self.model(part, &placed)?;

@@ -48,6 +48,8 @@ pub fn open(path: &Path, dtype: Option<DType>, arch_file: Option<&Path>, limits:
         let config = Json::Null;
         return Ok(HfModel { store, mapped, config, side, dtype, keeps_types: false, name, places, notes });
     };
+    // Definitions ask it how tensors are called.
+    drop_quantization(&mut config);
     let model = match arch_file {
         Some(path) => arch::take_for(arch::read(path, limits)?, &config),
         None => arch::recognise(&config, &[], None),
@@ -57,13 +59,9 @@ pub fn open(path: &Path, dtype: Option<DType>, arch_file: Option<&Path>, limits:
     let (store, _) = constants.store(&by_tensor(&constants, &config)).map_err(at)?;
     let tensors: Vec<TensorInfo> = store.tensors().iter().map(unshaped).collect();
     let mapped = model.map_back_as(&tensors, Layout::Halves).map_err(at)?;
-    check_whole(&model, &mapped).map_err(|e| {
-        at(e).hint(format!(
-            "{} is that of another model, or the package was written by another program",
-            config_path.display()
-        ))
-    })?;
-    drop_quantization(&mut config);
+    let described =
+        |e: Error| at(e.context(format_args!("of the model that {} describes", config_path.display())));
+    check_whole(&model, &mapped).map_err(described)?;
     set_dtype(&mut config, dtype);
     let mut side = Vec::new();
     for name in SIDE.into_iter().filter(|name| *name != CONFIG) {

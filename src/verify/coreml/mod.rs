@@ -174,9 +174,10 @@ fn programs(report: &mut Report, packages: &[Arc<Package>]) -> bool {
             return false;
         }
     }
+    let n = functions.len();
     let detail = format!(
-        "{operations} operations in {} functions, of the types that they declare, as they are described",
-        functions.len()
+        "{operations} operations in {n} function{}, of the types that they declare, as they are described",
+        if n == 1 { "" } else { "s" }
     );
     report.add("program", Ok((Outcome::Passed, detail)));
     let (mut reads, mut writes) = (0, 0);

@@ -82,21 +82,15 @@ pub(super) fn compare(
     observer: &dyn Observer,
 ) -> Result<Found> {
     let constants = Constants::of(packages)?;
-    if let Some(differing) = constants.differing().first() {
-        let [one, other] = &differing.functions;
-        let name = &differing.constant;
-        let detail = format!("the functions {one:?} and {other:?} have different weights {name:?}");
-        return Ok((Vec::new(), Outcome::Failed, detail));
-    }
     let generated: HashSet<String> = source.model.arch.generates().collect();
-    let mut wanted = Vec::new();
+    let (mut wanted, mut used) = (Vec::new(), HashSet::new());
     for mapped in &source.mapped {
         let tensors = tensors_of(&constants, mapped, source)?;
         if tensors.is_empty() && !generated.contains(&mapped.name) {
             let detail = format!("tensor {:?} of the source is missing", mapped.name);
             return Ok((Vec::new(), Outcome::Failed, detail));
         }
-        for tensor in tensors {
+        for (tensor, constants) in tensors {
             if tensor.shape() != mapped.shape {
                 let detail = format!(
                     "tensor {:?} has shape {:?}, its source {:?}",
@@ -106,8 +100,15 @@ pub(super) fn compare(
                 );
                 return Ok((Vec::new(), Outcome::Failed, detail));
             }
+            used.extend(constants);
             wanted.push((tensor, mapped));
         }
+    }
+    if let Some(differing) = constants.differing().iter().find(|d| used.contains(d.constant.as_str())) {
+        let [one, other] = &differing.functions;
+        let name = &differing.constant;
+        let detail = format!("the functions {one:?} and {other:?} have different weights {name:?}");
+        return Ok((Vec::new(), Outcome::Failed, detail));
     }
     let store = &source.store;
     let checks = each(&wanted, budget.threads, State::default, |state, (tensor, mapped)| {
@@ -123,7 +124,11 @@ pub(super) fn compare(
 
 /// The tensors of the package that hold one of the source: itself, and where a head that is the embedding is divided,
 /// or stored again, that as well.
-fn tensors_of(constants: &Constants, mapped: &Mapped, source: &Opened) -> Result<Vec<Tensor>> {
+fn tensors_of<'c>(
+    constants: &'c Constants,
+    mapped: &Mapped,
+    source: &Opened,
+) -> Result<Vec<(Tensor, Vec<&'c str>)>> {
     let name = mapped.name.as_str();
     let has = |name: &str| constants.get(&identifier(name)).is_some();
     let divided = || -> Vec<String> {
@@ -140,7 +145,7 @@ fn tensors_of(constants: &Constants, mapped: &Mapped, source: &Opened) -> Result
     let mut found = Vec::new();
     for names in names {
         let names: Vec<String> = names.iter().map(|name| identifier(name)).collect();
-        found.extend(constants.tensor(&names).map_err(context)?.map(|(tensor, _)| tensor));
+        found.extend(constants.tensor(&names).map_err(context)?);
     }
     Ok(found)
 }

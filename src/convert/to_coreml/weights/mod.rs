@@ -135,6 +135,9 @@ const SPAN: u64 = 1 << 18;
 /// The same where a stretch of the tensor is scattered in the source.
 const SCATTERED_SPAN: u64 = 1 << 21;
 
+/// Bytes of buffers for one element of a span: source and its stretches, value, what it is stored as, codes.
+const BYTES_PER_ELEMENT: u64 = 4 + 8 + 4 + 4 + 2;
+
 impl WeightPlan {
     /// Of a tensor, or of some rows of a matrix. Weights are not read, but where sizes depend on them; scales of
     /// codes that could stay are.
@@ -246,6 +249,12 @@ impl WeightPlan {
             true => 0,
             false => usize::try_from(self.tensor.rows.div_ceil(self.step)).unwrap_or(usize::MAX),
         }
+    }
+
+    /// Bytes of a worker's buffers for a span: weights as they are read, as numbers and as they are stored.
+    pub fn buffer_bytes(&self) -> u64 {
+        let elements = self.step.min(self.tensor.rows).saturating_mul(self.tensor.cols);
+        elements.saturating_mul(BYTES_PER_ELEMENT).saturating_add(self.tensor.source.held_bytes(elements))
     }
 
     /// Writes a span: `put` is given the number of a blob, the first byte in its data, and bytes. No two spans write
