@@ -243,7 +243,7 @@ fn of_the_program() {
         let dimensions = &mut tensor(&mut named(model, "main", q).outputs[0]).dimensions;
         *dimensions.last_mut().unwrap() = Dimension::Constant(Only(32));
     });
-    caught(&shape, "program", "is declared as fp16[1,?,32], the operation gives fp16[1,?,64]");
+    caught(&shape, "program", "is declared as fp16[1,?,32], the operation gives fp16[1,?,128]");
     let weight = package.with_model(|model| {
         let down = bind("blk_0_ffn_down_weight");
         named(model, "main", q).inputs.insert("weight".into(), down);
