@@ -5,7 +5,7 @@ mod common;
 
 use std::path::Path;
 
-use qconv::convert::{Profile, Silent, ToCoreml};
+use qconv::convert::{Forms, Matrices, Profile, Silent, ToCoreml};
 use qconv::eval::logits::{Agreement, Matrix, compare};
 use qconv::exec::{LanguageModel, Rounding, Session};
 use qconv::limits::Limits;
@@ -24,17 +24,27 @@ const FAMILIES: &[&str] = &[
     "models/gpt2",
     "models/gpt_oss",
     "models/gpt_oss-mxfp4",
+    "models/gemma2-spm",
+    "models/gemma2-scaled",
+    "models/granite",
+    "models/cohere",
+    "models/glm4",
+    "models/gpt_neox",
+    "models/gpt_neox-seq",
+    "models/falcon2",
+    "models/qwen3_moe",
 ];
 
 /// Experts are not for the Neural Engine.
-const WITH_EXPERTS: &[&str] = &["models/mixtral", "models/gpt_oss", "models/gpt_oss-mxfp4"];
+const WITH_EXPERTS: &[&str] =
+    &["models/mixtral", "models/gpt_oss", "models/gpt_oss-mxfp4", "models/qwen3_moe"];
 
 /// Root mean square of the difference, as a part of the spread of the reference.
 const BOUNDS: [(Rounding, f64); 2] = [(Rounding::F32, 1e-3), (Rounding::F16, 2e-2)];
 
-fn package(source: &Path, output: &Path, profile: Profile, context: u64) {
-    let job =
-        ToCoreml { output: Some(output.into()), profile, context: Some(context), ..ToCoreml::new(source) };
+fn package(source: &Path, output: &Path, profile: Profile, forms: Forms) {
+    let output = Some(output.into());
+    let job = ToCoreml { output, profile, forms, context: Some(128), ..ToCoreml::new(source) };
     job.plan().unwrap().run(true, &common::budget(), &Silent).unwrap();
 }
 
@@ -61,7 +71,7 @@ fn family(source: &Path, name: &str, profile: Profile) {
     let dir = tempfile::tempdir().unwrap();
     let output = dir.path().join("x.mlpackage");
     let (ids, values) = common::reference(source);
-    package(source, &output, profile, 128);
+    package(source, &output, profile, Forms::new(Matrices::Float16));
     let model = LanguageModel::open(&output, &Limits::default()).unwrap();
     let wanted = Matrix { columns: values.len() / ids.len(), values };
     agree(&format!("{name} {profile:?}"), &model, &ids, &wanted);
@@ -83,5 +93,45 @@ fn gpu_packages_agree_with_transformers() {
 fn ane_packages_agree_with_transformers() {
     for name in FAMILIES.iter().filter(|name| !WITH_EXPERTS.contains(name)) {
         family(&common::fixture(name), name, Profile::Ane);
+    }
+}
+
+/// The weights that a package decodes to, back in a checkpoint, and from there in a GGUF file of F32, give in llama.cpp
+/// what the package gives.
+#[cfg(feature = "ggml")]
+#[test]
+fn compressed_packages_agree_with_llama_cpp() {
+    use qconv::convert::ToHf;
+    use qconv::eval::logits::forward;
+    use qconv::tensor::DType;
+
+    let all = [
+        Matrices::Integers(8),
+        Matrices::Integers(4),
+        Matrices::Palette(4),
+        Matrices::Palette(2),
+        Matrices::Ternary,
+    ];
+    let others = ["mistral", "qwen2", "qwen3", "gemma3-spm", "phi_3", "gpt2", "gpt_oss"]
+        .map(|name| format!("models/{name}"));
+    let cases = all.iter().map(|m| ("models/llama".to_string(), *m));
+    let cases = cases.chain(others.into_iter().zip(all.into_iter().cycle()));
+    for (case, (name, matrices)) in cases.enumerate() {
+        let source = common::fixture(&name);
+        let (ids, _) = common::reference(&source);
+        let dir = tempfile::tempdir().unwrap();
+        let [output, back, gguf] = ["x.mlpackage", "back", "x.gguf"].map(|name| dir.path().join(name));
+        let is_gpu = case % 2 == 0 || WITH_EXPERTS.contains(&name.as_str());
+        let profile = if is_gpu { Profile::Gpu } else { Profile::Ane };
+        let forms = Forms { allow_fallback: true, ..Forms::new(matrices) };
+        package(&source, &output, profile, forms);
+        let to_hf = ToHf { dtype: Some(DType::F32), ..ToHf::new(&output, &back) };
+        to_hf.plan().unwrap().run(true, &common::budget(), &Silent).unwrap();
+        common::convert(&back, &gguf, Some("f32"));
+        let wanted = forward(&gguf, &ids, 1).unwrap();
+        let model = LanguageModel::open(&output, &Limits::default()).unwrap();
+        let found = compare(&logits(&model, &ids, ids.len(), Rounding::F32), &wanted).unwrap();
+        println!("{name} {matrices:?} {profile:?}: {:.2e}", found.rel_rms);
+        assert!(found.finite && found.rel_rms < 1e-3, "{name} {matrices:?} {profile:?}: {found:?}");
     }
 }

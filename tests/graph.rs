@@ -13,7 +13,11 @@ use qconv::tensor::{DType, TensorInfo};
 use serde_json::{Value as Json, json};
 
 /// Definitions that have a `[graph]`.
-const DESCRIBED: &str = "gemma3 gpt-oss gpt2 llama mistral3 phi3 qwen2 qwen3";
+const DESCRIBED: &str = "cohere2 command-r ernie4_5 falcon gemma gemma2 gemma3 glm4 gpt-oss gpt2 gptneox granite granitemoe internlm2 llama minicpm mistral3 phi2 phi3 qwen2 qwen3 qwen3moe seed_oss smollm3 stablelm starcoder starcoder2 xverse";
+
+/// Examples and variants that it does not describe.
+const REFUSED: &[(&str, &str)] =
+    &[("granitemoe", "shared"), ("mistral3", "example"), ("stablelm", "norms_of_heads")];
 
 fn described() -> Vec<Architecture> {
     arch::all().unwrap().into_iter().filter(Architecture::has_graph).collect()
@@ -25,8 +29,12 @@ fn text(d: &Decoder) -> String {
     let Decoder { layers, width, heads, kv_heads, head_dim, norm, eps, scale, activation, .. } = d;
     writeln!(out, "  {layers} layers of {width}, {heads} heads on {kv_heads} of {head_dim}, scores x{scale}")
         .unwrap();
-    writeln!(out, "  {norm:?} norm + {eps}, {activation:?}, {:?}, its norm is {}", d.ffn, d.ffn_norm)
-        .unwrap();
+    writeln!(
+        out,
+        "  {norm:?} norm + {eps}, {activation:?}, {:?}, norms are {} and {}",
+        d.ffn, d.attn_norm, d.ffn_norm
+    )
+    .unwrap();
     match &d.positions {
         Positions::Rope { dim, tables, of_layer } => {
             for (t, table) in tables.iter().enumerate() {
@@ -46,9 +54,13 @@ fn text(d: &Decoder) -> String {
     if d.windows.iter().any(Option::is_some) {
         writeln!(out, "  windows {:?}", d.windows).unwrap();
     }
-    if (d.embedding_scale, d.residual, d.parallel) != (1.0, 1.0, false) {
+    if d.stream != 1.0 {
+        writeln!(out, "  stream x{}", d.stream).unwrap();
+    }
+    if (d.embedding_scale, d.residual, d.logit_scale, d.parallel) != (1.0, 1.0, 1.0, false) {
         let parallel = if d.parallel { ", side by side" } else { "" };
-        writeln!(out, "  embeddings x{}, residual x{}{parallel}", d.embedding_scale, d.residual).unwrap();
+        let (embedding, residual, logits) = (d.embedding_scale, d.residual, d.logit_scale);
+        writeln!(out, "  embeddings x{embedding}, residual x{residual}, logits x{logits}{parallel}").unwrap();
     }
     if d.logit_softcap.is_some() || d.score_softcap.is_some() {
         writeln!(out, "  caps of logits {:?}, of scores {:?}", d.logit_softcap, d.score_softcap).unwrap();
@@ -69,8 +81,10 @@ fn fixtures_compute_what_they_computed() {
         let config: Json = serde_json::from_slice(&config).unwrap();
         let class = config["architectures"][0].as_str().unwrap();
         let Some(arch) = described.iter().find(|a| a.class_names().any(|c| c == class)) else { continue };
-        let decoder = arch::take_for(arch.clone(), &config).unwrap().decoder(512).unwrap();
-        write!(found, "{name}\n{}", text(&decoder)).unwrap();
+        match arch::take_for(arch.clone(), &config).unwrap().decoder(512) {
+            Ok(decoder) => write!(found, "{name}\n{}", text(&decoder)).unwrap(),
+            Err(e) => writeln!(found, "{name}\n  {e}").unwrap(),
+        }
     }
     let golden = fixture("graph/decoders.txt");
     if std::env::var_os("QCONV_UPDATE").is_some() {
@@ -88,8 +102,10 @@ fn every_graph_holds_for_its_examples() {
         for (example, config) in arch.examples().unwrap() {
             let decoder = arch::take_for(arch.clone(), &config).unwrap().decoder(64);
             match decoder {
-                // Ministral's example has what its `unless` refuses.
-                Err(e) if arch.name == "mistral3" => assert!(e.to_string().contains("llama_4_scaling_beta")),
+                // What the `unless` of these says of one of their examples.
+                Err(e) if REFUSED.contains(&(&arch.name, &example)) => {
+                    assert!(e.to_string().contains("does not describe this model"), "{e}");
+                }
                 Err(e) => panic!("{} {example}: {e}", arch.name),
                 Ok(decoder) => assert!(decoder.layers > 0),
             }
@@ -120,14 +136,14 @@ fn nearly(a: &Decoder, b: &Decoder) -> bool {
     let (x, y) = (tables(a), tables(b));
     let blank = |d: &Decoder| {
         let mut d = d.clone();
-        (d.eps, d.scale, d.residual, d.embedding_scale) = (1.0, 1.0, 1.0, 1.0);
+        (d.eps, d.scale, d.residual, d.embedding_scale, d.logit_scale) = (1.0, 1.0, 1.0, 1.0, 1.0);
         if let Positions::Rope { tables, .. } = &mut d.positions {
             tables.iter_mut().for_each(|t| t.frequencies.fill(0.0));
             tables.iter_mut().for_each(|t| t.attention_factor = (t.attention_factor * 1e5).round());
         }
         d
     };
-    let numbers = |d: &Decoder| [d.eps, d.scale, d.residual, d.embedding_scale].map(f64::from);
+    let numbers = |d: &Decoder| [d.eps, d.scale, d.residual, d.embedding_scale, d.logit_scale].map(f64::from);
     blank(a) == blank(b)
         && x.iter().zip(&y).all(|(a, b)| near(*a, *b))
         && numbers(a).iter().zip(numbers(b)).all(|(a, b)| near(*a, b))

@@ -137,6 +137,18 @@ fn imports_point_downward() {
     assert!(wrong.is_empty(), "\n{}", wrong.join("\n"));
 }
 
+/// What the executor computes is what stands in the file, not the graph that it was built from.
+#[test]
+fn the_executor_knows_no_builder() {
+    let own: Vec<SourceFile> = sources().into_iter().filter(|f| f.modules()[0] == "exec").collect();
+    assert!(own.len() > 5);
+    for file in own {
+        let code: String = file.code().map(|(_, line)| format!("{line}\n")).collect();
+        let targets = imports(&code, file.modules().len());
+        assert!(!targets.iter().any(|t| ["mil", "convert", "arch"].contains(&t.as_str())), "{}", file.path);
+    }
+}
+
 #[test]
 fn imports_are_found() {
     let code = "use crate::{arch, block::{codec, x}, tensor::DType};\nuse crate::vocab::Vocab;\nsuper::super::sys::f()";

@@ -37,6 +37,7 @@ const KEYS: &[&str] = &[
     "unrotated",
     "activation",
     "ffn",
+    "attn_norm",
     "ffn_norm",
     "experts",
     "experts_used",
@@ -46,7 +47,9 @@ const KEYS: &[&str] = &[
     "alpha",
     "parallel",
     "residual",
+    "stream",
     "embedding_scale",
+    "logit_scale",
     "logit_softcap",
 ];
 
@@ -160,10 +163,13 @@ impl Reading<'_> {
             windows: windowed.iter().map(|w| seen.filter(|_| *w)).collect(),
             activation: self.one_of("activation", ACTIVATIONS)?.unwrap_or(Activation::Silu),
             ffn: self.ffn()?,
+            attn_norm: self.text("attn_norm")?.unwrap_or_else(|| "attn_norm".into()),
             ffn_norm: self.text("ffn_norm")?.unwrap_or_else(|| "ffn_norm".into()),
             embedding_scale: self.positive("embedding_scale")?.unwrap_or(1.0),
             residual: self.positive("residual")?.unwrap_or(1.0),
+            stream: self.positive("stream")?.unwrap_or(1.0),
             parallel: truth(&self.value("parallel")?),
+            logit_scale: self.positive("logit_scale")?.unwrap_or(1.0),
             logit_softcap: self.positive("logit_softcap")?,
             score_softcap: self.positive("score_softcap")?,
         })

@@ -30,14 +30,22 @@ pub struct Decoder {
     pub activation: Activation,
     /// Shape of the feed-forward.
     pub ffn: Ffn,
+    /// The name of the norm before attention.
+    pub attn_norm: String,
     /// The name of the norm before the feed-forward.
     pub ffn_norm: String,
     /// What embeddings are multiplied by.
     pub embedding_scale: f32,
     /// What sublayers are multiplied by before they are added.
     pub residual: f32,
-    /// Whether attention and feed-forward read the same norm.
+    /// What the residual stream is multiplied by throughout. Norms take it out again: it is for streams beyond what
+    /// float16 holds.
+    pub stream: f32,
+    /// Whether attention and feed-forward read the same stream: the same norm of it, or each its own where both are
+    /// there.
     pub parallel: bool,
+    /// What logits are multiplied by, before their cap.
+    pub logit_scale: f32,
     /// Cap of logits: `tanh(x / cap) * cap`.
     pub logit_softcap: Option<f32>,
     /// Cap of scores.

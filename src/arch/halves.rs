@@ -163,7 +163,7 @@ mod tests {
             }
         }
         seen.dedup();
-        let names = "arcee arctic baichuan bailingmoe chameleon deci deepseek glm4 granite granite_swa granitehybrid granitemoe internlm2 llada llama-embed llama minicpm mistral3 muse-glimmer nanbeige nemotron_h nemotron_h_moe olmo smollm3 xverse";
+        let names = "arcee arctic baichuan bailingmoe chameleon cohere2 command-r deci deepseek ernie4_5-moe ernie4_5 glm4 granite granite_swa granitehybrid granitemoe internlm2 llada llama-embed llama minicpm mistral3 muse-glimmer nanbeige nemotron_h nemotron_h_moe olmo smollm3 xverse";
         assert_eq!(seen, names.split(' ').collect::<Vec<_>>());
     }
 

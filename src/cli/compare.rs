@@ -106,7 +106,7 @@ pub fn compare(
         }
         Ok(())
     })?;
-    watch.progress.finish();
+    watch.finish(&named);
     let read = (windows.count() * (windows.n_ctx - 1)) as f64;
     let sizes = named.iter().map(|(path, model)| model.size().map_err(|e| e.at(path)));
     let sizes: Vec<Size> = sizes.collect::<Result<_>>()?;

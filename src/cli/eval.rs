@@ -183,13 +183,15 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
 
 /// Shows a window's end with a running value, and stops on Ctrl-C.
 pub struct Watch {
-    pub progress: Progress,
+    progress: Progress,
     window: usize,
+    quiet: bool,
 }
 
 impl Watch {
     pub fn new(windows: &Windows, quiet: bool) -> Self {
-        Self { progress: Progress::counting("reading", "windows", windows.count() as u64, quiet), window: 0 }
+        let progress = Progress::counting("reading", "windows", windows.count() as u64, quiet);
+        Self { progress, window: 0, quiet }
     }
 
     pub fn at(&mut self, window: usize, value: impl FnOnce() -> String) -> Result<()> {
@@ -202,6 +204,12 @@ impl Watch {
             self.progress.advance(1, &value());
         }
         Ok(())
+    }
+
+    /// Clears the bar, and says what happened to the models that their predictions do not show.
+    pub fn finish(&self, models: &[(&Path, &dyn Engine)]) {
+        self.progress.finish();
+        models.iter().for_each(|(path, model)| runnable::say_remark(path, *model, self.quiet));
     }
 }
 
@@ -219,7 +227,7 @@ fn perplexity(path: &Path, args: &TextArgs) -> anyhow::Result<()> {
             Ok(())
         })
         .map_err(|e| e.at(path))?;
-    watch.progress.finish();
+    watch.finish(&[(path, &*model)]);
     let estimate = ppl.estimate();
     if args.json {
         println!(
@@ -262,7 +270,7 @@ fn kld(path: &Path, base: &Path, args: &TextArgs) -> anyhow::Result<()> {
                 Ok(())
             })
             .map_err(|e| e.at(path))?;
-        watch.progress.finish();
+        watch.finish(&[(path, &*model)]);
         baseline.shape.map(|s| {
             let error = divergence.summary().kld_sampling_error;
             format!(
@@ -317,7 +325,7 @@ fn side_by_side(args: &TextArgs, base: (&Path, &dyn Engine), of: (&Path, &dyn En
             Ok(())
         })
         .map_err(|e| e.at(of.0))?;
-    watch.progress.finish();
+    watch.finish(&[base, of]);
     Ok(divergence)
 }
 
@@ -427,7 +435,7 @@ fn baseline(
             Ok(())
         })
         .map_err(|e| e.at(path))?;
-    watch.progress.finish();
+    watch.finish(&[(path, &*model)]);
     stage.commit()?;
     let full = 2 * shape.n_vocab as u64 * count;
     let (rest, share) = (rest / count.max(1) as f64, at as f64 / full.max(1) as f64);

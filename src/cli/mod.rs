@@ -13,6 +13,7 @@ mod compare;
 mod completions;
 mod config;
 mod convert;
+mod coreml_to_hf;
 mod diff;
 #[cfg(feature = "ggml")]
 mod embed;
@@ -55,6 +56,7 @@ enum Command {
     Convert(convert::Args),
     HfToCoreml(to_coreml::HfArgs),
     GgufToCoreml(to_coreml::GgufArgs),
+    CoremlToHf(coreml_to_hf::Args),
     Pack(pack::Args),
     Unpack(unpack::Args),
     LoraToGguf(lora_to_gguf::Args),
@@ -170,6 +172,7 @@ fn run(command: Command) -> anyhow::Result<Status> {
         Command::Convert(args) => convert::run(&args),
         Command::HfToCoreml(args) => to_coreml::from_hf(&args),
         Command::GgufToCoreml(args) => to_coreml::from_gguf(&args),
+        Command::CoremlToHf(args) => coreml_to_hf::run(&args),
         Command::Pack(args) => pack::run(&args),
         Command::Unpack(args) => unpack::run(args),
         Command::LoraToGguf(args) => lora_to_gguf::run(&args),

@@ -219,6 +219,7 @@ pub fn run(args: &Args, stop: &AtomicBool) -> anyhow::Result<()> {
         None => talk::run(args, model, &options, stop, &out),
     }
     .map_err(|e| e.at(&args.model))?;
+    runnable::say_remark(&args.model, model, args.quiet);
     Ok(())
 }
 

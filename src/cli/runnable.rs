@@ -307,6 +307,13 @@ pub fn execute(path: &Path, execution: &Execution<'_>) -> Result<Ready> {
     Ok(Ready { runs, model: Box::new(model), load: begin.elapsed() })
 }
 
+/// Says what happened to a model that its results do not show.
+pub fn say_remark(path: &Path, model: &dyn Engine, quiet: bool) {
+    if let Some(remark) = model.remark().filter(|_| !quiet) {
+        ui::say(&format!("note: {}: {remark}", path.display()));
+    }
+}
+
 #[cfg(feature = "ggml")]
 fn linked(path: &Path, execution: &Execution<'_>) -> Result<Ready> {
     let options = qconv::ggml::ModelOptions {

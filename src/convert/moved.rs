@@ -27,6 +27,9 @@ pub struct Moved {
     by: By,
 }
 
+/// Bytes of buffers where a tensor is moved as a whole.
+const PANELS: u64 = 16 << 20;
+
 /// What moves the bytes.
 #[derive(Debug)]
 enum By {
@@ -66,11 +69,8 @@ impl Moved {
     }
 
     /// Into the blobs of a Core ML package, which have their places.
-    pub(super) fn encoding(
-        (kind, method): (&'static str, &'static str),
-        weight: WeightPlan,
-        parts: Vec<PartPlan>,
-    ) -> Self {
+    pub(super) fn encoding(weight: WeightPlan, parts: Vec<PartPlan>) -> Self {
+        let (kind, method) = weight.kind();
         Self { kind, method, parts, by: By::Encoding(Box::new(weight)) }
     }
 
@@ -79,6 +79,14 @@ impl Moved {
         match &self.by {
             By::Taking(_) | By::Restoring(_) => 1,
             By::Encoding(weight) => weight.spans() as u64,
+        }
+    }
+
+    /// Bytes of the buffers of a worker: panels of rows, before and after, or a span of weights.
+    pub(super) fn buffer_bytes(&self, nbytes: u64) -> u64 {
+        match &self.by {
+            By::Taking(_) | By::Restoring(_) => nbytes.saturating_mul(2).min(PANELS),
+            By::Encoding(weight) => weight.buffer_bytes(),
         }
     }
 

@@ -329,9 +329,6 @@ fn bytes_per_element(tensor: &TensorPlan) -> u64 {
     if is_moved(tensor) { BYTES_PER_CODE } else { BYTES_PER_ELEMENT }
 }
 
-/// Bytes of buffers where a tensor is moved as a whole: panels of rows, before and after.
-const MOVED_BYTES: u64 = 16 << 20;
-
 impl Budget {
     /// Threads as the machine has cores, and 64 MiB of buffers for each.
     pub fn new(threads: Option<usize>, memory: Option<u64>) -> Result<Self> {
@@ -391,16 +388,18 @@ impl Budget {
         }
     }
 
+    /// Bytes of a worker's buffers for a tensor.
+    fn buffer_bytes(&self, t: &TensorPlan) -> u64 {
+        if let Some(moved) = &t.moved {
+            return moved.buffer_bytes(t.nbytes);
+        }
+        let buffers = self.span(t).min(t.source.elements()).saturating_mul(bytes_per_element(t));
+        buffers.saturating_add(t.source.held_bytes(SCATTERED_SPAN))
+    }
+
     /// Most bytes that buffers can take.
     pub fn peak(&self, plan: &Plan) -> u64 {
-        let of_tensor = |t: &TensorPlan| {
-            if t.moved.is_some() {
-                return t.nbytes.saturating_mul(2).min(MOVED_BYTES);
-            }
-            let buffers = self.span(t).min(t.source.elements()).saturating_mul(bytes_per_element(t));
-            buffers.saturating_add(t.source.held_bytes(SCATTERED_SPAN))
-        };
-        let most = plan.tensors.iter().map(of_tensor).max().unwrap_or(0);
+        let most = plan.tensors.iter().map(|t| self.buffer_bytes(t)).max().unwrap_or(0);
         let guides = plan.tensors.iter().filter_map(|t| match &t.rounding {
             Rounding::Guided(guide) => Some(guide.bytes()),
             _ => None,
@@ -422,7 +421,7 @@ impl Budget {
         if peak <= self.memory || !self.strict {
             return Ok(());
         }
-        let largest = plan.tensors.iter().max_by_key(|t| self.span(t).min(t.source.elements()));
+        let largest = plan.tensors.iter().max_by_key(|t| self.buffer_bytes(t));
         let name = largest.map_or("", |t| t.name.as_str());
         Err(Error::misuse(format!(
             "--max-memory {} is too little: {peak} bytes are needed for {name:?} on {} threads (whole rows with an importance matrix, an adapter's factors to merge it, what a method makes of second moments)",

@@ -3,6 +3,7 @@
 use std::collections::HashSet;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 use rayon::ThreadPool;
 
@@ -19,6 +20,9 @@ use crate::limits::Limits;
 /// Most bytes of logits that are computed at once: the executor gives those of every token.
 const LOGIT_BYTES: usize = 64 << 20;
 
+/// Tokens that `prefill` of packages for the Neural Engine takes; what is left goes token by token.
+const PREFILL: usize = 64;
+
 /// A package, or a directory of them, with the tokenizer beside it.
 #[derive(Debug)]
 pub struct CoremlModel {
@@ -26,6 +30,8 @@ pub struct CoremlModel {
     model: LanguageModel,
     tokens: Tokens,
     rounding: Rounding,
+    // The first operation whose result was beyond float16.
+    overflow: OnceLock<String>,
 }
 
 impl CoremlModel {
@@ -47,7 +53,7 @@ impl CoremlModel {
                 .hint("put tokenizer.json, tokenizer_config.json and generation_config.json of its model there; qconv hf-to-coreml does so")
         })?;
         let tokens = Tokens::open(dir, model.n_vocab(), limits)?;
-        Ok(Self { path: path.to_path_buf(), model, tokens, rounding })
+        Ok(Self { path: path.to_path_buf(), model, tokens, rounding, overflow: OnceLock::new() })
     }
 }
 
@@ -100,6 +106,11 @@ impl Engine for CoremlModel {
         self.tokens.recommended(key)
     }
 
+    fn remark(&self) -> Option<String> {
+        let operation = self.overflow.get()?;
+        Some(format!("{operation} was beyond what float16 holds, and infinite from there on"))
+    }
+
     fn reader<'a>(&'a self, options: &ReaderOptions) -> Result<Box<dyn Reader + 'a>> {
         let n_ctx = options.n_ctx as usize;
         if n_ctx > self.n_ctx() {
@@ -107,6 +118,7 @@ impl Engine for CoremlModel {
             return Err(Error::misuse(format!(
                 "the package's context has {most} tokens, {n_ctx} are asked for"
             ))
+            .at(&self.path)
             .hint("give a shorter one, with run -c or eval --ctx; or convert with a longer --context"));
         }
         let threads = usize::try_from(options.threads).unwrap_or(usize::MAX).max(1);
@@ -142,6 +154,10 @@ impl Reader for CoremlReader<'_> {
         self.n_batch
     }
 
+    fn step(&self) -> usize {
+        PREFILL
+    }
+
     fn position(&self) -> usize {
         self.session.position()
     }
@@ -161,11 +177,12 @@ impl Reader for CoremlReader<'_> {
                 return Err(e);
             }
         }
-        if let Some(operation) = self.session.overflow()
-            && !is_sound(&self.rows)
-        {
-            let message = format!("the logits are no numbers: {operation} is beyond what float16 holds");
-            return Err(Error::check(message).hint("without --fp16 nothing is rounded to it"));
+        if let Some(operation) = self.session.overflow() {
+            self.model.overflow.get_or_init(|| operation.to_string());
+            if !is_sound(&self.rows) {
+                let message = format!("the logits are no numbers: {operation} was beyond what float16 holds");
+                return Err(Error::check(message).hint("without --fp16 nothing is rounded to it"));
+            }
         }
         self.kept = if keep == Keep::All { 0..ids.len() } else { ids.len() - 1..ids.len() };
         Ok(())

@@ -55,6 +55,11 @@ pub trait Engine: Debug {
     /// What is recommended for sampling under this key, as GGUF calls it (`general.sampling.*`): `temp`, `top_k`.
     fn recommended(&self, key: &str) -> Option<String>;
 
+    /// What happened while it was executed that its results do not show.
+    fn remark(&self) -> Option<String> {
+        None
+    }
+
     /// A sequence of which nothing has been read yet.
     ///
     /// # Errors
@@ -125,6 +130,11 @@ pub trait Reader: Debug {
 
     /// Most tokens of one [`Self::decode`].
     fn n_batch(&self) -> usize;
+
+    /// Batches of a multiple of so many tokens take least time for each.
+    fn step(&self) -> usize {
+        1
+    }
 
     /// Tokens read so far.
     fn position(&self) -> usize;

@@ -106,6 +106,11 @@ impl Windows {
         let mut readers = models.iter().map(|m| m.reader(&options)).collect::<Result<Vec<_>>>()?;
         let mut times = vec![Duration::ZERO; models.len()];
         let half = self.n_ctx / 2;
+        let step = readers.iter().map(|r| r.step()).max().unwrap_or(1).max(1);
+        let n_batch = if n_batch > step { n_batch - n_batch % step } else { n_batch };
+        // Nothing follows the last token: what it predicts cannot be scored. It is read where it fills a step.
+        let last = step > 1 && (self.n_ctx - half).is_multiple_of(step);
+        let end = self.n_ctx - usize::from(!last);
         let windows = self.tokens.chunks_exact(self.n_ctx).zip(self.each());
         for (number, (window, read)) in windows.enumerate() {
             for (reader, time) in readers.iter_mut().zip(&mut times) {
@@ -116,17 +121,16 @@ impl Windows {
                 }
                 *time += begun.elapsed();
             }
-            // Nothing follows the last token: what it predicts cannot be scored.
-            for (k, part) in read[half..self.n_ctx - 1].chunks(n_batch).enumerate() {
+            for (k, part) in read[half..end].chunks(n_batch).enumerate() {
                 for (reader, time) in readers.iter_mut().zip(&mut times) {
                     let begun = Instant::now();
                     reader.decode(part, Keep::All)?;
                     *time += begun.elapsed();
                 }
                 for i in 0..part.len() {
+                    let Some(&next) = window.get(half + k * n_batch + i + 1) else { break };
                     let rows = readers.iter().map(|r| r.logits(i)).collect::<Option<Vec<_>>>();
                     let rows = rows.ok_or_else(|| Error::unsupported("the model gives no logits"))?;
-                    let next = window[half + k * n_batch + i + 1];
                     if let Some(bad) = rows.iter().position(|row| !super::logits::is_sound(row)) {
                         return Err(no_numbers(models, bad, number, half + k * n_batch + i));
                     }
@@ -148,4 +152,128 @@ fn no_numbers(models: &[&dyn Engine], bad: usize, window: usize, token: usize) -
          its predictions cannot be scored"
     ))
     .hint("qconv inspect and qconv verify tell whether its tensors are sound")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::engine::{Delimiters, Reader, Size};
+    use super::*;
+
+    /// Its logits after a token are its place and the token.
+    #[derive(Debug)]
+    struct Echo {
+        step: usize,
+    }
+
+    #[derive(Debug)]
+    struct EchoReader {
+        step: usize,
+        n_batch: usize,
+        position: usize,
+        rows: Vec<[f32; 2]>,
+    }
+
+    impl Engine for Echo {
+        fn description(&self) -> String {
+            "an echo".into()
+        }
+        fn kind(&self) -> Kind {
+            Kind::Decoder
+        }
+        fn n_tokens(&self) -> usize {
+            2
+        }
+        fn n_ctx(&self) -> usize {
+            64
+        }
+        fn size(&self) -> Result<Size> {
+            Ok(Size::default())
+        }
+        fn tokenize(&self, text: &str, _: bool, _: bool) -> Result<Vec<i32>> {
+            Ok(text.bytes().map(i32::from).collect())
+        }
+        fn piece(&self, _: i32) -> Result<Vec<u8>> {
+            Ok(Vec::new())
+        }
+        fn token_text(&self, _: i32) -> Option<String> {
+            None
+        }
+        fn delimiters(&self) -> Delimiters {
+            Delimiters { bos: Some(7), add_bos: true, ..Delimiters::default() }
+        }
+        fn is_end_of_generation(&self, _: i32) -> bool {
+            false
+        }
+        fn chat_template(&self) -> Option<String> {
+            None
+        }
+        fn recommended(&self, _: &str) -> Option<String> {
+            None
+        }
+        fn reader<'a>(&'a self, options: &ReaderOptions) -> Result<Box<dyn Reader + 'a>> {
+            let n_batch = options.n_batch as usize;
+            Ok(Box::new(EchoReader { step: self.step, n_batch, position: 0, rows: Vec::new() }))
+        }
+    }
+
+    impl Reader for EchoReader {
+        fn n_ctx(&self) -> usize {
+            64
+        }
+        fn n_batch(&self) -> usize {
+            self.n_batch
+        }
+        fn step(&self) -> usize {
+            self.step
+        }
+        fn position(&self) -> usize {
+            self.position
+        }
+        fn decode(&mut self, ids: &[i32], keep: Keep) -> Result<()> {
+            assert!(ids.len() <= self.n_batch);
+            let places = self.position..;
+            self.rows = ids.iter().zip(places).map(|(id, place)| [place as f32, *id as f32]).collect();
+            if keep == Keep::Last {
+                self.rows.drain(..ids.len() - 1);
+            }
+            self.position += ids.len();
+            Ok(())
+        }
+        fn logits(&self, i: usize) -> Option<&[f32]> {
+            self.rows.get(i).map(|row| &row[..])
+        }
+        fn last_logits(&self) -> Option<&[f32]> {
+            self.rows.last().map(|row| &row[..])
+        }
+        fn truncate(&mut self, keep: usize) -> usize {
+            self.position = self.position.min(keep);
+            self.position
+        }
+    }
+
+    #[test]
+    fn every_prediction_is_scored_once_whatever_the_steps() {
+        let text: String = (b'!'..b'~').map(char::from).collect();
+        for n_ctx in [4, 9, 16, 24, 32] {
+            let windows = Windows::new(&Echo { step: 1 }, &text, n_ctx, None).unwrap();
+            let mut expected = Vec::new();
+            for (number, window) in windows.tokens.chunks_exact(n_ctx).enumerate() {
+                for place in n_ctx / 2..n_ctx - 1 {
+                    let read = [place as f32, window[place] as f32];
+                    expected.push((number, read.to_vec(), window[place + 1] as usize));
+                }
+            }
+            assert_eq!(expected.len(), windows.count() * windows.scored());
+            for step in [1, 3, 4, 8, 64] {
+                let mut found = Vec::new();
+                let score = |number: usize, rows: &[&[f32]], next: usize| {
+                    found.push((number, rows[0].to_vec(), next));
+                    assert_eq!(rows[0], rows[1]);
+                    Ok(())
+                };
+                windows.read(&[&Echo { step }, &Echo { step: 1 }], 1, score).unwrap();
+                assert_eq!(found, expected, "{n_ctx} {step}");
+            }
+        }
+    }
 }

@@ -59,3 +59,47 @@ impl Groups {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Against the definition: each place divided by the size of the parts.
+    #[test]
+    fn groups_of_every_place() {
+        for (whole, parts) in [
+            (vec![8, 6], vec![8, 1]),
+            (vec![8, 6], vec![8, 3]),
+            (vec![8, 6], vec![2, 1]),
+            (vec![8, 6], vec![1, 1]),
+            (vec![8, 6], vec![4, 2]),
+            (vec![8, 6], vec![1, 6]),
+            (vec![8, 6], vec![8, 6]),
+            (vec![2, 4, 6], vec![2, 2, 3]),
+            (vec![2, 4, 6], vec![1, 4, 1]),
+            (vec![4, 6, 1, 1], vec![4, 3, 1, 1]),
+            (vec![5], vec![1]),
+            (vec![], vec![]),
+        ] {
+            let groups = Groups::new(&whole, &parts).unwrap();
+            let n: usize = whole.iter().product();
+            let wanted = |at: usize| {
+                let (mut at, mut group, mut factor) = (at, 0, 1);
+                for (size, parts) in whole.iter().zip(&parts).rev() {
+                    group += at % size / (size / parts) * factor;
+                    (at, factor) = (at / size, factor * parts);
+                }
+                group
+            };
+            for first in 0..n {
+                let mut found = vec![usize::MAX; n - first];
+                groups.runs(first, n - first, |group, run| found[run].fill(group));
+                assert!((first..n).map(wanted).eq(found), "{whole:?} in {parts:?} from {first}");
+                assert_eq!(groups.of(first), wanted(first));
+            }
+        }
+        for (whole, parts) in [(vec![8, 6], vec![3, 1]), (vec![8], vec![8, 1]), (vec![8], vec![0])] {
+            assert!(Groups::new(&whole, &parts).is_err());
+        }
+    }
+}

@@ -284,7 +284,10 @@ impl<'a> Parser<'a> {
     fn single(&self, operation: &Operation, parameter: &str) -> Result<Source> {
         match operation.inputs.get(parameter).map(|argument| &argument.0[..]) {
             Some([binding]) => self.bound(binding).map_err(|e| e.context(parameter)),
-            _ => Err(Error::malformed(format!("{parameter}: one value was expected"))),
+            None => Err(Error::malformed(format!("{parameter} is missing"))),
+            Some(others) => {
+                Err(Error::malformed(format!("{parameter} is bound to {} values, not one", others.len())))
+            }
         }
     }
 
@@ -352,16 +355,15 @@ impl<'a> Parser<'a> {
     /// `constexpr_sparse_to_dense`. What belongs to a mask goes to the places of that mask.
     fn dense(&self, operation: &Operation) -> Result<Weight> {
         let mask = self.stored(operation, "mask")?;
-        let values = match operation.inputs.get("nonzero_data").map(|argument| &argument.0[..]) {
-            Some([Binding::Name(name)]) if matches!(self.get(name)?, Known::Sparse(..)) => {
-                let Known::Sparse(of, values) = self.get(name)? else {
-                    return Err(Error::malformed("nonzero_data")); // it is, as was asked
-                };
-                if of.shape != mask.shape || of.bytes.get() != mask.bytes.get() {
-                    return Err(Error::malformed("mask is not that of nonzero_data"));
-                }
-                values.clone()
+        let known = match operation.inputs.get("nonzero_data").map(|argument| &argument.0[..]) {
+            Some([Binding::Name(name)]) => Some(self.get(name)?),
+            _ => None,
+        };
+        let values = match known {
+            Some(Known::Sparse(of, _)) if of.shape != mask.shape || of.bytes.get() != mask.bytes.get() => {
+                return Err(Error::malformed("mask is not that of nonzero_data"));
             }
+            Some(Known::Sparse(_, values)) => values.clone(),
             _ => Values::Plain(self.weight(operation, "nonzero_data")?),
         };
         Weight::sparse(mask, values)

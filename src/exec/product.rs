@@ -207,6 +207,10 @@ fn matrices(call: &mut Call<'_>) -> Result<Vec<Tensor>> {
     let outer = broadcast(of_x.outer, of_y.outer)?;
     let shape = [&outer[..], &[rows, columns]].concat();
     let mut out = vec![0.0; elements(&shape)?];
+    let done = |out| Ok(vec![Tensor::of_floats(x.dtype, shape, out)]);
+    if out.is_empty() || inner == 0 {
+        return done(out);
+    }
     // Which matrices each product is of.
     let mut pairs = Vec::new();
     let strides = repeated(of_x.outer, &outer).into_iter().zip(repeated(of_y.outer, &outer));
@@ -214,10 +218,6 @@ fn matrices(call: &mut Call<'_>) -> Result<Vec<Tensor>> {
     walk.rows([0; 2], |at, n, strides| {
         pairs.extend((0..n).map(|i| [0, 1].map(|k| at[k] as usize + i * strides[k] as usize)));
     });
-    let done = |out| Ok(vec![Tensor::of_floats(x.dtype, shape, out)]);
-    if out.is_empty() || inner == 0 {
-        return done(out);
-    }
     let x_of = |i: usize| of_x.matrix(&values[i * rows * inner..][..rows * inner]);
     // Where rows of what is stored are columns of what is multiplied, they are decoded in tiles.
     if let (Operand::Weight(weight), true) = (&y, of_y.turned) {
@@ -237,4 +237,225 @@ fn matrices(call: &mut Call<'_>) -> Result<Vec<Tensor>> {
         });
     });
     done(out)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::super::ops::tests::{bools, floats, int, ints, near, of, refused, text, truth};
+    use super::super::weight::{Bytes, Stored};
+    use super::*;
+    use crate::container::coreml::DataType;
+
+    fn some(shape: &[usize], seed: usize) -> Tensor {
+        let n: usize = shape.iter().product();
+        floats(shape, &(0..n).map(|i| ((i * 37 + seed * 11) % 23) as f32 / 8.0 - 1.25).collect::<Vec<_>>())
+    }
+
+    fn values(tensor: &Tensor) -> &[f32] {
+        tensor.as_floats().unwrap()
+    }
+
+    /// `a b` by the definition: `[rows, inner]`, `[inner, columns]`.
+    fn product(a: &[f32], b: &[f32], inner: usize, columns: usize) -> Vec<f32> {
+        let rows = a.len() / inner;
+        let at = |i: usize, j: usize| (0..inner).map(|k| a[i * inner + k] * b[k * columns + j]).sum();
+        (0..rows).flat_map(|i| (0..columns).map(move |j| (i, j))).map(|(i, j)| at(i, j)).collect()
+    }
+
+    fn turned(a: &[f32], columns: usize) -> Vec<f32> {
+        (0..columns).flat_map(|j| a.iter().skip(j).step_by(columns).copied()).collect()
+    }
+
+    #[test]
+    fn vectors_through_a_matrix() {
+        // More rows than a tile, none a multiple of it.
+        for (outer, inputs, outputs) in
+            [(vec![1, 3], 5, 130), (vec![9], 64, 64), (vec![], 7, 1), (vec![2, 70], 33, 65)]
+        {
+            let (x, w) = (some(&[&outer[..], &[inputs]].concat(), 1), some(&[outputs, inputs], 2));
+            let bias = some(&[outputs], 3);
+            let mut wanted = product(values(&x), &turned(values(&w), inputs), inputs, outputs);
+            let (shape, found) = of("linear", &[("x", x.clone()), ("weight", w.clone())]);
+            assert_eq!(shape, [&outer[..], &[outputs]].concat());
+            near(&found, &wanted);
+            wanted
+                .chunks_mut(outputs)
+                .for_each(|row| row.iter_mut().zip(values(&bias)).for_each(|(v, b)| *v += b));
+            near(&of("linear", &[("x", x), ("weight", w), ("bias", bias)]).1, &wanted);
+        }
+        let (x, w) = (some(&[2, 3], 1), some(&[4, 3], 2));
+        refused("linear", &[("x", some(&[2, 4], 1)), ("weight", w.clone())], "fp32[2,4] does not go into");
+        refused(
+            "linear",
+            &[("x", x.clone()), ("weight", w.clone()), ("bias", some(&[3], 0))],
+            "there are 4 outputs",
+        );
+        refused("linear", &[("x", x.clone()), ("weight", some(&[4, 3, 1, 1], 0))], "does not go into");
+        refused("linear", &[("x", x), ("weight", some(&[4], 0))], "a matrix was expected");
+    }
+
+    /// What is decoded in tiles gives the bits of what was decoded before.
+    #[test]
+    fn weights_are_as_tensors() {
+        let (inputs, outputs) = (40, 150);
+        let w: Vec<u8> = (0..inputs * outputs).map(|i| (i * 7 % 251) as u8).collect();
+        let stored = |shape: &[usize]| {
+            let stored = Stored::new(DataType::Int8, shape.to_vec(), Bytes::Here(w.clone().into())).unwrap();
+            let ones: Vec<u8> = 0x3F80_0000u32.to_le_bytes().to_vec();
+            let scale =
+                Stored::new(DataType::Float32, vec![1; shape.len()], Bytes::Here(ones.into())).unwrap();
+            Arc::new(
+                Weight::blockwise(Arc::new(Weight::plain(stored)), Arc::new(Weight::plain(scale)), None)
+                    .unwrap(),
+            )
+        };
+        let run = |name: &str, parameter, weight: Operand, x: Tensor, turn: bool| {
+            let mut inputs = vec![("x", vec![Operand::Tensor(x)]), (parameter, vec![weight])];
+            if turn {
+                inputs.push(("transpose_y", vec![Operand::Tensor(truth(true))]));
+            }
+            let operator = super::super::ops::find(name).unwrap();
+            (operator.run)(&mut Call { inputs, results: 1 }).unwrap().remove(0)
+        };
+        for (name, parameter, shape, x, turn) in [
+            ("linear", "weight", vec![outputs, inputs], vec![3, inputs], false),
+            ("conv", "weight", vec![outputs, inputs, 1, 1], vec![1, inputs, 1, 3], false),
+            ("matmul", "y", vec![3, outputs / 3, inputs], vec![2, inputs], true),
+            ("matmul", "y", vec![outputs, inputs], vec![2, outputs], false),
+        ] {
+            let (weight, x) = (stored(&shape), some(&x, 5));
+            let decoded = run(name, parameter, Operand::Tensor(weight.tensor().unwrap()), x.clone(), turn);
+            let found = run(name, parameter, Operand::Weight(weight), x, turn);
+            assert_eq!(found.shape, decoded.shape, "{name}");
+            near(values(&found), values(&decoded));
+        }
+    }
+
+    #[test]
+    fn kernels() {
+        let (x, w, bias) = (some(&[2, 5, 1, 3], 1), some(&[70, 5, 1, 1], 2), some(&[70], 3));
+        let mut wanted = Vec::new();
+        for x in values(&x).chunks(15) {
+            wanted.extend(product(values(&w), x, 5, 3));
+        }
+        let plain = [
+            ("x", x.clone()),
+            ("weight", w.clone()),
+            ("strides", ints(&[1, 1])),
+            ("pad_type", text("valid")),
+            ("pad", ints(&[0; 4])),
+            ("dilations", ints(&[1, 1])),
+            ("groups", int(1)),
+        ];
+        let (shape, found) = of("conv", &plain);
+        assert_eq!(shape, [2, 70, 1, 3]);
+        near(&found, &wanted);
+        let with_bias = [&plain[..], &[("bias", bias.clone())]].concat();
+        wanted
+            .chunks_mut(3)
+            .enumerate()
+            .for_each(|(i, row)| row.iter_mut().for_each(|v| *v += values(&bias)[i % 70]));
+        near(&of("conv", &with_bias).1, &wanted);
+        let other = |name, value| [&plain[..2], &[(name, value)]].concat();
+        refused("conv", &other("strides", ints(&[2, 1])), "kernels of one element are known");
+        refused("conv", &other("groups", int(2)), "kernels of one element are known");
+        refused("conv", &other("pad_type", text("same")), "kernels of one element are known");
+        refused(
+            "conv",
+            &[("x", x), ("weight", some(&[5, 5, 3, 1], 0))],
+            "[5, 5, 3, 1], a matrix was expected",
+        );
+    }
+
+    #[test]
+    fn stacks_of_matrices() {
+        let (x, y) = (some(&[2, 1, 3, 4], 1), some(&[3, 4, 70], 2));
+        let mut wanted = Vec::new();
+        for x in values(&x).chunks(12) {
+            values(&y).chunks(280).for_each(|y| wanted.extend(product(x, y, 4, 70)));
+        }
+        let (shape, found) = of("matmul", &[("x", x.clone()), ("y", y.clone())]);
+        assert_eq!(shape, [2, 3, 3, 70]);
+        near(&found, &wanted);
+        let turn = |t: &Tensor| {
+            let (mut shape, n) = (t.shape.clone(), t.shape.len());
+            let (rows, columns) = (shape[n - 2], shape[n - 1]);
+            shape.swap(n - 1, n - 2);
+            let all: Vec<f32> = values(t).chunks(rows * columns).flat_map(|m| turned(m, columns)).collect();
+            floats(&shape, &all)
+        };
+        for (tx, ty) in [(true, false), (false, true), (true, true)] {
+            let inputs = [
+                ("x", if tx { turn(&x) } else { x.clone() }),
+                ("y", if ty { turn(&y) } else { y.clone() }),
+                ("transpose_x", truth(tx)),
+                ("transpose_y", truth(ty)),
+            ];
+            near(&of("matmul", &inputs).1, &wanted);
+        }
+        refused("matmul", &[("x", x.clone()), ("y", some(&[5, 2], 0))], "4 and 5 differ");
+        refused("matmul", &[("x", x), ("y", some(&[4], 0))], "[4] is no matrix");
+        refused("matmul", &[("x", some(&[2, 3, 4], 0)), ("y", some(&[5, 4, 2], 0))], "do not go together");
+        let empty = of("matmul", &[("x", floats(&[2, 0], &[])), ("y", floats(&[0, 2], &[]))]);
+        assert_eq!(empty, (vec![2, 2], vec![0.0; 4]));
+    }
+
+    /// By the definition; more queries than are computed at a time.
+    #[test]
+    fn attention() {
+        let (heads, rows, keys, width, columns) = (2, 70, 5, 4, 3);
+        let [q, k, v] = [
+            some(&[1, heads, rows, width], 1),
+            some(&[1, heads, keys, width], 2),
+            some(&[1, heads, keys, columns], 3),
+        ];
+        let wanted = |mask: &dyn Fn(usize, usize, usize) -> f32| {
+            let mut out = Vec::new();
+            for h in 0..heads {
+                for i in 0..rows {
+                    let score = |j: usize| {
+                        let dot: f32 = (0..width)
+                            .map(|e| {
+                                values(&q)[(h * rows + i) * width + e]
+                                    * values(&k)[(h * keys + j) * width + e]
+                            })
+                            .sum();
+                        (dot / (width as f32).sqrt() + mask(h, i, j)).exp()
+                    };
+                    let sum: f32 = (0..keys).map(score).sum();
+                    for c in 0..columns {
+                        let of = |j: usize| score(j) * values(&v)[(h * keys + j) * columns + c];
+                        out.push((0..keys).map(of).sum::<f32>() / sum);
+                    }
+                }
+            }
+            out
+        };
+        let found = |mask: Option<Tensor>| {
+            let mut inputs = vec![("query", q.clone()), ("key", k.clone()), ("value", v.clone())];
+            inputs.extend(mask.map(|mask| ("attn_mask", mask)));
+            let (shape, values) = of("scaled_dot_product_attention", &inputs);
+            assert_eq!(shape, [1, heads, rows, columns]);
+            values
+        };
+        near(&found(None), &wanted(&|_, _, _| 0.0));
+        let causal = |i: usize, j: usize| j <= i % keys;
+        let shown: Vec<bool> = (0..rows * keys).map(|n| causal(n / keys, n % keys)).collect();
+        let by_truth = Tensor { shape: vec![rows, keys], ..bools(&shown) };
+        near(&found(Some(by_truth)), &wanted(&|_, i, j| if causal(i, j) { 0.0 } else { f32::NEG_INFINITY }));
+        let add = some(&[1, heads, 1, keys], 7);
+        near(&found(Some(add.clone())), &wanted(&|h, _, j| values(&add)[h * keys + j]));
+        let all = [("query", q.clone()), ("key", k.clone()), ("value", v.clone())];
+        let with = |mask: Tensor| [&all[..], &[("attn_mask", mask)]].concat();
+        refused(
+            "scaled_dot_product_attention",
+            &with(some(&[rows, 4], 0)),
+            "scores have shape [1, 2, 70, 5]",
+        );
+        refused("scaled_dot_product_attention", &with(ints(&[0])), "attn_mask is int32[1]");
+        let fewer = [("query", q), ("key", some(&[1, 1, keys, width], 0)), ("value", v)];
+        refused("scaled_dot_product_attention", &fewer, "do not go together");
+    }
 }

@@ -7,6 +7,8 @@ use crate::error::{Error, Result};
 
 /// Most elements of a tensor that an operation makes.
 const MOST_ELEMENTS: usize = 1 << 29;
+/// Most dimensions: Core ML has 5, and tables of weights 2 more.
+const MOST_DIMENSIONS: usize = 8;
 /// Most elements of a tensor that is stored, or a state.
 pub(super) const MOST_STORED: usize = 1 << (usize::BITS / 2 + usize::BITS / 8);
 
@@ -127,6 +129,12 @@ pub(super) fn elements(shape: &[usize]) -> Result<usize> {
 /// # Errors
 /// `Limit` for more.
 pub(super) fn bounded(shape: &[usize], most: usize) -> Result<usize> {
+    if shape.len() > MOST_DIMENSIONS {
+        return Err(Error::limit(format!(
+            "{} dimensions, at most {MOST_DIMENSIONS} are computed with",
+            shape.len()
+        )));
+    }
     let product = shape.iter().try_fold(1usize, |n, size| n.checked_mul((*size).max(1)));
     match product.filter(|n| *n <= most) {
         Some(_) => Ok(shape.iter().product()),

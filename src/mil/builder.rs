@@ -463,3 +463,101 @@ pub fn identifier(name: &str) -> String {
 fn declared(ty: &TensorType) -> ValueType {
     ValueType::tensor(ty.dtype, &ty.declared())
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::super::text::Text;
+    use super::*;
+    use crate::error::ErrorKind;
+
+    /// A model without tensors.
+    struct Nothing;
+
+    impl Weights for Nothing {
+        fn get(&self, _: &str) -> Option<Encoded> {
+            None
+        }
+    }
+
+    #[test]
+    fn constants_are_one_and_outputs_have_their_names() {
+        let mut b = Builder::new(&Nothing);
+        let n = b.any();
+        let x = b.input("x", DataType::Float16, &[Dim::Known(2), n]).unwrap();
+        let y = b.within("blk.0.", |b| b.mul("twice", &x, 2.0)).unwrap();
+        let z = b.within("blk.0.", |b| b.mul("twice", &y, 2.0)).unwrap();
+        let z = b.softmax("softmax", &z, -1).unwrap();
+        let z = b.transpose("turned", &z, [1, 0]).unwrap();
+        assert_eq!((y.name(), z.dims()), ("blk_0_twice", &[n, Dim::Known(2)][..]));
+        let built = b.finish(&[("probabilities", &z), ("half", &y)]).unwrap();
+        assert_eq!(
+            Text(&built.function).to_string(),
+            "input x:fp16[2,?]\n\
+             mul x=x, y=2 -> half:fp16[2,?]\n\
+             mul x=half, y=2 -> blk_0_twice_1:fp16[2,?]\n\
+             softmax x=blk_0_twice_1, axis=-1 -> softmax:fp16[2,?]\n\
+             transpose x=softmax, perm=[1,0] -> probabilities:fp16[?,2]\n\
+             output probabilities\n\
+             output half\n"
+        );
+        let block = &built.function.block_specializations[OPSET];
+        let constants: Vec<&str> =
+            block.operations.iter().filter(|o| o.kind == "const").map(|o| &*o.outputs[0].name).collect();
+        assert_eq!(constants, ["c_0", "c_1", "c_2"]);
+        for operation in &block.operations {
+            assert_eq!(operation.attributes["name"], Immediate::string(&*operation.outputs[0].name));
+        }
+    }
+
+    #[test]
+    fn faults_say_where() {
+        let mut b = Builder::new(&Nothing);
+        let x = b.input("x", DataType::Float16, &[Dim::Known(4)]).unwrap();
+        assert!(b.input("x", DataType::Int32, &[]).is_err() && b.input("1.x", DataType::Int32, &[]).is_err());
+        let y = b.range("y", 5, 0).unwrap();
+        let e = b.within("blk.7.", |b| b.add("sum", &x, &y)).unwrap_err();
+        assert!(e.to_string().contains("blk.7.sum") && e.kind() == ErrorKind::Misuse, "{e}");
+        let e = b.within("blk.7.", |b| b.encoded("attn_norm.weight")).unwrap_err();
+        assert!(
+            e.to_string().contains("blk.7.attn_norm.weight") && e.kind() == ErrorKind::Unsupported,
+            "{e}"
+        );
+        for (e, words) in [
+            (b.mul("x", &x, 1e6).unwrap_err(), "1000000 is beyond"),
+            (b.range("r", 1i64 << 40, 0).unwrap_err(), "beyond what 32 bits hold"),
+            (b.ops("silu", ["a", "b"], [("x", (&x).into())]).unwrap_err(), "1 results, not 2"),
+        ] {
+            assert!(e.to_string().contains(words), "{words:?} was expected: {e}");
+        }
+        let z = b.silu("z", &x).unwrap();
+        let finish = |outputs: &[(&str, &Value)]| {
+            let mut b = Builder::new(&Nothing);
+            b.input("x", DataType::Float16, &[Dim::Known(4)]).unwrap();
+            b.silu("z", &x).unwrap();
+            b.finish(outputs).map(|built| built.outputs)
+        };
+        assert!(finish(&[("out", &z)]).is_ok() && finish(&[("z", &z)]).is_ok());
+        for outputs in [&[("x", &x)][..], &[("y", &x)], &[("y", &z), ("w", &z)], &[("x", &z)], &[("a b", &z)]]
+        {
+            assert_eq!(finish(outputs).unwrap_err().kind(), ErrorKind::Misuse, "{outputs:?}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn names_are_identifiers_and_unique(names in proptest::collection::vec("[a-c.\\- \u{e9}0-2@]{0,3}", 1..20)) {
+            let mut b = Builder::new(&Nothing);
+            let mut seen = HashSet::new();
+            for name in &names {
+                let value = b.range(name, 3, 0).unwrap();
+                let mut chars = value.name().chars();
+                let first = chars.next().unwrap();
+                prop_assert!(first.is_ascii_alphabetic() || first == '_', "{}", value.name());
+                prop_assert!(chars.all(|c| c.is_ascii_alphanumeric() || c == '_' || c == '@'));
+                prop_assert!(seen.insert(value.name().to_string()), "{}", value.name());
+            }
+        }
+    }
+}

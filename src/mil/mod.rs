@@ -8,7 +8,6 @@
 //! shows one as text.
 
 mod builder;
-mod check;
 pub mod decoder;
 mod infer;
 mod math;
@@ -19,7 +18,6 @@ mod value;
 mod weight;
 
 pub use builder::{Arg, Builder, Built, Feature, OPSET, Value, identifier};
-pub use check::check;
 pub use decoder::{Layout, Part, Target, decoder};
 pub use infer::{Call, OPERATIONS, Operation, Parameter, infer};
 pub use state::State;

@@ -159,3 +159,69 @@ impl fmt::Display for Type<'_> {
         write!(f, "{data_type}[{}]", sizes.join(","))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+    use crate::container::coreml::mil::{Block, ListType, NamedValueType};
+    use crate::container::coreml::{DataType, Only};
+
+    /// What qconv does not write is shown too, and nothing of any length in a line.
+    #[test]
+    fn anything_is_shown() {
+        let fp16 = |n| ValueType::fixed(DataType::Float16, &[n]);
+        let bytes = |n: u64| Value::immediate(DataType::Float16, &[n], TensorValue::Bytes(Only(vec![0; 6])));
+        let int8 = Value::blob(DataType::Int8, &[3, 2], 128);
+        let operation =
+            |kind: &str, inputs: Vec<(&str, Vec<Binding>)>, val: Option<Value>, out: &str, ty| Operation {
+                kind: kind.into(),
+                inputs: inputs.into_iter().map(|(name, b)| (name.into(), Only(b))).collect(),
+                outputs: vec![NamedValueType::new(out, ty)],
+                attributes: val.into_iter().map(|v| ("val".to_string(), v)).collect(),
+                ..Operation::default()
+            };
+        let many = Value::immediate(DataType::Int32, &[17], TensorValue::Ints(Only(vec![1; 17])));
+        let name = |name: &str| vec![Binding::Name(name.into())];
+        let operations = vec![
+            operation("const", vec![], Some(many), "many", ValueType::fixed(DataType::Int32, &[17])),
+            operation("const", vec![], Some(Value::string("a\nb")), "text", ValueType::None),
+            operation("const", vec![], Some(bytes(3)), "numbers", fp16(3)),
+            operation(
+                "unknown_op",
+                vec![("b", name("text")), ("a", vec![Binding::None])],
+                None,
+                "y",
+                fp16(2),
+            ),
+            operation("constexpr_x", vec![("data", vec![Binding::Value(int8)])], None, "z", ValueType::None),
+            operation("concat", vec![("values", name("y"))], Some(Value::default()), "w", fp16(2)),
+        ];
+        let block = Block { operations, outputs: vec!["text".into()], ..Block::default() };
+        let list = ListType { element: Box::new(fp16(1)), ..ListType::default() };
+        let mut function = Function {
+            inputs: vec![
+                NamedValueType::new("list", ValueType::List(list)),
+                NamedValueType::new("s", ValueType::state(DataType::Float16, &[2, 3])),
+            ],
+            opset: "CoreML8".into(),
+            block_specializations: BTreeMap::from([("CoreML8".into(), block)]),
+            ..Function::default()
+        };
+        assert_eq!(
+            Text(&function).to_string(),
+            "input list:list\n\
+             state s:fp16[2,3]\n\
+             const here -> many:int32[17]\n\
+             const \"a\\nb\" -> text:no type\n\
+             const here -> numbers:fp16[3]\n\
+             unknown_op a=nothing, b=text -> y:fp16[2]\n\
+             constexpr_x data=int8[3,2]@128 -> z:no type\n\
+             concat values=(y) val=nowhere -> w:fp16[2]\n\
+             output text\n"
+        );
+        function.opset.clear();
+        assert!(Text(&function).to_string().ends_with("no block for \n"));
+    }
+}

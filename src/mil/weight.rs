@@ -203,3 +203,80 @@ impl Stored {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn stored(dtype: DataType, shape: &[u64], bytes: usize) -> Stored {
+        Stored { dtype, shape: shape.to_vec(), place: Place::Immediate(vec![0; bytes]) }
+    }
+
+    fn encoded(shape: &[u64], form: Form) -> Encoded {
+        Encoded { name: "w".into(), shape: shape.to_vec(), form, after: None }
+    }
+
+    /// The elements of a weight, without a model around it.
+    struct One(Encoded);
+
+    impl Weights for One {
+        fn get(&self, _: &str) -> Option<Encoded> {
+            Some(self.0.clone())
+        }
+    }
+
+    #[test]
+    fn matrices_become_kernels() {
+        let lut = stored(DataType::Float16, &[2, 1, 4, 1], 16);
+        let forms = [
+            Form::Plain(stored(DataType::Float16, &[8, 4], 64)),
+            Form::Blockwise {
+                data: stored(DataType::UInt4, &[8, 4], 16),
+                scale: stored(DataType::Float16, &[8, 1], 16),
+                offset: Some(stored(DataType::UInt4, &[8, 1], 4)),
+            },
+            Form::Lut { indices: stored(DataType::UInt2, &[8, 4], 8), lut },
+            Form::SparseLut {
+                mask: stored(DataType::UInt1, &[8, 4], 4),
+                indices: stored(DataType::UInt1, &[9], 2),
+                lut: stored(DataType::Float16, &[8, 1, 2, 1], 32),
+            },
+        ];
+        for form in forms {
+            let matrix = encoded(&[8, 4], form);
+            for (weight, shape) in [(matrix.clone(), &[8, 4][..]), (matrix.kernels().unwrap(), &[8, 4, 1, 1])]
+            {
+                let one = One(weight.clone());
+                let mut b = Builder::new(&one);
+                let value = b.decode(&weight).unwrap_or_else(|e| panic!("{weight:?}: {e}"));
+                assert_eq!(*value.ty(), TensorType::fixed(DataType::Float16, shape));
+            }
+        }
+        let e = encoded(&[8], Form::Plain(stored(DataType::Float16, &[8], 16))).kernels().unwrap_err();
+        assert!(e.to_string().contains("no matrix"), "{e}");
+    }
+
+    #[test]
+    fn what_does_not_fit_its_shape() {
+        let plain = |shape: &[u64], dtype, bytes| encoded(&[8], Form::Plain(stored(dtype, shape, bytes)));
+        let lut = Form::Lut {
+            indices: stored(DataType::UInt2, &[8], 2),
+            lut: stored(DataType::Float16, &[1, 3, 1], 6),
+        };
+        for (weight, words) in [
+            (plain(&[8], DataType::Float16, 15), "in 15 bytes"),
+            (plain(&[8], DataType::Int32, 32), "in 32 bytes"),
+            (plain(&[7], DataType::Float16, 14), "not fp16[8]"),
+            (plain(&[8], DataType::Int8, 8), "not fp16[8]"),
+            (encoded(&[8], lut.clone()), "3 entries"),
+        ] {
+            let one = One(weight.clone());
+            let e = Builder::new(&one).decode(&weight).unwrap_err();
+            assert!(e.to_string().contains("weight w") && e.to_string().contains(words), "{words}: {e}");
+        }
+        let vector = plain(&[8], DataType::Float16, 16);
+        assert_eq!(vector.clone().reshaped(&[8, 1, 1]).unwrap().shape, [8, 1, 1]);
+        assert!(vector.reshaped(&[9]).unwrap_err().to_string().contains("[9] was expected"));
+        assert!(encoded(&[8], lut).reshaped(&[8]).unwrap_err().to_string().contains("compressed"));
+    }
+}

@@ -1,8 +1,8 @@
 //! Weights of Core ML, encoded into memory, and decoded by the formulas of the operations.
 #![allow(dead_code)] // each test uses its part
 
-use std::cell::RefCell;
 use std::ops::Range;
+use std::sync::Mutex;
 
 use qconv::Result;
 use qconv::arch::Mapped;
@@ -12,6 +12,7 @@ use qconv::container::coreml::blob::layout;
 use qconv::convert::Importance;
 use qconv::convert::to_coreml::weights::{Keep, Outcome, Scratch, WeightPlan, Wish};
 use qconv::mil::{Encoded, Form, Place, Stored};
+use qconv::work::each;
 
 /// An encoded tensor, and the data of its blobs.
 pub struct Made {
@@ -35,21 +36,23 @@ pub fn encode(
     let plan = WeightPlan::new(tensor, store, rows, wish, keep, importance)?;
     let (file, places) = layout("weight.bin", plan.blobs())?;
     let empty = || places.iter().map(|b| vec![0u8; b.bytes as usize]).collect::<Vec<_>>();
-    let (data, times) = (RefCell::new(empty()), RefCell::new(empty()));
+    let (data, times) = (Mutex::new(empty()), Mutex::new(empty()));
     let mut outcome = Outcome::default();
-    // The last span first: order is of no matter.
-    let mut scratch = Scratch::default();
-    for span in (0..plan.spans()).rev() {
-        outcome.add(plan.write(store, span, &mut scratch, &|blob, at, bytes| {
+    // The last span first, on several threads: order is of no matter.
+    let spans: Vec<usize> = (0..plan.spans()).rev().collect();
+    let write = |scratch: &mut Scratch, span: &usize| {
+        plan.write(store, *span, scratch, &|blob, at, bytes| {
             let at = at as usize..at as usize + bytes.len();
-            data.borrow_mut()[blob][at.clone()].copy_from_slice(bytes);
-            times.borrow_mut()[blob][at].iter_mut().for_each(|n| *n += 1);
+            data.lock().unwrap()[blob][at.clone()].copy_from_slice(bytes);
+            times.lock().unwrap()[blob][at].iter_mut().for_each(|n| *n += 1);
             Ok(())
-        })?);
-    }
-    assert!(times.borrow().iter().flatten().all(|n| *n == 1), "bytes are written once: {times:?}");
+        })
+    };
+    each(&spans, 3, Scratch::default, write)?.into_iter().for_each(|of_span| outcome.add(of_span));
+    let (data, times) = (data.into_inner().unwrap(), times.into_inner().unwrap());
+    assert!(times.iter().flatten().all(|n| *n == 1), "bytes are written once: {times:?}");
     let encoded = plan.encoded("w", &places)?;
-    let blobs = places.iter().map(|b| b.record).zip(data.into_inner()).collect();
+    let blobs = places.iter().map(|b| b.record).zip(data).collect();
     Ok(Made { plan, encoded, blobs, file: file.len, outcome })
 }
 

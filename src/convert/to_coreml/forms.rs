@@ -169,6 +169,11 @@ enum Role {
     Other,
 }
 
+/// Whether codes that the source has of such a tensor may stay: those of matrices and embeddings.
+pub fn may_keep(name: &str) -> bool {
+    !matches!(role(name), Role::Other)
+}
+
 fn role(name: &str) -> Role {
     match name {
         "token_embd.weight" | "output.weight" => Role::Embedding,

@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
-use super::forms::Forms;
+use super::forms::{Forms, may_keep};
 use super::parts::At;
 use super::profile::{self, Profile};
 use super::source::Opened;
@@ -272,7 +272,7 @@ impl<'a> Weights<'a> {
                 offset: blob.data(),
                 ..PartPlan::new(&format!("{}.{k}", weight.name), DType::U8, &[blob.bytes])
             });
-            let moved = Moved::encoding(weight.kind(), planned, parts.collect());
+            let moved = Moved::encoding(planned, parts.collect());
             plan.tensors.push(TensorPlan::moved(weight.name.clone(), shape, moved)?);
         }
         let model = self.model(part, &placed)?;
@@ -307,28 +307,11 @@ impl Weight<'_> {
     fn plan(&self, profile: Profile, store: &Store) -> Result<WeightPlan> {
         // The Neural Engine has no scales of blocks within a row.
         let keep = match profile {
-            _ if self.wish == Wish::F16 => Keep::Never,
+            _ if !may_keep(&self.mapped.get().name) => Keep::Never,
             Profile::Gpu => Keep::Blocks,
             Profile::Ane => Keep::Rows,
         };
         WeightPlan::new(self.mapped.get(), store, self.rows.clone(), self.wish, keep, self.importance.clone())
-    }
-
-    /// What its encoding is called, and how it comes about.
-    fn kind(&self) -> (&'static str, &'static str) {
-        let weighed = self.importance.is_some();
-        match self.wish {
-            Wish::F16 => ("f16", "copy"),
-            Wish::Int { bits, .. } => {
-                (if bits == 4 { "int4" } else { "int8" }, if weighed { "imatrix" } else { "rtn" })
-            }
-            Wish::Lut { bits, .. } => {
-                let names = ["lut1", "lut2", "lut3", "lut4", "", "lut6", "", "lut8"];
-                let name = bits.checked_sub(1).and_then(|k| names.get(k as usize)).copied().unwrap_or("lut");
-                (name, if weighed { "weighed k-means" } else { "k-means" })
-            }
-            Wish::Ternary { .. } => ("ternary", if weighed { "imatrix" } else { "rtn" }),
-        }
     }
 }
 

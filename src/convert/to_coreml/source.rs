@@ -14,7 +14,7 @@ use crate::limits::Limits;
 use crate::tensor::DType;
 
 /// Files of a checkpoint that belong beside a package.
-const SIDE: [&str; 11] = [
+pub const SIDE: [&str; 11] = [
     "config.json",
     "generation_config.json",
     "tokenizer.json",

@@ -1,5 +1,6 @@
 //! Any source -> Hugging Face directory, quantized or not.
 
+mod coreml;
 mod gguf;
 mod matrices;
 mod model;
@@ -26,6 +27,7 @@ use super::quantizer::ImatrixChoice;
 use super::side_files::is_qpack_file;
 use crate::arch::Mapped;
 use crate::block::codec;
+use crate::container::coreml::chunks;
 use crate::container::gguf::is_gguf;
 use crate::container::{Store, pytorch, safetensors};
 use crate::error::{Error, Result};
@@ -50,7 +52,7 @@ pub enum HfContainer {
 /// A conversion to a Hugging Face directory.
 #[derive(Clone, Debug)]
 pub struct ToHf {
-    /// A GGUF file (of a split one, any shard), or a Hugging Face directory.
+    /// A GGUF file (of a split one, any shard), a Hugging Face directory, or a Core ML package.
     pub source: PathBuf,
     /// The directory to write; default: beside the source, called after the model and the format.
     pub output: Option<PathBuf>,
@@ -156,6 +158,19 @@ impl ToHf {
         }
     }
 
+    /// Refuses a source that is no Core ML package.
+    ///
+    /// # Errors
+    /// `Unsupported`.
+    pub fn check_coreml(&self) -> Result<()> {
+        match chunks::is_model(&self.source) {
+            true => Ok(()),
+            false => {
+                Err(Error::unsupported("is no Core ML package, and no directory of several").at(&self.source))
+            }
+        }
+    }
+
     /// Opens, recognises, plans.
     ///
     /// # Errors
@@ -224,6 +239,9 @@ impl ToHf {
             let arch_file = self.arch_file.as_deref();
             let wish = gguf::Wish { dtype, keeps_types: self.exact_only, quant_method, arch_file };
             return gguf::open(&self.source, &wish, &self.limits);
+        }
+        if chunks::is_model(&self.source) {
+            return coreml::open(&self.source, dtype, self.arch_file.as_deref(), &self.limits);
         }
         if self.arch_file.is_some() {
             return Err(Error::misuse("--arch-file describes the way back from GGUF; this source is none")
@@ -475,8 +493,9 @@ fn lay_out(
     };
     plan.place(layout.places);
     plan.files = layout.files.into_iter().map(FilePlan::from).collect();
-    let config = ("config.json".to_string(), pretty(&config));
-    let small = layout.index.into_iter().chain([config]).chain(side);
+    // Where nothing is known but tensors there is none.
+    let config = (!config.is_null()).then(|| ("config.json".to_string(), pretty(&config)));
+    let small = layout.index.into_iter().chain(config).chain(side);
     plan.files.extend(small.map(|(name, bytes)| FilePlan::whole(name, bytes)));
     Ok(())
 }

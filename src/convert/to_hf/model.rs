@@ -94,7 +94,7 @@ fn of_checkpoint(
     Ok(HfModel { store, mapped, config, side, dtype, keeps_types, name, places, notes })
 }
 
-fn drop_quantization(config: &mut Json) {
+pub(super) fn drop_quantization(config: &mut Json) {
     if let Some(config) = config.as_object_mut() {
         config.shift_remove("quantization_config");
     }
@@ -121,7 +121,7 @@ fn most_floats(store: &Store) -> Option<DType> {
 }
 
 /// States the type wherever the config stated one.
-fn set_dtype(config: &mut Json, dtype: DType) {
+pub(super) fn set_dtype(config: &mut Json, dtype: DType) {
     let Some(fields) = config.as_object_mut() else { return };
     let mut stated = false;
     for key in ["dtype", "torch_dtype"] {

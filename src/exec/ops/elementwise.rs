@@ -289,3 +289,136 @@ fn cast(call: &mut Call<'_>) -> Result<Vec<Tensor>> {
     };
     one(Tensor { dtype, shape: x.shape, data })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::{bools, floats, int, ints, near, of, refused, run, text};
+    use super::*;
+
+    fn pair(name: &str, a: f32, b: f32) -> f32 {
+        of(name, &[("x", floats(&[], &[a])), ("y", floats(&[], &[b]))]).1[0]
+    }
+
+    fn whole(name: &str, a: i32, b: i32) -> i32 {
+        run(name, &[("x", int(a)), ("y", int(b))]).unwrap()[0].as_ints().unwrap()[0]
+    }
+
+    #[test]
+    fn pairs_of_numbers() {
+        for (name, of_floats, of_ints) in [
+            ("add", -4.0, -4),
+            ("sub", -10.0, -10),
+            ("mul", -21.0, -21),
+            ("real_div", -7.0 / 3.0, -3),
+            ("floor_div", -3.0, -3),
+            ("mod", 2.0, 2),
+            ("maximum", 3.0, 3),
+            ("minimum", -7.0, -7),
+        ] {
+            near(&[pair(name, -7.0, 3.0)], &[of_floats]);
+            assert_eq!(whole(name, -7, 3), of_ints, "{name}");
+        }
+        assert!(pair("maximum", f32::NAN, 1.0).is_nan() && pair("maximum", 1.0, f32::NAN).is_nan());
+        assert!(pair("minimum", f32::NAN, 1.0).is_nan() && pair("minimum", 1.0, f32::NAN).is_nan());
+        assert_eq!(whole("add", i32::MAX, 1), i32::MIN);
+        for name in ["real_div", "mod"] {
+            refused(name, &[("x", int(1)), ("y", int(0))], "1 and 0 have no such integer");
+        }
+        refused("floor_div", &[("x", int(i32::MIN)), ("y", int(-1))], "no such integer");
+    }
+
+    #[test]
+    fn comparisons() {
+        let found = |name: &str| {
+            let (x, y) = (ints(&[1, 2, 3]), ints(&[2]));
+            let same =
+                run(name, &[("x", floats(&[3], &[1.0, 2.0, 3.0])), ("y", floats(&[1], &[2.0]))]).unwrap();
+            let found = run(name, &[("x", x), ("y", y)]).unwrap();
+            assert_eq!(found, same, "{name}");
+            found[0].clone()
+        };
+        for (name, wanted) in [
+            ("less", [true, false, false]),
+            ("less_equal", [true, true, false]),
+            ("greater", [false, false, true]),
+            ("greater_equal", [false, true, true]),
+            ("equal", [false, true, false]),
+            ("not_equal", [true, false, true]),
+        ] {
+            assert_eq!(found(name), bools(&wanted), "{name}");
+        }
+        let (x, y) = (bools(&[true, true, false, false]), bools(&[true, false, true, false]));
+        let both = [("x", x.clone()), ("y", y)];
+        assert_eq!(run("logical_and", &both).unwrap()[0], bools(&[true, false, false, false]));
+        assert_eq!(run("logical_or", &both).unwrap()[0], bools(&[true, true, true, false]));
+        assert_eq!(run("logical_not", &[("x", x)]).unwrap()[0], bools(&[false, false, true, true]));
+    }
+
+    #[test]
+    fn shapes_are_repeated() {
+        let (x, y) = (floats(&[2, 1, 2], &[1.0, 2.0, 3.0, 4.0]), floats(&[3, 1], &[10.0, 20.0, 30.0]));
+        let (shape, values) = of("add", &[("x", x.clone()), ("y", y)]);
+        assert_eq!(shape, [2, 3, 2]);
+        assert_eq!(values, [11.0, 12.0, 21.0, 22.0, 31.0, 32.0, 13.0, 14.0, 23.0, 24.0, 33.0, 34.0]);
+        assert_eq!(of("mul", &[("x", x.clone()), ("y", floats(&[0, 1], &[]))]).0, [2, 0, 2]);
+        refused(
+            "add",
+            &[("x", x.clone()), ("y", floats(&[3], &[0.0; 3]))],
+            "[2, 1, 2] and [3] do not go together",
+        );
+        refused("add", &[("x", x), ("y", int(1))], "fp32[2,1,2] and int32[] have different types");
+        let far = floats(&[1 << 15, 1], &vec![0.0; 1 << 15]);
+        let wide = floats(&[1 << 15], &vec![0.0; 1 << 15]);
+        refused("add", &[("x", far), ("y", wide)], "more than 536870912 elements");
+    }
+
+    /// Values of the functions from tables.
+    #[test]
+    fn functions() {
+        let x = floats(&[4], &[-2.0, -0.5, 0.0, 3.0]);
+        let of = |name: &str| of(name, &[("x", x.clone())]).1;
+        near(&of("exp"), &[0.135_335_28, 0.606_530_66, 1.0, 20.085_537]);
+        near(&of("tanh"), &[-0.964_027_6, -0.462_117_16, 0.0, 0.995_054_7]);
+        near(&of("sigmoid"), &[0.119_202_92, 0.377_540_67, 0.5, 0.952_574_1]);
+        near(&of("silu"), &[-0.238_405_84, -0.188_770_33, 0.0, 2.857_722_4]);
+        near(&of("gelu"), &[-0.045_500_264, -0.154_268_77, 0.0, 2.995_950_3]);
+        assert_eq!(of("identity"), [-2.0, -0.5, 0.0, 3.0]);
+        let gelu = |mode: &str| run("gelu", &[("x", x.clone()), ("mode", text(mode))]);
+        let values = |mode: &str| gelu(mode).unwrap()[0].as_floats().unwrap().to_vec();
+        near(&values("EXACT"), &of("gelu"));
+        near(&values("TANH_APPROXIMATION"), &[-0.045_402_3, -0.154_286, 0.0, 2.996_362_7]);
+        near(&values("SIGMOID_APPROXIMATION"), &[-0.064_340_4, -0.149_611_1, 0.0, 2.981_926_7]);
+        assert!(gelu("ERF").unwrap_err().to_string().contains("mode \"ERF\""));
+        let (x, four) = (floats(&[1], &[4.0]), floats(&[], &[5.0]));
+        near(&super::super::tests::of("sqrt", &[("x", x.clone())]).1, &[2.0]);
+        near(&super::super::tests::of("rsqrt", &[("x", x.clone())]).1, &[0.5]);
+        near(&super::super::tests::of("rsqrt", &[("x", x), ("epsilon", four)]).1, &[1.0 / 3.0]);
+    }
+
+    #[test]
+    fn choices_and_bounds() {
+        let x = floats(&[4], &[-9.0, -1.0, 2.0, f32::NAN]);
+        let clip = [("x", x), ("alpha", floats(&[], &[-2.0])), ("beta", floats(&[], &[1.5]))];
+        let found = of("clip", &clip).1;
+        assert!(found[..3] == [-2.0, -1.0, 1.5] && found[3].is_nan());
+        let (a, b) = (floats(&[2, 1], &[1.0, 2.0]), floats(&[], &[9.0]));
+        let (shape, values) = of("select", &[("cond", bools(&[true, false, true])), ("a", a), ("b", b)]);
+        assert_eq!((shape, values), (vec![2, 3], vec![1.0, 9.0, 1.0, 2.0, 9.0, 2.0]));
+    }
+
+    #[test]
+    fn casts() {
+        let x = floats(&[5], &[-1.7, 0.0, 2.9, 300.0, f32::NAN]);
+        let to = |x: &Tensor, dtype: &str| {
+            run("cast", &[("x", x.clone()), ("dtype", text(dtype))]).unwrap()[0].clone()
+        };
+        assert_eq!(to(&x, "int32").as_ints().unwrap(), [-1, 0, 2, 300, 0]);
+        assert_eq!(to(&x, "uint8").as_ints().unwrap(), [0, 0, 2, 255, 0]);
+        assert_eq!(to(&x, "bool"), bools(&[true, false, true, true, true]));
+        assert_eq!(to(&x, "fp16").dtype(), DataType::Float16);
+        assert_eq!(to(&ints(&[-300, 7]), "fp32").as_floats().unwrap(), [-300.0, 7.0]);
+        assert_eq!(to(&ints(&[-300, 7]), "int8").as_ints().unwrap(), [-128, 7]);
+        assert_eq!(to(&bools(&[true, false]), "fp16").as_floats().unwrap(), [1.0, 0.0]);
+        refused("cast", &[("x", x), ("dtype", text("half"))], "dtype \"half\" is not known");
+    }
+}

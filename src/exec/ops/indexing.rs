@@ -279,3 +279,179 @@ fn scatter_along_axis(call: &mut Call<'_>) -> Result<Vec<Tensor>> {
     }
     one(data)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::{bools, floats, int, ints, of, refused, run, text, truth};
+    use super::*;
+
+    fn count(shape: &[usize]) -> Tensor {
+        let n: usize = shape.iter().product();
+        floats(shape, &(0..n).map(|i| i as f32).collect::<Vec<_>>())
+    }
+
+    #[test]
+    fn rows_by_index() {
+        let x = count(&[3, 2]);
+        let (shape, values) = of("gather", &[("x", x.clone()), ("indices", ints(&[2, 0]))]);
+        assert_eq!((shape, values), (vec![2, 2], vec![4.0, 5.0, 0.0, 1.0]));
+        let column = [("x", x.clone()), ("indices", int(1)), ("axis", int(-1))];
+        assert_eq!(of("gather", &column), (vec![3], vec![1.0, 3.0, 5.0]));
+        let indices = Tensor::ints(&[2, 1], vec![2, 0]).unwrap();
+        let batched = [("x", count(&[2, 3])), ("indices", indices), ("axis", int(1)), ("batch_dims", int(1))];
+        assert_eq!(of("gather", &batched), (vec![2, 1], vec![2.0, 3.0]));
+        for index in [-1, 3] {
+            refused(
+                "gather",
+                &[("x", x.clone()), ("indices", ints(&[0, index]))],
+                &format!("index {index} of 3"),
+            );
+        }
+        refused("gather", &[("x", x.clone()), ("indices", x.clone())], "integers were expected");
+        refused(
+            "gather",
+            &[("x", x), ("indices", ints(&[0])), ("batch_dims", int(2))],
+            "2 dimensions of batches",
+        );
+    }
+
+    #[test]
+    fn ranges() {
+        let range = |start, end, step| {
+            run("range_1d", &[("start", int(start)), ("end", int(end)), ("step", int(step))])
+        };
+        for (start, end, step, wanted) in [
+            (0, 3, 1, &[0, 1, 2][..]),
+            (0, 10, 3, &[0, 3, 6, 9]),
+            (5, 0, -2, &[5, 3, 1]),
+            (3, 1, 1, &[]),
+            (-4, 4, 4, &[-4, 0]),
+            (2, 2, 1, &[]),
+        ] {
+            assert_eq!(
+                range(start, end, step).unwrap()[0].as_ints().unwrap(),
+                wanted,
+                "{start} {end} {step}"
+            );
+        }
+        assert!(range(0, 1, 0).unwrap_err().to_string().contains("step is 0"));
+        assert!(range(i32::MIN, i32::MAX, 1).unwrap_err().to_string().contains("more than 16777216"));
+    }
+
+    /// Against numpy's slices of `arange(10)`.
+    #[test]
+    fn slices() {
+        let slice = |begin: i32, end: i32, stride: i32, masks: [bool; 3]| {
+            let [b, e, s] = masks.map(|m| bools(&[m]));
+            let inputs = [
+                ("x", count(&[10])),
+                ("begin", ints(&[begin])),
+                ("end", ints(&[end])),
+                ("stride", ints(&[stride])),
+                ("begin_mask", b),
+                ("end_mask", e),
+                ("squeeze_mask", s),
+            ];
+            of("slice_by_index", &inputs)
+        };
+        let none = [false; 3];
+        for (begin, end, stride, masks, wanted) in [
+            (2, 7, 2, none, &[2.0, 4.0, 6.0][..]),
+            (-3, 100, 1, none, &[7.0, 8.0, 9.0]),
+            (0, -8, 1, none, &[0.0, 1.0]),
+            (8, -5, 1, none, &[]),
+            (-100, 2, 1, none, &[0.0, 1.0]),
+            (7, 2, -2, none, &[7.0, 5.0, 3.0]),
+            (7, 99, -3, [true, false, false], &[]),
+            (0, 4, -3, [true, false, false], &[9.0, 6.0]),
+            (2, 0, -1, [false, true, false], &[2.0, 1.0, 0.0]),
+            (0, 0, 4, [true, true, false], &[0.0, 4.0, 8.0]),
+        ] {
+            let wanted = (vec![wanted.len()], wanted.to_vec());
+            assert_eq!(slice(begin, end, stride, masks), wanted, "{begin} {end} {stride} {masks:?}");
+        }
+        assert_eq!(slice(-2, 0, 1, [false, false, true]), (vec![], vec![8.0]), "end is of no use");
+        let part = [("x", count(&[2, 3])), ("begin", ints(&[1, 1])), ("end", ints(&[2, 3]))];
+        assert_eq!(of("slice_by_index", &part), (vec![1, 2], vec![4.0, 5.0]));
+        let beyond = [
+            ("x", count(&[2])),
+            ("begin", ints(&[2])),
+            ("end", ints(&[0])),
+            ("squeeze_mask", bools(&[true])),
+        ];
+        refused("slice_by_index", &beyond, "begin 2 in dimension 0");
+        let no_step =
+            [("x", count(&[2])), ("begin", ints(&[0])), ("end", ints(&[1])), ("stride", ints(&[0]))];
+        refused("slice_by_index", &no_step, "stride [0]");
+        refused(
+            "slice_by_index",
+            &[("x", count(&[2])), ("begin", ints(&[])), ("end", ints(&[1]))],
+            "begin []",
+        );
+    }
+
+    #[test]
+    fn what_is_written_over() {
+        let update = |update: Tensor| {
+            let (begin, end) = (ints(&[0, 1]), ints(&[2, 3]));
+            [("x", count(&[2, 3])), ("update", update), ("begin", begin), ("end", end)]
+        };
+        let (shape, values) = of("slice_update", &update(floats(&[2, 2], &[9.0, 8.0, 7.0, 6.0])));
+        assert_eq!((shape, values), (vec![2, 3], vec![0.0, 9.0, 8.0, 3.0, 7.0, 6.0]));
+        refused(
+            "slice_update",
+            &update(floats(&[1, 2], &[0.0; 2])),
+            "update is fp32[1,2], the part of fp32[2,3]",
+        );
+        let row = floats(&[2], &[-1.0, -2.0]);
+        let stepped = [
+            ("x", count(&[2, 3])),
+            ("update", row),
+            ("begin", ints(&[1, 0])),
+            ("end", ints(&[0, 3])),
+            ("stride", ints(&[1, 2])),
+            ("squeeze_mask", bools(&[true, false])),
+        ];
+        assert_eq!(of("slice_update", &stepped).1, [0.0, 1.0, 2.0, -1.0, 4.0, -2.0]);
+    }
+
+    #[test]
+    fn the_largest() {
+        let x = floats(&[2, 4], &[3.0, 7.0, 7.0, 1.0, f32::NAN, -1.0, -2.0, -3.0]);
+        let top = |k: i32, ascending: bool| {
+            run(
+                "topk",
+                &[("x", x.clone()), ("k", int(k)), ("axis", int(-1)), ("ascending", truth(ascending))],
+            )
+        };
+        let found = top(2, false).unwrap();
+        assert_eq!(found[0].as_floats().unwrap(), [7.0, 7.0, -1.0, -2.0]);
+        assert_eq!(found[1], Tensor::ints(&[2, 2], vec![1, 2, 1, 2]).unwrap());
+        assert_eq!(top(3, true).unwrap()[1].as_ints().unwrap(), [3, 0, 1, 3, 2, 1]);
+        let first = run("topk", &[("x", x.clone()), ("axis", int(0))]).unwrap();
+        assert_eq!(first[1].as_ints().unwrap(), [0, 0, 0, 0]);
+        for k in [0, 5, -1] {
+            assert!(top(k, false).unwrap_err().to_string().contains("k of fp32[2,4] at axis 1"));
+        }
+    }
+
+    #[test]
+    fn what_is_scattered() {
+        let scatter = |places: Vec<i32>, mode: &str| {
+            let indices = Tensor::ints(&[2, 2], places).unwrap();
+            let updates = floats(&[2, 2], &[9.0, 8.0, 7.0, 6.0]);
+            let inputs = [
+                ("data", count(&[2, 3])),
+                ("indices", indices),
+                ("updates", updates),
+                ("axis", int(1)),
+                ("mode", text(mode)),
+            ];
+            run("scatter_along_axis", &inputs)
+        };
+        let found = scatter(vec![2, 0, 1, 2], "update").unwrap();
+        assert_eq!(found[0].as_floats().unwrap(), [8.0, 1.0, 9.0, 3.0, 7.0, 6.0]);
+        assert!(scatter(vec![0, 1, 2, 3], "update").unwrap_err().to_string().contains("index 3 of 3"));
+        assert!(scatter(vec![0; 4], "add").unwrap_err().to_string().contains("mode \"add\""));
+    }
+}

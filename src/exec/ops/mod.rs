@@ -63,7 +63,7 @@ fn one(tensor: Tensor) -> Result<Vec<Tensor>> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use std::collections::HashSet;
     use std::sync::Arc;
 
@@ -72,32 +72,32 @@ mod tests {
     use super::*;
     use crate::container::coreml::DataType;
 
-    pub(super) fn floats(shape: &[usize], values: &[f32]) -> Tensor {
+    pub(in super::super) fn floats(shape: &[usize], values: &[f32]) -> Tensor {
         Tensor::floats(shape, values.to_vec()).unwrap()
     }
 
-    pub(super) fn ints(values: &[i32]) -> Tensor {
+    pub(in super::super) fn ints(values: &[i32]) -> Tensor {
         Tensor::ints(&[values.len()], values.to_vec()).unwrap()
     }
 
-    pub(super) fn int(value: i32) -> Tensor {
+    pub(in super::super) fn int(value: i32) -> Tensor {
         Tensor::ints(&[], vec![value]).unwrap()
     }
 
-    pub(super) fn bools(values: &[bool]) -> Tensor {
+    pub(in super::super) fn bools(values: &[bool]) -> Tensor {
         Tensor::of_bools(vec![values.len()], values.to_vec())
     }
 
-    pub(super) fn truth(value: bool) -> Tensor {
+    pub(in super::super) fn truth(value: bool) -> Tensor {
         Tensor::of_bools(vec![], vec![value])
     }
 
-    pub(super) fn text(value: &str) -> Tensor {
+    pub(in super::super) fn text(value: &str) -> Tensor {
         Tensor { dtype: DataType::String, shape: vec![], data: Data::Text(Arc::from(value)) }
     }
 
     /// What an operation makes of these.
-    pub(super) fn run(name: &str, inputs: &[(&'static str, Tensor)]) -> Result<Vec<Tensor>> {
+    pub(in super::super) fn run(name: &str, inputs: &[(&'static str, Tensor)]) -> Result<Vec<Tensor>> {
         let operator = find(name).unwrap_or_else(|| panic!("{name}"));
         let mut bound: Vec<(&str, Vec<Operand>)> = Vec::new();
         for (name, tensor) in inputs {
@@ -111,18 +111,18 @@ mod tests {
     }
 
     /// The one result of an operation, of floats: its shape and elements.
-    pub(super) fn of(name: &str, inputs: &[(&'static str, Tensor)]) -> (Vec<usize>, Vec<f32>) {
+    pub(in super::super) fn of(name: &str, inputs: &[(&'static str, Tensor)]) -> (Vec<usize>, Vec<f32>) {
         let found = run(name, inputs).unwrap_or_else(|e| panic!("{name}: {e}"));
         (found[0].shape.clone(), found[0].as_floats().unwrap().to_vec())
     }
 
     /// That an operation refuses these, with such words.
-    pub(super) fn refused(name: &str, inputs: &[(&'static str, Tensor)], words: &str) {
+    pub(in super::super) fn refused(name: &str, inputs: &[(&'static str, Tensor)], words: &str) {
         let e = run(name, inputs).unwrap_err();
         assert!(e.to_string().contains(words), "{name}: {words:?} was expected: {e}");
     }
 
-    pub(super) fn near(found: &[f32], wanted: &[f32]) {
+    pub(in super::super) fn near(found: &[f32], wanted: &[f32]) {
         assert_eq!(found.len(), wanted.len(), "{found:?}");
         for (f, w) in found.iter().zip(wanted) {
             assert!((f - w).abs() <= 1e-6 * w.abs().max(1.0), "{found:?}, {wanted:?} was expected");

@@ -1,9 +1,11 @@
 //! Operations along axes: sums, norms.
 
+use std::sync::Arc;
+
 use rayon::prelude::*;
 
-use super::super::call::Call;
-use super::super::tensor::Tensor;
+use super::super::call::{Call, floats};
+use super::super::tensor::{Data, Tensor};
 use super::shape::transposed;
 use super::{Operator, computed, one};
 use crate::error::{Error, Result};
@@ -93,7 +95,7 @@ fn each_row(x: Tensor, axes: &[usize], f: impl Fn(&mut [f32]) + Send + Sync) -> 
     let (dtype, shape) = (x.dtype, rows.shape.clone());
     drop(x);
     let mut values = match rows.data {
-        super::super::tensor::Data::Floats(values) => std::sync::Arc::unwrap_or_clone(values),
+        Data::Floats(values) => Arc::unwrap_or_clone(values),
         _ => Vec::new(),
     };
     if size > 0 {
@@ -124,7 +126,7 @@ fn layer_norm(call: &mut Call<'_>) -> Result<Vec<Tensor>> {
                 x.described()
             )))
         }
-        Some(given) => super::super::call::floats(&given.tensor()?).map(Some),
+        Some(given) => floats(&given.tensor()?).map(Some),
     };
     let (gamma, beta) = (affine("gamma")?, affine("beta")?);
     each_row(x, &axes, |row| {
@@ -140,4 +142,61 @@ fn layer_norm(call: &mut Call<'_>) -> Result<Vec<Tensor>> {
             row.iter_mut().zip(&**beta).for_each(|(v, b)| *v += b);
         }
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::{floats, int, ints, near, of, refused, run, truth};
+
+    #[test]
+    fn sums_along_axes() {
+        let x = floats(&[2, 3], &[1.0, 2.0, 3.0, -4.0, 5.0, 6.0]);
+        let along = |name: &str, axis: i32| of(name, &[("x", x.clone()), ("axes", ints(&[axis]))]);
+        assert_eq!(along("reduce_sum", -1), (vec![2], vec![6.0, 7.0]));
+        assert_eq!(along("reduce_sum", 0), (vec![3], vec![-3.0, 7.0, 9.0]));
+        assert_eq!(along("reduce_mean", 1), (vec![2], vec![2.0, 7.0 / 3.0]));
+        assert_eq!(along("reduce_max", 0).1, [1.0, 5.0, 6.0]);
+        assert_eq!(along("reduce_min", 0).1, [-4.0, 2.0, 3.0]);
+        assert_eq!(along("reduce_sum_square", 1).1, [14.0, 77.0]);
+        assert_eq!(of("reduce_sum", &[("x", x.clone())]), (vec![], vec![13.0]));
+        let kept = [("x", x.clone()), ("axes", ints(&[0, 1])), ("keep_dims", truth(true))];
+        assert_eq!(of("reduce_max", &kept), (vec![1, 1], vec![6.0]));
+        refused("reduce_sum", &[("x", x), ("axes", ints(&[2]))], "axis 2 of 2");
+        refused(
+            "reduce_max",
+            &[("x", floats(&[2, 0], &[])), ("axes", ints(&[1]))],
+            "has nothing along its axes",
+        );
+    }
+
+    #[test]
+    fn shares() {
+        let e = std::f32::consts::E;
+        let x = floats(&[2, 2], &[0.0, 1.0, 1000.0, 1000.0]);
+        let wanted = [1.0 / (1.0 + e), e / (1.0 + e), 0.5, 0.5];
+        near(&of("softmax", &[("x", x.clone())]).1, &wanted);
+        let turned = floats(&[2, 2], &[0.0, 1000.0, 1.0, 1000.0]);
+        let along_first = of("softmax", &[("x", turned), ("axis", int(0))]).1;
+        near(&along_first, &[wanted[0], wanted[2], wanted[1], wanted[3]]);
+        let nothing = floats(&[2], &[f32::NEG_INFINITY; 2]);
+        assert!(of("softmax", &[("x", nothing)]).1.iter().all(|v| v.is_nan()));
+    }
+
+    #[test]
+    fn norms() {
+        let x = floats(&[2, 2], &[1.0, 3.0, -1.0, 5.0]);
+        let (axes, epsilon) = (ints(&[-1]), floats(&[], &[3.0]));
+        let (gamma, beta) = (floats(&[2], &[2.0, 4.0]), floats(&[2], &[10.0, 20.0]));
+        // Means 2 and 2, variances 1 and 9.
+        let plain = [("x", x.clone()), ("axes", axes.clone()), ("epsilon", epsilon.clone())];
+        let wide = 3.0 / 12f32.sqrt();
+        near(&of("layer_norm", &plain).1, &[-0.5, 0.5, -wide, wide]);
+        let affine = [&plain[..], &[("gamma", gamma), ("beta", beta)]].concat();
+        near(&of("layer_norm", &affine).1, &[9.0, 22.0, 10.0 - 2.0 * wide, 20.0 + 4.0 * wide]);
+        let first =
+            [("x", floats(&[2, 2], &[1.0, -1.0, 3.0, 5.0])), ("axes", ints(&[0])), ("epsilon", epsilon)];
+        near(&of("layer_norm", &first).1, &[-0.5, -wide, 0.5, wide]);
+        let wrong = [("x", x), ("axes", axes), ("gamma", floats(&[1], &[1.0]))];
+        assert!(run("layer_norm", &wrong).unwrap_err().to_string().contains("gamma has shape [1]"));
+    }
 }

@@ -90,6 +90,7 @@ pub(super) fn transposed(x: &Tensor, perm: &[usize]) -> Result<Tensor> {
 fn expand_dims(call: &mut Call<'_>) -> Result<Vec<Tensor>> {
     let (mut x, given) = (call.tensor("x")?, call.some_ints("axes")?);
     let rank = x.shape.len() + given.len();
+    elements(&vec![1; rank])?;
     let axes: Vec<usize> = given.iter().map(|a| axis(*a, rank)).collect::<Result<_>>()?;
     let mut own = x.shape.iter().copied();
     let at = |i: usize| if axes.contains(&i) { Some(1) } else { own.next() };
@@ -201,4 +202,86 @@ fn split(call: &mut Call<'_>) -> Result<Vec<Tensor>> {
         taken(&x, shape, base, &dims)
     };
     sizes.into_iter().map(&mut part).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::{bools, floats, int, ints, of, refused, run, text, truth};
+    use super::*;
+
+    fn six() -> Tensor {
+        floats(&[2, 3], &[0.0, 1.0, 2.0, 3.0, 4.0, 5.0])
+    }
+
+    #[test]
+    fn shapes() {
+        let found = run("shape", &[("x", six())]).unwrap();
+        assert_eq!(found[0], ints(&[2, 3]));
+        let shape = |sizes: &[i32]| of("reshape", &[("x", six()), ("shape", ints(sizes))]).0;
+        assert_eq!((shape(&[3, 2]), shape(&[1, -1, 1]), shape(&[-1])), (vec![3, 2], vec![1, 6, 1], vec![6]));
+        for sizes in [&[4, -1][..], &[0, 6], &[-1, -1], &[5], &[-2, 3], &[i32::MAX, i32::MAX, -1]] {
+            let words = if sizes.len() == 3 { "more than" } else { "does not become" };
+            refused("reshape", &[("x", six()), ("shape", ints(sizes))], words);
+        }
+        let expand = |axes: &[i32]| of("expand_dims", &[("x", six()), ("axes", ints(axes))]).0;
+        assert_eq!((expand(&[0]), expand(&[-1, 1])), (vec![1, 2, 3], vec![2, 1, 3, 1]));
+        refused("expand_dims", &[("x", six()), ("axes", ints(&[0, 0]))], "one comes twice");
+        refused("expand_dims", &[("x", six()), ("axes", ints(&[3]))], "axis 3 of 3");
+        let ones = floats(&[1, 2, 1], &[0.0, 1.0]);
+        assert_eq!(of("squeeze", &[("x", ones.clone())]).0, [2]);
+        assert_eq!(of("squeeze", &[("x", ones.clone()), ("axes", ints(&[-1]))]).0, [1, 2]);
+        refused("squeeze", &[("x", ones), ("axes", ints(&[1]))], "axis 1 of fp32[1,2,1] is not 1");
+    }
+
+    #[test]
+    fn orders() {
+        let (shape, values) = of("transpose", &[("x", six()), ("perm", ints(&[1, 0]))]);
+        assert_eq!((shape, values), (vec![3, 2], vec![0.0, 3.0, 1.0, 4.0, 2.0, 5.0]));
+        let all: Vec<f32> = (0..24).map(|i| i as f32).collect();
+        let x = floats(&[2, 3, 4], &all);
+        let (shape, values) = of("transpose", &[("x", x), ("perm", ints(&[2, -3, 1]))]);
+        let wanted: Vec<f32> = (0..4)
+            .flat_map(|c| (0..2).flat_map(move |a| (0..3).map(move |b| (a * 12 + b * 4 + c) as f32)))
+            .collect();
+        assert_eq!((shape, values), (vec![4, 2, 3], wanted));
+        refused("transpose", &[("x", six()), ("perm", ints(&[0]))], "perm has 1 axes");
+        refused("transpose", &[("x", six()), ("perm", ints(&[0, 0]))], "axis 0 twice");
+        let (shape, values) = of("tile", &[("x", six()), ("reps", ints(&[1, 2]))]);
+        let wanted = vec![0.0, 1.0, 2.0, 0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 3.0, 4.0, 5.0];
+        assert_eq!((shape, values), (vec![2, 6], wanted));
+        assert_eq!(of("tile", &[("x", six()), ("reps", ints(&[2, 1]))]).0, [4, 3]);
+        refused("tile", &[("x", six()), ("reps", ints(&[0, 1]))], "one or more");
+        refused("tile", &[("x", six()), ("reps", ints(&[i32::MAX, i32::MAX]))], "more than");
+    }
+
+    #[test]
+    fn parts() {
+        let two = floats(&[2, 1], &[8.0, 9.0]);
+        let both = [("values", six()), ("values", two), ("axis", int(-1)), ("interleave", truth(false))];
+        let (shape, values) = of("concat", &both);
+        assert_eq!((shape, values), (vec![2, 4], vec![0.0, 1.0, 2.0, 8.0, 3.0, 4.0, 5.0, 9.0]));
+        let joined =
+            run("concat", &[("values", ints(&[1])), ("values", ints(&[2, 3])), ("axis", int(0))]).unwrap();
+        assert_eq!(joined[0], ints(&[1, 2, 3]));
+        let joined =
+            run("concat", &[("values", bools(&[true])), ("values", bools(&[])), ("axis", int(0))]).unwrap();
+        assert_eq!(joined[0], bools(&[true]));
+        refused(
+            "concat",
+            &[("values", six()), ("values", ints(&[1])), ("axis", int(0))],
+            "cannot be joined at axis 0",
+        );
+        refused("concat", &[("values", text("a")), ("axis", int(0))], "axis 0 of 0");
+        let mixed = [("values", six()), ("axis", int(0)), ("interleave", truth(true))];
+        refused("concat", &mixed, "interleave");
+        let sizes = [("x", six()), ("split_sizes", ints(&[2, 1])), ("axis", int(1))];
+        let found = run("split", &sizes).unwrap();
+        assert_eq!(found, [floats(&[2, 2], &[0.0, 1.0, 3.0, 4.0]), floats(&[2, 1], &[2.0, 5.0])]);
+        refused("split", &[("x", six()), ("split_sizes", ints(&[2, 2])), ("axis", int(1))], "parts [2, 2]");
+        refused(
+            "split",
+            &[("x", six()), ("num_splits", int(2)), ("axis", int(1))],
+            "2 parts do not go into it",
+        );
+    }
 }

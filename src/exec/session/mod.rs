@@ -13,6 +13,9 @@ use model::{HIDDEN, HIDDEN_AFTER, Interface};
 /// What is added to scores that are not to count. Finite, so that no row is without any; float16 holds twice of it.
 const HIDDEN_SCORE: f32 = -30000.0;
 
+/// A function that takes so many times the tokens that are left is called once rather than one for a token each time.
+const FILLED_UP: usize = 4;
+
 /// Tokens that were decoded, and what the model keeps of them.
 #[derive(Debug)]
 pub struct Session<'a> {
@@ -56,25 +59,30 @@ impl<'a> Session<'a> {
         let mut rows = Vec::with_capacity(ids.len().saturating_mul(n_vocab));
         let mut rest = ids;
         while !rest.is_empty() {
-            let fits =
-                |(tokens, _): &&(Option<usize>, String)| tokens.is_none_or(|n| (1..=rest.len()).contains(&n));
+            // What is filled up with other tokens is written over later, and hidden until then.
+            let (left, end) = (rest.len(), self.model.context() - self.position);
+            let fits = |(tokens, _): &&(Option<usize>, String)| {
+                tokens.is_none_or(|n| (1..=left).contains(&n) || (n <= end && n / left <= FILLED_UP))
+            };
             // There is one for a single token.
             let Some((tokens, function)) = self.model.functions.iter().find(fits) else { break };
-            let (some, others) = rest.split_at(tokens.unwrap_or(rest.len()));
-            self.step(function, some, &mut rows)?;
+            let (some, others) = rest.split_at(tokens.unwrap_or(left).min(left));
+            let mut given = some.to_vec();
+            given.resize(tokens.unwrap_or(left), some[0]);
+            self.step(function, &given, some.len(), &mut rows)?;
             (self.position, rest) = (self.position + some.len(), others);
         }
         Ok(rows)
     }
 
-    /// Calls one function of every package.
-    fn step(&mut self, function: &str, ids: &[i32], rows: &mut Vec<f32>) -> Result<()> {
+    /// Calls one function of every package, and keeps the logits of the first `wanted` tokens.
+    fn step(&mut self, function: &str, ids: &[i32], wanted: usize, rows: &mut Vec<f32>) -> Result<()> {
         let mut values = self.inputs(ids)?;
         for (program, states) in self.model.programs.iter().zip(&mut self.states) {
             let Some(found) = program.function(function) else { continue };
-            let wanted = found.inputs.iter().map(|(declared, _)| &declared.name);
+            let names = found.inputs.iter().map(|(declared, _)| &declared.name);
             let given = |name: &String| values.get(name.as_str()).map(|value| (name.clone(), value.clone()));
-            let inputs: BTreeMap<String, Tensor> = wanted.filter_map(given).collect();
+            let inputs: BTreeMap<String, Tensor> = names.filter_map(given).collect();
             for (name, value) in program.call(function, &inputs, states, self.rounding)? {
                 let name = if name == HIDDEN_AFTER { HIDDEN.into() } else { name };
                 values.insert(name, value);
@@ -92,7 +100,7 @@ impl<'a> Session<'a> {
             Error::unsupported(format!("it gives {found:?}, logits of {} tokens were expected", ids.len()))
                 .at(&self.model.path)
         })?;
-        for i in 0..ids.len() {
+        for i in 0..wanted {
             parts.iter().for_each(|(part, n)| rows.extend_from_slice(&part[i * n..][..*n]));
         }
         Ok(())

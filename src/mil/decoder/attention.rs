@@ -71,7 +71,7 @@ impl Graph<'_> {
         let mut x = self.heads(b, name, x, heads)?;
         let norm = format!("{name}_norm");
         if b.has(&format!("{norm}.weight")) {
-            x = self.rms_norm(b, &norm, &x, self.head_axis())?;
+            x = self.normed(b, &norm, &x, self.head_axis(), self.model.eps, 1.0)?;
         }
         match places.rotation_of(self, layer) {
             Some(rotation) => self.rotated(b, name, x, rotation),

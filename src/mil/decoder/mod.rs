@@ -181,11 +181,12 @@ impl Graph<'_> {
             let scale = b.gather("embedding_scale", &scales, ids, 0)?;
             x = b.mul("embedding", &x, &scale)?;
         }
-        x = self.times(b, "embedding_scaled", x, self.model.embedding_scale)?;
+        x = self.times(b, "embedding_scaled", x, self.model.embedding_scale * self.model.stream)?;
         if let (Positions::Learned, Some(places)) = (&self.model.positions, places) {
             let table = b.encoded("position_embd.weight")?;
             let weight = b.decode(&table)?;
             let at = b.gather("position_embedding", &weight, &places.positions, 0)?;
+            let at = self.times(b, "position_embedding_scaled", at, self.model.stream)?;
             x = b.add("embedding_placed", &x, &at)?;
         }
         Ok(x)
@@ -201,25 +202,30 @@ impl Graph<'_> {
         cache: &mut Cache,
     ) -> Result<Value> {
         let model = self.model;
-        let h = self.norm(b, "attn_norm", x)?;
+        let h = self.norm(b, &model.attn_norm, x)?;
         let attended = self.attention(b, i, &h, places, cache)?;
         // gpt-oss has the norm before the feed-forward under this name.
-        let attended = match &*model.ffn_norm {
-            "post_attention_norm" => attended,
-            _ => self.post_norm(b, "post_attention_norm", attended)?,
-        };
-        let attended = self.times(b, "attn_residual", attended, model.residual)?;
+        let post = Some("post_attention_norm").filter(|name| *name != model.ffn_norm);
+        let attended = self.added(b, "attn_residual", post, attended)?;
         let after_attention = b.add("attn_sum", x, &attended)?;
-        let h = if model.parallel { h } else { self.norm(b, &model.ffn_norm, &after_attention)? };
+        let norms_own = b.has(&format!("{}.weight", model.ffn_norm));
+        let h = match model.parallel {
+            true if norms_own => self.norm(b, &model.ffn_norm, x)?,
+            true => h,
+            false => self.norm(b, &model.ffn_norm, &after_attention)?,
+        };
         let fed = self.feed_forward(b, &h)?;
-        let fed = self.post_norm(b, "post_ffw_norm", fed)?;
-        let fed = self.times(b, "ffn_residual", fed, model.residual)?;
+        let fed = self.added(b, "ffn_residual", Some("post_ffw_norm"), fed)?;
         b.add("sum", &after_attention, &fed)
     }
 
-    /// The norm of this name, where there is one.
-    fn post_norm(&self, b: &mut Builder<'_>, name: &str, x: Value) -> Result<Value> {
-        if b.has(&format!("{name}.weight")) { self.norm(b, name, &x) } else { Ok(x) }
+    /// What a sublayer adds to the stream: what it gave, behind the norm of this name where there is one.
+    fn added(&self, b: &mut Builder<'_>, name: &str, norm: Option<&str>, x: Value) -> Result<Value> {
+        let Decoder { eps, residual, stream, .. } = *self.model;
+        match norm.filter(|norm| b.has(&format!("{norm}.weight"))) {
+            Some(norm) => self.normed(b, norm, &x, self.axis(), eps, residual * stream),
+            None => self.times(b, name, x, residual * stream),
+        }
     }
 
     /// Logits, in parts where the vocabulary is divided, with the names of the outputs.
@@ -235,6 +241,7 @@ impl Graph<'_> {
         for (j, stem) in stems.iter().enumerate() {
             let logits = self.project(b, stem, &format!("head.{j}"), &x)?;
             let logits = self.rows(b, &format!("head.{j}"), &logits)?;
+            let logits = self.times(b, &format!("head.{j}_scaled"), logits, self.model.logit_scale)?;
             let logits = self.capped(b, &format!("head.{j}"), logits, self.model.logit_softcap)?;
             let name = match self.target.layout {
                 Layout::Rows if parts == 1 => "logits".into(),

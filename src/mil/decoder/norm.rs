@@ -2,23 +2,44 @@
 
 use super::super::builder::{Builder, Value};
 use super::Graph;
-use crate::arch::Norm;
+use crate::arch::{Decoder, Norm};
 use crate::error::{Error, Result};
+
+/// The smallest number above 0 in float16.
+const SMALLEST: f32 = 1.0 / 16_777_216.0;
 
 impl Graph<'_> {
     /// The norm of the stream that is called so, over the channels.
     pub(super) fn norm(&self, b: &mut Builder<'_>, name: &str, x: &Value) -> Result<Value> {
+        let Decoder { eps, stream, .. } = *self.model;
+        // A stream that is multiplied has the square of that in its variance.
+        let eps = if stream == 1.0 { eps } else { (eps * stream * stream).max(SMALLEST) };
+        self.normed(b, name, x, self.axis(), eps, 1.0)
+    }
+
+    /// A norm along an axis, times a factor.
+    pub(super) fn normed(
+        &self,
+        b: &mut Builder<'_>,
+        name: &str,
+        x: &Value,
+        axis: i64,
+        eps: f32,
+        factor: f32,
+    ) -> Result<Value> {
         match self.model.norm {
-            Norm::Rms => self.rms_norm(b, name, x, self.axis()),
-            Norm::Layer => self.layer_norm(b, name, x),
+            Norm::Rms => self.rms_norm(b, name, x, axis, eps, factor),
+            Norm::Layer => {
+                let normed = self.layer_norm(b, name, x, axis, eps)?;
+                self.times(b, &format!("{name}_scaled"), normed, factor)
+            }
         }
     }
 
-    /// `(x - mean) / sqrt(variance + eps) * weight + bias` over the channels.
-    fn layer_norm(&self, b: &mut Builder<'_>, name: &str, x: &Value) -> Result<Value> {
-        let axis = self.axis();
+    /// `(x - mean) / sqrt(variance + eps) * weight + bias` along an axis.
+    fn layer_norm(&self, b: &mut Builder<'_>, name: &str, x: &Value, axis: i64, eps: f32) -> Result<Value> {
         let shape = along(axis, x.dims().len(), size(x, axis)?);
-        let inputs = [("x", x.into()), ("axes", [axis].into()), ("epsilon", self.model.eps.into())];
+        let inputs = [("x", x.into()), ("axes", [axis].into()), ("epsilon", eps.into())];
         let normed = b.op("layer_norm", &format!("{name}_normed"), inputs)?;
         let weight = b.vector(&format!("{name}.weight"), &shape)?;
         let weighed = b.mul(name, &normed, &weight)?;
@@ -30,11 +51,19 @@ impl Graph<'_> {
         b.add(&format!("{name}_biased"), &weighed, &bias)
     }
 
-    /// `x / sqrt(mean(x^2) + eps) * weight` along an axis.
+    /// `x / sqrt(mean(x^2) + eps) * factor * weight` along an axis.
     ///
     /// As half of the layer norm of `x` and `-x`, whose mean is 0 and whose variance is `mean(x^2)`: squares of their
     /// own would exceed float16 from 256 on.
-    pub(super) fn rms_norm(&self, b: &mut Builder<'_>, name: &str, x: &Value, axis: i64) -> Result<Value> {
+    fn rms_norm(
+        &self,
+        b: &mut Builder<'_>,
+        name: &str,
+        x: &Value,
+        axis: i64,
+        eps: f32,
+        factor: f32,
+    ) -> Result<Value> {
         let n = size(x, axis)?;
         let rank = x.dims().len();
         let at = |here: i64, elsewhere: i64| -> Vec<i64> {
@@ -42,7 +71,7 @@ impl Graph<'_> {
         };
         let negative = b.mul(&format!("{name}_negative"), x, -1.0)?;
         let both = b.concat(&format!("{name}_both"), [x, &negative], axis)?;
-        let inputs = [("x", (&both).into()), ("axes", [axis].into()), ("epsilon", self.model.eps.into())];
+        let inputs = [("x", (&both).into()), ("axes", [axis].into()), ("epsilon", eps.into())];
         let normed = b.op("layer_norm", &format!("{name}_normed"), inputs)?;
         let inputs = [
             ("x", (&normed).into()),
@@ -52,6 +81,8 @@ impl Graph<'_> {
             ("end_mask", at(0, 1).iter().map(|n| *n == 1).collect::<Vec<bool>>().into()),
         ];
         let half = b.op("slice_by_index", &format!("{name}_half"), inputs)?;
+        // Weights can be large: the factor comes first.
+        let half = self.times(b, &format!("{name}_scaled"), half, factor)?;
         let weight = b.vector(&format!("{name}.weight"), &along(axis, rank, n))?;
         b.mul(name, &half, &weight)
     }

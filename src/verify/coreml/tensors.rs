@@ -94,9 +94,7 @@ pub(super) fn compare(
             return Ok((Vec::new(), Outcome::Failed, detail));
         }
         for (tensor, constants) in tensors {
-            // Vectors have dimensions of 1 behind them where channels come first.
-            let sizes = |shape: &[u64]| shape.iter().copied().filter(|n| *n != 1).collect::<Vec<_>>();
-            if sizes(tensor.shape()) != sizes(&mapped.shape) {
+            if !is_same_shape(tensor.shape(), &mapped.shape) {
                 let detail = format!(
                     "tensor {:?} has shape {:?}, its source {:?}",
                     mapped.name,
@@ -126,6 +124,15 @@ pub(super) fn compare(
     }
     let (outcome, detail) = judge(&checks);
     Ok((checks, outcome, detail))
+}
+
+/// Graphs shape tensors as they need them: dimensions of size 1 come and go, and a vector may be in several.
+fn is_same_shape(found: &[u64], wanted: &[u64]) -> bool {
+    let real = |shape: &[u64]| -> Vec<u64> { shape.iter().copied().filter(|n| *n != 1).collect() };
+    match wanted {
+        [n] => found.iter().try_fold(1u64, |all, n| all.checked_mul(*n)) == Some(*n),
+        _ => real(found) == real(wanted),
+    }
 }
 
 /// The tensors of the package that hold one of the source: itself, and where a head that is the embedding is divided,

@@ -151,7 +151,10 @@ impl Codes {
     ) -> Result<()> {
         let from = tensor.in_source(rows);
         match &self.origin {
-            Origin::Blocks(blocks) => self.read_blocks(blocks, tensor, store, from, scratch),
+            Origin::Blocks(blocks) => {
+                self.scales_of_blocks(blocks, tensor, store, &from, scratch)?;
+                self.codes_of_blocks(blocks, &from, scratch)
+            }
             Origin::Grouped(matrices) => {
                 let (cols, groups) = (self.shape.cols as usize, self.shape.groups as usize);
                 let n = (from.end - from.start) as usize;
@@ -171,25 +174,32 @@ impl Codes {
         }
     }
 
-    fn read_blocks(
+    /// Reads blocks, and takes their scales out of them.
+    fn scales_of_blocks(
         &self,
         blocks: &Blocks,
         tensor: &Tensor,
         store: &Store,
-        from: Range<u64>,
+        from: &Range<u64>,
         scratch: &mut Scratch,
     ) -> Result<()> {
-        let Scratch { fetch, rows: Rows { codes, scales, zeros }, bytes, values, .. } = scratch;
+        let Scratch { fetch, rows: Rows { scales, zeros, .. }, bytes, .. } = scratch;
         let cols = self.shape.cols;
         tensor.source.raw(store, from.start * cols, from.end * cols, bytes, fetch)?;
-        let blocks_of = bytes.chunks_exact_mut(blocks.dtype.type_size() as usize);
+        let each = bytes.chunks_exact_mut(blocks.dtype.type_size() as usize);
         scales.clear();
-        scales.extend(blocks_of.map(|block| blocks.take_scale(block)));
+        scales.extend(each.map(|block| blocks.take_scale(block)));
         zeros.clear();
         zeros.resize(scales.len(), -f32::from(blocks.least));
+        Ok(())
+    }
+
+    /// What is left of them: whole numbers.
+    fn codes_of_blocks(&self, blocks: &Blocks, from: &Range<u64>, scratch: &mut Scratch) -> Result<()> {
+        let Scratch { rows: Rows { codes, .. }, bytes, values, .. } = scratch;
         let codec = codec(blocks.dtype)
             .ok_or_else(|| Error::unsupported(format!("type {} has no codec", blocks.dtype)))?;
-        values.resize(((from.end - from.start) * cols) as usize, 0.0);
+        values.resize(((from.end - from.start) * self.shape.cols) as usize, 0.0);
         codec.decode(bytes, values)?;
         codes.clear();
         codes.extend(values.iter().map(|v| (*v as i32 - i32::from(blocks.least)) as u8));
@@ -243,7 +253,7 @@ impl Codes {
         Ok(survey)
     }
 
-    /// Scales and zeros, and codes where they are wished or cost nothing.
+    /// Scales and zeros, and codes where they are wished.
     fn lines(
         &self,
         codes: bool,
@@ -252,16 +262,20 @@ impl Codes {
         rows: &Range<u64>,
         scratch: &mut Scratch,
     ) -> Result<()> {
-        let Origin::Grouped(matrices) = &self.origin else { return self.read(tensor, store, rows, scratch) };
         if codes {
             return self.read(tensor, store, rows, scratch);
         }
+        let from = tensor.in_source(rows);
+        let matrices = match &self.origin {
+            Origin::Blocks(blocks) => return self.scales_of_blocks(blocks, tensor, store, &from, scratch),
+            Origin::Grouped(matrices) => matrices,
+        };
         let groups = self.shape.groups as usize;
         let n = (rows.end - rows.start) as usize * groups;
         let Rows { scales, zeros, .. } = &mut scratch.rows;
         scales.resize(n, 0.0);
         zeros.resize(n, 0.0);
-        each_run(matrices, &tensor.in_source(rows), &mut |matrix, source, to| {
+        each_run(matrices, &from, &mut |matrix, source, to| {
             let at = to * groups..(to + (source.end - source.start) as usize) * groups;
             matrix.lines(store.stored(), source, &mut scales[at.clone()], &mut zeros[at])
         })
@@ -296,11 +310,14 @@ impl Codes {
     }
 }
 
-/// The runs of rows that the rows `to` consist of: a matrix, the rows there, and the first of them here.
+/// Is given a matrix, rows of it, and where the first of them goes.
+type Work<'a> = dyn FnMut(&dyn Grouped, Range<u64>, usize) -> Result<()> + 'a;
+
+/// The runs of rows that the rows `to` consist of.
 fn each_run(
     matrices: &[(Arc<dyn Grouped>, StridedCopy)],
     to: &Range<u64>,
-    work: &mut dyn FnMut(&dyn Grouped, Range<u64>, usize) -> Result<()>,
+    work: &mut Work<'_>,
 ) -> Result<()> {
     for (matrix, copy) in matrices {
         for part in copy.clip(to.start, to.end) {

@@ -40,6 +40,10 @@ impl Integers {
 }
 
 impl Encoding for Integers {
+    fn name(&self) -> &'static str {
+        if self.bits == 4 { "int4" } else { "int8" }
+    }
+
     fn operands(&self, tensor: &Tensor) -> Vec<Operand> {
         let mut scales = tensor.shape.clone();
         if let Some(last) = scales.last_mut() {

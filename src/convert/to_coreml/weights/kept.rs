@@ -7,7 +7,7 @@
 use std::ops::Range;
 
 use super::codes::{Codes, Survey};
-use super::lut::{indices, tables};
+use super::lut::{indices, name, tables};
 use super::plain::halves;
 use super::values::{BEYOND, Outcome, Scratch, Tensor, whole_bytes};
 use super::{Encoding, Keep, Operand, Put, Wish};
@@ -130,6 +130,31 @@ impl Kept {
 }
 
 impl Encoding for Kept {
+    fn name(&self) -> &'static str {
+        match self.held {
+            Held::Ternary => "ternary",
+            Held::Signed(bits) => {
+                if bits == 4 {
+                    "int4"
+                } else {
+                    "int8"
+                }
+            }
+            Held::Unsigned(bits) => {
+                if bits == 4 {
+                    "uint4"
+                } else {
+                    "uint8"
+                }
+            }
+            Held::Lut(bits) => name(bits),
+        }
+    }
+
+    fn method(&self, _: bool) -> Option<&'static str> {
+        None
+    }
+
     fn operands(&self, tensor: &Tensor) -> Vec<Operand> {
         let mut scales = tensor.shape.clone();
         if let Some(last) = scales.last_mut() {

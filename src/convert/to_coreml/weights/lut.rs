@@ -28,6 +28,18 @@ pub(super) fn indices(bits: u32) -> Result<DataType> {
     })
 }
 
+/// What palettes of so many bits are called.
+pub(super) fn name(bits: u32) -> &'static str {
+    match bits {
+        1 => "lut1",
+        2 => "lut2",
+        3 => "lut3",
+        4 => "lut4",
+        6 => "lut6",
+        _ => "lut8",
+    }
+}
+
 /// The shape of tables for a matrix or a stack, each for so many rows and columns.
 pub(super) fn tables(shape: &[u64], rows: u64, cols: u64, bits: u32) -> Vec<u64> {
     let mut tables = shape.to_vec();
@@ -79,6 +91,8 @@ impl Lut {
         if let Some(palette) = &*shared {
             return Ok(Some(palette.clone()));
         }
+        // What an error left behind.
+        scratch.points.take(&mut scratch.counts);
         let step = tensor.step(1);
         let (mut row, end) = (group * self.rows, (group + 1) * self.rows);
         tensor.importance(row / tensor.of_matrix, scratch)?;
@@ -96,6 +110,14 @@ impl Lut {
 }
 
 impl Encoding for Lut {
+    fn name(&self) -> &'static str {
+        name(self.bits)
+    }
+
+    fn method(&self, is_weighed: bool) -> Option<&'static str> {
+        Some(if is_weighed { "weighed k-means" } else { "k-means" })
+    }
+
     fn operands(&self, tensor: &Tensor) -> Vec<Operand> {
         let tables = tables(&tensor.shape, self.rows, tensor.cols, self.bits);
         vec![Operand::new(self.indices, tensor.shape.clone()), Operand::new(DataType::Float16, tables)]
@@ -125,6 +147,7 @@ impl Encoding for Lut {
         let cols = tensor.cols as usize;
         scratch.codes.resize(scratch.values.len(), 0);
         scratch.stored.resize(scratch.values.len(), 0.0);
+        let mut tables = Vec::new();
         for (group, made) in groups.zip(made) {
             let first = group * self.rows;
             let these = first.max(rows.start)..(first + self.rows).min(rows.end);
@@ -142,11 +165,15 @@ impl Encoding for Lut {
             let (codes, stored) = (&mut scratch.codes[at.clone()], &mut scratch.stored[at.clone()]);
             palette.codes(&scratch.values[at], codes);
             stored.iter_mut().zip(&*codes).for_each(|(y, c)| *y = palette.levels[usize::from(*c)]);
-            // Of a table that several spans use, the first one.
+            // Of a table that several spans use, the first one writes it.
             if these.start == first {
-                halves(&palette.levels, &mut scratch.small)?;
-                put(1, group * scratch.small.len() as u64, &scratch.small)?;
+                tables.extend_from_slice(&palette.levels);
             }
+        }
+        if !tables.is_empty() {
+            let first = rows.start.div_ceil(self.rows) << self.bits;
+            halves(&tables, &mut scratch.small)?;
+            put(1, first * 2, &scratch.small)?;
         }
         let outcome = Outcome::of(&scratch.values, &scratch.stored);
         scratch.put_codes(0, self.bits, rows.start * tensor.cols, put)?;

@@ -98,10 +98,18 @@ impl Operand {
 }
 
 /// Where an encoding puts bytes: the number of the blob, the first byte in its data, and the bytes.
-type Put<'a> = dyn Fn(usize, u64, &[u8]) -> Result<()> + 'a;
+pub type Put<'a> = dyn Fn(usize, u64, &[u8]) -> Result<()> + 'a;
 
 /// How rows of a tensor become blobs. Operands in the program come behind those that are blobs.
 trait Encoding: Debug + Send + Sync {
+    /// What it is called.
+    fn name(&self) -> &'static str;
+
+    /// How codes come about; `None` where they are the source's.
+    fn method(&self, is_weighed: bool) -> Option<&'static str> {
+        Some(if is_weighed { "imatrix" } else { "rtn" })
+    }
+
     /// What is stored.
     fn operands(&self, tensor: &Tensor) -> Vec<Operand>;
 
@@ -126,6 +134,9 @@ trait Encoding: Debug + Send + Sync {
 const SPAN: u64 = 1 << 18;
 /// The same where a stretch of the tensor is scattered in the source.
 const SCATTERED_SPAN: u64 = 1 << 21;
+
+/// Bytes of buffers for one element of a span: source and its stretches, value, what it is stored as, codes.
+const BYTES_PER_ELEMENT: u64 = 4 + 8 + 4 + 4 + 2;
 
 impl WeightPlan {
     /// Of a tensor, or of some rows of a matrix. Weights are not read, but where sizes depend on them; scales of
@@ -226,6 +237,12 @@ impl WeightPlan {
         Ok(Encoded { name: name.into(), shape: self.tensor.shape.clone(), form, after })
     }
 
+    /// What its encoding is called, such as `int4`, and how codes come about: `rtn`, `imatrix`, `k-means`, or `copy`
+    /// where they are the source's.
+    pub fn kind(&self) -> (&'static str, &'static str) {
+        (self.encoding.name(), self.encoding.method(self.tensor.is_weighed()).unwrap_or("copy"))
+    }
+
     /// Into how many spans the work falls.
     pub fn spans(&self) -> usize {
         match self.blobs.is_empty() {
@@ -234,18 +251,18 @@ impl WeightPlan {
         }
     }
 
+    /// Bytes of a worker's buffers for a span: weights as they are read, as numbers and as they are stored.
+    pub fn buffer_bytes(&self) -> u64 {
+        let elements = self.step.min(self.tensor.rows).saturating_mul(self.tensor.cols);
+        elements.saturating_mul(BYTES_PER_ELEMENT).saturating_add(self.tensor.source.held_bytes(elements))
+    }
+
     /// Writes a span: `put` is given the number of a blob, the first byte in its data, and bytes. No two spans write
     /// the same bytes.
     ///
     /// # Errors
     /// As reads and `put` fail; `Malformed` for weights that are not finite or beyond float16, naming the first.
-    pub fn write(
-        &self,
-        store: &Store,
-        span: usize,
-        scratch: &mut Scratch,
-        put: &dyn Fn(usize, u64, &[u8]) -> Result<()>,
-    ) -> Result<Outcome> {
+    pub fn write(&self, store: &Store, span: usize, scratch: &mut Scratch, put: &Put<'_>) -> Result<Outcome> {
         let first = (span as u64).saturating_mul(self.step).min(self.tensor.rows);
         let rows = first..self.tensor.rows.min(first.saturating_add(self.step));
         self.encoding.write(&self.tensor, store, rows, scratch, put).map_err(|e| match e.path() {

@@ -48,6 +48,14 @@ pub(super) fn from_halves(bytes: &[u8], values: &mut Vec<f32>) -> Result<()> {
 }
 
 impl Encoding for Plain {
+    fn name(&self) -> &'static str {
+        "f16"
+    }
+
+    fn method(&self, _: bool) -> Option<&'static str> {
+        None
+    }
+
     fn operands(&self, tensor: &Tensor) -> Vec<Operand> {
         vec![Operand { bytes: self.bytes.clone(), ..Operand::new(DataType::Float16, tensor.shape.clone()) }]
     }

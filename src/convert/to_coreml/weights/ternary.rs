@@ -30,6 +30,13 @@ impl Digits {
         Self { codes }
     }
 
+    fn method(&self, is_weighed: bool) -> Option<&'static str> {
+        match self.codes {
+            Some(_) => None,
+            None => Some(if is_weighed { "imatrix" } else { "rtn" }),
+        }
+    }
+
     /// Fills `scratch.codes` with digits, plus 1, `scratch.scales` with that of each row, a number of float16, and
     /// `scratch.values` and `scratch.stored` with weights before and after.
     fn read(&self, tensor: &Tensor, store: &Store, rows: &Range<u64>, scratch: &mut Scratch) -> Result<()> {
@@ -86,6 +93,14 @@ fn of_rows(tensor: &Tensor) -> Vec<u64> {
 }
 
 impl Encoding for Dense {
+    fn name(&self) -> &'static str {
+        "ternary"
+    }
+
+    fn method(&self, is_weighed: bool) -> Option<&'static str> {
+        self.digits.method(is_weighed)
+    }
+
     fn operands(&self, tensor: &Tensor) -> Vec<Operand> {
         let mut table = vec![1; tensor.shape.len()];
         table.extend([4, 1]);
@@ -172,6 +187,14 @@ impl Sparse {
 }
 
 impl Encoding for Sparse {
+    fn name(&self) -> &'static str {
+        "sparse_ternary"
+    }
+
+    fn method(&self, is_weighed: bool) -> Option<&'static str> {
+        self.digits.method(is_weighed)
+    }
+
     fn operands(&self, tensor: &Tensor) -> Vec<Operand> {
         let tables = lut::tables(&tensor.shape, 1, tensor.cols, 1);
         vec![

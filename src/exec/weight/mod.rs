@@ -333,17 +333,17 @@ pub(super) fn is_float(dtype: DataType) -> bool {
     matches!(dtype, DataType::Float16 | DataType::Float32)
 }
 
-/// Rounds to float16; whether one that was finite is not any more.
+/// Rounds to float16; whether one that was finite is not any more: from 65520 on they are not.
 pub(super) fn round(values: &mut [f32]) -> bool {
     let (mut halves, mut overflows) = ([f16::ZERO; RUN], false);
     for values in values.chunks_mut(RUN) {
         let halves = &mut halves[..values.len()];
+        overflows |= values.iter().fold(false, |any, v| any | ((v.abs() >= 65520.0) & v.is_finite()));
         halves.convert_from_f32_slice(values);
-        for (value, half) in values.iter_mut().zip(&*halves) {
-            // 65520 and beyond become infinite.
-            overflows |= value.is_finite() && half.to_bits() & 0x7FFF == 0x7C00;
-        }
         halves.convert_to_f32_slice(values);
     }
     overflows
 }
+
+#[cfg(test)]
+mod tests;

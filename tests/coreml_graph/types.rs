@@ -1,14 +1,13 @@
-//! Whether a function is one: each value made once and before it is used, each of the type that its operation gives.
+//! Types of a function, inferred anew from what stands in it: each value is made once and before it is used, and is
+//! declared as exactly what its operation gives.
 
 use std::collections::{HashMap, HashSet};
 
-use super::infer::infer;
-use super::types::{Symbols, TensorType};
-use super::value::{Int, Known, Operand};
-use crate::container::coreml::mil::{
+use qconv::container::coreml::mil::{
     Binding, Function, ImmediateValue, Operation, Stored, TensorValue, Value, ValueType,
 };
-use crate::error::{Error, Result};
+use qconv::error::{Error, Result};
+use qconv::mil::{Dim, Int, Known, Operand, Symbols, TensorType, infer};
 
 /// Checks each operation of a function against what is known of it.
 ///
@@ -140,7 +139,7 @@ impl<'a> Checker<'a> {
             return Err(Error::unsupported("only tensors are known"));
         };
         let dims = ty.shape()?.into_iter().map(|size| match size {
-            Some(size) => super::types::Dim::Known(size),
+            Some(size) => Dim::Known(size),
             None => self.symbols.fresh(),
         });
         Ok(TensorType::new(ty.data_type, dims.collect()))
