@@ -263,4 +263,8 @@ peers-models: build
 	fi; \
 	$(CARGO) build $(RELEASE) --example agreement; \
 	.venv-models/bin/python tests/peers/ARCHITECTURES.py $(QCONV) $(TARGET)/release/examples/agreement \
-		.venv-models/$(LLAMA_CPP)/vendor/llama.cpp $(NAMES)
+		.venv-models/$(LLAMA_CPP)/vendor/llama.cpp $(NAMES); \
+	if [ -z '$(NAMES)' ]; then \
+		.venv-models/bin/python tests/peers/graph.py .venv-models/graphs; \
+		QCONV_GRAPHS=.venv-models/graphs $(CARGO) test $(RELEASE) --test coreml_logits -- --ignored; \
+	fi

@@ -135,3 +135,29 @@ fn compressed_packages_agree_with_llama_cpp() {
         assert!(found.finite && found.rel_rms < 1e-3, "{name} {matrices:?} {profile:?}: {found:?}");
     }
 }
+
+/// What `tests/peers/graph.py` left in `QCONV_GRAPHS`: families that no fixture has.
+#[test]
+#[ignore = "needs the models that tests/peers/graph.py makes"]
+fn families_without_fixtures_agree_with_transformers() {
+    let root = std::env::var_os("QCONV_GRAPHS").expect("QCONV_GRAPHS names their folder");
+    let models = std::fs::read_dir(root).unwrap().map(|e| e.unwrap().path());
+    let mut models: Vec<_> = models.filter(|path| path.join("config.json").exists()).collect();
+    models.sort();
+    assert!(!models.is_empty());
+    for path in models {
+        let name = path.file_name().unwrap().to_string_lossy().into_owned();
+        let profiles = [Profile::Gpu, Profile::Ane];
+        for profile in &profiles[..if name.contains("moe") { 1 } else { 2 }] {
+            let dir = tempfile::tempdir().unwrap();
+            let output = dir.path().join("x.mlpackage");
+            package(&path, &output, *profile, Forms::new(Matrices::Float16));
+            let (ids, values) = common::reference(&path);
+            let wanted = Matrix { columns: values.len() / ids.len(), values };
+            let model = LanguageModel::open(&output, &Limits::default()).unwrap();
+            let found = compare(&logits(&model, &ids, ids.len(), Rounding::F32), &wanted).unwrap();
+            println!("{name} {profile:?}: {:.2e}", found.rel_rms);
+            assert!(found.finite && found.rel_rms < 1e-3, "{name} {profile:?}: {found:?}");
+        }
+    }
+}
