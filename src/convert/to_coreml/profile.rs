@@ -168,8 +168,8 @@ mod tests {
 
     #[test]
     fn vocabularies_are_parted() {
-        assert_eq!(Profile::Gpu.vocabulary(151_936), [0..151_936]);
-        assert_eq!(Profile::Ane.vocabulary(16384), [0..16384]);
+        assert_eq!(Profile::Gpu.vocabulary(151_936), vec![0..151_936]);
+        assert_eq!(Profile::Ane.vocabulary(16384), vec![0..16384]);
         assert_eq!(Profile::Ane.vocabulary(49152), [0..16384, 16384..32768, 32768..49152]);
         for rows in [1, 7, 16385, 32000, 50257, 262_144, 262_145] {
             let parts = Profile::Ane.vocabulary(rows);
