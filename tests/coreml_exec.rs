@@ -219,7 +219,7 @@ impl Copied {
 /// Cut anywhere, or with a bit changed: refused when opened or called, or executed, but no panic.
 #[test]
 fn damage_is_no_panic() {
-    for (name, every) in [("coreml/mini.mlpackage", 1), ("coreml/llama.mlpackage", 53)] {
+    for (name, every) in [("coreml/mini.mlpackage", 2), ("coreml/llama.mlpackage", 151)] {
         let copied = Copied::new(name);
         let mask = Tensor::floats(&[1, 1, 2, 2], vec![0.0, -30000.0, 0.0, 0.0]).unwrap();
         let tokens = Tensor::ints(&[1, 2], vec![1, 2]).unwrap();
@@ -244,7 +244,7 @@ fn damage_is_no_panic() {
             attempt(&bytes);
         }
         assert!(
-            opened > called && called > 50,
+            opened > called && called > 20,
             "{name}: {opened} opened, {called} called of {}",
             whole.len()
         );
