@@ -31,7 +31,7 @@ help:
 	@echo 'make test         formatting, clippy, documentation, all tests with and without ggml'
 	@echo 'make proof        logits of the linked llama.cpp and of candle, on sound and damaged files'
 	@echo 'make bench        speed of block types, layouts and whole conversions (needs 6 GB of disk)'
-	@echo 'make peers        read our files with the Python packages gguf and safetensors, measure with xllamacpp'
+	@echo 'make peers        read our files with the Python packages gguf, safetensors and coremltools, measure with xllamacpp'
 	@echo 'make peers-checkpoints'
 	@echo '                  hold quantized checkpoints to the libraries whose formats they are'
 	@echo '                  (downloads PyTorch, 7 GB of disk, half an hour)'
@@ -194,9 +194,11 @@ bench: system
 
 # Third-party readers read what we write. Versions are pinned; nothing outside .venv changes.
 PEERS := gguf==0.19.0 safetensors==0.8.0 numpy==2.3.5 xllamacpp==2026.10.11549
+# It has requirements of its own.
+COREML_PEERS := coremltools==9.0 numpy==2.4.6
 
 peers: build
-	@set -e; \
+	@$(ENV) \
 	stamp='.venv/$(PEERS)'; \
 	if [ ! -f "$$stamp" ]; then \
 		$(PYTHON) -m venv --clear .venv || { echo 'Python 3 with its module venv is needed (Debian: python3-venv)' >&2; exit 1; }; \
@@ -209,6 +211,14 @@ peers: build
 	.venv/bin/python tests/peers/gptq.py $(QCONV); \
 	.venv/bin/python tests/peers/qpack.py fixtures/qpack/example.txt fixtures/qpack/all.qpack; \
 	.venv/bin/python tests/peers/qpack.py --qconv $(QCONV) fixtures/models/llama; \
+	stamp='.venv-coreml/$(COREML_PEERS)'; \
+	if [ ! -f "$$stamp" ]; then \
+		$(PYTHON) -m venv --clear .venv-coreml; \
+		.venv-coreml/bin/python -m pip install -q --disable-pip-version-check $(COREML_PEERS) </dev/null; \
+		touch "$$stamp"; \
+	fi; \
+	$(CARGO) build $(RELEASE) --example coreml_values; \
+	.venv-coreml/bin/python tests/peers/coreml.py $(QCONV) $(TARGET)/release/examples/coreml_values; \
 	echo 'make peers: done; quantized checkpoints have a target of their own, make peers-checkpoints'
 
 # Quantized checkpoints beside the libraries that read and write them, on a CPU. CI leaves this out: it is large.

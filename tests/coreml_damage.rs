@@ -169,6 +169,39 @@ fn sound_packages_pass() {
     }
 }
 
+/// A model in four packages.
+#[test]
+fn of_several_packages() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("x");
+    let job = ToCoreml {
+        output: Some(path.clone()),
+        profile: Profile::Ane,
+        context: Some(96),
+        chunk_size: 1_400_000,
+        ..ToCoreml::new(fixture(SOURCE))
+    };
+    job.plan().unwrap().run(true, &common::budget(), &Silent).unwrap();
+    let report = check(&path);
+    assert!(report.passed() && report.checks[0].detail.contains("4 packages"), "{:#?}", report.checks);
+    let at = path.join("chunks.json");
+    let whole = fs::read_to_string(&at).unwrap();
+    fs::write(&at, whole.replace("chunk_03_layers_1_1", "chunk_02_layers_0_0")).unwrap();
+    caught(&check(&path), "package", "\"chunk_02_layers_0_0.mlpackage\" comes twice");
+    let mut json: Json = serde_json::from_str(&whole).unwrap();
+    json["packages"].as_array_mut().unwrap().remove(2);
+    fs::write(&at, json.to_string()).unwrap();
+    caught(
+        &check(&path),
+        "package",
+        "chunks.json does not name the package \"chunk_03_layers_1_1.mlpackage\"",
+    );
+    fs::rename(path.join("chunk_03_layers_1_1.mlpackage"), dir.path().join("gone")).unwrap();
+    caught(&check(&path), "tensors", "tensor \"blk.1.attn_norm.weight\" of the source is missing");
+    fs::write(&at, whole).unwrap();
+    caught(&check(&path), "package", "chunk_03_layers_1_1.mlpackage");
+}
+
 #[test]
 fn of_the_package() {
     let package = Package::new(Profile::Gpu);
@@ -243,7 +276,7 @@ fn of_the_program() {
         let dimensions = &mut tensor(&mut named(model, "main", q).outputs[0]).dimensions;
         *dimensions.last_mut().unwrap() = Dimension::Constant(Only(32));
     });
-    caught(&shape, "program", "is declared as fp16[1,?,32], the operation gives fp16[1,?,64]");
+    caught(&shape, "program", "is declared as fp16[1,?,32], the operation gives fp16[1,?,128]");
     let weight = package.with_model(|model| {
         let down = bind("blk_0_ffn_down_weight");
         named(model, "main", q).inputs.insert("weight".into(), down);

@@ -79,7 +79,9 @@ fn every_form() {
     let store = Store::default();
     for (shape, seed) in [(&[24u64, 96][..], 1), (&[3, 8, 32], 2), (&[40, 64], 3), (&[2, 1640, 160], 4)] {
         let n: u64 = shape.iter().product();
-        let x = random(seed, n as usize);
+        let mut x = random(seed, n as usize);
+        // The last of these is what float16 has, if only just.
+        x[..3].copy_from_slice(&[1e-9, -2f32.powi(-25), 2f32.powi(-25) * 1.0001]);
         let tensor = of_values("blk.0.ffn_up.weight", shape, x.clone());
         let (rows, cols) = (shape[shape.len() - 2] as f64, shape[shape.len() - 1] as f64);
         for wish in FORMS {
@@ -104,7 +106,7 @@ fn every_form() {
             let lost = nmse(&x, &y);
             let most = match wish {
                 Wish::F16 => 1e-6,
-                Wish::Int { bits: 4, block: Some(_) } => 0.008,
+                Wish::Int { bits: 4, block: Some(_) } => 0.01,
                 Wish::Int { bits: 4, .. } => 0.02,
                 Wish::Int { .. } => 5e-5,
                 Wish::Lut { bits: 1, .. } => 0.36,
@@ -118,8 +120,8 @@ fn every_form() {
             assert!(lost < most, "{shape:?} {wish:?}: {lost}");
             // Ternary scales are taken for what they are in float16.
             assert!((made.outcome.lost / made.outcome.power - lost).abs() < 1e-6 + lost * 1e-2, "{wish:?}");
-            let flushed = x.iter().zip(&y).filter(|(x, y)| **x != 0.0 && **y == 0.0).count() as u64;
-            assert_eq!(made.outcome.flushed, flushed, "{wish:?}");
+            let flushed = x.iter().filter(|x| **x != 0.0 && half(**x) == 0.0).count() as u64;
+            assert!(made.outcome.flushed == flushed && flushed >= 2, "{wish:?}: {flushed}");
         }
     }
 }

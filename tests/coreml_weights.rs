@@ -79,3 +79,44 @@ fn forms_in_words() {
     assert_eq!(names, ["mask", "nonzero_data"]);
     assert!(matches!(of("sparse").form, Form::Sparse { .. }) && of("sparse").is_in_file());
 }
+
+/// What is decoded is the nearest to itself; to anything else nothing that is decoded there is nearer.
+#[test]
+fn the_nearest_that_a_weight_could_hold() {
+    let (package, all) = package("coreml/weights.mlpackage");
+    let mut told = Vec::new();
+    for constant in all.iter().filter(|c| c.shape.len() > 1 && !matches!(c.form, Form::Plain(_))) {
+        let weight = match Weight::new(Arc::clone(&package), Arc::clone(constant)) {
+            Ok(weight) => weight,
+            Err(e) => panic!("{}: {e}", constant.name),
+        };
+        let mut decoded = vec![0.0; constant.elements() as usize];
+        weight.read(0, &mut decoded).unwrap();
+        let mut nearest = decoded.clone();
+        if !weight.nearest(0, &mut nearest).unwrap() {
+            continue;
+        }
+        let name = constant.name.as_str();
+        // -128 is given up for codes that are the same in both signs.
+        let differs = decoded.iter().zip(&nearest).filter(|(x, y)| x != y).count();
+        assert!(differs == 0 || name.starts_with("int8") || name == "table", "{name}: {differs} differ");
+        let wanted: Vec<f32> = (0..decoded.len()).map(|i| ((i * 37 % 101) as f32 - 50.0) / 25.0).collect();
+        let mut nearest = wanted.clone();
+        weight.nearest(0, &mut nearest).unwrap();
+        for ((x, best), found) in wanted.iter().zip(&nearest).zip(&decoded) {
+            let slack = 1e-3 * best.abs();
+            assert!(
+                (x - best).abs() <= (x - found).abs() + slack,
+                "{name}: {best} for {x}, {found} is there"
+            );
+        }
+        // In pieces as of the whole.
+        let half = wanted.len() / 2;
+        let mut pieces = wanted.clone();
+        let (first, second) = pieces.split_at_mut(half);
+        assert!(weight.nearest(0, first).unwrap() && weight.nearest(half as u64, second).unwrap());
+        assert_eq!(pieces, nearest, "{name}");
+        told.push(name);
+    }
+    assert_eq!(told.len(), 25, "{told:?}");
+}

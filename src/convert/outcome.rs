@@ -212,10 +212,7 @@ impl Outcome {
         let flushed: Vec<_> = outcomes.iter().filter(|o| o.flushed > 0).collect();
         if !flushed.is_empty() {
             let n: u64 = flushed.iter().map(|o| o.flushed).sum();
-            notes.push(format!(
-                "{n} weights are 0 now, being too small for their encoding: {}",
-                names(&flushed)
-            ));
+            notes.push(format!("{n} weights are 0 now, being too small for float16: {}", names(&flushed)));
         }
         let lost: Vec<_> =
             outcomes.iter().filter(|o| o.error.is_some_and(|e| e.after >= COLLAPSED)).collect();

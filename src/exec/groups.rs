@@ -44,6 +44,17 @@ impl Groups {
     /// stretch is, counted from `first`.
     pub(super) fn runs(&self, first: usize, n: usize, mut each: impl FnMut(usize, Range<usize>)) {
         let mut done = 0;
+        if let [(size, parts)] = self.dims[..] {
+            // Nearly all weights: one group behind the other.
+            let part = size / parts;
+            let (mut group, mut left) = (first / part.max(1), part - first % part.max(1));
+            while done < n {
+                let len = left.min(n - done);
+                each(group, done..done + len);
+                (group, left, done) = (group + 1, part, done + len);
+            }
+            return;
+        }
         while done < n {
             let (mut at, mut group, mut groups, mut left) = (first + done, 0, 1, n - done);
             for (i, (size, parts)) in self.dims.iter().enumerate().rev() {

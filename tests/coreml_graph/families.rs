@@ -66,6 +66,11 @@ impl Shapes {
         })
     }
 
+    /// Whose each blob of the file is.
+    pub fn owners(&self) -> Vec<&str> {
+        self.all().filter(|(.., is_short)| !is_short).map(|(name, ..)| name).collect()
+    }
+
     pub fn wanted(&self) -> Vec<Wanted> {
         let in_file = self.all().filter(|(.., is_short)| !is_short);
         let wanted = |(_, data_type, shape, _): (_, _, Vec<u64>, _)| Wanted {
@@ -115,6 +120,8 @@ impl Shapes {
 
 /// A model of the sizes below, and its weights.
 pub struct Family {
+    /// What the noise of the norms behind sublayers is multiplied by.
+    pub loud: f32,
     pub name: &'static str,
     pub decoder: Decoder,
     pub weights: Shapes,
@@ -176,7 +183,7 @@ pub fn llama(layers: usize) -> Family {
         add("ffn_up.weight", &[FFN, WIDTH]);
         add("ffn_down.weight", &[WIDTH, FFN]);
     }
-    Family { name: "llama", decoder, weights }
+    Family { loud: 8.0, name: "llama", decoder, weights }
 }
 
 /// The others: llama with other names, and more or fewer tensors, in each layer.
@@ -235,7 +242,7 @@ pub fn families(layers: usize) -> Vec<Family> {
                 second_table(d);
                 d.windows[0] = Some(16);
                 d.activation = Activation::GeluTanh;
-                d.embedding_scale = 8.0;
+                d.embedding_scale = 16.0;
                 d.stream = 0.125;
                 d.scale = 0.25;
                 d.logit_softcap = Some(30.0);

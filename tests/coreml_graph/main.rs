@@ -5,6 +5,7 @@
 
 mod families;
 mod package;
+mod run;
 mod types;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -127,6 +128,9 @@ fn parts() {
             assert_eq!(rows(&whole), 6);
             let layout = if target == &ROWS { "rows" } else { "channels" };
             save(&family, &format!("three-{layout}"), &[("main", &whole)]);
+            for (i, part) in parts.iter().enumerate() {
+                save(&family, &format!("part-{i}-{layout}"), &[("main", part)]);
+            }
         }
     }
 }

@@ -16,8 +16,14 @@ use qconv::mil::{Built, TensorType};
 
 use crate::families::{CONTEXT, Family};
 
+/// A package on disk.
+pub struct Saved {
+    pub path: PathBuf,
+    _dir: tempfile::TempDir,
+}
+
 /// A weight file of noise, and the package around these functions; opened again, it is the same.
-pub fn save(family: &Family, what: &str, functions: &[(&str, &Built)]) {
+pub fn save(family: &Family, what: &str, functions: &[(&str, &Built)]) -> Saved {
     let kept = std::env::var_os("QCONV_PACKAGES").map(PathBuf::from);
     let dir = tempfile::tempdir().unwrap();
     let path = kept.unwrap_or_else(|| dir.path().into());
@@ -40,10 +46,16 @@ pub fn save(family: &Family, what: &str, functions: &[(&str, &Built)]) {
         random = random.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
         (random >> 33) as u32
     };
-    for (blob, wanted) in blobs.iter().zip(&wanted) {
+    for ((blob, wanted), owner) in blobs.iter().zip(&wanted).zip(family.weights.owners()) {
+        let factor = match owner {
+            _ if owner.contains("post_") => family.loud,
+            _ if owner.contains("norm") => 8.0,
+            _ => 1.0,
+        };
         let data: Vec<u8> = match wanted.data_type {
             DataType::Float16 => {
-                let number = |n: u32| f16::from_f32(n as f32 / 2f32.powi(33) - 0.125).to_le_bytes();
+                let number =
+                    |n: u32| f16::from_f32((n as f32 / 2f32.powi(33) - 0.125) * factor).to_le_bytes();
                 (0..wanted.elements).flat_map(|_| number(next())).collect()
             }
             // A mask with as many ones as there are indices.
@@ -60,6 +72,7 @@ pub fn save(family: &Family, what: &str, functions: &[(&str, &Built)]) {
     fs::write(path.join(WEIGHTS), bytes).unwrap();
     let package = Package::open(&path, &Limits::default()).unwrap_or_else(|e| panic!("{e}"));
     assert_eq!(*package.model(), model);
+    Saved { path, _dir: dir }
 }
 
 fn model(functions: &[(&str, &Built)]) -> Model {

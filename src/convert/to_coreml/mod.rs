@@ -143,12 +143,12 @@ impl ToCoreml {
         let needs = Needs {
             files: plan.total_len(),
             chunks: parts.len(),
-            cache: Needs::cache_bytes(&decoder, context),
+            cache: Needs::cache_bytes(decoder.layers, [decoder.kv_heads, decoder.head_dim], context),
             logits: weights.vocabulary().saturating_mul(2 * self.profile.tokens(context)),
         };
         notes.push(needs.note());
         notes.extend(needs.warning(self.profile));
-        plan.obstacle = needs.obstacle(self.profile, &opened.name, &self.forms.name(), &decoder);
+        plan.obstacle = needs.obstacle(self.profile, &opened.name, &self.forms.name(), &decoder.ffn);
         plan.notes = notes;
         let mut beside = opened.side;
         if parts.len() > 1 {

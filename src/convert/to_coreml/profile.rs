@@ -80,7 +80,7 @@ pub fn model(functions: Vec<(&'static str, Built)>, metadata: Metadata, context:
     let alone = functions.len() == 1;
     for (name, built) in functions {
         let input = built.inputs.iter().map(|f| described(f, context)).collect();
-        let output = built.outputs.iter().map(|f| result(f)).collect();
+        let output = built.outputs.iter().map(result).collect();
         let state = built.states.iter().map(|f| FeatureDescription::state(&f.name, &sizes(f, 1))).collect();
         program.functions.insert(name.to_string(), built.function);
         if alone {
@@ -150,7 +150,6 @@ pub fn metadata(
     let architecture = source.class_name().to_string();
     let mut user_defined = BTreeMap::from([
         ("co.huggingface.exporters.architecture".to_string(), architecture),
-        ("co.huggingface.exporters.framework".to_string(), "pytorch".to_string()),
         ("com.qconv.context".to_string(), context.to_string()),
         ("com.qconv.profile".to_string(), profile.name().to_string()),
         ("com.qconv.version".to_string(), env!("CARGO_PKG_VERSION").to_string()),

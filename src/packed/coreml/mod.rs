@@ -12,7 +12,7 @@ use std::sync::Arc;
 use indexmap::IndexMap;
 
 use crate::block::f16_from_f32;
-use crate::container::coreml::{Constant, DataType, Package, Place, constants};
+use crate::container::coreml::{Constant, DataType, Form, Package, Place, constants};
 use crate::container::{InputFile, Joined, Packing, Store, Stored, View};
 use crate::error::{Error, Result};
 use crate::tensor::{DType, TensorInfo, elements};
@@ -252,6 +252,17 @@ impl Tensor {
         let codes =
             self.pieces.first().and_then(|piece| piece.constant().stored().first().map(|(c, _)| c.data_type));
         codes.map_or(0, DataType::bits)
+    }
+
+    /// How much farther than [`Self::nearest`] a value may lie from what was rounded, as a part of the largest: products
+    /// of scales are rounded themselves.
+    pub fn slack(&self) -> f64 {
+        let of = |piece: &Piece| match (&piece.constant().form, &piece.factors) {
+            (Form::Plain(_), None) => 0.0,
+            (Form::Blockwise { .. }, _) => f64::from(f32::EPSILON) * 4096.0, // half a place of float16
+            _ => f64::from(f32::EPSILON) * 8.0,
+        };
+        self.pieces.iter().map(of).fold(0.0, f64::max)
     }
 
     /// Bytes of all that is stored for it.

@@ -16,15 +16,12 @@ use crate::convert::{Budget, Observer, Scratch, Source};
 use crate::diff::stretches;
 use crate::error::{Error, Result};
 use crate::mil::identifier;
-use crate::packed::coreml::{Constants, Tensor, Weight};
+use crate::packed::coreml::{Constants, Tensor};
 use crate::tensor::DType;
 use crate::work::each;
 
 /// Elements decoded at a time.
 const SPAN: u64 = 1 << 17;
-/// How much farther from the source than the nearest that it could be a value may be: of the largest weight of its
-/// span, for what is rounded on the way.
-const SLACK: f64 = 1.0 / 2048.0;
 /// What is worse than zeros is wrong whatever its codes.
 const WORST: f64 = 1.0;
 
@@ -36,18 +33,21 @@ pub(super) type Found = (Vec<TensorCheck>, Outcome, String);
 /// # Errors
 /// `Malformed` for what cannot be decoded; `Io`; `Interrupted`.
 pub(super) fn decode(packages: &[Arc<Package>], budget: &Budget, observer: &dyn Observer) -> Result<Found> {
-    let constants = Constants::of(packages)?;
-    let parts: HashSet<&str> =
-        constants.iter().flat_map(|c| c.parts()).map(|(_, part)| part.name.as_str()).collect();
-    let is_weight = |c: &Constant| {
-        (!matches!(c.form, Form::Plain(_)) || c.is_in_file()) && !parts.contains(c.name.as_str())
-    };
-    let names: Vec<String> = constants.iter().filter(|c| is_weight(c)).map(|c| c.name.clone()).collect();
+    let all = of_each(packages)?;
+    let mut names = Vec::new();
+    for constants in &all {
+        let parts: HashSet<&str> =
+            constants.iter().flat_map(|c| c.parts()).map(|(_, part)| part.name.as_str()).collect();
+        let is_weight = |c: &Constant| {
+            (!matches!(c.form, Form::Plain(_)) || c.is_in_file()) && !parts.contains(c.name.as_str())
+        };
+        names.extend(constants.iter().filter(|c| is_weight(c)).map(|c| (constants, c.name.clone())));
+    }
     let counts = each(
         &names,
         budget.threads,
         || vec![0.0; SPAN as usize],
-        |values, name| {
+        |values, (constants, name)| {
             let Some((tensor, _)) = constants.tensor(std::slice::from_ref(name))? else { return Ok((0, 0)) };
             let mut non_finite = 0u64;
             for span in stretches(tensor.elements(), SPAN) {
@@ -63,7 +63,7 @@ pub(super) fn decode(packages: &[Arc<Package>], budget: &Budget, observer: &dyn 
         },
     )?;
     let bad = names.iter().zip(&counts).find(|(_, (_, non_finite))| *non_finite > 0);
-    if let Some((name, (_, n))) = bad {
+    if let Some(((_, name), (_, n))) = bad {
         return Ok((Vec::new(), Outcome::Failed, format!("weight {name:?}: {n} values are NaN or infinite")));
     }
     let n: u64 = counts.iter().map(|(elements, _)| elements).sum();
@@ -81,17 +81,20 @@ pub(super) fn compare(
     budget: &Budget,
     observer: &dyn Observer,
 ) -> Result<Found> {
-    let constants = Constants::of(packages)?;
+    let all = of_each(packages)?;
     let generated: HashSet<String> = source.model.arch.generates().collect();
     let (mut wanted, mut used) = (Vec::new(), HashSet::new());
     for mapped in &source.mapped {
-        let tensors = tensors_of(&constants, mapped, source)?;
+        let mut tensors = Vec::new();
+        for constants in &all {
+            tensors.extend(tensors_of(constants, mapped, source)?);
+        }
         if tensors.is_empty() && !generated.contains(&mapped.name) {
             let detail = format!("tensor {:?} of the source is missing", mapped.name);
             return Ok((Vec::new(), Outcome::Failed, detail));
         }
         for (tensor, constants) in tensors {
-            if tensor.shape() != mapped.shape {
+            if !is_same_shape(tensor.shape(), &mapped.shape) {
                 let detail = format!(
                     "tensor {:?} has shape {:?}, its source {:?}",
                     mapped.name,
@@ -104,7 +107,8 @@ pub(super) fn compare(
             wanted.push((tensor, mapped));
         }
     }
-    if let Some(differing) = constants.differing().iter().find(|d| used.contains(d.constant.as_str())) {
+    let mut differing = all.iter().flat_map(Constants::differing);
+    if let Some(differing) = differing.find(|d| used.contains(d.constant.as_str())) {
         let [one, other] = &differing.functions;
         let name = &differing.constant;
         let detail = format!("the functions {one:?} and {other:?} have different weights {name:?}");
@@ -115,11 +119,20 @@ pub(super) fn compare(
         let one = check(tensor, mapped, store, state, observer);
         one.map_err(|e| e.context(format_args!("tensor {:?}", mapped.name)))
     })?;
-    if let Some(fault) = rotations(packages, &constants, source)? {
+    if let Some(fault) = rotations(&all, source)? {
         return Ok((checks, Outcome::Failed, fault));
     }
     let (outcome, detail) = judge(&checks);
     Ok((checks, outcome, detail))
+}
+
+/// Graphs shape tensors as they need them: dimensions of size 1 come and go, and a vector may be in several.
+fn is_same_shape(found: &[u64], wanted: &[u64]) -> bool {
+    let real = |shape: &[u64]| -> Vec<u64> { shape.iter().copied().filter(|n| *n != 1).collect() };
+    match wanted {
+        [n] => found.iter().try_fold(1u64, |all, n| all.checked_mul(*n)) == Some(*n),
+        _ => real(found) == real(wanted),
+    }
 }
 
 /// The tensors of the package that hold one of the source: itself, and where a head that is the embedding is divided,
@@ -182,7 +195,7 @@ fn check(
         let is_told = tensor.nearest(span.start, &mut state.nearest)?;
         sums.add(&state.found, &state.wanted);
         let largest = state.wanted.iter().fold(0f32, |most, x| most.max(x.abs()));
-        let slack = f64::from(largest) * SLACK;
+        let slack = f64::from(largest) * tensor.slack();
         let distance = |x: f32, y: f32| f64::from((x - y).abs());
         let all = state.found.iter().zip(&state.wanted).zip(&state.nearest);
         // Where that is told, a value is at most as far from the source as the nearest one.
@@ -240,31 +253,31 @@ fn judge(checks: &[TensorCheck]) -> (Outcome, String) {
     (Outcome::Passed, detail)
 }
 
-/// That tables of rotations are those of the source's definition.
-fn rotations(packages: &[Arc<Package>], constants: &Constants, source: &Opened) -> Result<Option<String>> {
-    let Some(context) = constants.get(&identifier("rope_cos.0")).and_then(|c| c.shape.first().copied())
-    else {
-        return Ok(None);
-    };
+/// The constants of each package.
+fn of_each(packages: &[Arc<Package>]) -> Result<Vec<Constants>> {
+    packages.iter().map(|package| Constants::of(std::slice::from_ref(package))).collect()
+}
+
+/// That tables of rotations are those of the source's definition. Each package of a model has those that it needs.
+fn rotations(all: &[Constants], source: &Opened) -> Result<Option<String>> {
+    let tables = all.iter().flat_map(Constants::iter).filter(|c| c.name.starts_with("rope_"));
+    let Some(context) = tables.filter_map(|c| c.shape.first().copied()).max() else { return Ok(None) };
     let Positions::Rope { tables, .. } = source.model.decoder(context)?.positions else {
         return Ok(Some("it has tables of rotations, which the model has not".into()));
     };
+    let rows = usize::try_from(context).map_err(|_| Error::limit("a table beyond the address space"))?;
     for (t, spec) in tables.iter().enumerate() {
-        let rows = usize::try_from(context).map_err(|_| Error::limit("a table beyond the address space"))?;
         let (cos, sin) = spec.table(rows)?;
         for (name, wanted) in [(format!("rope_cos.{t}"), cos), (format!("rope_sin.{t}"), sin)] {
-            let Some(constant) = constants.get(&identifier(&name)) else {
-                return Ok(Some(format!("the table {name:?} is missing")));
-            };
-            if constant.elements() != wanted.len() as u64 {
-                return Ok(Some(format!("the table {name:?} has shape {:?}", constant.shape)));
-            }
-            // Each package of a model has its own.
-            for package in packages {
-                let of_one = Constants::of(std::slice::from_ref(package))?;
-                let Some(constant) = of_one.get(&identifier(&name)) else { continue };
+            let mut is_there = false;
+            for constants in all {
+                let Some((table, _)) = constants.tensor(&[identifier(&name)])? else { continue };
+                is_there = true;
+                if table.elements() != wanted.len() as u64 {
+                    return Ok(Some(format!("the table {name:?} has shape {:?}", table.shape())));
+                }
                 let mut found = vec![0.0; wanted.len()];
-                Weight::new(Arc::clone(package), Arc::clone(constant))?.read(0, &mut found)?;
+                table.read(0, &mut found)?;
                 let same = |(x, y): (&f32, &f16)| *x == y.to_f32();
                 if let Some(at) = found.iter().zip(&wanted).position(|pair| !same(pair)) {
                     return Ok(Some(format!(
@@ -272,6 +285,9 @@ fn rotations(packages: &[Arc<Package>], constants: &Constants, source: &Opened) 
                         found[at], wanted[at]
                     )));
                 }
+            }
+            if !is_there {
+                return Ok(Some(format!("the table {name:?} is missing")));
             }
         }
     }

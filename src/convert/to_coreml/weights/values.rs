@@ -101,7 +101,7 @@ pub(super) fn whole_bytes(cols: u64, bits: u32) -> u64 {
 /// What became of weights.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Outcome {
-    /// Weights that are not zero, and were too small for float16, or lie too near to zero for a scale's codes.
+    /// Weights that are not zero, and too small for float16, in which they are.
     pub flushed: u64,
     /// Sum of the squares of what they lost.
     pub lost: f64,
@@ -124,7 +124,7 @@ impl Outcome {
             let lost = f64::from(x - y);
             outcome.lost += lost * lost;
             outcome.power += f64::from(*x) * f64::from(*x);
-            outcome.flushed += u64::from(*y == 0.0 && *x != 0.0);
+            outcome.flushed += u64::from(*x != 0.0 && x.abs() <= TINY);
         }
         outcome
     }
@@ -132,6 +132,8 @@ impl Outcome {
 
 /// From here on numbers round to what float16 does not have: half a unit beyond 65504.
 pub(super) const BEYOND: f32 = 65520.0;
+/// Up to here they round to zero: half of the least of float16.
+const TINY: f32 = 1.0 / (1 << 25) as f32;
 /// What stands for a scale of zero: the least number of float16 that is not subnormal.
 pub(super) const LEAST: f32 = 1.0 / 16384.0;
 
