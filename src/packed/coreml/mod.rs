@@ -276,7 +276,7 @@ impl Tensor {
     /// # Errors
     /// As [`Weight::read`].
     pub fn read(&self, start: u64, out: &mut [f32]) -> Result<()> {
-        self.each(start, out, &mut |piece, start, out| piece.read(start, out))
+        self.each(start, out, Piece::read)
     }
 
     /// As [`Weight::nearest`].
@@ -285,7 +285,7 @@ impl Tensor {
     /// As there.
     pub fn nearest(&self, start: u64, values: &mut [f32]) -> Result<bool> {
         let mut is_told = true;
-        self.each(start, values, &mut |piece, start, values| {
+        self.each(start, values, |piece, start, values| {
             is_told &= piece.nearest(start, values)?;
             Ok(())
         })?;
@@ -297,7 +297,7 @@ impl Tensor {
         &self,
         start: u64,
         values: &mut [f32],
-        of: &mut dyn FnMut(&Piece, u64, &mut [f32]) -> Result<()>,
+        mut of: impl FnMut(&Piece, u64, &mut [f32]) -> Result<()>,
     ) -> Result<()> {
         let (mut at, mut rest, mut before) = (start, values, 0);
         for piece in &self.pieces {

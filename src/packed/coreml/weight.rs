@@ -414,13 +414,13 @@ impl Groups {
 
     /// The blocks from the first that `n` elements from `start` on have a part in, to the last.
     pub(super) fn span(&self, start: u64, n: usize) -> Range<u64> {
-        let mut span = u64::MAX..0;
-        let mut widen = |group: u64| span = span.start.min(group)..span.end.max(group + 1);
+        let (mut first, mut last) = (u64::MAX, 0);
+        let mut widen = |group: u64| (first, last) = (first.min(group), last.max(group));
         match &self.axes[..] {
             // They follow on each other.
             [] | [_] => [start, start + n as u64 - 1].into_iter().for_each(|at| widen(self.of(at))),
             _ => self.runs(start, n, |_, group| widen(group)),
         }
-        span
+        first..last + 1
     }
 }
