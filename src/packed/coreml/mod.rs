@@ -147,6 +147,9 @@ pub fn matrix(shape: &[u64]) -> &[u64] {
     }
 }
 
+/// What is done with a piece: the first of its elements, and the place of these among the values.
+type Visit<'a> = dyn FnMut(&Piece, u64, &mut [f32]) -> Result<()> + 'a;
+
 /// A run of rows of a tensor.
 #[derive(Debug)]
 struct Piece {
@@ -293,12 +296,7 @@ impl Tensor {
     }
 
     /// Calls `of` with each piece that has elements from `start` on, the first of these, and their place in `values`.
-    fn each(
-        &self,
-        start: u64,
-        values: &mut [f32],
-        of: &mut dyn FnMut(&Piece, u64, &mut [f32]) -> Result<()>,
-    ) -> Result<()> {
+    fn each(&self, start: u64, values: &mut [f32], of: &mut Visit<'_>) -> Result<()> {
         let (mut at, mut rest, mut before) = (start, values, 0);
         for piece in &self.pieces {
             let end = before + piece.constant().elements();

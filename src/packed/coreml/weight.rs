@@ -414,7 +414,7 @@ impl Groups {
 
     /// The blocks from the first that `n` elements from `start` on have a part in, to the last.
     pub(super) fn span(&self, start: u64, n: usize) -> Range<u64> {
-        let mut span = u64::MAX..0;
+        let mut span = Range { start: u64::MAX, end: 0 };
         let mut widen = |group: u64| span = span.start.min(group)..span.end.max(group + 1);
         match &self.axes[..] {
             // They follow on each other.
