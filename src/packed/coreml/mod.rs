@@ -1,6 +1,6 @@
 //! Weights of Core ML packages: what constants decode to, and the tensors of a model that they are.
 //!
-//! How constants are made up is read by [`constants`]. A tensor of a model is a constant that is called after it; a
+//! How constants are made up is read by [`constants()`]. A tensor of a model is a constant that is called after it; a
 //! matrix with a factor for each row may have these apart, behind its product (`NAME_scale`).
 
 mod nearest;
@@ -50,7 +50,7 @@ impl Constants {
     /// Those of all functions of these packages. Where a name comes again, the first counts.
     ///
     /// # Errors
-    /// As [`constants`].
+    /// As [`constants()`].
     pub fn of(packages: &[Arc<Package>]) -> Result<Self> {
         let mut all = Self::default();
         for package in packages {
