@@ -22,6 +22,7 @@ pub mod mil;
 pub mod mix;
 pub mod model;
 pub mod packed;
+pub mod plain;
 pub mod quantize;
 pub mod sha256;
 pub mod sys;

@@ -49,14 +49,19 @@ impl InputFile {
     /// Opens `path` for reading.
     ///
     /// # Errors
-    /// `Io` when it cannot be opened, `Misuse` when it is a directory.
+    /// `Io` when it cannot be opened, `Misuse` when it is a directory, a pipe or a device.
     pub fn open(path: impl Into<PathBuf>) -> Result<Self> {
         let path = path.into();
-        let file = File::open(&path).map_err(|e| Error::io("open", &path, e))?;
-        let meta = file.metadata().map_err(|e| Error::io("read", &path, e))?;
+        // Before it is opened: a pipe would wait for whoever writes to it.
+        let meta = std::fs::metadata(&path).map_err(|e| Error::io("open", &path, e))?;
         if meta.is_dir() {
             return Err(Error::misuse("is a directory, a file was expected").at(&path));
         }
+        if !meta.is_file() {
+            return Err(Error::misuse("is no regular file, and cannot be read from any place").at(&path));
+        }
+        let file = File::open(&path).map_err(|e| Error::io("open", &path, e))?;
+        let meta = file.metadata().map_err(|e| Error::io("read", &path, e))?;
         Ok(Self { path, data: Data::File(file), len: meta.len() })
     }
 

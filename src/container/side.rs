@@ -13,15 +13,16 @@ use crate::error::{Error, Result};
 /// # Errors
 /// `Limit` when it has more than `max_bytes`, `Io` when it cannot be read.
 pub fn read_side_file(path: &Path, max_bytes: u64) -> Result<Option<Vec<u8>>> {
-    let file = match File::open(path) {
-        Ok(file) => file,
+    // Looked at before it is opened: a pipe would wait for whoever writes to it.
+    let opened =
+        std::fs::metadata(path).and_then(|meta| meta.is_file().then(|| File::open(path)).transpose());
+    let file = match opened {
+        Ok(Some(file)) => file,
+        Ok(None) => return Ok(None),
         Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => return Ok(None),
         Err(e) => return Err(Error::io("open", path, e)),
     };
     let meta = file.metadata().map_err(|e| Error::io("read", path, e))?;
-    if !meta.is_file() {
-        return Ok(None);
-    }
     let too_long = || Error::limit(format!("holds more than the {max_bytes} bytes allowed")).at(path);
     if meta.len() > max_bytes {
         return Err(too_long());
