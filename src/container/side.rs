@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 
 use crate::error::{Error, Result};
+use crate::limits::{Bound, Limits};
 
 /// A whole side file; `None` when there is none, or something there is no file.
 ///
@@ -23,7 +24,12 @@ pub fn read_side_file(path: &Path, max_bytes: u64) -> Result<Option<Vec<u8>>> {
         Err(e) => return Err(Error::io("open", path, e)),
     };
     let meta = file.metadata().map_err(|e| Error::io("read", path, e))?;
-    let too_long = || Error::limit(format!("holds more than the {max_bytes} bytes allowed")).at(path);
+    let too_long = || {
+        let message = format!("holds more than the {max_bytes} bytes allowed");
+        // Some files have lower bounds of their own.
+        let moves = max_bytes == Limits::default().side_file_bytes;
+        if moves { Bound::SideFile.reached(message) } else { Error::limit(message) }.at(path)
+    };
     if meta.len() > max_bytes {
         return Err(too_long());
     }

@@ -7,7 +7,7 @@ use std::collections::HashMap;
 use super::globals::shown;
 use crate::container::InputFile;
 use crate::error::{Error, Result};
-use crate::limits::Limits;
+use crate::limits::{Bound, Limits};
 
 pub const LOCAL_HEADER: [u8; 4] = *b"PK\x03\x04";
 pub const CENTRAL_HEADER: [u8; 4] = *b"PK\x01\x02";
@@ -78,11 +78,11 @@ impl Archive {
     pub fn read(file: &InputFile, limits: &Limits) -> Result<Self> {
         let Directory { offset, bytes, count } = Directory::find(file)?;
         if bytes > limits.header_bytes {
-            return Err(Error::limit(format!("its directory has {bytes} bytes")));
+            return Err(Bound::Header.reached(format!("its directory has {bytes} bytes")));
         }
         // Besides a member for each tensor there are a few small ones.
         if count > limits.tensors.saturating_add(1 << 10) {
-            return Err(Error::limit(format!("its directory has {count} members")));
+            return Err(Bound::Tensors.reached(format!("its directory has {count} members")));
         }
         let mut directory = vec![0; bytes as usize]; // lies within the file
         file.read_at(offset, &mut directory)?;
