@@ -28,7 +28,7 @@ impl Default for Limits {
             metadata_entries: 1 << 16,
             array_depth: 2,
             shards: 1 << 16,
-            side_file_bytes: 256 << 20,
+            side_file_bytes: 128 << 20,
         }
     }
 }
