@@ -35,7 +35,7 @@ impl Limits {
         metadata_entries: 1 << 16,
         array_depth: 2,
         shards: 1 << 16,
-        side_file_bytes: 256 << 20,
+        side_file_bytes: 128 << 20,
     };
 
     /// From now on, [`Limits::default`] gives these to all of this process: for programs whose user sets limits

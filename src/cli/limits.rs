@@ -32,7 +32,7 @@ pub struct LimitArgs {
     #[arg(long = Bound::Shards.option(), value_name = "N", global = true, hide_short_help = true)]
     max_shards: Option<u64>,
 
-    /// Largest config, tokenizer or index [default: 256M]
+    /// Largest config, tokenizer or index [default: 128M]
     #[arg(long = Bound::SideFile.option(), value_name = "SIZE", value_parser = parse_size, global = true, hide_short_help = true)]
     max_side_file: Option<u64>,
 }

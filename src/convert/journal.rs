@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 
 use super::outcome::{Loss, Spanned, Tally};
 use super::plan::{Importance, Plan, Rounding};
-use crate::container::Store;
+use crate::container::{Store, open_regular};
 use crate::error::{Error, Result};
 use crate::sha256::Sha256;
 
@@ -98,8 +98,12 @@ impl Journal {
     /// Goes on with the journal at `path` if it has this `key` and that is wished; otherwise begins it anew.
     ///
     /// # Errors
-    /// `Io`.
+    /// `Io`; `Misuse` for what is no regular file.
     pub fn open(path: PathBuf, key: &str, resume: bool) -> Result<Self> {
+        // What is no regular file might be waited for without end.
+        if path.exists() {
+            open_regular(&path)?;
+        }
         let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&path);
         let mut file = file.map_err(|e| Error::io("create", &path, e))?;
         let mut bytes = Vec::new();
