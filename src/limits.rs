@@ -17,6 +17,8 @@ pub struct Limits {
     pub shards: u64,
     /// Largest config or tokenizer file, in bytes.
     pub side_file_bytes: u64,
+    /// Most bytes of values and states that the executor of Core ML programs holds at a time.
+    pub executor_bytes: u64,
 }
 
 impl Default for Limits {
@@ -29,6 +31,7 @@ impl Default for Limits {
             array_depth: 2,
             shards: 1 << 16,
             side_file_bytes: 256 << 20,
+            executor_bytes: 4 << 30,
         }
     }
 }
