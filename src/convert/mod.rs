@@ -171,10 +171,13 @@ impl Job {
             }
             (done, journal) => {
                 let commit = |outcomes| {
+                    if self.is_package {
+                        to_coreml::check_replaced(self)?;
+                    }
                     beside.map_or(Ok(()), Stage::commit)?;
                     stage.commit().map(|()| outcomes)
                 };
-                let done = done.and_then(commit);
+                let done = done.and_then(commit).map_err(|e| self.left_by(e));
                 if let Some(journal) = journal {
                     journal.remove();
                 }
@@ -230,7 +233,7 @@ impl Job {
         if self.is_directory {
             let mut stage = Stage::directory(&self.output, force, self.plan.total_len())?;
             if self.is_package {
-                to_coreml::check_own(&self.output)?;
+                to_coreml::check_replaced(self)?;
                 stage = stage.replacing();
             }
             for f in &self.plan.files {
@@ -254,6 +257,18 @@ impl Job {
 }
 
 impl Job {
+    /// What an interruption leaves of a package, said.
+    fn left_by(&self, e: Error) -> Error {
+        if !self.is_package || e.kind() != ErrorKind::Interrupted {
+            return e;
+        }
+        let output = self.output.display();
+        e.hint(match self.output.exists() {
+            true => format!("{output} is what it was before"),
+            false => format!("nothing was written: there is no {output}"),
+        })
+    }
+
     /// Begins the files beside the output that are not there already.
     fn begin_beside(&self, force: bool) -> Result<Option<Stage>> {
         let is_there = |path: &Path, bytes: &[u8]| std::fs::read(path).is_ok_and(|found| found == bytes);
