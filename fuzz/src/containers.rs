@@ -8,8 +8,9 @@ use qconv::container::gguf::write::Layout;
 use qconv::container::imatrix::{self, ImportanceMatrix};
 use qconv::container::moments::Moments;
 use qconv::container::{Store, pytorch as torch_files, safetensors as st, weights};
-use qconv::convert::ModelFacts;
+use qconv::convert::{Budget, ModelFacts, Silent};
 use qconv::limits::Limits;
+use qconv::verify::scan as scanner;
 use qconv::vocab::{self, Vocab};
 use qconv::{ErrorKind, inspect as inspection};
 
@@ -239,4 +240,16 @@ pub fn values(model: &qconv::Model, bytes: &mut Bytes<'_>) {
             tensor.name()
         );
     }
+}
+
+/// What `qconv verify` finds in a file, or in a directory of several.
+pub fn scan(data: &[u8]) -> bool {
+    let files = parts(data);
+    let path = if files.is_empty() { scratch::file("a", data) } else { scratch::directory(files) };
+    let options = scanner::Options { tensors: true, sha256: true, limits: limits() };
+    let budget = Budget::new(Some(1), None).expect("one thread");
+    let Ok(scan) = scanner::scan(&[path], &options, &budget, &Silent) else { return false };
+    let _ = serde_json::to_string(&scan).expect("it is JSON");
+    let _ = scanner::sarif::log(&scan).to_string();
+    !scan.files.is_empty()
 }

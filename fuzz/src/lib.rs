@@ -59,6 +59,7 @@ pub const TARGETS: &[Target] = &[
     target("qpack_planes", qpack::planes, ""),
     target("recipe", words::recipe, "formats/recipe"),
     target("safetensors", containers::safetensors, ""),
+    target("scan", containers::scan, "fuzz/corpus/inspect"),
     target("tokenizer_json", words::tokenizer_json, ""),
     target("tokenizer_model", words::tokenizer_model, ""),
 ];

@@ -162,17 +162,21 @@ pub fn recipe(data: &[u8]) -> bool {
 
 /// A journal, from which a conversion would go on.
 pub fn journal(data: &[u8]) -> bool {
-    const KEY: &str = "qconv-journal 2 k\n";
-    let path = scratch::file("journal", &[KEY.as_bytes(), data].concat());
-    let journal = Journal::open(path.clone(), "k", true).expect("a file that can be written");
-    let begun = journal.is_begun();
+    const KEY: &[u8] = b"qconv-journal 3 k\n";
+    let path = scratch::file("journal", &[KEY, data].concat());
+    let opened =
+        |path: &Path| Journal::lock(path.to_path_buf()).expect("a file").expect("nobody else has it");
+    let mut journal = opened(&path);
+    assert!(journal.is_of("k"));
+    let said = (journal.is_begun(), journal.bytes(), journal.renames().to_vec());
+    journal.go_on().expect("a file that can be written");
+    drop(journal);
     // What is kept of it is what was believed; read again it is the same.
     let kept = std::fs::read(&path).expect("it is there");
-    assert!(kept.starts_with(KEY.as_bytes()) && data.starts_with(&kept[KEY.len()..]));
-    let again = Journal::open(path.clone(), "k", true).expect("a file that can be written");
-    assert_eq!(again.is_begun(), begun);
-    assert_eq!(std::fs::read(&path).expect("it is there"), kept);
-    begun
+    assert!(kept.starts_with(KEY) && data.starts_with(&kept[KEY.len()..]));
+    let again = opened(&path);
+    assert!((again.is_begun(), again.bytes(), again.renames().to_vec()) == said);
+    said.0
 }
 
 /// tokenizer.json, alone or with the files beside it.

@@ -375,7 +375,8 @@ fn texts(seeds: &mut Seeds) {
     let parts =
         [("template", template.as_bytes()), ("messages.json", messages.as_bytes()), ("tools.json", b"[{}]")];
     seeds.push(("chat", "parts".into(), join(&parts)));
-    let line = "3 0 64 0:128:256,1:0:4 0123456789abcdef01234567 {\"tallies\":[],\"loss\":null}\n";
+    let line =
+        "3 0 64 0:128:256,1:0:4:8:3 0123456789abcdef01234567 {\"tallies\":[],\"loss\":null,\"flushed\":0}\n";
     seeds.push((
         "journal",
         "two".into(),
