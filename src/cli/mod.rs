@@ -33,6 +33,7 @@ mod runnable;
 mod split;
 mod talk;
 mod to_coreml;
+mod to_hf;
 mod ui;
 mod unpack;
 mod verify;
