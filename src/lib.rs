@@ -38,6 +38,8 @@ pub mod model;
 #[forbid(unsafe_code)]
 pub mod packed;
 #[forbid(unsafe_code)]
+pub mod plain;
+#[forbid(unsafe_code)]
 pub mod quantize;
 pub mod sha256;
 #[forbid(unsafe_code)]

@@ -34,6 +34,7 @@ const ORDER: &[&str] = &[
     "sys",
     "limits",
     "error",
+    "plain",
 ];
 /// The roots of the two crates.
 const ROOTS: &[&str] = &["lib", "main"];
