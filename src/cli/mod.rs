@@ -31,6 +31,7 @@ mod quantizer;
 mod report;
 mod run;
 mod runnable;
+mod scan;
 mod split;
 mod talk;
 mod to_coreml;

@@ -183,9 +183,14 @@ impl Job {
                 Err(e.hint("what is finished is kept: the same command goes on from there"))
             }
             done => {
-                let outcomes = done?;
-                beside.map_or(Ok(()), Stage::commit)?;
-                stage.commit().map(|()| outcomes)
+                let commit = |outcomes| {
+                    if self.is_package {
+                        to_coreml::check_replaced(self)?;
+                    }
+                    beside.map_or(Ok(()), Stage::commit)?;
+                    stage.commit().map(|()| outcomes)
+                };
+                done.and_then(commit).map_err(|e| self.left_by(e))
             }
         }
     }
@@ -248,7 +253,7 @@ impl Job {
         }
         if self.is_directory {
             if self.is_package {
-                to_coreml::check_own(&self.output)?;
+                to_coreml::check_replaced(self)?;
             }
             let files: Vec<_> = self.plan.files.iter().map(|f| (f.name.clone(), f.len)).collect();
             let (target, replaces) = (self.output.as_path(), self.is_package);
@@ -284,6 +289,18 @@ impl Job {
             })
         };
         inputs.iter().find(goes).map_or(Ok(()), |input| Err(refused(input)))
+    }
+
+    /// What an interruption leaves of a package, said.
+    fn left_by(&self, e: Error) -> Error {
+        if !self.is_package || e.kind() != ErrorKind::Interrupted {
+            return e;
+        }
+        let output = self.output.display();
+        e.hint(match self.output.exists() {
+            true => format!("{output} is what it was before"),
+            false => format!("nothing was written: there is no {output}"),
+        })
     }
 
     /// Begins the files beside the output that are not there already.
