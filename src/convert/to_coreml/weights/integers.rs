@@ -4,12 +4,9 @@
 //! bits there is a code more below zero than above, which a second scale uses; the one that loses less is taken. Where
 //! importance is known, scales around that are tried.
 
-use std::ops::Range;
-
-use super::values::{Outcome, Scratch, Tensor, half, whole_bytes};
+use super::values::{Outcome, Scratch, Span, Tensor, half, whole_bytes};
 use super::{Encoding, Operand, Put};
 use crate::block::{WHOLE, f16_from_f32};
-use crate::container::Store;
 use crate::container::coreml::DataType;
 use crate::error::{Error, Result};
 use crate::mil::{Form, Stored};
@@ -62,15 +59,9 @@ impl Encoding for Integers {
         self.unit
     }
 
-    fn write(
-        &self,
-        tensor: &Tensor,
-        store: &Store,
-        rows: Range<u64>,
-        scratch: &mut Scratch,
-        put: &Put<'_>,
-    ) -> Result<Outcome> {
-        tensor.values(store, &rows, scratch)?;
+    fn write(&self, span: &Span<'_>, scratch: &mut Scratch, put: &Put<'_>) -> Result<Outcome> {
+        let Span { tensor, rows, .. } = span;
+        span.values(scratch)?;
         let (cols, block) = (tensor.cols as usize, self.block as usize);
         scratch.codes.resize(scratch.values.len(), 0);
         scratch.stored.resize(scratch.values.len(), 0.0);
