@@ -78,7 +78,7 @@ impl Runnable {
             };
             (conversion.plan()?, "qconv hf-to-gguf --decoded-type q8_0")
         };
-        job.plan.measures = true;
+        (job.plan.measures, job.is_trial) = (true, true);
         let threads = threads.and_then(|n| usize::try_from(n).ok());
         let outcomes = convert(&job, &Budget::new(threads, None)?, quiet)?;
         let stated = Stated::new(&job, &outcomes, command);

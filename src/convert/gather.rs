@@ -10,6 +10,7 @@ use crate::block::{Codec, codec};
 use crate::container::{LowRank, Store};
 use crate::error::{Error, Result};
 use crate::tensor::{DType, Dim, StridedCopy, TensorInfo};
+use crate::work::resize;
 
 /// A planned tensor tied to the store it reads from.
 #[derive(Debug)]
@@ -196,7 +197,7 @@ impl Source {
         };
         let (block, size) = (dtype.block_size(), dtype.type_size());
         let (start, end) = (start / block, end / block);
-        out.resize(((end - start) * size) as usize, 0);
+        resize(out, ((end - start) * size) as usize, 0)?;
         if self.has_gaps {
             out.fill(0);
         }
@@ -269,7 +270,7 @@ impl Source {
             out.drain(..(start - first) as usize);
             return Ok(());
         }
-        out.resize((end - start) as usize, 0.0);
+        resize(out, (end - start) as usize, 0.0)?;
         if self.has_gaps {
             out.fill(0.0);
         }
@@ -329,9 +330,9 @@ pub(super) fn decode<'a>(
     let codec = decoder(info.dtype)?;
     let (block, size) = (info.dtype.block_size(), info.dtype.type_size());
     let (first, last) = (lo / block, (lo + n as u64).div_ceil(block));
-    raw.resize(((last - first) * size) as usize, 0);
+    resize(raw, ((last - first) * size) as usize, 0)?;
     store.read(info, first * size, raw)?;
-    decoded.resize(((last - first) * block) as usize, 0.0);
+    resize(decoded, ((last - first) * block) as usize, 0.0)?;
     codec.decode(raw, decoded)?;
     let skip = (lo - first * block) as usize;
     Ok(&mut decoded[skip..skip + n])

@@ -60,12 +60,7 @@ pub fn costs(
             }
         }
     };
-    std::thread::scope(|scope| {
-        for _ in 1..threads {
-            scope.spawn(work);
-        }
-        work();
-    });
+    crate::work::together(threads, work);
     let found = found.into_inner().unwrap_or_else(|e| e.into_inner())?;
     Ok(wanted.iter().cloned().zip(found.into_values()).collect())
 }
