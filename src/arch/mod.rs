@@ -12,6 +12,7 @@ mod elementwise;
 mod example;
 mod expr;
 mod fold;
+mod fuel;
 mod graph;
 mod halves;
 mod inverse;
@@ -220,6 +221,10 @@ fn typed(kind: KvType, value: &Json) -> Result<Option<Value>> {
     let wrong = || Error::malformed(format!("{value} is no {}", kind.name()));
     if value.is_null() {
         return Ok(None);
+    }
+    // Neither a number nor one for each layer.
+    if value.as_array().is_some_and(Vec::is_empty) {
+        return Err(wrong());
     }
     let u32_of = |v: &Json| {
         let n = v.as_u64().or_else(|| v.as_f64().filter(|f| f.fract() == 0.0 && *f >= 0.0).map(|f| f as u64));

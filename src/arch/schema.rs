@@ -25,6 +25,8 @@ static MODELS: &[(&str, &str)] = include!(concat!(env!("OUT_DIR"), "/arch.rs"));
 static PROJECTORS: &[(&str, &str)] = include!(concat!(env!("OUT_DIR"), "/mmproj.rs"));
 const SCHEMA: u32 = 1;
 const MAX_EXTENDS: u32 = 4;
+/// Longest file of a user.
+const MAX_BYTES: u64 = 1 << 20;
 
 /// One architecture, extensions resolved.
 #[derive(Clone, Debug, Deserialize)]
@@ -385,13 +387,14 @@ fn text(name: &str) -> Option<String> {
 
 /// A definition outside the program; what it extends lies beside it, or is embedded.
 pub(super) fn read(path: &Path, limits: &Limits) -> Result<Architecture> {
-    let bytes = read_side_file(path, limits.side_file_bytes)?
+    let most = limits.side_file_bytes.min(MAX_BYTES);
+    let bytes = read_side_file(path, most)?
         .ok_or_else(|| Error::misuse("is no file: an architecture's definition was expected").at(path))?;
     let toml = String::from_utf8(bytes).map_err(|_| Error::malformed("is no UTF-8 text").at(path))?;
     let beside = |name: &str| {
         let base = path.with_file_name(format!("{name}.toml"));
         let is_name = name.bytes().all(|b| b.is_ascii_alphanumeric() || b"_-.".contains(&b));
-        let read = if is_name { read_side_file(&base, limits.side_file_bytes).ok().flatten() } else { None };
+        let read = if is_name { read_side_file(&base, most).ok().flatten() } else { None };
         read.and_then(|bytes| String::from_utf8(bytes).ok()).or_else(|| text(name))
     };
     let mut arch = Architecture::parse(&toml, &beside).map_err(|e| e.at(path))?;
