@@ -45,6 +45,7 @@ pub use from_qpack::FromQpack;
 pub use gather::{Scratch, Source, identity};
 pub use guide::{MethodChoice, Way, parse_method, parse_tensor_method, strip_awq};
 pub use hf_to_gguf::{HfToGguf, MergeLora, source_tensors};
+pub use journal::Journal;
 pub use lora_to_gguf::LoraToGguf;
 pub use moved::Moved;
 pub use outcome::{Fallback, Outcome, OutputError};
@@ -66,7 +67,6 @@ pub use types::{FILE_TYPES, FileType, base_name};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use self::journal::Journal;
 use self::stage::Outputs;
 use crate::container::qpack::Qpack;
 use crate::container::{InputFile, Store};
