@@ -16,7 +16,7 @@ use crate::error::{Error, Result};
 use crate::limits::Limits;
 
 /// Where the limit of [`Call::room`] is from.
-pub(super) const MEMORY_HINT: &str = "the limit is 64 bytes for each of the package and 128 MiB, and at most Limits::executor_bytes, 4 GiB, or --max-memory of verify";
+pub(super) const MEMORY_HINT: &str = "the limit is 64 bytes for each of the package and 128 MiB, and at most --max-executor, or --max-memory of verify";
 /// What a call may take in memory, of a package of any size, and for each of its bytes: contexts of some 100,000
 /// tokens for models of 2 bits are within.
 const SOME_MEMORY: u64 = 128 << 20;

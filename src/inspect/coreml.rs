@@ -19,6 +19,7 @@ use crate::container::coreml::{Constant, DataType, Form, Package, Place, chunks,
 use crate::error::{Error, Result};
 use crate::limits::Limits;
 use crate::mil::Text;
+use crate::plain;
 
 /// What the format is called.
 pub(super) const FORMAT: &str = "Core ML";
@@ -327,11 +328,12 @@ pub(super) fn print_functions(functions: &[Function], ops: bool, out: &mut impl 
             continue;
         }
         let all = || [("input", &f.inputs), ("state", &f.states), ("output", &f.outputs)];
-        let names = all().into_iter().flat_map(|(_, list)| list).map(|feature| feature.name.len());
-        let width = names.max().unwrap_or(0);
+        let names = all().into_iter().flat_map(|(_, list)| list).map(|feature| feature.name.chars().count());
+        let width = plain::width(names, 0);
         for (kind, list) in all() {
             for feature in list {
-                let (name, data_type, sizes) = (&feature.name, &feature.data_type, feature.sizes());
+                let (name, data_type, sizes) =
+                    (plain::line(&feature.name), &feature.data_type, feature.sizes());
                 writeln!(out, "  {kind:<6}  {name:<width$}  {data_type} {sizes}")?;
             }
         }
@@ -347,8 +349,8 @@ pub(super) fn print_functions(functions: &[Function], ops: bool, out: &mut impl 
 pub(super) fn print_weights(report: &Report, filter: &Filter, out: &mut impl Write) -> io::Result<()> {
     let wanted = |w: &&Weight| filter.tensor.as_ref().is_none_or(|r| r.is_match(&w.name));
     let shown: Vec<&Weight> = report.weights.iter().filter(wanted).collect();
-    let name = shown.iter().map(|w| w.name.len()).max().unwrap_or(4).max(4);
-    let shape = shown.iter().map(|w| format!("{:?}", w.shape).len()).max().unwrap_or(5).max(5);
+    let name = plain::width(shown.iter().map(|w| w.name.chars().count()), 4);
+    let shape = plain::width(shown.iter().map(|w| format!("{:?}", w.shape).len()), 5);
     writeln!(
         out,
         "{:<name$}  {:<shape$}  {:>12}  {:>14}  {:>7}  encoding",
@@ -358,7 +360,7 @@ pub(super) fn print_weights(report: &Report, filter: &Filter, out: &mut impl Wri
         writeln!(
             out,
             "{:<name$}  {:<shape$}  {:>12}  {:>14}  {:>7.3}  {}",
-            w.name,
+            plain::line(&w.name),
             format!("{:?}", w.shape),
             w.blobs.first().map_or_else(|| "program".into(), u64::to_string),
             w.bytes,

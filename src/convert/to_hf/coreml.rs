@@ -76,7 +76,7 @@ pub fn open(path: &Path, dtype: Option<DType>, arch_file: Option<&Path>, limits:
 /// Where the other files of a model are: in its directory, or in that of its only package.
 fn beside(path: &Path) -> PathBuf {
     let parent = || path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    match path.join(chunks::CHUNKS).is_file() {
+    match chunks::is_divided(path) {
         true => path.to_path_buf(),
         false => parent().to_path_buf(),
     }

@@ -3,18 +3,13 @@
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
-use serde::Deserialize;
-
 use super::super::Program;
 use super::super::parse::{Declared, Function};
+use crate::container::coreml::chunks::{CHUNKS, packages};
 use crate::container::coreml::package::is_package;
-use crate::container::qpack::is_path;
-use crate::container::side::{from_json, read_side_file};
 use crate::error::{Error, Result};
 use crate::limits::Limits;
 
-/// What names the packages of a model that is divided, in the order in which they are called.
-pub(super) const CHUNKS: &str = "chunks.json";
 /// What goes from one package to the next.
 pub(super) const HIDDEN: &str = "hidden_states";
 /// What layers make of it.
@@ -36,16 +31,6 @@ pub(super) enum Interface {
     Ane,
 }
 
-#[derive(Deserialize)]
-struct Chunks {
-    packages: Vec<Chunk>,
-}
-
-#[derive(Deserialize)]
-struct Chunk {
-    package: String,
-}
-
 /// A language model: a package, or a directory of packages that are called one after the other (`chunks.json`), with
 /// an interface that is known.
 #[derive(Debug)]
@@ -64,14 +49,10 @@ impl LanguageModel {
     /// Opens `X.mlpackage`, or a directory with a `chunks.json`.
     ///
     /// # Errors
-    /// Those of [`Program::open`]; `Unsupported` for an interface that is not known, with what it has; `Limit` for a
-    /// vocabulary or states beyond all use.
+    /// Those of [`packages`] and [`Program::open`]; `Unsupported` for an interface that is not known, with what it
+    /// has; `Limit` for a vocabulary or states beyond all use.
     pub fn open(path: &Path, limits: &Limits) -> Result<Self> {
-        let programs = match is_package(path) {
-            true => vec![Program::open(path, limits)?],
-            false => chunks(path, limits)?,
-        };
-        Self::of(path, programs).map_err(|e| e.at(path))
+        Self::of(path, programs(path, limits)?).map_err(|e| e.at(path))
     }
 
     fn of(path: &Path, programs: Vec<Program>) -> Result<Self> {
@@ -144,19 +125,14 @@ impl LanguageModel {
     }
 }
 
-fn chunks(path: &Path, limits: &Limits) -> Result<Vec<Program>> {
-    let at = path.join(CHUNKS);
-    let bytes = read_side_file(&at, limits.side_file_bytes)?.ok_or_else(|| {
-        Error::unsupported(format!("is no Core ML package, and has no {CHUNKS}"))
+/// The packages at `path`.
+fn programs(path: &Path, limits: &Limits) -> Result<Vec<Program>> {
+    if !is_package(path) && !path.join(CHUNKS).is_file() {
+        return Err(Error::unsupported(format!("is no Core ML package, and has no {CHUNKS}"))
             .at(path)
-            .hint("a package is a directory with a Manifest.json, usually called NAME.mlpackage")
-    })?;
-    let chunks: Chunks = from_json(&bytes, &at)?;
-    let open = |chunk: Chunk| match is_path(&chunk.package) {
-        true => Program::open(&path.join(chunk.package), limits),
-        false => Err(Error::malformed(format!("the package {:?} lies elsewhere", chunk.package)).at(&at)),
-    };
-    chunks.packages.into_iter().map(open).collect()
+            .hint("a package is a directory with a Manifest.json, usually called NAME.mlpackage"));
+    }
+    packages(path, limits)?.iter().map(|package| Program::open(package, limits)).collect()
 }
 
 /// The interface of a function that begins with tokens, and how many it takes.

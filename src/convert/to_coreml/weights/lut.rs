@@ -10,7 +10,7 @@ use crate::container::Store;
 use crate::container::coreml::DataType;
 use crate::error::{Error, Result};
 use crate::mil::{Form, Stored};
-use crate::quantize::palette::Palette;
+use crate::quantize::palette::{self, Palette};
 
 /// The type of indices of so many bits; Core ML has no others.
 pub(super) fn indices(bits: u32) -> Result<DataType> {
@@ -58,8 +58,16 @@ pub(super) struct Lut {
     /// Rows that share a table.
     rows: u64,
     unit: u64,
-    /// Tables of more rows than a span has: made by whoever comes first.
-    shared: Vec<Mutex<Option<Arc<Palette>>>>,
+    /// Tables of more rows than a span has: made by whoever comes first, and gone after the last span of their rows.
+    shared: Vec<Mutex<Shared>>,
+}
+
+/// A table that several spans use.
+#[derive(Debug, Default)]
+struct Shared {
+    palette: Option<Arc<Palette>>,
+    /// Rows that were written with it.
+    rows: u64,
 }
 
 impl Lut {
@@ -88,7 +96,7 @@ impl Lut {
     ) -> Result<Option<Arc<Palette>>> {
         let Some(shared) = self.shared.get(group as usize) else { return Ok(None) };
         let mut shared = shared.lock().unwrap_or_else(|e| e.into_inner());
-        if let Some(palette) = &*shared {
+        if let Some(palette) = &shared.palette {
             return Ok(Some(palette.clone()));
         }
         // What an error left behind.
@@ -105,7 +113,17 @@ impl Lut {
         scratch.points.take(&mut scratch.counts);
         let mut palette = Palette::default();
         palette.fit(&scratch.points, self.bits);
-        Ok(Some(shared.insert(Arc::new(palette)).clone()))
+        Ok(Some(shared.palette.insert(Arc::new(palette)).clone()))
+    }
+
+    /// So many rows of a group are written: its table goes where these were the last ones.
+    fn written(&self, group: u64, rows: u64) {
+        let Some(shared) = self.shared.get(group as usize) else { return };
+        let mut shared = shared.lock().unwrap_or_else(|e| e.into_inner());
+        shared.rows += rows;
+        if shared.rows >= self.rows {
+            *shared = Shared::default();
+        }
     }
 }
 
@@ -132,6 +150,10 @@ impl Encoding for Lut {
         self.unit
     }
 
+    fn held_bytes(&self) -> u64 {
+        palette::HELD
+    }
+
     fn write(
         &self,
         tensor: &Tensor,
@@ -148,7 +170,7 @@ impl Encoding for Lut {
         scratch.codes.resize(scratch.values.len(), 0);
         scratch.stored.resize(scratch.values.len(), 0.0);
         let mut tables = Vec::new();
-        for (group, made) in groups.zip(made) {
+        for (group, made) in groups.clone().zip(made) {
             let first = group * self.rows;
             let these = first.max(rows.start)..(first + self.rows).min(rows.end);
             let at = (these.start - rows.start) as usize * cols..(these.end - rows.start) as usize * cols;
@@ -177,6 +199,10 @@ impl Encoding for Lut {
         }
         let outcome = Outcome::of(&scratch.values, &scratch.stored);
         scratch.put_codes(0, self.bits, rows.start * tensor.cols, put)?;
+        for group in groups {
+            let (first, end) = (group * self.rows, (group + 1) * self.rows);
+            self.written(group, end.min(rows.end) - first.max(rows.start));
+        }
         Ok(outcome)
     }
 }

@@ -12,7 +12,7 @@ use crate::mil::{Form, Stored};
 use crate::tensor::DType;
 
 /// Fewer elements stand in the program, as coremltools has it.
-const FEWEST: u64 = 10;
+pub(super) const FEWEST: u64 = 10;
 
 /// Each weight rounded to the nearest.
 #[derive(Debug)]

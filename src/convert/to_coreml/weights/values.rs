@@ -168,8 +168,8 @@ impl Tensor {
             importance,
         };
         if let Some(rows) = rows {
-            let [n, _] = &mut shape[..] else {
-                return Err(Error::misuse(format!("rows {rows:?} of shape {shape:?}, which is no matrix")));
+            let ([n] | [n, _]) = &mut shape[..] else {
+                return Err(Error::misuse(format!("rows {rows:?} of shape {shape:?}, which has none")));
             };
             if rows.start >= rows.end || rows.end > all {
                 return Err(Error::misuse(format!("rows {rows:?} of {all}")));
@@ -179,6 +179,20 @@ impl Tensor {
         }
         tensor.shape = shape;
         Ok(tensor)
+    }
+
+    /// A matrix that is computed, not read.
+    pub fn made(name: &str, rows: u64, cols: u64) -> Self {
+        Self {
+            name: name.into(),
+            shape: vec![rows, cols],
+            rows,
+            of_matrix: rows,
+            cols,
+            source: Source::moved(rows.saturating_mul(cols)),
+            first: 0,
+            importance: None,
+        }
     }
 
     /// Elements, of the rows that are here.
