@@ -111,7 +111,7 @@ impl Runnable {
     /// # Errors
     /// As the conversion.
     pub fn write(of: &HfToGguf, output: &Path, args: &WriteArgs) -> Result<Self> {
-        let job = Self::conversion(of, output)?.plan()?;
+        let job = Job { is_trial: true, ..Self::conversion(of, output)?.plan()? };
         let quiet = args.work.quiet;
         if !quiet {
             let len = ui::size(job.plan.total_len());

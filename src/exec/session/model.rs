@@ -1,5 +1,6 @@
 //! Packages of language models: what they are called with.
 
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use super::super::Program;
@@ -13,6 +14,11 @@ use crate::limits::Limits;
 pub(super) const HIDDEN: &str = "hidden_states";
 /// What layers make of it.
 pub(super) const HIDDEN_AFTER: &str = "output_hidden_states";
+
+/// The step of functions that take any number of tokens.
+const ANY_STEP: usize = 64;
+/// Most words of a vocabulary: 2^18 are the most that are known.
+const MOST_WORDS: usize = 1 << 22;
 
 /// Names of what goes into a model, and of its cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,7 +49,8 @@ impl LanguageModel {
     /// Opens `X.mlpackage`, or a directory with a `chunks.json`.
     ///
     /// # Errors
-    /// Those of [`packages`] and [`Program::open`]; `Unsupported` for an interface that is not known, with what it has.
+    /// Those of [`packages`] and [`Program::open`]; `Unsupported` for an interface that is not known, with what it
+    /// has; `Limit` for a vocabulary or states beyond all use.
     pub fn open(path: &Path, limits: &Limits) -> Result<Self> {
         Self::of(path, programs(path, limits)?).map_err(|e| e.at(path))
     }
@@ -78,9 +85,19 @@ impl LanguageModel {
         programs.iter().try_for_each(of)?;
         let (_, name) = &functions[0]; // there is one, as was found
         let logits = last.function(name).map(logits).unwrap_or_default();
-        if logits.is_empty() {
+        let words = logits.iter().map(|(_, n)| *n).fold(0, usize::saturating_add);
+        if words == 0 {
             return Err(Error::unsupported("it gives no logits of a known number"));
         }
+        // A word has a bit at the least.
+        let bits = programs.iter().map(|p| p.bytes.saturating_mul(8)).fold(0, u64::saturating_add);
+        if words > MOST_WORDS || words as u64 > bits {
+            return Err(Error::limit(format!(
+                "it gives {words} logits for a token: vocabularies have at most {MOST_WORDS} words, and no more than \
+                 weights"
+            )));
+        }
+        first.check_memory(programs.iter().map(Program::state_elements))?;
         let states = programs.iter().filter_map(|p| p.function(name)).flat_map(|f| &f.states);
         let sizes: Option<Vec<usize>> = states.map(|state| context(interface, state)).collect();
         let context = sizes.and_then(|sizes| sizes.into_iter().min());
@@ -94,6 +111,12 @@ impl LanguageModel {
     /// Most tokens that it can keep.
     pub fn context(&self) -> usize {
         self.context
+    }
+
+    /// How many tokens are best decoded at once: the most that a function takes, where none takes any number.
+    pub fn step(&self) -> usize {
+        let known = self.functions.iter().map_while(|(tokens, _)| *tokens);
+        known.max().unwrap_or(ANY_STEP).clamp(1, self.context.max(1))
     }
 
     /// Logits of each token.
@@ -128,8 +151,10 @@ fn interface_of(function: &Function) -> Option<(Interface, Option<usize>)> {
 
 /// Outputs `logits`, or `logits1`, `logits2`, ..., and their last sizes.
 fn logits(function: &Function) -> Vec<(String, usize)> {
+    let outputs: HashMap<&str, &Declared> =
+        function.outputs.iter().rev().map(|(d, _)| (d.name.as_str(), d)).collect();
     let find = |name: String| {
-        let (declared, _) = function.outputs.iter().find(|(d, _)| d.name == name)?;
+        let declared = outputs.get(name.as_str())?;
         let n = (declared.shape.len() == 3).then(|| *declared.shape.last()?).flatten()?;
         Some((name, n))
     };

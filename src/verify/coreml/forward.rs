@@ -2,13 +2,15 @@
 //! llama.cpp can run the source, those.
 
 use super::super::{Options, Outcome, Report};
+use super::is_finding;
 use crate::convert::{Budget, Observer};
 use crate::error::{Error, ErrorKind, Result};
 use crate::eval::logits::{Agreement, Matrix, compare};
 use crate::exec::{LanguageModel, Rounding, Session};
 
-/// Tokens of the forward pass: more than a function for several takes at once (64).
-const TOKENS: usize = 72;
+/// Tokens of the forward pass: more than a function for several takes at once, by so many.
+const MORE_TOKENS: usize = 8;
+const MOST_TOKENS: usize = 520;
 /// How far logits of single tokens may stray from those of many, as root mean square over their spread: products are
 /// added in another order.
 const STEPS: f64 = 1e-3;
@@ -23,7 +25,7 @@ pub(super) fn check(
 ) -> Result<()> {
     let pool = rayon::ThreadPoolBuilder::new().num_threads(budget.threads).build();
     let pool = pool.map_err(|e| Error::unsupported(format!("threads cannot be started: {e}")))?;
-    let found = pool.install(|| forward(options, observer));
+    let found = pool.install(|| forward(options, budget, observer));
     if observer.interrupted() {
         return Err(Error::interrupted());
     }
@@ -49,14 +51,17 @@ pub(super) fn check(
             report.add("forward", Ok((Outcome::Failed, format!("token {at}: logits are NaN or infinite"))));
             return Ok(());
         }
-        Err(e) => {
+        Err(e) if is_finding(&e) => {
             report.add("forward", Err(e));
             return Ok(());
         }
+        Err(e) => return Err(e),
     };
     if options.against.is_some() {
-        let found = beside_source(&ids, &logits, options, bits, budget, observer);
-        report.add("logits", found);
+        match beside_source(&ids, &logits, options, bits, budget, observer) {
+            Err(e) if !is_finding(&e) => return Err(e),
+            found => report.add("logits", found),
+        }
     }
     Ok(())
 }
@@ -70,13 +75,18 @@ enum Found {
     NotFinite(usize),
 }
 
-fn forward(options: &Options, observer: &dyn Observer) -> Result<Found> {
-    let model = match LanguageModel::open(&options.file, &options.limits) {
+fn forward(options: &Options, budget: &Budget, observer: &dyn Observer) -> Result<Found> {
+    let mut limits = options.limits.clone();
+    if budget.strict {
+        limits.executor_bytes = limits.executor_bytes.min(budget.memory);
+    }
+    let model = match LanguageModel::open(&options.file, &limits) {
         Ok(model) => model,
         Err(e) if e.kind() == ErrorKind::Unsupported => return Ok(Found::Unknown(e.to_string())),
         Err(e) => return Err(e),
     };
-    let (columns, n) = (model.n_vocab(), TOKENS.min(model.context()));
+    let n = (model.step() + MORE_TOKENS).min(MOST_TOKENS).min(model.context());
+    let columns = model.n_vocab();
     // Fixed ids spread over the vocabulary: no tokenizer is needed to tell right from wrong.
     let spread = |i: u64| (i.wrapping_mul(2_654_435_761) % columns.max(1) as u64) as i32;
     let ids: Vec<i32> = (0..n as u64).map(spread).collect();

@@ -4,6 +4,8 @@
 mod blobs;
 mod description;
 mod forward;
+mod groups;
+mod order;
 mod program;
 mod states;
 mod tensors;
@@ -118,6 +120,13 @@ fn open(report: &mut Report, options: &Options) -> Result<Option<Vec<Arc<Package
         report.add("package", Ok((Outcome::Failed, detail)));
         return Ok(None);
     }
+    match order::check(&options.file, &opened, limits) {
+        Err(e) if is_finding(&e) => {
+            report.add("package", Err(e));
+            return Ok(None);
+        }
+        ordered => ordered?,
+    }
     if let Some(at) = extra(&options.file, &opened)? {
         report.add("package", Ok((Outcome::Failed, format!("{CHUNKS} does not name the package {at:?}"))));
         return Ok(None);
@@ -203,5 +212,5 @@ fn is_finding(e: &Error) -> bool {
 /// Whether something of a package that is there is not.
 fn is_missing(e: &Error, package: &Path) -> bool {
     let at = e.path().filter(|at| at.starts_with(package) && *at != package);
-    e.kind() == ErrorKind::Io && at.is_some_and(|at| !at.exists())
+    e.kind() == ErrorKind::Io && at.is_some_and(|at| matches!(at.try_exists(), Ok(false)))
 }
