@@ -199,3 +199,28 @@ impl Encoding for Lut {
         Ok(outcome)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shared_tables_go_with_their_last_rows() {
+        // Two groups of 2048 rows of 512: more than a span has.
+        let lut = Lut::new(&Tensor::made("x", 4096, 512), 4, Some(2048)).unwrap();
+        assert_eq!(lut.shared.len(), 2);
+        let is_held = |group: usize| lut.shared[group].lock().unwrap().palette.is_some();
+        for shared in &lut.shared {
+            shared.lock().unwrap().palette = Some(Arc::default());
+        }
+        lut.written(0, 2000);
+        assert!(is_held(0) && is_held(1));
+        lut.written(0, 48);
+        assert!(!is_held(0) && is_held(1));
+        lut.written(1, 2048);
+        lut.written(7, 1);
+        assert!(!is_held(1));
+        // Tables that a span holds whole are not shared.
+        assert!(Lut::new(&Tensor::made("x", 4096, 512), 4, Some(8)).unwrap().shared.is_empty());
+    }
+}
