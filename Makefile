@@ -17,7 +17,7 @@ PROMPT  ?= It was a fine morning, and
 ENV := if [ "$(UNAME)" = Linux ] && [ -z "$${BINDGEN_EXTRA_CLANG_ARGS:-}" ] && command -v gcc >/dev/null; then \
 	export BINDGEN_EXTRA_CLANG_ARGS="-isystem $$(gcc -print-file-name=include)"; fi; set -e;
 
-.PHONY: architectures all build demo demo-tiny-llama demo-smollm2 demo-minilm test fuzz proof bench peers peers-checkpoints peers-models clean-demo help system tools
+.PHONY: architectures all build demo demo-tiny-llama demo-smollm2 demo-minilm test fuzz sanitize proof bench peers peers-checkpoints peers-models clean-demo help system tools
 
 all: build
 
@@ -176,6 +176,18 @@ test: system tools
 	echo '== documentation'; RUSTDOCFLAGS='-D warnings' $(CARGO) doc $(RELEASE) --no-deps; \
 	echo '== tests'; $(CARGO) test $(RELEASE); \
 	echo 'make test: format, clippy, documentation and all tests passed, with and without ggml'
+
+# All that is unsafe, by its tests with AddressSanitizer: kernels, maps, and the calls of the linked library, which
+# itself is not instrumented. Linux and macOS.
+sanitize: system
+	@$(ENV) \
+	export RUSTC_WORKSPACE_WRAPPER='$(CURDIR)/tests/sanitize.sh'; \
+	echo '== kernels and maps'; \
+	$(CARGO) test $(RELEASE) --no-default-features --lib -- block:: sha256:: container::map; \
+	$(CARGO) test $(RELEASE) --no-default-features --test block_known --test model; \
+	echo '== the linked library'; \
+	$(CARGO) test $(RELEASE) --test block_ggml --test engine; \
+	echo 'make sanitize: AddressSanitizer found nothing'
 
 # fuzz/README.md tells more. Findings stop nothing: each is kept, and all are counted at the end.
 TIME ?= 60

@@ -72,6 +72,7 @@ use crate::container::qpack::Qpack;
 use crate::container::{InputFile, Store};
 use crate::error::{Error, ErrorKind, Result};
 use crate::limits::Limits;
+use crate::work::spawn;
 
 /// A planned conversion, ready to run.
 #[derive(Debug)]
@@ -222,7 +223,8 @@ impl Job {
         // One long file after the other is summed up by one thread beside the others.
         let (outcomes, prepared) = std::thread::scope(|scope| {
             let prepare = || endings().try_for_each(|e| e.prepare(1, &seen));
-            let beside = (budget.threads > 1 && endings().next().is_some()).then(|| scope.spawn(prepare));
+            let beside =
+                (budget.threads > 1 && endings().next().is_some()).then(|| spawn(scope, prepare)).flatten();
             let outcomes = stream::stream(&self.plan, &self.store, stage.files(), journal, budget, observer);
             failed.store(outcomes.is_err(), Ordering::Relaxed);
             let prepared =
