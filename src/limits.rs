@@ -21,6 +21,8 @@ pub struct Limits {
     pub shards: u64,
     /// Largest config or tokenizer file, in bytes.
     pub side_file_bytes: u64,
+    /// Most bytes of values and states that the executor of Core ML programs holds at a time.
+    pub executor_bytes: u64,
 }
 
 /// What [`Limits::default`] gives, where a program has said so.
@@ -36,6 +38,7 @@ impl Limits {
         array_depth: 2,
         shards: 1 << 16,
         side_file_bytes: 128 << 20,
+        executor_bytes: 4 << 30,
     };
 
     /// From now on, [`Limits::default`] gives these to all of this process: for programs whose user sets limits
@@ -69,6 +72,8 @@ pub enum Bound {
     Shards,
     /// [`Limits::side_file_bytes`].
     SideFile,
+    /// [`Limits::executor_bytes`].
+    Executor,
 }
 
 impl Bound {
@@ -82,6 +87,7 @@ impl Bound {
             Self::Depth => "max-depth",
             Self::Shards => "max-shards",
             Self::SideFile => "max-side-file",
+            Self::Executor => "max-executor",
         }
     }
 

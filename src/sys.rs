@@ -1,7 +1,8 @@
 //! What is particular to an operating system, each with its portable fallback.
 
-use std::fs::File;
+use std::fs::{File, Metadata, OpenOptions};
 use std::io;
+use std::path::Path;
 
 /// Reads exactly `buf.len()` bytes at `offset`; the file's cursor plays no part, so many threads
 /// may read one file.
@@ -84,13 +85,13 @@ pub use portable::{read_exact_at, write_all_at};
 
 /// Bytes that an ordinary user may still write on the disk that holds `dir`; `None` when the
 /// system does not tell.
-pub fn free_space(dir: &std::path::Path) -> Option<u64> {
+pub fn free_space(dir: &Path) -> Option<u64> {
     fs4::available_space(dir).ok()
 }
 
 /// Bytes that a file takes on its disk, which are fewer than it has where it was never written; 0 when the system
 /// does not tell.
-pub fn allocated(meta: &std::fs::Metadata) -> u64 {
+pub fn allocated(meta: &Metadata) -> u64 {
     #[cfg(unix)]
     return std::os::unix::fs::MetadataExt::blocks(meta).saturating_mul(512);
     #[cfg(not(unix))]
@@ -98,6 +99,63 @@ pub fn allocated(meta: &std::fs::Metadata) -> u64 {
         let _ = meta;
         0
     }
+}
+
+/// Opens a file that was created here for reading and writing: never what a symbolic link leads to.
+///
+/// # Errors
+/// As the system says; of a link `FilesystemLoop` or the like.
+pub fn open_no_link(path: &Path) -> io::Result<File> {
+    let mut options = OpenOptions::new();
+    options.read(true).write(true);
+    #[cfg(unix)]
+    std::os::unix::fs::OpenOptionsExt::custom_flags(
+        &mut options,
+        rustix::fs::OFlags::NOFOLLOW.bits().cast_signed(),
+    );
+    #[cfg(not(unix))]
+    if std::fs::symlink_metadata(path)?.is_symlink() {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    options.open(path)
+}
+
+/// Whether a file is a regular one of this user, with this name alone: not one that somebody else put there, by
+/// a link to another file or of their own.
+pub fn is_own(meta: &Metadata) -> bool {
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::MetadataExt;
+        meta.is_file() && meta.nlink() == 1 && meta.uid() == rustix::process::geteuid().as_raw()
+    }
+    #[cfg(not(unix))]
+    meta.is_file()
+}
+
+/// What tells a file or directory from others on its disk; 0 when the system does not tell.
+pub fn identity(meta: &Metadata) -> u64 {
+    #[cfg(unix)]
+    return std::os::unix::fs::MetadataExt::ino(meta);
+    #[cfg(not(unix))]
+    {
+        let _ = meta;
+        0
+    }
+}
+
+/// Whether `path` still leads to the file that was opened.
+pub fn is_still(path: &Path, opened: &Metadata) -> bool {
+    std::fs::symlink_metadata(path).is_ok_and(|meta| {
+        #[cfg(unix)]
+        {
+            use std::os::unix::fs::MetadataExt;
+            (meta.dev(), meta.ino()) == (opened.dev(), opened.ino())
+        }
+        #[cfg(not(unix))]
+        {
+            meta.is_file() && meta.len() == opened.len()
+        }
+    })
 }
 
 /// Memory that programs may still take without others being swapped out; `None` when the system does
@@ -109,7 +167,7 @@ pub fn available_memory() -> Option<u64> {
 }
 
 /// Makes a rename in `dir` durable, where the system needs that to be said.
-pub fn sync_directory(dir: &std::path::Path) {
+pub fn sync_directory(dir: &Path) {
     // A directory that cannot be opened or flushed costs durability across a power cut only.
     if cfg!(unix)
         && let Ok(dir) = File::open(dir)

@@ -75,6 +75,14 @@ pub fn all() -> Result<Vec<Architecture>> {
     schema::embedded()
 }
 
+/// The embedded definitions of the architecture that llama.cpp calls `arch`.
+///
+/// # Errors
+/// As [`all`].
+pub fn named(arch: &str) -> Result<Vec<Architecture>> {
+    schema::named(arch)
+}
+
 /// All embedded definitions of projectors, by name of the file.
 ///
 /// # Errors

@@ -256,6 +256,11 @@ pub(super) enum ConfigValue {
 }
 
 impl Architecture {
+    /// Whether it writes this metadata key, perhaps on a condition.
+    pub fn writes(&self, key: &str) -> bool {
+        self.kv.contains_key(key)
+    }
+
     /// Parses one file; `base` finds the text of the file it extends.
     ///
     /// # Errors
@@ -411,6 +416,15 @@ pub(super) fn refused() -> Result<Vec<(Class, String)>> {
 /// All embedded architectures of models.
 pub(super) fn embedded() -> Result<Vec<Architecture>> {
     parse_all("arch", MODELS)
+}
+
+/// Those that describe the architecture `arch`, without a look at others that are not about it.
+pub(super) fn named(arch: &str) -> Result<Vec<Architecture>> {
+    let quoted = format!("{arch:?}");
+    let about: Vec<_> = MODELS.iter().filter(|(_, text)| text.contains(&quoted)).copied().collect();
+    let beside = |name: &str| MODELS.iter().find(|(n, _)| *n == name).map(|(_, t)| t.to_string());
+    let parsed = about.iter().map(|(_, toml)| Architecture::parse(toml, &beside));
+    parsed.filter(|found| found.as_ref().map_or(true, |a| a.arch == arch)).collect()
 }
 
 /// All embedded projectors.

@@ -4,7 +4,7 @@ use std::io::Write;
 use std::path::PathBuf;
 use std::time::Instant;
 
-use qconv::convert::{Budget, Job, Outcome, PartPlan, TensorPlan, TokenCheck};
+use qconv::convert::{Budget, Job, Outcome, PartPlan, Resume, Stage, TensorPlan, TokenCheck};
 use qconv::error::{Error, Result};
 use qconv::plain;
 use serde_json::json;
@@ -22,8 +22,28 @@ pub struct WriteArgs {
     #[arg(long)]
     pub force: bool,
 
+    /// Go on with an interrupted run of this command, or fail if there is none; without this it is gone on with
+    /// where there is one
+    #[arg(long, conflicts_with = "no_resume")]
+    pub resume: bool,
+
+    /// Begin anew where a run was interrupted, instead of going on
+    #[arg(long)]
+    pub no_resume: bool,
+
     #[command(flatten)]
     pub work: WorkArgs,
+}
+
+impl WriteArgs {
+    /// What becomes of an interrupted run.
+    pub fn resuming(&self) -> Resume {
+        match (self.resume, self.no_resume) {
+            (true, _) => Resume::Must,
+            (_, true) => Resume::Never,
+            _ => Resume::Gladly,
+        }
+    }
 }
 
 /// Options of every command that works through a model.
@@ -138,7 +158,9 @@ pub struct Done {
 /// Whether a job may write, before something long comes before it. From then on Ctrl-C ends things in order.
 pub fn check_new(job: &Job, args: &WriteArgs) -> Result<()> {
     ui::catch_interrupt();
-    match job.outputs().iter().find(|path| path.exists() && !args.force) {
+    // What was being renamed when a run was killed is not finished: the job itself finds out.
+    let is_new = |path: &&PathBuf| !path.exists() || args.force || Stage::is_unfinished(&job.output);
+    match job.outputs().iter().find(|path| !is_new(path)) {
         Some(path) => Err(Error::misuse("exists already").at(path).hint("--force overwrites it")),
         None => Ok(()),
     }
@@ -162,7 +184,7 @@ pub fn carry_out(job: &Job, args: &WriteArgs) -> Result<Option<Done>> {
     ui::catch_interrupt();
     let begun = Instant::now();
     let progress = Progress::new("converting", job.work(), args.work.quiet);
-    let done = job.run(args.force, &budget, &progress);
+    let done = job.run_resuming(args.force, args.resuming(), &budget, &progress);
     progress.finish();
     let outcomes = done?;
     Ok(Some(Done { seconds: begun.elapsed().as_secs_f64(), outcomes }))

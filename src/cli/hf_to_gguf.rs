@@ -184,7 +184,6 @@ pub fn run(args: &Args) -> anyhow::Result<Status> {
             job.plan.notes.push(mix::note(found));
         }
     }
-    job.resume = !args.report.no_resume;
     let Some(done) = common::carry_out(&job, &args.write)? else { return Ok(Status::Done) };
     let work = &args.write.work;
     if !work.quiet {

@@ -35,6 +35,10 @@ pub struct LimitArgs {
     /// Largest config, tokenizer or index [default: 128M]
     #[arg(long = Bound::SideFile.option(), value_name = "SIZE", value_parser = parse_size, global = true, hide_short_help = true)]
     max_side_file: Option<u64>,
+
+    /// Most memory that a running Core ML package takes for its values and states [default: 4G]
+    #[arg(long = Bound::Executor.option(), value_name = "SIZE", value_parser = parse_size, global = true, hide_short_help = true)]
+    max_executor: Option<u64>,
 }
 
 impl LimitArgs {
@@ -49,6 +53,7 @@ impl LimitArgs {
             array_depth: self.max_depth.unwrap_or(standard.array_depth),
             shards: self.max_shards.unwrap_or(standard.shards),
             side_file_bytes: self.max_side_file.unwrap_or(standard.side_file_bytes),
+            executor_bytes: self.max_executor.unwrap_or(standard.executor_bytes),
         }
     }
 }

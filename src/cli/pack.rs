@@ -159,7 +159,7 @@ fn compressed(
     is_measured: bool,
 ) -> anyhow::Result<Status> {
     common::check_new(job, write)?;
-    job.plan.check_not_input(&job.outputs(), &job.store)?;
+    job.check_not_input()?;
     let plain = plan(Some(Temporary::beside(&job.output, "plain.qpack").0.clone()))?;
     // What a killed process left is of no use.
     let _gone: Vec<_> = plain.outputs().into_iter().map(Temporary).collect();

@@ -103,7 +103,6 @@ pub fn run(args: &Args) -> anyhow::Result<Status> {
         job = conversion.plan()?;
         job.plan.notes.push(mix::note(found));
     }
-    job.resume = !report.no_resume;
     let Some(done) = common::carry_out(&job, write)? else { return Ok(Status::Done) };
     if !write.work.quiet {
         common::say_summary(&job, &done);

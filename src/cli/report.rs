@@ -27,10 +27,6 @@ pub struct ReportArgs {
     /// How much of that text is read, in windows of 512 tokens
     #[arg(long, value_name = "N", default_value_t = 16, requires = "evaluate")]
     pub evaluate_chunks: usize,
-
-    /// Begin anew where a run with a method was interrupted, instead of going on
-    #[arg(long)]
-    pub no_resume: bool,
 }
 
 /// How a report is written.

@@ -142,9 +142,13 @@ impl Observer for Progress {
         }
     }
 
-    fn resumed(&self) {
+    fn resumed(&self, bytes: u64) {
         if self.bar.is_some() || self.lines {
-            say("note: going on where an interrupted run of this command ended; --no-resume begins anew");
+            say(&format!(
+                "note: going on where an interrupted run of this command ended, with {} finished; --no-resume \
+                 begins anew",
+                size(bytes)
+            ));
         }
     }
 

@@ -19,7 +19,7 @@ pub mod safetensors;
 pub mod shards;
 pub mod side;
 mod store;
-mod unique;
+pub(crate) mod unique;
 pub mod weights;
 
 use std::fs::{File, Metadata};

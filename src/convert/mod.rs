@@ -45,6 +45,7 @@ pub use from_qpack::FromQpack;
 pub use gather::{Scratch, Source, identity};
 pub use guide::{MethodChoice, Way, parse_method, parse_tensor_method, strip_awq};
 pub use hf_to_gguf::{HfToGguf, MergeLora, source_tensors};
+pub use journal::Journal;
 pub use lora_to_gguf::LoraToGguf;
 pub use moved::Moved;
 pub use outcome::{Fallback, Outcome, OutputError};
@@ -55,7 +56,7 @@ pub use quantizer::{ImatrixChoice, Quantizer};
 pub use recipe::{Choice, ModelFacts, Overrides, Recipe, Role, parse_tensor_type};
 pub use shards::{Reshard, Sharding};
 pub use side_files::SideFiles;
-pub use stage::{OutputFile, Stage, Temporary};
+pub use stage::{OutputFile, Resume, Stage, Temporary};
 pub use stream::{Observer, Silent};
 pub use to_coreml::{Forms, Granularity, Matrices, Profile, ToCoreml};
 pub use to_hf::{HfContainer, ToHf, Wanted};
@@ -66,11 +67,12 @@ pub use types::{FILE_TYPES, FileType, base_name};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use self::journal::Journal;
+use self::stage::Outputs;
 use crate::container::qpack::Qpack;
 use crate::container::{InputFile, Store};
 use crate::error::{Error, ErrorKind, Result};
 use crate::limits::Limits;
+use crate::work::spawn;
 
 /// A planned conversion, ready to run.
 #[derive(Debug)]
@@ -85,8 +87,6 @@ pub struct Job {
     pub is_directory: bool,
     /// How llama.cpp's tokens compare with the source's, where that was asked for.
     pub tokens: Option<Tokens>,
-    /// Whether to go on with what an earlier process left unfinished, where that took a method's time.
-    pub resume: bool,
     /// A `.qpack` that is read, whose bytes have to be those of its manifest.
     pub vouched: Option<PathBuf>,
     /// Whether the output is tried and removed: nothing is kept of it when that is interrupted.
@@ -126,7 +126,6 @@ impl Job {
             output,
             is_directory,
             tokens: None,
-            resume: true,
             vouched: None,
             is_trial: false,
             is_package: false,
@@ -151,36 +150,56 @@ impl Job {
     }
 
     /// Streams the plan into the output, and gives it its name when complete. Returns what became of each
-    /// tensor, in the plan's order. What methods have finished is kept when that is interrupted.
+    /// tensor, in the plan's order. What an earlier process has finished of the same output is not done again.
     ///
     /// # Errors
     /// `Misuse` when the output exists (unless `force`) or is an input, when something that the plan
     /// needs is missing, or when the budget is too small; `Io`; what the source's data give.
     pub fn run(&self, force: bool, budget: &Budget, observer: &dyn Observer) -> Result<Vec<Outcome>> {
+        self.run_resuming(force, Resume::Gladly, budget, observer)
+    }
+
+    /// The same, going on with what an earlier process left as is wished. What is finished is kept when this is
+    /// interrupted or the disk is full, unless it is little.
+    ///
+    /// # Errors
+    /// As [`Self::run`]; `Misuse` when it must be gone on with and cannot.
+    pub fn run_resuming(
+        &self,
+        force: bool,
+        resume: Resume,
+        budget: &Budget,
+        observer: &dyn Observer,
+    ) -> Result<Vec<Outcome>> {
         let outputs = self.outputs();
         self.plan.check_feasible(force)?;
-        self.plan.check_not_input(&outputs, &self.store)?;
+        self.check_not_input()?;
         budget.check(&self.plan)?;
-        let (stage, journal) = self.begin(&outputs, force)?;
+        let stage = self.begin(&outputs, force, resume)?;
         let beside = self.begin_beside(force)?;
-        let done = self.write(&stage, journal.as_ref(), budget, observer);
-        match (done, journal) {
-            (Err(e), Some(_)) if matches!(e.kind(), ErrorKind::Interrupted | ErrorKind::Io) => {
+        let done = self.write(&stage, stage.journal(), budget, observer);
+        match done {
+            Err(e) if matches!(e.kind(), ErrorKind::Interrupted | ErrorKind::Io) && self.is_much(&stage) => {
                 stage.keep();
                 Err(e.hint("what is finished is kept: the same command goes on from there"))
             }
-            (done, journal) => {
+            done => {
                 let commit = |outcomes| {
+                    if self.is_package {
+                        to_coreml::check_replaced(self)?;
+                    }
                     beside.map_or(Ok(()), Stage::commit)?;
                     stage.commit().map(|()| outcomes)
                 };
-                let done = done.and_then(commit);
-                if let Some(journal) = journal {
-                    journal.remove();
-                }
-                done
+                done.and_then(commit).map_err(|e| self.left_by(e))
             }
         }
+    }
+
+    /// Whether what is finished is worth keeping.
+    fn is_much(&self, stage: &Stage) -> bool {
+        let least = if self.plan.tensors.iter().any(TensorPlan::takes_long) { 1 } else { KEPT };
+        stage.journal().is_some_and(|journal| journal.bytes() >= least)
     }
 
     fn write(
@@ -204,7 +223,8 @@ impl Job {
         // One long file after the other is summed up by one thread beside the others.
         let (outcomes, prepared) = std::thread::scope(|scope| {
             let prepare = || endings().try_for_each(|e| e.prepare(1, &seen));
-            let beside = (budget.threads > 1 && endings().next().is_some()).then(|| scope.spawn(prepare));
+            let beside =
+                (budget.threads > 1 && endings().next().is_some()).then(|| spawn(scope, prepare)).flatten();
             let outcomes = stream::stream(&self.plan, &self.store, stage.files(), journal, budget, observer);
             failed.store(outcomes.is_err(), Ordering::Relaxed);
             let prepared =
@@ -226,34 +246,65 @@ impl Job {
         Ok(outcomes)
     }
 
-    fn begin(&self, outputs: &[PathBuf], force: bool) -> Result<(Stage, Option<Journal>)> {
+    fn begin(&self, outputs: &[PathBuf], force: bool, resume: Resume) -> Result<Stage> {
+        let goes_on = !self.is_trial && !self.is_package;
+        let key = goes_on.then(|| journal::key(&self.plan, &self.store)).transpose()?;
+        let going = key.as_deref().map(|key| (key, resume));
+        if going.is_none() && resume == Resume::Must {
+            return Err(Error::misuse("--resume: a Core ML package is begun anew").at(&self.output));
+        }
         if self.is_directory {
-            let mut stage = Stage::directory(&self.output, force, self.plan.total_len())?;
             if self.is_package {
-                to_coreml::check_own(&self.output)?;
-                stage = stage.replacing();
+                to_coreml::check_replaced(self)?;
             }
-            for f in &self.plan.files {
-                stage.add(&f.name, f.len)?;
-            }
-            return Ok((stage, None));
+            let files: Vec<_> = self.plan.files.iter().map(|f| (f.name.clone(), f.len)).collect();
+            let (target, replaces) = (self.output.as_path(), self.is_package);
+            return Stage::begin(&Outputs::Directory { target, files: &files, replaces }, force, going);
         }
         let lens = self.plan.files.iter().map(|f| f.len);
         let targets: Vec<_> = outputs.iter().cloned().zip(lens).collect();
-        let takes_long = |t: &TensorPlan| matches!(t.rounding, plan::Rounding::Guided(_));
-        if self.is_trial || !self.plan.tensors.iter().any(takes_long) {
-            let stage = Stage::files_at(&targets, force)?;
-            // Its file is gone: it has nothing to say any more.
-            let _ = Journal::path_for(&self.output).map(std::fs::remove_file);
-            return Ok((stage, None));
-        }
-        let key = journal::key(&self.plan, &self.store)?;
-        let (stage, journal) = Stage::going_on(&targets, force, &key, self.resume)?;
-        Ok((stage, Some(journal)))
+        Stage::begin(&Outputs::Files(&targets), force, going)
     }
 }
 
 impl Job {
+    /// Refuses an output that is one of the inputs, under whatever name, and a directory whose old content goes
+    /// where an input is a part of that. A second name of an input (a hard link) may be replaced: the input stays.
+    ///
+    /// # Errors
+    /// `Misuse` naming the file.
+    pub fn check_not_input(&self) -> Result<()> {
+        let refused = |path: &Path| Error::misuse("the output would overwrite its own input").at(path);
+        let directory = if self.is_directory { self.output.canonicalize().ok() } else { None };
+        let inputs: Vec<PathBuf> =
+            self.store.files().iter().filter_map(|f| f.path().canonicalize().ok()).collect();
+        for output in self.outputs() {
+            let Ok(output) = output.canonicalize() else { continue };
+            if inputs.contains(&output) {
+                return Err(refused(&output));
+            }
+        }
+        let goes = |input: &&PathBuf| {
+            directory.as_ref().is_some_and(|directory| {
+                let is_direct = input.parent() == Some(directory.as_path()) && stage::is_stale(input);
+                is_direct || (self.is_package && input.starts_with(directory))
+            })
+        };
+        inputs.iter().find(goes).map_or(Ok(()), |input| Err(refused(input)))
+    }
+
+    /// What an interruption leaves of a package, said.
+    fn left_by(&self, e: Error) -> Error {
+        if !self.is_package || e.kind() != ErrorKind::Interrupted {
+            return e;
+        }
+        let output = self.output.display();
+        e.hint(match self.output.exists() {
+            true => format!("{output} is what it was before"),
+            false => format!("nothing was written: there is no {output}"),
+        })
+    }
+
     /// Begins the files beside the output that are not there already.
     fn begin_beside(&self, force: bool) -> Result<Option<Stage>> {
         let is_there = |path: &Path, bytes: &[u8]| std::fs::read(path).is_ok_and(|found| found == bytes);
@@ -270,6 +321,9 @@ impl Job {
         Ok(Some(stage))
     }
 }
+
+/// Fewer finished bytes are not kept when a conversion is interrupted: they are quickly done again.
+const KEPT: u64 = 16 << 20;
 
 /// That a `.qpack` is the one that its manifest describes.
 ///

@@ -3,6 +3,7 @@
 
 use std::fmt::Debug;
 
+use super::journal::Written;
 use super::outcome::{Loss, Spanned};
 use super::pack::PartPlan;
 use super::stage::OutputFile;
@@ -101,16 +102,23 @@ impl Moved {
         files: &[OutputFile],
         scratch: &mut Scratch,
         observer: &dyn Observer,
+        mut note: Option<&mut Written>,
     ) -> Result<Spanned> {
-        let put = |part: usize, offset: u64, bytes: &[u8]| {
+        let put = |number: usize, offset: u64, bytes: &[u8]| {
             if observer.interrupted() {
                 return Err(Error::interrupted());
             }
-            let part = self.parts.get(part).ok_or_else(|| Error::misuse("a part that is not there"))?;
+            let part = self.parts.get(number).ok_or_else(|| Error::misuse("a part that is not there"))?;
             observer.advance(bytes.len() as u64, name);
             files[part.file].write_at(part.offset + offset, bytes)
         };
-        let putting: &mut Put<'_> = &mut |part, offset, bytes| put(part, offset, bytes);
+        let putting: &mut Put<'_> = &mut |number, offset, bytes| {
+            put(number, offset, bytes)?;
+            if let (Some(note), Some(part)) = (&mut note, self.parts.get(number)) {
+                note.note(number, (part.file, part.offset + offset), bytes);
+            }
+            Ok(())
+        };
         let mut done = Spanned { loss: Some(Loss::default()), ..Spanned::default() };
         match &self.by {
             By::Taking(taken) => taken.write(store, putting)?,

@@ -78,6 +78,19 @@ pub(super) struct Spanned {
     pub flushed: u64,
 }
 
+impl Spanned {
+    /// Adds the span that follows.
+    pub fn append(&mut self, next: Self) {
+        self.bytes += next.bytes;
+        self.tallies.extend(next.tallies);
+        self.flushed += next.flushed;
+        self.loss = match (self.loss, next.loss) {
+            (Some(a), Some(b)) => Some(Loss { lost: a.lost + b.lost, power: a.power + b.power }),
+            (a, b) => a.or(b),
+        };
+    }
+}
+
 /// What rows of one expert add to an outcome.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub(super) struct Tally {

@@ -181,11 +181,11 @@ impl Packing {
         let (cols, _) = t.rows();
         let (first, last) = (start / cols, end / cols);
         let mut written = 0;
-        let mut put = |part: usize, offset: u64, bytes: &[u8]| {
-            let part = self.parts.get(part).ok_or_else(|| Error::misuse("a part that is not there"))?;
+        let mut put = |number: usize, offset: u64, bytes: &[u8]| {
+            let part = self.parts.get(number).ok_or_else(|| Error::misuse("a part that is not there"))?;
             written += bytes.len() as u64;
             if let Some(note) = &mut note {
-                note.note(part.file, part.offset + offset, bytes);
+                note.note(number, (part.file, part.offset + offset), bytes);
             }
             files[part.file].write_at(part.offset + offset, bytes)
         };
@@ -327,12 +327,7 @@ pub(super) fn survey(plan: &Plan, store: &Store, budget: &Budget, observer: &dyn
             }
         }
     };
-    std::thread::scope(|scope| {
-        for _ in 1..budget.threads.min(wanting.len()) {
-            scope.spawn(work);
-        }
-        work();
-    });
+    crate::work::together(budget.threads.min(wanting.len()), work);
     failure.into_inner().unwrap_or_else(|e| e.into_inner()).map_or(Ok(()), Err)
 }
 

@@ -11,7 +11,6 @@ use super::pack::{Packing, PartPlan};
 use super::readers::Readers;
 use crate::block::gram::PANEL;
 use crate::block::{Lattice, codec};
-use crate::container::Store;
 use crate::container::imatrix::{Entry, ImportanceMatrix};
 use crate::container::moments::{Input, Moments};
 use crate::container::shards::{Ending, FileLayout};
@@ -91,7 +90,7 @@ pub enum Rounding {
     /// Each row, its errors weighed.
     Weighed(Importance),
     /// By second moments.
-    Guided(Guide),
+    Guided(Box<Guide>),
 }
 
 /// The second moments of a matrix's input, and what is made of them.
@@ -160,9 +159,9 @@ pub struct TensorPlan {
     /// How its weights become codes, where they are not copied.
     pub rounding: Rounding,
     /// The tensors that are written in its place, where it is a matrix of a quantized checkpoint.
-    pub packing: Option<Packing>,
+    pub packing: Option<Box<Packing>>,
     /// The tensors that its bytes are moved into, without being decoded.
-    pub moved: Option<Moved>,
+    pub moved: Option<Box<Moved>>,
     /// Why that is not, or not everywhere, what was asked for.
     pub fallback: Option<Fallback>,
     /// Which output file.
@@ -223,7 +222,7 @@ impl TensorPlan {
             source,
             rounding: Rounding::Nearest,
             packing: None,
-            moved: Some(moved),
+            moved: Some(Box::new(moved)),
             fallback: None,
             file: 0,
             offset: 0,
@@ -274,6 +273,11 @@ impl TensorPlan {
         self.packing.is_none() && self.moved.is_none() && self.source.is_plain(self.dtype)
     }
 
+    /// Whether a method rounds it, by second moments.
+    pub(super) fn takes_long(&self) -> bool {
+        matches!(self.rounding, Rounding::Guided(_))
+    }
+
     /// What its type is called: that of a packed matrix is the format.
     pub fn type_name(&self) -> &'static str {
         let moved = self.moved.as_ref().map(|m| m.kind);
@@ -317,6 +321,9 @@ const BYTES_PER_ELEMENT: u64 = 8 + 16 + 4 + 4;
 /// were and as they will be, output.
 const MOVED_SPAN: u64 = 4 << 20;
 const BYTES_PER_CODE: u64 = 8;
+/// Elements that are noted as one where they are copied, and where they become blocks.
+const NOTED: u64 = 8 << 20;
+const NOTED_BLOCKS: u64 = 2 << 20;
 /// Spans end where blocks end.
 const ALIGN: u64 = 256;
 
@@ -386,6 +393,17 @@ impl Budget {
         } else {
             span / ALIGN * ALIGN
         }
+    }
+
+    /// How many spans are noted as one: bytes that are quickly made are noted in large pieces.
+    pub(super) fn noted_together(&self, tensor: &TensorPlan) -> u64 {
+        let spans = match tensor.rounding {
+            _ if tensor.packing.is_some() || tensor.moved.is_some() => 1,
+            Rounding::Nearest if !tensor.dtype.is_block() || tensor.is_plain() => NOTED,
+            Rounding::Nearest => NOTED_BLOCKS,
+            _ => return 1,
+        };
+        (spans / self.span(tensor)).max(1)
     }
 
     /// Bytes of a worker's buffers for a tensor.
@@ -504,21 +522,5 @@ impl Plan {
                 if names.len() > 3 { ", ..." } else { "" },
             ));
         }
-    }
-
-    /// Refuses an output that is one of the inputs.
-    ///
-    /// # Errors
-    /// `Misuse` naming the file.
-    pub fn check_not_input(&self, outputs: &[PathBuf], store: &Store) -> Result<()> {
-        for output in outputs {
-            let Ok(output) = output.canonicalize() else { continue };
-            for input in store.files() {
-                if input.path().canonicalize().is_ok_and(|i| i == output) {
-                    return Err(Error::misuse("the output would overwrite its own input").at(&output));
-                }
-            }
-        }
-        Ok(())
     }
 }

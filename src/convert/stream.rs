@@ -15,13 +15,15 @@ use crate::block::{Codec, codec};
 use crate::container::Store;
 use crate::error::{Error, ErrorKind, Result};
 use crate::quantize::{Method, Prepared};
+use crate::work::resize;
 
 /// Who watches a conversion: the command line's progress bar, or nobody.
 pub trait Observer: Sync {
     /// `bytes` more of the output are written; `tensor` is the one they belong to.
     fn advance(&self, bytes: u64, tensor: &str);
-    /// An earlier process had begun, and what it finished is not done again.
-    fn resumed(&self) {}
+    /// An earlier process had begun, and what it finished, so many bytes of the output, is not done again if it is
+    /// still there.
+    fn resumed(&self, _bytes: u64) {}
     /// Whether to stop.
     fn interrupted(&self) -> bool;
 }
@@ -49,10 +51,11 @@ pub fn stream(
     budget: &Budget,
     observer: &dyn Observer,
 ) -> Result<Vec<Outcome>> {
-    // Spans of tensor k are numbers firsts[k]..firsts[k + 1].
+    // What is noted as one of tensor k has the numbers firsts[k]..firsts[k + 1].
     let mut firsts = vec![0usize];
     for t in &plan.tensors {
-        firsts.push(firsts.last().copied().unwrap_or(0) + budget.spans(t) as usize);
+        let pieces = budget.spans(t).div_ceil(budget.noted_together(t));
+        firsts.push(firsts.last().copied().unwrap_or(0) + pieces as usize);
     }
     let spans = firsts.last().copied().unwrap_or(0);
     let next = AtomicUsize::new(0);
@@ -61,8 +64,8 @@ pub fn stream(
     let guides = Guides::new(budget.threads, plan, store);
     let work = Work { plan, store, files, journal, guides, observer };
     let ledger = Ledger::new(plan);
-    if journal.is_some_and(Journal::is_begun) {
-        observer.resumed();
+    if let Some(journal) = journal.filter(|journal| journal.is_begun()) {
+        observer.resumed(journal.bytes());
     }
     let fail = |e: Error, tensor: &TensorPlan| {
         stop.store(true, Ordering::Relaxed);
@@ -81,35 +84,22 @@ pub fn stream(
             }
             let k = firsts.partition_point(|&first| first <= number) - 1;
             let tensor = &plan.tensors[k];
-            let span = budget.span(tensor);
-            let start = (number - firsts[k]) as u64 * span;
-            let end = (start + span).min(tensor.source.elements());
-            let done = if observer.interrupted() {
-                Err(Error::interrupted())
-            } else {
-                let span = Span { tensor: k, start, end };
-                worker.span_once(&work, span)
-            };
+            let step = budget.span(tensor);
+            let piece = step * budget.noted_together(tensor);
+            let start = (number - firsts[k]) as u64 * piece;
+            let end = (start + piece).min(tensor.source.elements());
+            let done = worker.once(&work, Span { tensor: k, start, end }, step);
             match done {
                 Ok(Spanned { loss: Some(loss), .. }) if plan.exact_only && loss.lost > 0.0 => {
                     let why = Error::misuse("--exact-only: it is not the same after rounding");
                     fail(why.hint("--dtype f32 holds what blocks hold; fp8, mxfp4 and bnb round"), tensor);
                 }
-                Ok(spanned) => {
-                    let bytes = spanned.bytes;
-                    ledger.enter(k, start, spanned);
-                    observer.advance(bytes, &tensor.name);
-                }
+                Ok(spanned) => ledger.enter(k, start, spanned),
                 Err(e) => fail(e, tensor),
             }
         }
     };
-    std::thread::scope(|scope| {
-        for _ in 1..budget.threads {
-            scope.spawn(run);
-        }
-        run();
-    });
+    crate::work::together(budget.threads, run);
     match failure.into_inner().unwrap_or_else(|e| e.into_inner()) {
         Some(e) => Err(e),
         None => Ok(ledger.close(plan)),
@@ -140,43 +130,56 @@ struct Worker {
 }
 
 impl Worker {
-    /// A span, unless an earlier process has finished it.
-    fn span_once(
-        &mut self,
-        &Work { plan, store, files, journal, ref guides, observer }: &Work<'_>,
-        span: Span,
-    ) -> Result<Spanned> {
-        let Span { tensor, start, end } = span;
-        let t = &plan.tensors[tensor];
-        if let Some(moved) = &t.moved {
-            return moved.write((&t.name, start), store, files, &mut self.encoding, observer);
-        }
+    /// Elements of a tensor, so many in each step, unless an earlier process has finished them.
+    fn once(&mut self, work: &Work<'_>, all: Span, step: u64) -> Result<Spanned> {
+        let &Work { plan, files, journal, observer, .. } = work;
+        let t = &plan.tensors[all.tensor];
         let read = |file: usize, at: u64, bytes: &mut [u8]| match files.get(file) {
+            _ if observer.interrupted() => Err(Error::interrupted()),
             Some(file) => file.read_at(at, bytes),
             None => Err(Error::misuse("no such output file")),
         };
-        if let Some(found) = journal.and_then(|j| j.find(span, read)) {
+        if let Some(found) = journal.and_then(|j| j.find(all, read)) {
+            observer.advance(found.bytes, &t.name);
             return Ok(found);
         }
         let mut written = Written::default();
-        let spanned = match &t.packing {
-            Some(packing) => {
-                let note = journal.map(|_| &mut written);
-                packing.write(t, store, files, (start, end), &mut self.packing, guides, note)?
+        let mut done = Spanned::default();
+        let mut start = all.start;
+        while start < all.end {
+            if observer.interrupted() {
+                return Err(Error::interrupted());
             }
-            None => {
-                let (bytes, tallies) = self.span(t, store, &files[t.file], start, end, guides)?;
-                if journal.is_some() {
-                    written.note(t.file, t.offset + t.dtype.bytes_for(start)?, &self.bytes);
-                }
-                let loss = if plan.measures { Some(self.loss(t)?) } else { None };
-                Spanned { bytes, tallies, loss, flushed: 0 }
+            let span = Span { start, end: all.end.min(start.saturating_add(step)), ..all };
+            let spanned = self.span_of(work, span, journal.map(|_| &mut written))?;
+            if t.moved.is_none() {
+                observer.advance(spanned.bytes, &t.name);
             }
-        };
-        if let Some(journal) = journal {
-            journal.add(span, written, &spanned)?;
+            done.append(spanned);
+            start = span.end;
         }
-        Ok(spanned)
+        if let Some(journal) = journal {
+            journal.add(all, &written, &done)?;
+        }
+        Ok(done)
+    }
+
+    fn span_of(&mut self, work: &Work<'_>, span: Span, mut note: Option<&mut Written>) -> Result<Spanned> {
+        let &Work { plan, store, files, ref guides, observer, .. } = work;
+        let Span { tensor, start, end } = span;
+        let t = &plan.tensors[tensor];
+        if let Some(moved) = &t.moved {
+            return moved.write((&t.name, start), store, files, &mut self.encoding, observer, note);
+        }
+        if let Some(packing) = &t.packing {
+            return packing.write(t, store, files, (start, end), &mut self.packing, guides, note);
+        }
+        let (bytes, tallies) = self.span(t, store, &files[t.file], start, end, guides)?;
+        if let Some(note) = &mut note {
+            note.note(0, (t.file, t.offset + t.dtype.bytes_for(start)?), &self.bytes);
+        }
+        let loss = if plan.measures { Some(self.loss(t)?) } else { None };
+        Ok(Spanned { bytes, tallies, loss, flushed: 0 })
     }
 
     fn span(
@@ -198,7 +201,7 @@ impl Worker {
             if t.dtype.is_block() {
                 check_finite(&self.values)?;
             }
-            self.bytes.resize(t.dtype.bytes_for(end - start)? as usize, 0);
+            resize(&mut self.bytes, t.dtype.bytes_for(end - start)? as usize, 0)?;
             match &t.rounding {
                 Rounding::Nearest => codec.encode(&self.values, self.values.len(), None, &mut self.bytes)?,
                 Rounding::Even => {
@@ -223,7 +226,7 @@ impl Worker {
         }
         let codec =
             codec(t.dtype).ok_or_else(|| Error::unsupported(format!("type {} cannot be read", t.dtype)))?;
-        self.stored.resize(self.values.len(), 0.0);
+        resize(&mut self.stored, self.values.len(), 0.0)?;
         codec.decode(&self.bytes, &mut self.stored)?;
         if self.values.iter().zip(&self.stored).any(|(w, y)| w.is_finite() && !y.is_finite()) {
             return Err(Error::unsupported(format!("values are too large for {}", t.dtype))

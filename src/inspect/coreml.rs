@@ -237,18 +237,27 @@ fn function(
         operations: BTreeMap::new(),
         text: Some(Text(body).to_string()),
     };
+    let described: HashMap<&str, &FeatureDescription> =
+        inputs.iter().rev().map(|feature| (feature.name.as_str(), feature)).collect();
     for input in &body.inputs {
-        let feature = feature(&input.name, &input.value_type, inputs).map_err(|e| e.context(&input.name))?;
+        let described = described.get(input.name.as_str()).copied();
+        let feature =
+            feature(&input.name, &input.value_type, described).map_err(|e| e.context(&input.name))?;
         match input.value_type {
             ValueType::State(_) => function.states.push(feature),
             _ => function.inputs.push(feature),
         }
     }
     let Some(block) = body.block_specializations.get(&body.opset) else { return Ok(function) };
-    let results = || block.operations.iter().flat_map(|o| &o.outputs).chain(&body.inputs);
+    let results = block.operations.iter().flat_map(|o| &o.outputs).chain(&body.inputs);
+    let wanted: HashSet<&str> = block.outputs.iter().map(String::as_str).collect();
+    let mut found: HashMap<&str, &ValueType> = HashMap::with_capacity(wanted.len());
+    for result in results.filter(|result| wanted.contains(result.name.as_str())) {
+        found.entry(&result.name).or_insert(&result.value_type);
+    }
     for name in &block.outputs {
-        if let Some(result) = results().find(|result| result.name == *name) {
-            let feature = feature(name, &result.value_type, &[]).map_err(|e| e.context(name))?;
+        if let Some(value_type) = found.get(name.as_str()) {
+            let feature = feature(name, value_type, None).map_err(|e| e.context(name))?;
             function.outputs.push(feature);
         }
     }
@@ -258,7 +267,7 @@ fn function(
     Ok(function)
 }
 
-fn feature(name: &str, value_type: &ValueType, described: &[FeatureDescription]) -> Result<Feature> {
+fn feature(name: &str, value_type: &ValueType, described: Option<&FeatureDescription>) -> Result<Feature> {
     let held = match value_type {
         ValueType::State(inner) => &*inner.0,
         other => other,
@@ -267,7 +276,7 @@ fn feature(name: &str, value_type: &ValueType, described: &[FeatureDescription])
         ValueType::Tensor(tensor) => (tensor.data_type.to_string(), tensor.shape()?),
         _ => ("no tensor".into(), Vec::new()),
     };
-    let array = described.iter().find(|f| f.name == name).and_then(|f| match &f.feature_type.kind {
+    let array = described.and_then(|f| match &f.feature_type.kind {
         FeatureKind::MultiArray(array) => Some(array),
         _ => None,
     });
