@@ -11,6 +11,11 @@
 use std::fmt;
 use std::path::{Path, PathBuf};
 
+use crate::plain;
+
+/// Longest message that is shown, in bytes.
+const LONGEST: usize = 4000;
+
 /// Shorthand for results of this library.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -137,9 +142,10 @@ impl Error {
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if let Some(path) = &self.0.path {
-            write!(f, "{}: ", path.display())?;
+            write!(f, "{}: ", plain::line(&path.display().to_string()))?;
         }
-        f.write_str(&self.0.message)?;
+        // Names and shapes come from files, and may be long and steer a terminal.
+        f.write_str(&plain::lines(&plain::shortened(&self.0.message, LONGEST)))?;
         if let Some(source) = &self.0.source {
             write!(f, ": {source}")?;
         }

@@ -1,5 +1,5 @@
 //! The `qconv` command.
-#![deny(unsafe_code)]
+#![forbid(unsafe_code)]
 
 mod cli;
 

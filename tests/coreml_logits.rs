@@ -123,7 +123,8 @@ fn compressed_packages_agree_with_llama_cpp() {
         let [output, back, gguf] = ["x.mlpackage", "back", "x.gguf"].map(|name| dir.path().join(name));
         let is_gpu = case % 2 == 0 || WITH_EXPERTS.contains(&name.as_str());
         let profile = if is_gpu { Profile::Gpu } else { Profile::Ane };
-        let forms = Forms { allow_fallback: true, ..Forms::new(matrices) };
+        let allow_fallback = matrices == Matrices::Integers(4) && profile == Profile::Gpu;
+        let forms = Forms { allow_fallback, ..Forms::new(matrices) };
         package(&source, &output, profile, forms);
         let to_hf = ToHf { dtype: Some(DType::F32), ..ToHf::new(&output, &back) };
         to_hf.plan().unwrap().run(true, &common::budget(), &Silent).unwrap();

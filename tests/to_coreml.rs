@@ -14,7 +14,7 @@ use qconv::block::codec;
 use qconv::container::coreml::{Package, chunks};
 use qconv::container::{Store, safetensors};
 use qconv::convert::{
-    Budget, Forms, Granularity, Job, Matrices, Observer, Profile, Silent, ToCoreml, ToHf, ToQpack,
+    Budget, Forms, Granularity, Matrices, Observer, Profile, Silent, ToCoreml, ToHf, ToQpack,
 };
 use qconv::error::ErrorKind;
 use qconv::limits::Limits;
@@ -333,8 +333,8 @@ fn what_cannot_be_is_refused() {
     let gguf = ToCoreml { arch: Some("llama".into()), ..ToCoreml::new(fixture("models/llama")) };
     assert!(gguf.plan().is_ok(), "an architecture may be named");
     let experts = conversion(&fixture("models/gpt_oss"), output, Profile::Ane, Forms::new(Matrices::Float16));
-    let e = experts.plan().unwrap().run(false, &budget(1), &Silent).unwrap_err();
-    assert!(e.to_string().contains("experts") && e.hint_text().unwrap().contains("--force"), "{e}");
+    let e = experts.plan().unwrap().run(true, &budget(1), &Silent).unwrap_err();
+    assert!(e.to_string().contains("experts") && e.hint_text().unwrap().contains("--allow-unfit"), "{e}");
     assert!(!output.exists());
 }
 
@@ -370,35 +370,10 @@ fn packages_appear_whole_or_not_at_all() {
     assert_eq!(other.run(false, &budget(1), &Silent).unwrap_err().kind(), ErrorKind::Misuse);
     assert!(other.run(true, &budget(1), &Impatient(AtomicU64::new(0))).is_err());
     assert!(files(dir.path()) == first);
-    // With it the package goes, with whatever is in it; the same files beside it stay.
-    fs::write(output.join("left"), b"over").unwrap();
+    // With it the package goes; the same files beside it stay.
     other.run(true, &budget(1), &Silent).unwrap();
     let second = files(dir.path());
     assert!(second != first && second.keys().eq(first.keys()));
-
-    // What is no package is not replaced, whatever is said.
-    let taken = dir.path().join("other");
-    fs::create_dir(&taken).unwrap();
-    fs::write(taken.join("file"), b"of value").unwrap();
-    let job = Job { output: taken.clone(), ..job(Matrices::Float16) };
-    let e = job.run(true, &budget(1), &Silent).unwrap_err();
-    assert!(e.to_string().contains("no Core ML package") && taken.join("file").is_file(), "{e}");
-}
-
-#[test]
-fn files_beside_are_not_overwritten_without_force() {
-    let dir = tempfile::tempdir().unwrap();
-    let output = dir.path().join("X.mlpackage");
-    let job = conversion(&fixture("models/llama"), &output, Profile::Gpu, Forms::new(Matrices::Float16))
-        .plan()
-        .unwrap();
-    let config = dir.path().join("config.json");
-    fs::write(&config, b"{}").unwrap();
-    let e = job.run(false, &budget(1), &Silent).unwrap_err();
-    assert!(e.kind() == ErrorKind::Misuse && e.path() == Some(config.as_path()), "{e}");
-    assert!(fs::read(&config).unwrap() == b"{}" && !output.exists());
-    job.run(true, &budget(1), &Silent).unwrap();
-    assert_eq!(fs::read(&config).unwrap(), fs::read(fixture("models/llama/config.json")).unwrap());
 }
 
 #[test]

@@ -13,6 +13,7 @@
 
 use serde_json::Value as Json;
 
+use super::fuel::Step;
 use crate::error::{Error, Result};
 
 /// A parsed expression.
@@ -51,6 +52,10 @@ const LEVELS: &[&[&str]] =
     &[&["??"], &["||"], &["&&"], &["==", "!=", "<=", ">=", "<", ">"], &["+", "-"], &["*", "/", "%"]];
 const MAX_DEPTH: u32 = 64;
 const MAX_LIST: i64 = 1 << 16;
+/// Most operators, fields and indexes in one expression, which bounds how deep its tree is.
+const MAX_OPERATORS: u32 = 256;
+/// Bytes of one expression.
+const MAX_TEXT: usize = 1 << 14;
 
 impl Expr {
     /// Parses `text`.
@@ -58,7 +63,13 @@ impl Expr {
     /// # Errors
     /// `Malformed`, with the position, when it is no expression.
     pub fn parse(text: &str) -> Result<Self> {
-        let mut p = Parser { text, at: 0, depth: 0 };
+        if text.len() > MAX_TEXT {
+            return Err(Error::limit(format!(
+                "an expression of {} bytes, at most {MAX_TEXT} are allowed",
+                text.len()
+            )));
+        }
+        let mut p = Parser { text, at: 0, depth: 0, operators: 0 };
         let e = p.choice()?;
         p.space();
         if p.at < text.len() {
@@ -70,8 +81,16 @@ impl Expr {
     /// Evaluates in `scope`.
     ///
     /// # Errors
-    /// `Malformed` when types do not fit, numbers overflow, or a division has a remainder.
+    /// `Malformed` when types do not fit, numbers overflow, or a division has a remainder; `Limit` for more steps,
+    /// larger values or deeper variables than any definition needs ([`super::fuel`]).
     pub fn eval(&self, scope: &dyn Scope) -> Result<Json> {
+        let step = Step::begin()?;
+        let value = self.value(scope)?;
+        step.end(&value)?;
+        Ok(value)
+    }
+
+    fn value(&self, scope: &dyn Scope) -> Result<Json> {
         Ok(match self {
             Self::Literal(v) => v.clone(),
             Self::Name(n) => scope.get(n)?.unwrap_or(Json::Null),
@@ -283,6 +302,7 @@ struct Parser<'a> {
     text: &'a str,
     at: usize,
     depth: u32,
+    operators: u32,
 }
 
 impl Parser<'_> {
@@ -311,6 +331,12 @@ impl Parser<'_> {
         if self.eat(token) { Ok(()) } else { Err(self.fail(token)) }
     }
 
+    /// Counts what makes the tree deeper by one.
+    fn operator(&mut self) -> Result<()> {
+        self.operators += 1;
+        if self.operators > MAX_OPERATORS { Err(self.fail("fewer operators")) } else { Ok(()) }
+    }
+
     fn choice(&mut self) -> Result<Expr> {
         self.depth += 1;
         if self.depth > MAX_DEPTH {
@@ -334,6 +360,7 @@ impl Parser<'_> {
         'next: loop {
             for &op in operators {
                 if self.eat(op) {
+                    self.operator()?;
                     let right = self.level(level + 1)?;
                     left = Expr::Binary(op, Box::new(left), Box::new(right));
                     continue 'next;
@@ -358,8 +385,10 @@ impl Parser<'_> {
         let mut e = self.atom()?;
         loop {
             if self.eat(".") {
+                self.operator()?;
                 e = Expr::Field(Box::new(e), self.name()?);
             } else if self.eat("[") {
+                self.operator()?;
                 let i = self.choice()?;
                 self.expect("]")?;
                 e = Expr::Index(Box::new(e), Box::new(i));

@@ -12,6 +12,7 @@ mod elementwise;
 mod example;
 mod expr;
 mod fold;
+mod fuel;
 mod graph;
 mod halves;
 mod inverse;
@@ -72,6 +73,14 @@ pub struct Model {
 /// `Malformed` when an embedded file is faulty (a test holds them to be sound).
 pub fn all() -> Result<Vec<Architecture>> {
     schema::embedded()
+}
+
+/// The embedded definitions of the architecture that llama.cpp calls `arch`.
+///
+/// # Errors
+/// As [`all`].
+pub fn named(arch: &str) -> Result<Vec<Architecture>> {
+    schema::named(arch)
 }
 
 /// All embedded definitions of projectors, by name of the file.
@@ -212,6 +221,10 @@ fn typed(kind: KvType, value: &Json) -> Result<Option<Value>> {
     let wrong = || Error::malformed(format!("{value} is no {}", kind.name()));
     if value.is_null() {
         return Ok(None);
+    }
+    // Neither a number nor one for each layer.
+    if value.as_array().is_some_and(Vec::is_empty) {
+        return Err(wrong());
     }
     let u32_of = |v: &Json| {
         let n = v.as_u64().or_else(|| v.as_f64().filter(|f| f.fract() == 0.0 && *f >= 0.0).map(|f| f as u64));

@@ -129,29 +129,42 @@ impl RopeSpec {
         Self { frequencies: vec![0.0; dim / 2], attention_factor: 1.0 }
     }
 
-    /// Cosines and sines, `[positions, 2 * frequencies]` each, the second half of a row equal to the first. Angles are
-    /// computed in f64, and values rounded once.
+    /// Cosines and sines, `[positions, 2 * frequencies]` each.
     ///
     /// # Errors
-    /// `Limit` for tables of more than 2^28 elements.
+    /// As [`Self::elements`].
     pub fn table(&self, positions: usize) -> Result<(Vec<f16>, Vec<f16>)> {
-        let elements = self.frequencies.len().checked_mul(2).and_then(|dim| dim.checked_mul(positions));
-        let Some(elements) = elements.filter(|n| *n <= MAX_TABLE) else {
-            return Err(Error::limit(format!(
-                "a rotary table of {positions} positions and {} frequencies has more than {MAX_TABLE} elements",
-                self.frequencies.len()
-            )));
-        };
-        let table = |of: fn(f64) -> f64| {
+        let elements = self.elements(positions)?;
+        let table = |sines: bool| {
             let mut values = Vec::with_capacity(elements);
-            for position in 0..positions {
-                let row = self.frequencies.iter().map(|f| of(position as f64 * f) * self.attention_factor);
-                let row = row.map(f16::from_f64);
-                values.extend(row.clone().chain(row));
-            }
+            (0..positions as u64).for_each(|position| self.row(position, sines, &mut values));
             values
         };
-        Ok((table(f64::cos), table(f64::sin)))
+        Ok((table(false), table(true)))
+    }
+
+    /// Elements of a table of so many positions.
+    ///
+    /// # Errors
+    /// `Limit` for more than 2^28.
+    pub fn elements(&self, positions: usize) -> Result<usize> {
+        let elements = self.frequencies.len().checked_mul(2).and_then(|dim| dim.checked_mul(positions));
+        elements.filter(|n| *n <= MAX_TABLE).ok_or_else(|| {
+            Error::limit(format!(
+                "a rotary table of {positions} positions and {} frequencies has more than {MAX_TABLE} elements",
+                self.frequencies.len()
+            ))
+        })
+    }
+
+    /// Adds the cosines or the sines of a position, `[2 * frequencies]`, the second half equal to the first. Angles are
+    /// computed in f64, and values rounded once.
+    pub fn row(&self, position: u64, sines: bool, values: &mut Vec<f16>) {
+        let of = if sines { f64::sin } else { f64::cos };
+        let angles = self.frequencies.iter().map(|f| position as f64 * f);
+        let first = values.len();
+        values.extend(angles.map(|angle| f16::from_f64(of(angle) * self.attention_factor)));
+        values.extend_from_within(first..);
     }
 }
 

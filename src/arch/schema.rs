@@ -25,6 +25,8 @@ static MODELS: &[(&str, &str)] = include!(concat!(env!("OUT_DIR"), "/arch.rs"));
 static PROJECTORS: &[(&str, &str)] = include!(concat!(env!("OUT_DIR"), "/mmproj.rs"));
 const SCHEMA: u32 = 1;
 const MAX_EXTENDS: u32 = 4;
+/// Longest file of a user.
+const MAX_BYTES: u64 = 1 << 20;
 
 /// One architecture, extensions resolved.
 #[derive(Clone, Debug, Deserialize)]
@@ -254,6 +256,11 @@ pub(super) enum ConfigValue {
 }
 
 impl Architecture {
+    /// Whether it writes this metadata key, perhaps on a condition.
+    pub fn writes(&self, key: &str) -> bool {
+        self.kv.contains_key(key)
+    }
+
     /// Parses one file; `base` finds the text of the file it extends.
     ///
     /// # Errors
@@ -380,13 +387,14 @@ fn text(name: &str) -> Option<String> {
 
 /// A definition outside the program; what it extends lies beside it, or is embedded.
 pub(super) fn read(path: &Path, limits: &Limits) -> Result<Architecture> {
-    let bytes = read_side_file(path, limits.side_file_bytes)?
+    let most = limits.side_file_bytes.min(MAX_BYTES);
+    let bytes = read_side_file(path, most)?
         .ok_or_else(|| Error::misuse("is no file: an architecture's definition was expected").at(path))?;
     let toml = String::from_utf8(bytes).map_err(|_| Error::malformed("is no UTF-8 text").at(path))?;
     let beside = |name: &str| {
         let base = path.with_file_name(format!("{name}.toml"));
         let is_name = name.bytes().all(|b| b.is_ascii_alphanumeric() || b"_-.".contains(&b));
-        let read = if is_name { read_side_file(&base, limits.side_file_bytes).ok().flatten() } else { None };
+        let read = if is_name { read_side_file(&base, most).ok().flatten() } else { None };
         read.and_then(|bytes| String::from_utf8(bytes).ok()).or_else(|| text(name))
     };
     let mut arch = Architecture::parse(&toml, &beside).map_err(|e| e.at(path))?;
@@ -408,6 +416,15 @@ pub(super) fn refused() -> Result<Vec<(Class, String)>> {
 /// All embedded architectures of models.
 pub(super) fn embedded() -> Result<Vec<Architecture>> {
     parse_all("arch", MODELS)
+}
+
+/// Those that describe the architecture `arch`, without a look at others that are not about it.
+pub(super) fn named(arch: &str) -> Result<Vec<Architecture>> {
+    let quoted = format!("{arch:?}");
+    let about: Vec<_> = MODELS.iter().filter(|(_, text)| text.contains(&quoted)).copied().collect();
+    let beside = |name: &str| MODELS.iter().find(|(n, _)| *n == name).map(|(_, t)| t.to_string());
+    let parsed = about.iter().map(|(_, toml)| Architecture::parse(toml, &beside));
+    parsed.filter(|found| found.as_ref().map_or(true, |a| a.arch == arch)).collect()
 }
 
 /// All embedded projectors.

@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::plan::{BUFFER, Plan};
+use crate::container::open_regular;
 use crate::error::{Error, Result};
 use crate::sys;
 
@@ -141,13 +142,11 @@ impl Workplace {
 
     /// Reads the state, `None` where there is none. Sums are read only as far as `plan` has units.
     fn load(&self, plan: &Plan) -> Result<Option<(State, Vec<Vec<f64>>)>> {
-        let file = match File::open(&self.state) {
-            Ok(file) => file,
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-            Err(e) => return Err(Error::io("open", &self.state, e)),
-        };
+        if !self.state.exists() {
+            return Ok(None);
+        }
+        let (file, len) = open_regular(&self.state)?;
         let unsound = || Error::malformed("is no sound state of a calibration").at(&self.state);
-        let len = file.metadata().map_err(|e| Error::io("read", &self.state, e))?.len();
         let mut file = BufReader::with_capacity(BUFFER, file);
         let mut line = Vec::new();
         loop {

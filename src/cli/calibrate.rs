@@ -16,6 +16,7 @@ use super::calibration::CalibrationArgs;
 use super::common::parse_size;
 use super::runnable::Loaded;
 use super::ui::{self, Progress};
+use qconv::plain;
 
 /// Collect the second moments of a model's activations, for quantizers that search
 #[derive(clap::Args, Debug)]
@@ -169,11 +170,11 @@ fn show(args: &Args, job: &Calibration<'_>, model_bytes: u64) -> anyhow::Result<
         println!("{value:#}");
         return Ok(());
     }
-    let width = plan.contents.inputs.iter().map(|i| i.name.len()).max().unwrap_or(0);
+    let width = plain::width(plan.contents.inputs.iter().map(|i| i.name.chars().count()), 0);
     for i in &plan.contents.inputs {
         let experts = if i.experts > 1 { format!(" x {}", i.experts) } else { String::new() };
         let others = i.weights.get(1..).unwrap_or_default().join(" ");
-        println!("{:<width$}  {:>6}{experts}  {others}", i.name, i.columns);
+        println!("{:<width$}  {:>6}{experts}  {others}", plain::line(&i.name), i.columns);
     }
     println!(
         "\n{} inputs; {} windows of {} tokens, read in {} {}",

@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use qconv::convert::{Budget, Job, Outcome, PartPlan, Resume, Stage, TensorPlan, TokenCheck};
 use qconv::error::{Error, Result};
+use qconv::plain;
 use serde_json::json;
 
 use super::ui::{self, Progress};
@@ -197,7 +198,7 @@ fn parts(t: &TensorPlan) -> Option<serde_json::Value> {
 
 fn show_plan(job: &Job, budget: &Budget, json: bool) -> std::io::Result<()> {
     let plan = &job.plan;
-    let mut out = std::io::BufWriter::new(std::io::stdout().lock());
+    let mut out = ui::stdout();
     if json {
         let tensors: Vec<_> = plan
             .tensors
@@ -216,9 +217,16 @@ fn show_plan(job: &Job, budget: &Budget, json: bool) -> std::io::Result<()> {
         writeln!(out, "{value:#}")?;
         return out.flush();
     }
-    let width = plan.tensors.iter().map(|t| t.name.len()).max().unwrap_or(0);
+    let width = plain::width(plan.tensors.iter().map(|t| t.name.chars().count()), 0);
     for t in &plan.tensors {
-        writeln!(out, "{:<width$}  {:>6}  {:>12}  {:?}", t.name, t.type_name(), t.nbytes, t.shape)?;
+        writeln!(
+            out,
+            "{:<width$}  {:>6}  {:>12}  {:?}",
+            plain::line(&t.name),
+            t.type_name(),
+            t.nbytes,
+            t.shape
+        )?;
     }
     writeln!(out, "\noutput: {}", job.output.display())?;
     for f in plan.files.iter().filter(|f| !f.name.as_os_str().is_empty()) {

@@ -8,6 +8,7 @@ use qconv::convert::{
 };
 use qconv::error::{Error, Result};
 use qconv::packed::write::{CompressedFormat, Format};
+use qconv::plain;
 use qconv::quantize::Tuning;
 use qconv::tensor::DType;
 use regex::Regex;
@@ -342,7 +343,7 @@ pub fn finish(job: &Job, write: &WriteArgs) -> anyhow::Result<Status> {
 
 /// What became of each tensor: `exact`, or how it was rounded and what it lost.
 pub fn say_losses(job: &Job, outcomes: &[Outcome]) {
-    let width = outcomes.iter().map(|o| o.name.len()).max().unwrap_or(0);
+    let width = plain::width(outcomes.iter().map(|o| o.name.chars().count()), 0);
     for (t, o) in job.plan.tensors.iter().zip(outcomes) {
         ui::say(&format!("{:<width$}  {:>18}  {}", o.name, t.type_name(), loss(o)));
     }

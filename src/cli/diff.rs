@@ -1,6 +1,6 @@
 //! `qconv diff`
 
-use std::io::{BufWriter, Write};
+use std::io::Write;
 use std::path::PathBuf;
 
 use qconv::diff::{Options, diff, print};
@@ -44,7 +44,7 @@ pub fn run(args: &Args) -> anyhow::Result<Status> {
     let found = diff([&a, &b], &options, &budget, &progress);
     progress.finish();
     let found = found?;
-    let mut out = BufWriter::new(std::io::stdout().lock());
+    let mut out = ui::stdout();
     if args.work.json {
         serde_json::to_writer_pretty(&mut out, &found).map_err(std::io::Error::from)?;
         writeln!(out)?;

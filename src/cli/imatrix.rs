@@ -8,6 +8,7 @@ use qconv::container::imatrix::ImportanceMatrix;
 use qconv::convert::Stage;
 use qconv::error::Error;
 use qconv::limits::Limits;
+use qconv::plain;
 use serde_json::{Value as Json, json};
 
 use super::ui;
@@ -171,9 +172,9 @@ fn say_coverage(coverage: &[Coverage]) {
 
 fn show(tensors: &[TensorStatistics]) -> std::io::Result<()> {
     use std::io::Write;
-    let mut out = std::io::BufWriter::new(std::io::stdout().lock());
+    let mut out = ui::stdout();
     let or_dash = |v: Option<String>| v.unwrap_or_else(|| "-".to_string());
-    let width = tensors.iter().map(|t| t.kind().len()).max().unwrap_or(0).max(6);
+    let width = plain::width(tensors.iter().map(|t| t.kind().chars().count()), 6);
     writeln!(
         out,
         "{:>5}  {:width$}  {:>12}  {:>10}  {:>12}  {:>10}  {:>10}  {:>8}  {:>8}  {:>8}  {:>8}  {:>7}  {:>7}",

@@ -1,10 +1,12 @@
 //! `qconv inspect`
 
-use std::io::{BufWriter, Write};
+use std::io::Write;
 use std::path::PathBuf;
 
 use qconv::inspect::{Filter, inspect, print};
 use qconv::limits::Limits;
+
+use super::ui;
 
 /// Show what a model file or directory holds, from its headers alone
 #[derive(clap::Args, Debug)]
@@ -36,7 +38,7 @@ pub struct Args {
 
 pub fn run(args: &Args) -> anyhow::Result<()> {
     let mut report = inspect(&args.path, &Limits::default())?;
-    let mut out = BufWriter::new(std::io::stdout().lock());
+    let mut out = ui::stdout();
     if args.json {
         if !args.ops {
             report.functions.iter_mut().for_each(|f| f.text = None);

@@ -22,6 +22,7 @@ mod gguf_to_hf;
 mod hf_to_gguf;
 mod imatrix;
 mod inspect;
+mod limits;
 mod lora_to_gguf;
 mod mix;
 mod pack;
@@ -30,9 +31,11 @@ mod quantizer;
 mod report;
 mod run;
 mod runnable;
+mod scan;
 mod split;
 mod talk;
 mod to_coreml;
+mod to_hf;
 mod ui;
 mod unpack;
 mod verify;
@@ -40,6 +43,7 @@ mod verify;
 use std::process::ExitCode;
 
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
+use qconv::limits::Limits;
 
 /// Convert, quantize, inspect, verify and run language-model files
 #[derive(Parser)]
@@ -47,6 +51,9 @@ use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 struct Cli {
     #[command(subcommand)]
     command: Command,
+
+    #[command(flatten)]
+    limits: limits::LimitArgs,
 }
 
 #[derive(Subcommand)]
@@ -137,12 +144,14 @@ pub fn main() -> ExitCode {
     let mut commands = Vec::with_capacity(lines.len());
     for line in lines {
         match command.clone().try_get_matches_from(line).and_then(|m| Cli::from_arg_matches(&m)) {
-            Ok(cli) => commands.push(cli.command),
+            Ok(cli) => commands.push((cli.limits.limits(), cli.command)),
             Err(e) => e.exit(),
         }
     }
     let (mut code, count) = (ExitCode::SUCCESS, commands.len());
-    for (number, command) in (1..).zip(commands) {
+    for (number, (limits, command)) in (1..).zip(commands) {
+        // For all that a command opens on its way, deep down too.
+        Limits::set_default(limits);
         match run(command) {
             Ok(Status::Done) => {}
             Ok(Status::Findings) => code = ExitCode::from(1),

@@ -56,9 +56,13 @@ pub struct PackageArgs {
     #[arg(long, value_name = "N")]
     pub context: Option<u64>,
 
-    /// With --profile ane, a larger model becomes several packages, each below
-    #[arg(long, value_name = "SIZE", default_value = "950M", value_parser = common::parse_size)]
-    pub chunk_size: u64,
+    /// With --profile ane, a larger model becomes several packages, each below; 950M by default
+    #[arg(long, value_name = "SIZE", value_parser = common::parse_size)]
+    pub chunk_size: Option<u64>,
+
+    /// With --profile ane, write what does not fit a phone, or would be slow there
+    #[arg(long)]
+    pub allow_unfit: bool,
 
     /// The repository that programs fetch the tokenizer from; by default what config.json says
     #[arg(long, value_name = "OWNER/NAME")]
@@ -98,9 +102,10 @@ pub struct WeightArgs {
     #[arg(long, value_name = "BITS")]
     pub embedding_bits: Option<u32>,
 
-    /// How ternary weights lie: dense (2 bits), or sparse (a bit for each, and one for each that is not zero)
-    #[arg(long, value_name = "FORM", value_parser = ["dense", "sparse"], default_value = "dense")]
-    pub ternary_form: String,
+    /// How ternary weights lie: dense (2 bits, the default), or sparse (a bit for each, and one for each that is not
+    /// zero)
+    #[arg(long, value_name = "FORM", value_parser = ["dense", "sparse"])]
+    pub ternary_form: Option<String>,
 
     /// Weigh errors by this importance matrix (GGUF, or the older .dat)
     #[arg(long, value_name = "FILE")]
@@ -158,8 +163,9 @@ impl WeightArgs {
         Forms {
             granularity: self.granularity,
             embedding_bits: self.embedding_bits,
-            sparse: self.ternary_form == "sparse",
+            sparse: self.ternary_form.as_deref() == Some("sparse"),
             allow_fallback: self.allow_fallback,
+            must_be_palette: self.palettize.is_some(),
             ..Forms::new(matrices)
         }
     }
@@ -169,19 +175,37 @@ impl PackageArgs {
     fn run(&self, source: &Path, arch: Option<&str>) -> anyhow::Result<Status> {
         let imatrix =
             |path: &PathBuf| ImatrixChoice { path: path.clone(), include: Vec::new(), exclude: Vec::new() };
+        self.check()?;
         let conversion = ToCoreml {
             output: self.output.clone(),
             profile: self.profile,
             forms: self.weights.forms(self.profile),
             context: self.context,
-            chunk_size: self.chunk_size,
+            allow_unfit: self.allow_unfit,
             imatrix: self.weights.imatrix.as_ref().map(imatrix),
             model_id: self.model_id.clone(),
             arch: arch.map(String::from),
             arch_file: self.arch_file.clone(),
             ..ToCoreml::new(source)
         };
+        let chunk_size = self.chunk_size.unwrap_or(conversion.chunk_size);
+        let conversion = ToCoreml { chunk_size, ..conversion };
         common::finish(&conversion.plan()?, &self.write)
+    }
+
+    /// That every option says something.
+    fn check(&self) -> Result<()> {
+        let is_ane = self.profile == Profile::Ane;
+        let is_ternary = self.weights.bits == Some(Bits::Ternary);
+        let idle = [
+            (self.chunk_size.is_some() && !is_ane, "--chunk-size means nothing without --profile ane"),
+            (self.allow_unfit && !is_ane, "--allow-unfit means nothing without --profile ane"),
+            (
+                self.weights.ternary_form.is_some() && !is_ternary,
+                "--ternary-form means nothing without --bits ternary",
+            ),
+        ];
+        idle.iter().find(|(is_so, _)| *is_so).map_or(Ok(()), |(_, why)| Err(Error::misuse(*why)))
     }
 }
 

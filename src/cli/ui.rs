@@ -1,12 +1,13 @@
 //! What a person sees: progress, notes, errors, and Ctrl-C.
 
-use std::io::{IsTerminal, Write};
+use std::io::{BufWriter, IsTerminal, StdoutLock, Write};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use qconv::convert::Observer;
+use qconv::plain::{self, Plain};
 
 static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 static PATIENCE: AtomicUsize = AtomicUsize::new(usize::MAX);
@@ -42,16 +43,21 @@ pub fn error(e: &anyhow::Error) {
     // Where stderr is gone, nobody is left to be told.
     let _ = match e.downcast_ref::<qconv::Error>() {
         Some(own) => writeln!(err, "error: {own}"),
-        None => writeln!(err, "error: {e:#}"),
+        None => writeln!(err, "error: {}", plain::lines(&format!("{e:#}"))),
     };
     if let Some(hint) = e.downcast_ref::<qconv::Error>().and_then(qconv::Error::hint_text) {
-        let _ = writeln!(err, "  hint: {hint}");
+        let _ = writeln!(err, "  hint: {}", plain::lines(hint));
     }
 }
 
 /// A line for the user, on stderr.
 pub fn say(text: &str) {
-    let _ = writeln!(std::io::stderr().lock(), "{text}");
+    let _ = writeln!(std::io::stderr().lock(), "{}", plain::lines(text));
+}
+
+/// Stdout for what has names and texts of files in it: none of them steers the terminal.
+pub fn stdout() -> Plain<BufWriter<StdoutLock<'static>>> {
+    Plain(BufWriter::new(std::io::stdout().lock()))
 }
 
 /// Progress of one pass over so many bytes: a bar on a terminal, a line every few seconds
@@ -115,7 +121,7 @@ impl Observer for Progress {
         let done = self.done.fetch_add(bytes, Ordering::Relaxed) + bytes;
         if let Some(bar) = &self.bar {
             bar.inc(bytes);
-            bar.set_message(tensor.to_string());
+            bar.set_message(plain::line(tensor).into_owned());
         } else if self.lines
             && let Ok(mut last) = self.last_line.try_lock()
             && last.elapsed() >= LINE_EVERY

@@ -2,19 +2,29 @@
 
 use std::path::PathBuf;
 
-use qconv::convert::MergeLora;
+use qconv::convert::{MergeLora, TokenCheck};
+use qconv::error::Error;
 use qconv::limits::Limits;
+use qconv::verify::scan::Severity;
 use qconv::verify::{LogitsOptions, Options, Outcome, Report, bytes_to_read, verify};
 
 use super::common::{self, WorkArgs, parse_scaled};
+use super::scan::{self, ScanArgs};
 use super::{Status, ui};
 
-/// Check a file: of GGUF its structure, its tensors, its tokens, and that it runs; of .qpack all SHA-256, that
-/// all values decode, and that quantized checkpoints come back
+/// Check files. One GGUF file is read, decoded, and run; of .qpack all SHA-256 are compared, and all values decoded.
+/// Many files, directories, and files of other formats are scanned: nothing is executed
+///
+/// Exit codes: 0 clean, 1 something was found (with --strict, a warning suffices), 2 it could not be checked.
 #[derive(clap::Args, Debug)]
 pub struct Args {
-    /// The GGUF or .qpack file; of a split one, any shard
-    pub file: PathBuf,
+    /// GGUF, safetensors, PyTorch and .qpack files, of a split one any shard; Hugging Face directories, Core ML packages,
+    /// importance matrices; directories of such
+    #[arg(required = true, value_name = "FILE")]
+    pub files: Vec<PathBuf>,
+
+    #[command(flatten)]
+    pub scan: ScanArgs,
 
     /// Compare with the source it was made from: a Hugging Face directory or a GGUF file; with a .qpack file
     /// a model of any format
@@ -59,21 +69,41 @@ pub struct Args {
 }
 
 pub fn run(args: &Args) -> anyhow::Result<Status> {
+    let limits = Limits::default();
+    let [file] = args.files.as_slice() else {
+        refuse_options(args, "with one FILE only")?;
+        return args.scan.run(&args.files, &args.work, &limits);
+    };
+    if args.against.is_none() && args.scan.is_meant(&args.files)? {
+        refuse_options(args, "where a file is run, and not scanned only")?;
+        return args.scan.run(&args.files, &args.work, &limits);
+    }
+    if args.against.is_some() && args.scan.is_meant(&args.files)? {
+        return Err(Error::misuse(
+            "--against compares one GGUF, .qpack or Core ML file, which is not scanned only",
+        )
+        .into());
+    }
+    // Nothing that is suspicious is handed to the engine.
+    let found = scan::beforehand(file, &args.work, &limits)?;
+    let is_sound = found.count(Severity::Error) == 0;
     let merge = |(adapter, scale): &(PathBuf, f32)| MergeLora { adapter: adapter.clone(), scale: *scale };
     let options = Options {
-        file: args.file.clone(),
+        file: file.clone(),
         against: args.against.clone(),
         sample: None,
-        forward: !args.no_forward,
-        logits: args
-            .logits
+        forward: !args.no_forward && is_sound,
+        logits: (args.logits && is_sound)
             .then(|| LogitsOptions { tokens: args.tokens.into(), memory: args.work.max_memory }),
         arch: args.arch.clone(),
         arch_file: args.arch_file.clone(),
         pre: args.pre.clone(),
-        tokens: common::token_check(args.allow_token_mismatch),
+        tokens: match is_sound {
+            true => common::token_check(args.allow_token_mismatch),
+            false => TokenCheck::Skipped,
+        },
         merge_lora: args.merge_lora.iter().map(merge).collect(),
-        limits: Limits::default(),
+        limits,
     };
     ui::catch_interrupt();
     let total = bytes_to_read(&options)?;
@@ -82,7 +112,7 @@ pub fn run(args: &Args) -> anyhow::Result<Status> {
     progress.finish();
     let report = report?;
     if args.work.json {
-        println!("{}", serde_json::to_string_pretty(&report)?);
+        println!("{}", serde_json::to_string_pretty(&scan::joined(&report, &found)?)?);
     }
     if args.work.verbose {
         for t in &report.tensors {
@@ -100,7 +130,29 @@ pub fn run(args: &Args) -> anyhow::Result<Status> {
             ui::say(&format!("{:<40} {}{apart}", t.name, t.kind.words()));
         }
     }
-    Ok(say(&report, args.work.quiet))
+    let status = say(&report, args.work.quiet);
+    if !is_sound && !args.work.quiet {
+        ui::say("skipped  engine: the file was not loaded, because of the errors above");
+    }
+    match found.is_clean(args.scan.strict) {
+        true => Ok(status),
+        false => Ok(Status::Findings),
+    }
+}
+
+/// Options that say how one file is compared or run.
+fn refuse_options(args: &Args, when: &str) -> Result<(), Error> {
+    let given = [
+        (args.against.is_some(), "--against"),
+        (args.no_forward && args.files.len() > 1, "--no-forward"),
+        (args.arch.is_some(), "--arch"),
+        (args.pre.is_some(), "--pre"),
+        (args.allow_token_mismatch, "--allow-token-mismatch"),
+    ];
+    match given.iter().find(|(is_given, _)| *is_given) {
+        Some((_, option)) => Err(Error::misuse(format!("{option} has a meaning {when}"))),
+        None => Ok(()),
+    }
 }
 
 /// Prints the checks; what failed is said even when quiet.

@@ -19,10 +19,10 @@ pub mod safetensors;
 pub mod shards;
 pub mod side;
 mod store;
-mod unique;
+pub(crate) mod unique;
 pub mod weights;
 
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::path::{Path, PathBuf};
 
 pub use low_rank::{Factor, LowRank};
@@ -30,6 +30,27 @@ pub use store::{Joined, Packing, Store, Stored, View};
 
 use crate::error::{Error, Result};
 use crate::sys;
+
+/// Opens an input file, and gives its length in bytes. Every input is opened here: a named pipe would be waited for
+/// without end, a device has no length and may do something when it is opened, so neither is.
+///
+/// # Errors
+/// `Io` when it cannot be opened; `Misuse` for a directory, and for whatever else is no regular file.
+pub fn open_regular(path: &Path) -> Result<(File, u64)> {
+    let sound = |meta: &Metadata| match meta.is_file() {
+        true => Ok(()),
+        false if meta.is_dir() => Err(Error::misuse("is a directory, a file was expected").at(path)),
+        false => Err(Error::misuse("is a pipe, a socket or a device, a file was expected")
+            .at(path)
+            .hint("write what comes from it to a file first")),
+    };
+    // Before it is opened, as that may already block; and again, of what was opened.
+    sound(&std::fs::metadata(path).map_err(|e| Error::io("open", path, e))?)?;
+    let file = File::open(path).map_err(|e| Error::io("open", path, e))?;
+    let meta = file.metadata().map_err(|e| Error::io("read", path, e))?;
+    sound(&meta)?;
+    Ok((file, meta.len()))
+}
 
 /// An opened input file. Reads go through it, never beyond the length it had at opening.
 #[derive(Debug)]
@@ -49,15 +70,11 @@ impl InputFile {
     /// Opens `path` for reading.
     ///
     /// # Errors
-    /// `Io` when it cannot be opened, `Misuse` when it is a directory.
+    /// As [`open_regular`].
     pub fn open(path: impl Into<PathBuf>) -> Result<Self> {
         let path = path.into();
-        let file = File::open(&path).map_err(|e| Error::io("open", &path, e))?;
-        let meta = file.metadata().map_err(|e| Error::io("read", &path, e))?;
-        if meta.is_dir() {
-            return Err(Error::misuse("is a directory, a file was expected").at(&path));
-        }
-        Ok(Self { path, data: Data::File(file), len: meta.len() })
+        let (file, len) = open_regular(&path)?;
+        Ok(Self { path, data: Data::File(file), len })
     }
 
     /// A file that is a part of another, and was read from there. `path` is what errors call it.

@@ -19,7 +19,7 @@ use super::qpack::write::{ReadAt, Seal, Seen, WriteAt};
 use super::unique::Unique;
 use super::{InputFile, Store};
 use crate::error::{Error, Result};
-use crate::limits::Limits;
+use crate::limits::{Bound, Limits};
 use crate::tensor::{DType, TensorInfo};
 
 /// How a format calls its files: `STEM.SUFFIX`, `STEM.SUFFIX.index.json`,
@@ -203,9 +203,9 @@ impl ShardSet {
     fn paths(&self, dir: &Path, limits: &Limits) -> Result<Vec<PathBuf>> {
         let Self { stem, suffix, count } = self;
         if *count > limits.shards {
-            return Err(
-                Error::limit(format!("{count} shards, at most {} are allowed", limits.shards)).at(dir)
-            );
+            return Err(Bound::Shards
+                .reached(format!("{count} shards, at most {} are allowed", limits.shards))
+                .at(dir));
         }
         let path = |no| dir.join(shard_name(stem, no, *count, suffix));
         let paths: Vec<PathBuf> = (0..*count).map(path).collect();
@@ -232,13 +232,13 @@ impl Located {
             .ok_or_else(|| Error::io("open", path, std::io::ErrorKind::NotFound.into()))?;
         let fields: Fields = from_json(&text, path).map_err(|e| e.context("is no valid index"))?;
         let map = fields.weight_map.0;
-        let bounded = |n: usize, max: u64, what: &str| match n as u64 > max {
-            true => Err(at(Error::limit(format!("{n} {what}, at most {max} are allowed")))),
+        let bounded = |n: usize, max: u64, bound: Bound, what: &str| match n as u64 > max {
+            true => Err(at(bound.reached(format!("{n} {what}, at most {max} are allowed")))),
             false => Ok(()),
         };
-        bounded(map.len(), limits.tensors, "tensors")?;
+        bounded(map.len(), limits.tensors, Bound::Tensors, "tensors")?;
         let names: BTreeSet<&String> = map.values().collect();
-        bounded(names.len(), limits.shards, "shards")?;
+        bounded(names.len(), limits.shards, Bound::Shards, "shards")?;
         let mut files = Vec::with_capacity(names.len());
         for name in names {
             let plain =
@@ -290,12 +290,9 @@ impl Located {
             more.push(extra);
             files.push(file);
             if tensors.len() as u64 > limits.tensors {
-                return Err(Error::limit(format!(
-                    "{} tensors, at most {} are allowed",
-                    tensors.len(),
-                    limits.tensors
-                ))
-                .at(path));
+                return Err(Bound::Tensors
+                    .reached(format!("{} tensors, at most {} are allowed", tensors.len(), limits.tensors))
+                    .at(path));
             }
         }
         let store = Store::new(files, tensors)?;

@@ -1,29 +1,32 @@
 //! The small files beside the weights: configs, tokenizers, indexes, model cards.
 
-use std::fs::File;
 use std::io::{ErrorKind, Read};
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
+use super::open_regular;
 use crate::error::{Error, Result};
+use crate::limits::{Bound, Limits};
 
-/// A whole side file; `None` when there is none, or something there is no file.
+/// A whole side file; `None` when there is none.
 ///
 /// # Errors
-/// `Limit` when it has more than `max_bytes`, `Io` when it cannot be read.
+/// `Misuse` for what is no regular file, `Limit` when it has more than `max_bytes`, `Io` when it cannot be read.
 pub fn read_side_file(path: &Path, max_bytes: u64) -> Result<Option<Vec<u8>>> {
-    let file = match File::open(path) {
-        Ok(file) => file,
-        Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => return Ok(None),
-        Err(e) => return Err(Error::io("open", path, e)),
-    };
-    let meta = file.metadata().map_err(|e| Error::io("read", path, e))?;
-    if !meta.is_file() {
+    if std::fs::metadata(path)
+        .is_err_and(|e| matches!(e.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory))
+    {
         return Ok(None);
     }
-    let too_long = || Error::limit(format!("holds more than the {max_bytes} bytes allowed")).at(path);
-    if meta.len() > max_bytes {
+    let (file, len) = open_regular(path)?;
+    let too_long = || {
+        let message = format!("holds more than the {max_bytes} bytes allowed");
+        // Some files have lower bounds of their own.
+        let moves = max_bytes == Limits::default().side_file_bytes;
+        if moves { Bound::SideFile.reached(message) } else { Error::limit(message) }.at(path)
+    };
+    if len > max_bytes {
         return Err(too_long());
     }
     let mut bytes = Vec::new();
@@ -114,20 +117,70 @@ pub fn read_text(path: &Path, max_bytes: u64) -> Result<String> {
     String::from_utf8(bytes).map_err(|_| Error::malformed("is no UTF-8 text").at(path))
 }
 
+/// Longest JSON file that is kept as a whole, in bytes.
+const JSON_BYTES: u64 = 32 << 20;
+/// Most values in such a file; one takes up to 80 bytes.
+const JSON_VALUES: usize = 1 << 20;
+/// Most values in JSON of which the reader keeps what it knows: those of the largest tokenizers, and half as many.
+const KNOWN_VALUES: usize = 3 << 20;
+
 /// A JSON file beside the weights; `None` when there is none.
 ///
 /// # Errors
-/// As [`read_side_file`], and `Malformed` when it is not the JSON expected.
+/// As [`read_side_file`], `Malformed` when it is not the JSON expected, and `Limit` for too many values.
 pub fn read_json<T: for<'de> Deserialize<'de>>(path: &Path, max_bytes: u64) -> Result<Option<T>> {
-    read_side_file(path, max_bytes)?.map(|bytes| from_json(&bytes, path)).transpose()
+    let bytes = read_side_file(path, max_bytes.min(JSON_BYTES))?;
+    bytes.map(|bytes| parse(&bytes, path, JSON_VALUES)).transpose()
 }
 
 /// The JSON in `bytes`, which were read from `path`. A byte order mark is passed over.
 ///
 /// # Errors
-/// `Malformed` when it is not the JSON expected.
+/// `Malformed` when it is not the JSON expected, `Limit` for too many values.
 pub fn from_json<T: for<'de> Deserialize<'de>>(bytes: &[u8], path: &Path) -> Result<T> {
+    parse(bytes, path, KNOWN_VALUES)
+}
+
+fn parse<T: for<'de> Deserialize<'de>>(bytes: &[u8], path: &Path, most: usize) -> Result<T> {
     let bytes = bytes.strip_prefix(b"\xEF\xBB\xBF").unwrap_or(bytes);
+    // Before any is made: two bytes can stand for eighty.
+    if values(bytes) > most {
+        return Err(Error::limit(format!("is JSON of more than the {most} values allowed")).at(path));
+    }
     serde_json::from_slice(bytes)
         .map_err(|e| Error::malformed(format!("is not the JSON expected: {e}")).at(path))
+}
+
+/// At least as many as JSON has values: what opens a list or an object, and what comes between their entries.
+fn values(json: &[u8]) -> usize {
+    let (mut n, mut in_text, mut escaped) = (1, false, false);
+    for byte in json {
+        match byte {
+            _ if escaped => escaped = false,
+            b'\\' if in_text => escaped = true,
+            b'"' => in_text = !in_text,
+            b',' | b'[' | b'{' if !in_text => n += 1,
+            _ => {}
+        }
+    }
+    n
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn values_are_counted_outside_texts() {
+        for (json, n) in [("1", 1), ("[]", 2), (r#"["a,[\"{", {"b": [1, 2]}]"#, 6), (r#"["\\", 1]"#, 3)] {
+            assert_eq!(values(json.as_bytes()), n, "{json}");
+        }
+        let many = format!("[{}0]", "0,".repeat(JSON_VALUES));
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("config.json");
+        std::fs::write(&path, &many).unwrap();
+        let e = read_json::<serde_json::Value>(&path, u64::MAX).unwrap_err();
+        assert_eq!((e.kind(), e.path()), (crate::ErrorKind::Limit, Some(path.as_path())));
+        assert!(from_json::<Vec<u8>>(many.as_bytes(), &path).is_ok());
+    }
 }

@@ -10,11 +10,12 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use indexmap::IndexMap;
-use regex::Regex;
+use regex::{Regex, RegexBuilder};
 use serde_json::Value as Json;
 
+use super::checkpoint::model_card;
 use crate::arch::Placer;
-use crate::container::side::{read_json, read_side_file};
+use crate::container::side::read_json;
 use crate::container::{Factor, LowRank, Store, weights};
 use crate::error::{Error, Result};
 use crate::limits::Limits;
@@ -22,6 +23,9 @@ use crate::tensor::{DType, TensorInfo};
 
 const CONFIG: &str = "adapter_config.json";
 const WEIGHTS: [&str; 2] = ["adapter_model.safetensors", "adapter_model.bin"];
+/// Most patterns of ranks or alphas, and bytes of a compiled one.
+const MAX_PATTERNS: usize = 1 << 12;
+const PATTERN_BYTES: usize = 1 << 16;
 /// PEFT wraps a model twice, which shows in the names.
 const WRAPPERS: &str = "base_model.model.";
 
@@ -89,8 +93,7 @@ impl Adapter {
         })?;
         let store = weights::open(&weights, limits)?.store;
         let pairs = pairs(&config, store.tensors()).map_err(|e| e.at(&weights))?;
-        let model_card = read_side_file(&dir.join("README.md"), limits.side_file_bytes)?
-            .map(|text| String::from_utf8_lossy(&text).into_owned());
+        let model_card = model_card(dir, limits)?;
         Ok(Self { dir: dir.to_path_buf(), store: Arc::new(store), pairs, invocation_tokens, model_card })
     }
 
@@ -238,9 +241,17 @@ impl Config {
 
     fn patterns(&self, key: &str) -> Result<Vec<(Regex, f64)>> {
         let Some(Json::Object(map)) = self.0.get(key) else { return Ok(Vec::new()) };
+        if map.len() > MAX_PATTERNS {
+            let many = map.len();
+            return Err(Error::limit(format!(
+                "{CONFIG}: {key} has {many} patterns, at most {MAX_PATTERNS} are allowed"
+            )));
+        }
         let entry = |(pattern, n): (&String, &Json)| {
             let bad = || Error::malformed(format!("{CONFIG}: {key} {pattern:?} is no pattern with a number"));
-            let regex = Regex::new(&format!(r"^(?:.*\.)?(?:{pattern})$")).map_err(|_| bad())?;
+            let regex =
+                RegexBuilder::new(&format!(r"^(?:.*\.)?(?:{pattern})$")).size_limit(PATTERN_BYTES).build();
+            let regex = regex.map_err(|_| bad())?;
             Ok((regex, n.as_f64().ok_or_else(bad)?))
         };
         map.iter().map(entry).collect()

@@ -9,7 +9,7 @@ use super::side_files::{SideFiles, is_qpack_file};
 use crate::container::qpack::{METADATA, Qpack};
 use crate::container::side::{read_json, read_side_file};
 use crate::container::{Store, weights};
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::limits::Limits;
 use crate::packed;
 
@@ -96,10 +96,12 @@ impl Checkpoint {
         limits: &Limits,
     ) -> Result<Self> {
         let dir = side.dir().to_path_buf();
-        let model_card = read_side_file(&dir.join("README.md"), limits.side_file_bytes)?
-            .map(|text| String::from_utf8_lossy(&text).into_owned());
-        let generation = read_side_file(&dir.join("generation_config.json"), limits.side_file_bytes)?
-            .and_then(|text| serde_json::from_slice(&text).ok());
+        let model_card = model_card(&dir, limits)?;
+        let generation = match read_json(&dir.join("generation_config.json"), limits.side_file_bytes) {
+            // What is no JSON says nothing; the model does not depend on it.
+            Err(e) if e.kind() == ErrorKind::Malformed => None,
+            found => found?,
+        };
         Ok(Self { dir, side, store, quant_method, config, generation, model_card })
     }
 
@@ -134,6 +136,18 @@ impl Checkpoint {
         }
         Ok(Json::Object(merged))
     }
+}
+
+/// Most bytes of a model card.
+const CARD_BYTES: u64 = 16 << 20;
+
+/// README.md of a directory; `None` where there is none.
+///
+/// # Errors
+/// `Limit`, `Io`.
+pub(super) fn model_card(dir: &Path, limits: &Limits) -> Result<Option<String>> {
+    let bytes = read_side_file(&dir.join("README.md"), limits.side_file_bytes.min(CARD_BYTES))?;
+    Ok(bytes.map(|text| String::from_utf8_lossy(&text).into_owned()))
 }
 
 fn read_config(path: &Path, dir: &Path, limits: &Limits) -> Result<Json> {

@@ -73,16 +73,11 @@ impl Source {
     /// `Unsupported` when pieces differ in type, or nothing can decode the type.
     pub fn new(mapped: &Mapped, store: &Store) -> Result<Self> {
         let elements = crate::tensor::elements(&mapped.shape)?;
-        let Data::Copied { pieces, elementwise } = &mapped.data else {
-            let Data::Values(values) = &mapped.data else { unreachable!("data is copied or values") };
-            return Ok(Self {
-                kind: Kind::Values(values.clone()),
-                elementwise: Vec::new(),
-                factors: Vec::new(),
-                elements,
-                contiguous: true,
-                has_gaps: false,
-            });
+        let (pieces, elementwise) = match &mapped.data {
+            Data::Copied { pieces, elementwise } => (pieces, elementwise),
+            Data::Values(values) => {
+                return Ok(Self { kind: Kind::Values(values.clone()), ..Self::moved(elements) });
+            }
         };
         let mut tied: Vec<Piece> = Vec::with_capacity(pieces.len());
         for piece in pieces {

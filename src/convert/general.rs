@@ -255,6 +255,26 @@ fn text_of(value: &Json) -> Option<String> {
     }
 }
 
+/// Most bytes of what a model card says of itself.
+const FRONT_BYTES: usize = 1 << 18;
+
+/// Deepest nesting of its lists: the parser takes time by the square of it.
+const FRONT_DEPTH: usize = 64;
+
+/// How deep brackets are nested at most, those in texts included.
+fn nesting(yaml: &[&str]) -> usize {
+    let (mut depth, mut most) = (0usize, 0);
+    for byte in yaml.iter().flat_map(|l| l.bytes()) {
+        match byte {
+            b'[' | b'{' => depth += 1,
+            b']' | b'}' => depth = depth.saturating_sub(1),
+            _ => {}
+        }
+        most = most.max(depth);
+    }
+    most
+}
+
 /// The YAML between the `---` lines at the beginning of a model card. A card with faulty YAML is
 /// treated as one without: it describes the model, it does not define it.
 fn front_matter(card: &str) -> Option<Map<String, Json>> {
@@ -263,6 +283,9 @@ fn front_matter(card: &str) -> Option<Map<String, Json>> {
         return None;
     }
     let yaml: Vec<&str> = lines.take_while(|l| *l != "---").collect();
+    if yaml.iter().map(|l| l.len()).sum::<usize>() > FRONT_BYTES || nesting(&yaml) > FRONT_DEPTH {
+        return None;
+    }
     // `no` is Norwegian here, not a truth value; YAML indents with spaces.
     let yaml = (yaml.join("\n") + "\n").replace("- no\n", "- \"no\"\n").replace('\t', "  ");
     match serde_norway::from_str(&yaml).ok()? {

@@ -45,6 +45,7 @@ pub use from_qpack::FromQpack;
 pub use gather::{Scratch, Source, identity};
 pub use guide::{MethodChoice, Way, parse_method, parse_tensor_method, strip_awq};
 pub use hf_to_gguf::{HfToGguf, MergeLora, source_tensors};
+pub use journal::Journal;
 pub use lora_to_gguf::LoraToGguf;
 pub use moved::Moved;
 pub use outcome::{Fallback, Outcome, OutputError};
@@ -66,7 +67,6 @@ pub use types::{FILE_TYPES, FileType, base_name};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use self::journal::Journal;
 use self::stage::Outputs;
 use crate::container::qpack::Qpack;
 use crate::container::{InputFile, Store};
@@ -184,9 +184,14 @@ impl Job {
                 Err(e.hint("what is finished is kept: the same command goes on from there"))
             }
             done => {
-                let outcomes = done?;
-                beside.map_or(Ok(()), Stage::commit)?;
-                stage.commit().map(|()| outcomes)
+                let commit = |outcomes| {
+                    if self.is_package {
+                        to_coreml::check_replaced(self)?;
+                    }
+                    beside.map_or(Ok(()), Stage::commit)?;
+                    stage.commit().map(|()| outcomes)
+                };
+                done.and_then(commit).map_err(|e| self.left_by(e))
             }
         }
     }
@@ -250,7 +255,7 @@ impl Job {
         }
         if self.is_directory {
             if self.is_package {
-                to_coreml::check_own(&self.output)?;
+                to_coreml::check_replaced(self)?;
             }
             let files: Vec<_> = self.plan.files.iter().map(|f| (f.name.clone(), f.len)).collect();
             let (target, replaces) = (self.output.as_path(), self.is_package);
@@ -286,6 +291,18 @@ impl Job {
             })
         };
         inputs.iter().find(goes).map_or(Ok(()), |input| Err(refused(input)))
+    }
+
+    /// What an interruption leaves of a package, said.
+    fn left_by(&self, e: Error) -> Error {
+        if !self.is_package || e.kind() != ErrorKind::Interrupted {
+            return e;
+        }
+        let output = self.output.display();
+        e.hint(match self.output.exists() {
+            true => format!("{output} is what it was before"),
+            false => format!("nothing was written: there is no {output}"),
+        })
     }
 
     /// Begins the files beside the output that are not there already.

@@ -5,6 +5,7 @@ use std::io::{self, Write};
 use serde_json::Value as Json;
 
 use super::{Diff, TensorDiff};
+use crate::plain;
 
 /// Prints what differs; all tensors where `all` is set.
 ///
@@ -21,11 +22,13 @@ pub fn print(diff: &Diff, all: bool, out: &mut impl Write) -> io::Result<()> {
         writeln!(out, "\nmetadata ({})", diff.metadata.len())?;
         for entry in &diff.metadata {
             match &entry.values {
-                [Some(a), Some(b)] => writeln!(out, "  {}: {} -> {}", entry.key, short(a), short(b))?,
+                [Some(a), Some(b)] => {
+                    writeln!(out, "  {}: {} -> {}", plain::line(&entry.key), short(a), short(b))?
+                }
                 [a, b] => {
                     let sign = if a.is_some() { '-' } else { '+' };
                     let value = a.as_ref().or(b.as_ref()).map(short).unwrap_or_default();
-                    writeln!(out, "{sign} {}: {value}", entry.key)?;
+                    writeln!(out, "{sign} {}: {value}", plain::line(&entry.key))?;
                 }
             }
         }
@@ -34,11 +37,13 @@ pub fn print(diff: &Diff, all: bool, out: &mut impl Write) -> io::Result<()> {
         writeln!(out, "\nfiles ({})", diff.files.len())?;
         for file in &diff.files {
             match file.bytes {
-                [Some(a), Some(b)] if a == b => writeln!(out, "  {}: other bytes, {a} of them", file.name)?,
-                [Some(a), Some(b)] => writeln!(out, "  {}: {a} -> {b} bytes", file.name)?,
+                [Some(a), Some(b)] if a == b => {
+                    writeln!(out, "  {}: other bytes, {a} of them", plain::line(&file.name))?
+                }
+                [Some(a), Some(b)] => writeln!(out, "  {}: {a} -> {b} bytes", plain::line(&file.name))?,
                 [a, b] => {
                     let sign = if a.is_some() { '-' } else { '+' };
-                    writeln!(out, "{sign} {}: {} bytes", file.name, a.or(b).unwrap_or(0))?;
+                    writeln!(out, "{sign} {}: {} bytes", plain::line(&file.name), a.or(b).unwrap_or(0))?;
                 }
             }
         }
@@ -48,7 +53,7 @@ pub fn print(diff: &Diff, all: bool, out: &mut impl Write) -> io::Result<()> {
         writeln!(out, "\ntensors ({})", shown.len())?;
     }
     for t in shown {
-        writeln!(out, "  {}: {}", t.name, line(t))?;
+        writeln!(out, "  {}: {}", plain::line(&t.name), line(t))?;
     }
     if !diff.counts.is_empty() {
         let counts: Vec<String> =

@@ -20,9 +20,6 @@ use crate::limits::Limits;
 /// Most bytes of logits that are computed at once: the executor gives those of every token.
 const LOGIT_BYTES: usize = 64 << 20;
 
-/// Tokens that `prefill` of packages for the Neural Engine takes; what is left goes token by token.
-const PREFILL: usize = 64;
-
 /// A package, or a directory of them, with the tokenizer beside it.
 #[derive(Debug)]
 pub struct CoremlModel {
@@ -155,7 +152,7 @@ impl Reader for CoremlReader<'_> {
     }
 
     fn step(&self) -> usize {
-        PREFILL
+        self.model.model.step()
     }
 
     fn position(&self) -> usize {

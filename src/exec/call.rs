@@ -2,7 +2,8 @@
 
 use std::sync::Arc;
 
-use super::tensor::{Data, Tensor};
+use super::program::MEMORY_HINT;
+use super::tensor::{Data, Tensor, elements};
 use super::weight::Weight;
 use crate::container::coreml::DataType;
 use crate::error::{Error, Result};
@@ -31,9 +32,14 @@ impl Operand {
         }
     }
 
-    pub(super) fn tensor(self) -> Result<Tensor> {
+    /// In memory, where there is room for so many elements.
+    ///
+    /// # Errors
+    /// As [`Weight::tensor`]; `Limit` where there is not.
+    pub(super) fn tensor(self, room: usize) -> Result<Tensor> {
         match self {
             Self::Tensor(tensor) => Ok(tensor),
+            Self::Weight(weight) if weight.len() > room => Err(no_room(&weight.shape, room)),
             Self::Weight(weight) => weight.tensor(),
         }
     }
@@ -45,9 +51,23 @@ pub(super) struct Call<'a> {
     pub(super) inputs: Vec<(&'a str, Vec<Operand>)>,
     /// How many results are declared.
     pub(super) results: usize,
+    /// How many elements there is memory for.
+    pub(super) room: usize,
 }
 
 impl Call<'_> {
+    /// How many elements a tensor of this shape has that is to be made.
+    ///
+    /// # Errors
+    /// `Limit` for more than are computed with, or there is memory for.
+    pub(super) fn elements(&self, shape: &[usize]) -> Result<usize> {
+        let n = elements(shape)?;
+        match n > self.room {
+            true => Err(no_room(shape, self.room)),
+            false => Ok(n),
+        }
+    }
+
     /// All that a parameter is bound to.
     pub(super) fn all(&mut self, name: &str) -> Vec<Operand> {
         let found = self.inputs.iter_mut().find(|(n, _)| *n == name);
@@ -79,7 +99,7 @@ impl Call<'_> {
     /// # Errors
     /// As [`Self::operand`]; `Limit` for a weight that is too large.
     pub(super) fn tensor(&mut self, name: &str) -> Result<Tensor> {
-        self.operand(name)?.tensor().map_err(|e| e.context(name))
+        self.operand(name)?.tensor(self.room).map_err(|e| e.context(name))
     }
 
     /// The same, with its elements as floats.
@@ -98,7 +118,7 @@ impl Call<'_> {
     /// `Malformed` for other types, and for more than one dimension.
     pub(super) fn ints(&mut self, name: &str) -> Result<Option<Vec<i64>>> {
         let Some(operand) = self.given(name)? else { return Ok(None) };
-        let tensor = operand.tensor()?;
+        let tensor = operand.tensor(self.room)?;
         match &tensor.data {
             Data::Ints(ints) if tensor.shape.len() <= 1 => {
                 Ok(Some(ints.iter().map(|n| i64::from(*n)).collect()))
@@ -133,7 +153,7 @@ impl Call<'_> {
     /// `Malformed` for other types, and for more than one dimension.
     fn bools(&mut self, name: &str) -> Result<Option<Vec<bool>>> {
         let Some(operand) = self.given(name)? else { return Ok(None) };
-        let tensor = operand.tensor()?;
+        let tensor = operand.tensor(self.room)?;
         match &tensor.data {
             Data::Bools(bools) if tensor.shape.len() <= 1 => Ok(Some(bools.to_vec())),
             _ => {
@@ -174,7 +194,7 @@ impl Call<'_> {
     /// `Malformed` for several, and for other types.
     pub(super) fn float(&mut self, name: &str, default: f32) -> Result<f32> {
         let Some(operand) = self.given(name)? else { return Ok(default) };
-        let tensor = operand.tensor()?;
+        let tensor = operand.tensor(self.room)?;
         match tensor.as_floats() {
             Some([one]) => Ok(*one),
             _ => Err(Error::malformed(format!("{name} is {}, a float was expected", tensor.described()))),
@@ -217,6 +237,11 @@ impl Call<'_> {
     pub(super) fn axis(&mut self, name: &str, default: i64, rank: usize) -> Result<usize> {
         axis(self.int(name, default)?, rank).map_err(|e| e.context(name))
     }
+}
+
+fn no_room(shape: &[usize], room: usize) -> Error {
+    Error::limit(format!("a tensor of shape {shape:?}: there is memory for {room} elements more"))
+        .hint(MEMORY_HINT)
 }
 
 /// The place of an axis that may be counted from the end, among `rank` of them.

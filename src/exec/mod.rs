@@ -2,21 +2,20 @@
 //!
 //! What is executed is what stands in the file: messages of [`container::coreml`](crate::container::coreml), not the
 //! graph they were built from. Operations are those of language models, see `ops`; formulas are Apple's (coremltools,
-//! `converters/mil/mil/ops/defs`). Weights stay in their mapped file and are decoded in tiles as they are used;
-//! every result is held against the type that the program declares. The same inputs give the same bits, however many
+//! `converters/mil/mil/ops/defs`). Weights stay in their file and are read and decoded in tiles as they are
+//! used: a file that changes meanwhile is an error or another number, never a signal. Every result is held against the
+//! type that the program declares. The same inputs give the same bits, however many
 //! threads there are: those of rayon's current pool.
 //!
 //! [`Program`] is any program, called function by function; [`Session`] decodes tokens with those that have an
 //! interface that it knows.
 
 mod call;
-mod groups;
 mod ops;
 mod parse;
 mod product;
 mod program;
 mod session;
-mod sparse;
 mod strided;
 mod tensor;
 mod weight;

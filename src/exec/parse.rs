@@ -5,14 +5,13 @@ use std::sync::Arc;
 
 use super::call::Operand;
 use super::ops::{Operator, find};
-use super::sparse::Values;
 use super::tensor::{Data, MOST_STORED, Tensor, bounded};
-use super::weight::{Bytes, Stored, Weight, is_float};
-use crate::container::coreml::DataType;
+use super::weight::{Weight, is_float};
 use crate::container::coreml::mil::{
-    Binding, BlobFileValue, Function as Message, ImmediateValue, NamedValueType, Operation, Stored as Place,
-    TensorType, TensorValue, Value, ValueType,
+    Binding, Function as Message, ImmediateValue, NamedValueType, Operation, Stored, TensorValue, Value,
+    ValueType,
 };
+use crate::container::coreml::{Constant, DataType, Form, Package, constant, constants};
 use crate::error::{Error, Result};
 
 /// The type that a value is declared to have.
@@ -73,23 +72,24 @@ pub(super) struct Function {
     pub(super) places: usize,
 }
 
-/// Where bytes of a weight file are.
-pub(super) type Find<'a> = &'a dyn Fn(&BlobFileValue, &TensorType) -> Result<Bytes>;
+/// Constants of at most so many elements that stand in the program are decoded once.
+const FEW: usize = 1 << 12;
 
 /// What a name stands for.
 enum Known {
     Constant(Operand),
-    /// The second result of `constexpr_lut_to_sparse`, and its mask.
-    Sparse(Stored, Values),
+    /// The second result of `constexpr_lut_to_sparse` and the like.
+    Sparse,
     Place(usize),
     State,
 }
 
 struct Parser<'a> {
+    package: &'a Arc<Package>,
+    constants: HashMap<String, Arc<Constant>>,
     known: HashMap<&'a str, Known>,
     types: HashMap<&'a str, &'a ValueType>,
     places: usize,
-    find: Find<'a>,
 }
 
 /// Reads a function.
@@ -97,12 +97,13 @@ struct Parser<'a> {
 /// # Errors
 /// `Unsupported` for operations and constants that are not known; `Malformed` for names that stand for nothing, or for
 /// two things, and the like.
-pub(super) fn function(message: &Message, find: Find<'_>) -> Result<Function> {
+pub(super) fn function(package: &Arc<Package>, message: &Message) -> Result<Function> {
     let block = message
         .block_specializations
         .get(&message.opset)
         .ok_or_else(|| Error::malformed(format!("has no block for its opset {:?}", message.opset)))?;
-    let mut parser = Parser { known: HashMap::new(), types: HashMap::new(), places: 0, find };
+    let constants = constants(package, message)?.into_iter().map(|c| (c.name.clone(), c)).collect();
+    let mut parser = Parser { package, constants, known: HashMap::new(), types: HashMap::new(), places: 0 };
     let (mut inputs, mut states) = (Vec::new(), Vec::new());
     for input in &message.inputs {
         let context = |e: Error| e.context(format_args!("input {:?}", input.name));
@@ -222,7 +223,7 @@ impl<'a> Parser<'a> {
             Known::Constant(operand) => Ok(Source::Constant(operand.clone())),
             Known::Place(at) => Ok(Source::Place { at: *at, last: false }),
             Known::State => Err(Error::malformed(format!("{name:?} is a state, which has to be read first"))),
-            Known::Sparse(..) => {
+            Known::Sparse => {
                 Err(Error::unsupported(format!("{name:?} is sparse: it is made dense, and no more")))
             }
         }
@@ -276,7 +277,7 @@ impl<'a> Parser<'a> {
     fn bound(&self, binding: &Binding) -> Result<Source> {
         match binding {
             Binding::Name(name) => self.source(name),
-            Binding::Value(value) => self.value(value).map(Source::Constant),
+            Binding::Value(value) => self.value("its value", value).map(Source::Constant),
             Binding::None => Err(Error::malformed("it is bound to nothing")),
         }
     }
@@ -309,146 +310,66 @@ impl<'a> Parser<'a> {
         if let Some(name) = operation.attributes.keys().find(|n| !is_const && *n != "name") {
             return Err(refused(name));
         }
-        let known = match operation.kind.as_str() {
-            "const" => {
-                let val = operation.attributes.get("val").ok_or_else(|| Error::malformed("it has no val"))?;
-                vec![Known::Constant(self.value(val)?)]
-            }
-            "constexpr_blockwise_shift_scale" => {
-                let offset = operation.inputs.get("offset").map(|_| self.weight(operation, "offset"));
-                let (data, scale) = (self.weight(operation, "data")?, self.weight(operation, "scale")?);
-                vec![constant(Weight::blockwise(data, scale, offset.transpose()?)?)]
-            }
-            "constexpr_lut_to_dense" => {
-                let axis = match operation.inputs.contains_key("vector_axis") {
-                    true => Some(self.integer(operation, "vector_axis")?),
-                    false => None,
-                };
-                let indices = self.stored(operation, "indices")?;
-                vec![constant(Weight::lut(indices, self.weight(operation, "lut")?, axis)?)]
-            }
-            "constexpr_lut_to_sparse" => {
-                let (mask, lut) = (self.stored(operation, "indices_mask")?, self.weight(operation, "lut")?);
-                let values = Values::lut(&mask, self.stored(operation, "indices_nonzero_data")?, lut)?;
-                vec![constant(Weight::plain(mask.clone())), Known::Sparse(mask, values)]
-            }
-            "constexpr_sparse_to_dense" => vec![constant(self.dense(operation)?)],
-            _ => return Err(Error::unsupported("this operation is not executed")),
-        };
-        if known.len() != operation.outputs.len() {
-            let found = operation.outputs.len();
-            return Err(Error::malformed(format!("it has {found} results, not {}", known.len())));
-        }
-        for (output, known) in operation.outputs.iter().zip(known) {
-            let declared = declared(&output.name, &output.value_type)?;
-            let (dtype, shape) = match &known {
-                Known::Constant(operand) => (operand.dtype(), operand.shape()),
-                Known::Sparse(_, values) => (values.dtype(), values.shape()),
-                Known::Place(_) | Known::State => continue,
+        if is_const {
+            let val = operation.attributes.get("val").ok_or_else(|| Error::malformed("it has no val"))?;
+            let [output] = &operation.outputs[..] else {
+                return Err(Error::malformed(format!("it has {} results, not 1", operation.outputs.len())));
             };
-            declared.check(dtype, shape)?;
+            let operand = match self.constants.get(&output.name) {
+                Some(constant) => self.operand(Arc::clone(constant))?,
+                None => self.value(&output.name, val)?,
+            };
+            declared(&output.name, &output.value_type)?.check(operand.dtype(), operand.shape())?;
+            return self.define(output, Known::Constant(operand));
+        }
+        // Their types are those that they declare.
+        for output in &operation.outputs {
+            let constant = self.constants.get(&output.name).cloned();
+            let constant = constant.ok_or_else(|| Error::unsupported("this operation is not executed"))?;
+            let known = match constant.form {
+                Form::SparseLut { .. } | Form::SparseBlockwise { .. } => Known::Sparse,
+                _ => Known::Constant(self.operand(constant)?),
+            };
             self.define(output, known)?;
         }
         Ok(())
     }
 
-    /// `constexpr_sparse_to_dense`. What belongs to a mask goes to the places of that mask.
-    fn dense(&self, operation: &Operation) -> Result<Weight> {
-        let mask = self.stored(operation, "mask")?;
-        let known = match operation.inputs.get("nonzero_data").map(|argument| &argument.0[..]) {
-            Some([Binding::Name(name)]) => Some(self.get(name)?),
-            _ => None,
-        };
-        let values = match known {
-            Some(Known::Sparse(of, _)) if of.shape != mask.shape || of.bytes.get() != mask.bytes.get() => {
-                return Err(Error::malformed("mask is not that of nonzero_data"));
-            }
-            Some(Known::Sparse(_, values)) => values.clone(),
-            _ => Values::Plain(self.weight(operation, "nonzero_data")?),
-        };
-        Weight::sparse(mask, values)
-    }
-
-    fn weight(&self, operation: &Operation, parameter: &str) -> Result<Arc<Weight>> {
-        match self.single(operation, parameter)? {
-            Source::Constant(Operand::Weight(weight)) => Ok(weight),
-            _ => Err(Error::malformed(format!("{parameter}: a constant of numbers was expected"))),
+    fn operand(&self, constant: Arc<Constant>) -> Result<Operand> {
+        let weight = Weight::new(self.package, constant)?;
+        match weight.len() <= FEW && !weight.is_in_file() {
+            true => Ok(Operand::Tensor(weight.tensor()?)),
+            false => Ok(Operand::Weight(Arc::new(weight))),
         }
     }
 
-    fn stored(&self, operation: &Operation, parameter: &str) -> Result<Stored> {
-        let weight = self.weight(operation, parameter)?;
-        let none = || Error::unsupported(format!("{parameter} is computed from others"));
-        weight.as_stored().cloned().ok_or_else(none)
-    }
-
-    fn integer(&self, operation: &Operation, parameter: &str) -> Result<i64> {
-        let tensor = self.weight(operation, parameter)?.tensor()?;
-        match tensor.as_ints() {
-            Some([one]) => Ok((*one).into()),
-            _ => Err(Error::malformed(format!("{parameter}: an integer was expected"))),
+    /// A value that stands in the program: numbers, truth values or a text.
+    fn value(&self, name: &str, value: &Value) -> Result<Operand> {
+        if let Some(constant) = constant(self.package, name, value)? {
+            return self.operand(Arc::new(constant));
         }
-    }
-
-    /// A constant. Numbers stay as they are stored.
-    fn value(&self, value: &Value) -> Result<Operand> {
-        let ValueType::Tensor(ty) = &value.value_type else {
-            return Err(Error::unsupported("a constant that is no tensor"));
-        };
-        let shape = ty.fixed_shape()?;
-        let shape: Option<Vec<usize>> = shape.into_iter().map(|n| usize::try_from(n).ok()).collect();
-        let shape = shape.ok_or_else(|| Error::limit("a size is beyond memory"))?;
-        let bytes = match &value.stored {
-            Place::Blob(blob) => (self.find)(blob, ty)?,
-            Place::Immediate(ImmediateValue::Tensor(held)) => match held {
-                TensorValue::Bools(bools) => {
-                    let data = Data::Bools(Arc::new(bools.0.clone()));
-                    return Ok(Operand::Tensor(Tensor { dtype: ty.data_type, shape, data }));
+        match (&value.value_type, &value.stored) {
+            (
+                ValueType::Tensor(ty),
+                Stored::Immediate(ImmediateValue::Tensor(TensorValue::Strings(texts))),
+            ) => match &texts.0[..] {
+                [text] if ty.fixed_shape()?.is_empty() => {
+                    let data = Data::Text(Arc::from(text.as_str()));
+                    Ok(Operand::Tensor(Tensor { dtype: ty.data_type, shape: Vec::new(), data }))
                 }
-                TensorValue::Strings(texts) => match &texts.0[..] {
-                    [text] if shape.is_empty() => {
-                        let data = Data::Text(Arc::from(text.as_str()));
-                        return Ok(Operand::Tensor(Tensor { dtype: ty.data_type, shape, data }));
-                    }
-                    _ => return Err(Error::unsupported("a constant of several texts")),
-                },
-                other => Bytes::Here(immediate(other, ty.data_type)?.into()),
+                _ => Err(Error::unsupported("a constant of several texts")),
             },
-            _ => return Err(Error::unsupported("a constant that is no tensor")),
-        };
-        Ok(Operand::Weight(Arc::new(Weight::plain(Stored::new(ty.data_type, shape, bytes)?))))
-    }
-}
-
-fn constant(weight: Weight) -> Known {
-    Known::Constant(Operand::Weight(Arc::new(weight)))
-}
-
-/// Numbers in the program, as they would lie in a weight file.
-fn immediate(held: &TensorValue, dtype: DataType) -> Result<Vec<u8>> {
-    match held {
-        TensorValue::None => Ok(Vec::new()),
-        TensorValue::Bytes(bytes) => Ok(bytes.0.clone()),
-        TensorValue::Floats(floats) => Ok(floats.0.iter().flat_map(|v| v.to_le_bytes()).collect()),
-        TensorValue::Ints(ints) if dtype == DataType::Int32 => {
-            Ok(ints.0.iter().flat_map(|v| v.to_le_bytes()).collect())
+            _ => Err(Error::unsupported("a constant that is no tensor")),
         }
-        // Of 16 bits, with sign or without.
-        TensorValue::Ints(ints) => {
-            let half = |v: &i32| match i16::try_from(*v) {
-                Ok(v) if dtype == DataType::Int16 => Ok(v.to_le_bytes()),
-                _ => match u16::try_from(*v) {
-                    Ok(v) if dtype == DataType::UInt16 => Ok(v.to_le_bytes()),
-                    _ => Err(Error::malformed(format!("{v} is no {dtype}"))),
-                },
-            };
-            Ok(ints.0.iter().map(half).collect::<Result<Vec<_>>>()?.concat())
-        }
-        _ => Err(Error::unsupported(format!("constants of type {dtype} are not computed with"))),
     }
 }
 
 impl Declared {
+    /// Elements of one whose sizes are all known.
+    pub(super) fn elements(&self) -> usize {
+        self.shape.iter().map(|n| n.unwrap_or(0)).product() // bounded
+    }
+
     /// That a value is of this type.
     ///
     /// # Errors

@@ -10,7 +10,7 @@ use rayon::prelude::*;
 use super::call::{Call, Operand, floats};
 use super::ops::{Operator, broadcast, computed};
 use super::strided::{Walk, repeated};
-use super::tensor::{Tensor, elements};
+use super::tensor::{Tensor, zeros};
 use super::weight::Weight;
 use crate::error::{Error, Result};
 
@@ -37,7 +37,10 @@ enum Rows<'a> {
 
 impl Rows<'_> {
     /// `out = self x`: `self` is as many rows as `out` has, `x` has the columns of `out`.
-    fn multiply(&self, x: MatRef<'_, f32>, out: MatMut<'_, f32>) {
+    ///
+    /// # Errors
+    /// As [`Weight::read`].
+    fn multiply(&self, x: MatRef<'_, f32>, out: MatMut<'_, f32>) -> Result<()> {
         let inner = x.nrows();
         let (mut tiles, mut rest) = (Vec::with_capacity(out.nrows().div_ceil(TILE)), out);
         while rest.nrows() > TILE {
@@ -52,13 +55,14 @@ impl Rows<'_> {
                 Rows::Values(values) => &values[first..first + n],
                 Rows::Weight(weight, from) => {
                     scratch.resize(n, 0.0);
-                    weight.read(from + first, scratch);
+                    weight.read(from + first, scratch)?;
                     &scratch[..]
                 }
             };
             multiply(tile, MatRef::from_row_major_slice(rows, n / inner.max(1), inner), x);
+            Ok(())
         };
-        tiles.into_par_iter().enumerate().for_each_init(Vec::new, work);
+        tiles.into_par_iter().enumerate().try_for_each_init(Vec::new, work)
     }
 }
 
@@ -83,7 +87,7 @@ fn rows(weight: &Operand) -> Result<Rows<'_>> {
 /// One for each output, if it is given.
 fn bias(call: &mut Call<'_>, outputs: usize) -> Result<Option<Vec<f32>>> {
     let Some(bias) = call.given("bias")? else { return Ok(None) };
-    let bias = bias.tensor()?;
+    let bias = bias.tensor(call.room)?;
     match bias.as_floats() {
         Some(values) if bias.shape == [outputs] => Ok(Some(values.to_vec())),
         _ => Err(Error::malformed(format!("bias is {}, there are {outputs} outputs", bias.described()))),
@@ -111,12 +115,12 @@ fn linear(call: &mut Call<'_>) -> Result<Vec<Tensor>> {
     }
     let bias = bias(call, outputs)?;
     let shape = [outer, &[outputs]].concat();
-    let mut out = vec![0.0; elements(&shape)?];
+    let mut out = zeros(call.elements(&shape)?)?;
     let vectors = outer.iter().product();
     if !out.is_empty() && inputs > 0 {
         let x = MatRef::from_row_major_slice(&values, vectors, inputs);
         let out = MatMut::from_row_major_slice_mut(&mut out, vectors, outputs);
-        rows(&weight)?.multiply(x.transpose(), out.transpose_mut());
+        rows(&weight)?.multiply(x.transpose(), out.transpose_mut())?;
     }
     if let Some(bias) = bias {
         out.par_chunks_mut(outputs.max(1))
@@ -148,12 +152,12 @@ fn conv(call: &mut Call<'_>) -> Result<Vec<Tensor>> {
     }
     let bias = bias(call, outputs)?;
     let shape = [&[batch, outputs], places].concat();
-    let (mut out, n) = (vec![0.0; elements(&shape)?], places.iter().product::<usize>());
+    let (mut out, n) = (zeros(call.elements(&shape)?)?, places.iter().product::<usize>());
     if !out.is_empty() && inputs > 0 {
         let weight = rows(&weight)?;
         for (x, out) in values.chunks_exact(inputs * n).zip(out.chunks_exact_mut(outputs * n)) {
             let x = MatRef::from_row_major_slice(x, inputs, n);
-            weight.multiply(x, MatMut::from_row_major_slice_mut(out, outputs, n));
+            weight.multiply(x, MatMut::from_row_major_slice_mut(out, outputs, n))?;
         }
     }
     if let Some(bias) = bias {
@@ -204,9 +208,9 @@ fn matrices(call: &mut Call<'_>) -> Result<Vec<Tensor>> {
             x.described()
         )));
     }
-    let outer = broadcast(of_x.outer, of_y.outer)?;
+    let outer = broadcast(call, of_x.outer, of_y.outer)?;
     let shape = [&outer[..], &[rows, columns]].concat();
-    let mut out = vec![0.0; elements(&shape)?];
+    let mut out = zeros(call.elements(&shape)?)?;
     let done = |out| Ok(vec![Tensor::of_floats(x.dtype, shape, out)]);
     if out.is_empty() || inner == 0 {
         return done(out);
@@ -223,11 +227,11 @@ fn matrices(call: &mut Call<'_>) -> Result<Vec<Tensor>> {
     if let (Operand::Weight(weight), true) = (&y, of_y.turned) {
         for ([i, j], out) in pairs.into_iter().zip(out.chunks_exact_mut(rows * columns)) {
             let out = MatMut::from_row_major_slice_mut(out, rows, columns);
-            Rows::Weight(weight, j * columns * inner).multiply(x_of(i).transpose(), out.transpose_mut());
+            Rows::Weight(weight, j * columns * inner).multiply(x_of(i).transpose(), out.transpose_mut())?;
         }
         return done(out);
     }
-    let y = floats(&y.tensor()?)?;
+    let y = floats(&y.tensor(call.room)?)?;
     out.par_chunks_exact_mut(rows * columns).zip(pairs).for_each(|(out, [i, j])| {
         let y = of_y.matrix(&y[j * columns * inner..][..columns * inner]);
         let x = x_of(i);
@@ -244,9 +248,9 @@ mod tests {
     use std::sync::Arc;
 
     use super::super::ops::tests::{bools, floats, int, ints, near, of, refused, text, truth};
-    use super::super::weight::{Bytes, Stored};
+    use super::super::weight::tests::{of_bytes, package};
     use super::*;
-    use crate::container::coreml::DataType;
+    use crate::container::coreml::{Constant, DataType, Form};
 
     fn some(shape: &[usize], seed: usize) -> Tensor {
         let n: usize = shape.iter().product();
@@ -302,14 +306,13 @@ mod tests {
         let (inputs, outputs) = (40, 150);
         let w: Vec<u8> = (0..inputs * outputs).map(|i| (i * 7 % 251) as u8).collect();
         let stored = |shape: &[usize]| {
-            let stored = Stored::new(DataType::Int8, shape.to_vec(), Bytes::Here(w.clone().into())).unwrap();
-            let ones: Vec<u8> = 0x3F80_0000u32.to_le_bytes().to_vec();
-            let scale =
-                Stored::new(DataType::Float32, vec![1; shape.len()], Bytes::Here(ones.into())).unwrap();
-            Arc::new(
-                Weight::blockwise(Arc::new(Weight::plain(stored)), Arc::new(Weight::plain(scale)), None)
-                    .unwrap(),
-            )
+            let shape: Vec<u64> = shape.iter().map(|n| *n as u64).collect();
+            let scale = 1f32.to_le_bytes();
+            let scale = of_bytes(DataType::Float32, &vec![1; shape.len()], &scale);
+            let data = of_bytes(DataType::Int8, &shape, &w);
+            let form = Form::Blockwise { data, scale, offset: None };
+            let constant = Constant { name: "w".into(), data_type: DataType::Float32, shape, form };
+            Arc::new(Weight::new(&package(), constant.into()).unwrap())
         };
         let run = |name: &str, parameter, weight: Operand, x: Tensor, turn: bool| {
             let mut inputs = vec![("x", vec![Operand::Tensor(x)]), (parameter, vec![weight])];
@@ -317,7 +320,7 @@ mod tests {
                 inputs.push(("transpose_y", vec![Operand::Tensor(truth(true))]));
             }
             let operator = super::super::ops::find(name).unwrap();
-            (operator.run)(&mut Call { inputs, results: 1 }).unwrap().remove(0)
+            (operator.run)(&mut Call { inputs, results: 1, room: usize::MAX }).unwrap().remove(0)
         };
         for (name, parameter, shape, x, turn) in [
             ("linear", "weight", vec![outputs, inputs], vec![3, inputs], false),

@@ -9,21 +9,36 @@ use rayon::prelude::*;
 use super::Rounding;
 use super::call::{Call, Operand};
 use super::parse::{self, Action, Declared, Function, Source, Step};
-use super::tensor::{Data, Tensor};
-use super::weight::{Bytes, is_float, round};
+use super::tensor::{Data, Tensor, zeros};
+use super::weight::{is_float, round};
 use crate::container::coreml::{DataType, Package};
-use crate::container::map::MappedFile;
 use crate::error::{Error, Result};
 use crate::limits::Limits;
 
-/// Most elements that are in memory at a time.
-const MOST_LIVE: usize = 1 << 31;
+/// Where the limit of [`Call::room`] is from.
+pub(super) const MEMORY_HINT: &str = "the limit is 64 bytes for each of the package and 128 MiB, and at most --max-executor, or --max-memory of verify";
+/// What a call may take in memory, of a package of any size, and for each of its bytes: contexts of some 100,000
+/// tokens for models of 2 bits are within.
+const SOME_MEMORY: u64 = 128 << 20;
+const MEMORY_PER_BYTE: u64 = 64;
+/// Most elements of all results of a call together, in the same way: models for hundreds of tokens at a time take some
+/// hundred for each byte.
+const SOME_FUEL: u64 = 1 << 25;
+const FUEL_PER_BYTE: u64 = 4096;
+/// Bytes of an element in memory.
+const ELEMENT: u64 = 4;
 
 /// A program, ready to be called.
 #[derive(Debug)]
 pub struct Program {
     path: PathBuf,
     functions: BTreeMap<String, Function>,
+    /// Bytes of the package.
+    pub(super) bytes: u64,
+    /// Most elements that are in memory at a time.
+    most_live: usize,
+    /// Most elements of all results of a call.
+    fuel: u64,
 }
 
 /// What states hold, by name. States of functions that have the same name are the same.
@@ -35,32 +50,26 @@ pub struct States {
 }
 
 impl Program {
-    /// Opens a package: reads its model and maps its weights. They must not be written to while this lives, see
-    /// [`container::map`](crate::container::map).
+    /// Opens a package: reads its model, and of its weights as much as is needed when it is. `limits` say how much
+    /// memory a call may take.
     ///
     /// # Errors
     /// Those of [`Package::open`]; `Unsupported` for operations that are not known; `Malformed` for values that are
-    /// used before they are made, and the like.
+    /// used before they are made, and the like; `Limit` for states beyond the memory.
     pub fn open(path: &Path, limits: &Limits) -> Result<Self> {
-        let package = Package::open(path, limits)?;
-        let mut maps = BTreeMap::new();
-        for (name, weights) in package.weights() {
-            maps.insert(name.as_str(), Arc::new(MappedFile::new(weights.file())?));
-        }
+        let package = Arc::new(Package::open(path, limits)?);
         let mut functions = BTreeMap::new();
         for (name, message) in &package.model().program.functions {
-            let function = parse::function(message, &|value, ty| {
-                let (_, blob) = package.blob(value, ty)?;
-                let missing = || Error::malformed(format!("no value lies in {:?}", value.file_name));
-                let map = maps.get(value.file_name.as_str()).ok_or_else(missing)?;
-                // Within the file, as the package has checked.
-                let (begin, n) = (blob.data() as usize, blob.bytes as usize);
-                Ok(Bytes::Mapped(map.clone(), begin..begin + n))
-            });
-            let function = function.map_err(|e| e.context(format_args!("function {name:?}")).at(path))?;
+            let function = parse::function(&package, message)
+                .map_err(|e| e.context(format_args!("function {name:?}")).at(path))?;
             functions.insert(name.clone(), function);
         }
-        let program = Self { path: path.into(), functions };
+        let bytes = package.bytes();
+        let most =
+            limits.executor_bytes.min(SOME_MEMORY.saturating_add(bytes.saturating_mul(MEMORY_PER_BYTE)));
+        let most_live = usize::try_from(most / ELEMENT).unwrap_or(usize::MAX);
+        let fuel = SOME_FUEL.saturating_add(bytes.saturating_mul(FUEL_PER_BYTE));
+        let program = Self { path: path.into(), functions, bytes, most_live, fuel };
         program.check_states().map_err(|e| e.at(path))?;
         Ok(program)
     }
@@ -75,13 +84,33 @@ impl Program {
                 return Err(Error::malformed(format!("the state {name:?} is {first} and {state}")));
             }
         }
-        let size = |state: &&Declared| state.shape.iter().map(|n| n.unwrap_or(0)).product::<usize>();
-        match types.values().map(size).fold(0, usize::saturating_add) {
-            all if all > MOST_LIVE => Err(Error::limit(format!(
-                "its states have {all} elements, at most {MOST_LIVE} are computed with"
-            ))),
-            _ => Ok(()),
+        self.check_memory([self.state_elements()])
+    }
+
+    /// That there may be memory for states of so many elements together.
+    pub(super) fn check_memory(&self, states: impl IntoIterator<Item = usize>) -> Result<()> {
+        let all = states.into_iter().fold(0, usize::saturating_add);
+        match all > self.most_live {
+            true => Err(beyond(format!("its states have {all} elements"), self.most_live)),
+            false => Ok(()),
         }
+    }
+
+    /// The same of a tensor that goes into a call.
+    pub(super) fn check_input(&self, shape: &[usize]) -> Result<()> {
+        let n = shape.iter().try_fold(1usize, |n, size| n.checked_mul(*size));
+        match n.is_none_or(|n| n > self.most_live) {
+            true => Err(beyond(format!("an input of shape {shape:?}"), self.most_live).at(&self.path)),
+            false => Ok(()),
+        }
+    }
+
+    /// Elements of its states: those of all functions.
+    pub(super) fn state_elements(&self) -> usize {
+        let mut sizes: BTreeMap<&str, usize> = BTreeMap::new();
+        sizes
+            .extend(self.functions.values().flat_map(|f| &f.states).map(|s| (s.name.as_str(), s.elements())));
+        sizes.values().fold(0, |all, n| all.saturating_add(*n))
     }
 
     /// Where it was opened.
@@ -99,17 +128,20 @@ impl Program {
     }
 
     /// Its states, filled with zeros: those of all functions.
-    pub fn states(&self) -> States {
-        let zeros = |state: &Declared| {
-            let shape: Vec<usize> = state.shape.iter().map(|n| n.unwrap_or_default()).collect();
-            let n = shape.iter().product();
-            Some(Tensor::of_floats(state.dtype, shape, vec![0.0; n]))
-        };
+    ///
+    /// # Errors
+    /// `Limit` where there is no memory for them.
+    pub fn states(&self) -> Result<States> {
         let mut values = BTreeMap::new();
         for state in self.functions.values().flat_map(|f| &f.states) {
-            values.entry(state.name.clone()).or_insert_with(|| zeros(state));
+            if values.contains_key(&state.name) {
+                continue;
+            }
+            let shape: Vec<usize> = state.shape.iter().map(|n| n.unwrap_or_default()).collect();
+            let filled = zeros(state.elements()).map_err(|e| e.context(&state.name).at(&self.path))?;
+            values.insert(state.name.clone(), Some(Tensor::of_floats(state.dtype, shape, filled)));
         }
-        States { values, overflow: None }
+        Ok(States { values, overflow: None })
     }
 
     /// Calls a function. States are changed in place; those that it was writing are lost when it fails.
@@ -130,13 +162,15 @@ impl Program {
         });
         let run = |found: &Function| {
             let places = vec![None; found.places];
-            let mut run = Run { declared: &found.states, places, live: 0, states, rounding };
+            let most = self.most_live;
+            let fuel = self.fuel;
+            let mut run = Run { declared: &found.states, places, live: 0, most, fuel, states, rounding };
             run.inputs(found, inputs)?;
             for step in &found.steps {
                 run.step(step).map_err(|e| e.context(&step.name))?;
             }
             let output = |(declared, source): &(Declared, Source)| {
-                let tensor = run.take(source)?.tensor()?;
+                let tensor = run.take(source)?.tensor(run.most)?;
                 Ok((declared.name.clone(), tensor))
             };
             found.outputs.iter().map(output).collect()
@@ -164,8 +198,11 @@ struct Run<'a> {
     /// Its states.
     declared: &'a [Declared],
     places: Vec<Option<Tensor>>,
-    /// Elements of all places.
+    /// Elements of all places, and how many there may be.
     live: usize,
+    most: usize,
+    /// Elements that may still be computed.
+    fuel: u64,
     states: &'a mut States,
     rounding: Rounding,
 }
@@ -195,12 +232,9 @@ impl Run<'_> {
 
     fn put(&mut self, tensor: Tensor, place: Option<usize>) -> Result<()> {
         let Some(place) = place else { return Ok(()) };
-        self.live += tensor.len();
-        if self.live > MOST_LIVE {
-            let found = self.live;
-            return Err(Error::limit(format!(
-                "{found} elements in memory, at most {MOST_LIVE} are computed with"
-            )));
+        self.live = self.live.saturating_add(tensor.len());
+        if self.live > self.most {
+            return Err(beyond(format!("there would be {} elements in memory", self.live), self.most));
         }
         self.places[place] = Some(tensor);
         Ok(())
@@ -234,11 +268,13 @@ impl Run<'_> {
                 })?]
             }
             Action::Write { state, data } => {
-                let tensor = self.take(data)?.tensor()?;
+                let tensor = self.take(data)?.tensor(self.most)?;
                 return self.write(state, tensor);
             }
             Action::Run(operator, inputs) => {
-                let mut call = Call { inputs: Vec::with_capacity(inputs.len()), results: step.results.len() };
+                let room = self.most.saturating_sub(self.live);
+                let mut call =
+                    Call { inputs: Vec::with_capacity(inputs.len()), results: step.results.len(), room };
                 for (parameter, sources) in inputs {
                     let operands = sources.iter().map(|source| self.take(source)).collect::<Result<_>>()?;
                     call.inputs.push((parameter, operands));
@@ -258,6 +294,9 @@ impl Run<'_> {
             )));
         }
         for (tensor, (declared, place)) in found.into_iter().zip(&step.results) {
+            let left = self.fuel.checked_sub(tensor.len() as u64);
+            self.fuel =
+                left.ok_or_else(|| Error::limit("a call computes far more than such a package should"))?;
             declared.check(tensor.dtype, &tensor.shape)?;
             self.put(tensor, *place)?;
         }
@@ -283,4 +322,10 @@ impl Run<'_> {
             }
         }
     }
+}
+
+/// That something is more than the memory that calls may take.
+fn beyond(what: String, most: usize) -> Error {
+    let bytes = (most as u64).saturating_mul(ELEMENT);
+    Error::limit(format!("{what}; executing may take {bytes} bytes, 4 for an element")).hint(MEMORY_HINT)
 }

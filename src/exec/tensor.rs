@@ -123,6 +123,17 @@ pub(super) fn elements(shape: &[usize]) -> Result<usize> {
     bounded(shape, MOST_ELEMENTS)
 }
 
+/// So many zeros.
+///
+/// # Errors
+/// `Limit` where there is no memory for them.
+pub(super) fn zeros(n: usize) -> Result<Vec<f32>> {
+    // Only to find out: zeros that nobody has written to take no memory.
+    let reserved = Vec::<f32>::new().try_reserve_exact(n);
+    reserved.map_err(|_| Error::limit(format!("there is no memory for a tensor of {n} elements")))?;
+    Ok(vec![0.0; n])
+}
+
 /// How many elements a tensor of this shape has, at most `most`. Sizes of the others are bounded where one is 0, too:
 /// products of any of them are safe.
 ///

@@ -2,7 +2,6 @@
 
 use std::collections::HashSet;
 use std::ffi::CString;
-use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::ptr::NonNull;
@@ -12,6 +11,7 @@ use llama_cpp_sys_2 as sys;
 
 use super::{adapter, c_path, init, log, text};
 use crate::container::gguf::Gguf;
+use crate::container::open_regular;
 use crate::error::{Error, Result};
 use crate::limits::Limits;
 use crate::vocab::check_loadable;
@@ -531,10 +531,7 @@ impl Coverage {
 
 fn check_magic(path: &Path) -> Result<()> {
     let mut magic = [0; 4];
-    let mut file = File::open(path).map_err(|e| Error::io("open", path, e))?;
-    if file.metadata().is_ok_and(|m| m.is_dir()) {
-        return Err(Error::misuse("is a directory, a GGUF file was expected").at(path));
-    }
+    let (mut file, _) = open_regular(path)?;
     match file.read_exact(&mut magic) {
         Ok(()) if &magic == b"GGUF" => Ok(()),
         Err(e) if e.kind() != std::io::ErrorKind::UnexpectedEof => Err(Error::io("read", path, e)),

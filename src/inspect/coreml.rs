@@ -19,6 +19,7 @@ use crate::container::coreml::{Constant, DataType, Form, Package, Place, chunks,
 use crate::error::{Error, Result};
 use crate::limits::Limits;
 use crate::mil::Text;
+use crate::plain;
 
 /// What the format is called.
 pub(super) const FORMAT: &str = "Core ML";
@@ -236,18 +237,27 @@ fn function(
         operations: BTreeMap::new(),
         text: Some(Text(body).to_string()),
     };
+    let described: HashMap<&str, &FeatureDescription> =
+        inputs.iter().rev().map(|feature| (feature.name.as_str(), feature)).collect();
     for input in &body.inputs {
-        let feature = feature(&input.name, &input.value_type, inputs).map_err(|e| e.context(&input.name))?;
+        let described = described.get(input.name.as_str()).copied();
+        let feature =
+            feature(&input.name, &input.value_type, described).map_err(|e| e.context(&input.name))?;
         match input.value_type {
             ValueType::State(_) => function.states.push(feature),
             _ => function.inputs.push(feature),
         }
     }
     let Some(block) = body.block_specializations.get(&body.opset) else { return Ok(function) };
-    let results = || block.operations.iter().flat_map(|o| &o.outputs).chain(&body.inputs);
+    let results = block.operations.iter().flat_map(|o| &o.outputs).chain(&body.inputs);
+    let wanted: HashSet<&str> = block.outputs.iter().map(String::as_str).collect();
+    let mut found: HashMap<&str, &ValueType> = HashMap::with_capacity(wanted.len());
+    for result in results.filter(|result| wanted.contains(result.name.as_str())) {
+        found.entry(&result.name).or_insert(&result.value_type);
+    }
     for name in &block.outputs {
-        if let Some(result) = results().find(|result| result.name == *name) {
-            let feature = feature(name, &result.value_type, &[]).map_err(|e| e.context(name))?;
+        if let Some(value_type) = found.get(name.as_str()) {
+            let feature = feature(name, value_type, None).map_err(|e| e.context(name))?;
             function.outputs.push(feature);
         }
     }
@@ -257,7 +267,7 @@ fn function(
     Ok(function)
 }
 
-fn feature(name: &str, value_type: &ValueType, described: &[FeatureDescription]) -> Result<Feature> {
+fn feature(name: &str, value_type: &ValueType, described: Option<&FeatureDescription>) -> Result<Feature> {
     let held = match value_type {
         ValueType::State(inner) => &*inner.0,
         other => other,
@@ -266,7 +276,7 @@ fn feature(name: &str, value_type: &ValueType, described: &[FeatureDescription])
         ValueType::Tensor(tensor) => (tensor.data_type.to_string(), tensor.shape()?),
         _ => ("no tensor".into(), Vec::new()),
     };
-    let array = described.iter().find(|f| f.name == name).and_then(|f| match &f.feature_type.kind {
+    let array = described.and_then(|f| match &f.feature_type.kind {
         FeatureKind::MultiArray(array) => Some(array),
         _ => None,
     });
@@ -318,11 +328,12 @@ pub(super) fn print_functions(functions: &[Function], ops: bool, out: &mut impl 
             continue;
         }
         let all = || [("input", &f.inputs), ("state", &f.states), ("output", &f.outputs)];
-        let names = all().into_iter().flat_map(|(_, list)| list).map(|feature| feature.name.len());
-        let width = names.max().unwrap_or(0);
+        let names = all().into_iter().flat_map(|(_, list)| list).map(|feature| feature.name.chars().count());
+        let width = plain::width(names, 0);
         for (kind, list) in all() {
             for feature in list {
-                let (name, data_type, sizes) = (&feature.name, &feature.data_type, feature.sizes());
+                let (name, data_type, sizes) =
+                    (plain::line(&feature.name), &feature.data_type, feature.sizes());
                 writeln!(out, "  {kind:<6}  {name:<width$}  {data_type} {sizes}")?;
             }
         }
@@ -338,8 +349,8 @@ pub(super) fn print_functions(functions: &[Function], ops: bool, out: &mut impl 
 pub(super) fn print_weights(report: &Report, filter: &Filter, out: &mut impl Write) -> io::Result<()> {
     let wanted = |w: &&Weight| filter.tensor.as_ref().is_none_or(|r| r.is_match(&w.name));
     let shown: Vec<&Weight> = report.weights.iter().filter(wanted).collect();
-    let name = shown.iter().map(|w| w.name.len()).max().unwrap_or(4).max(4);
-    let shape = shown.iter().map(|w| format!("{:?}", w.shape).len()).max().unwrap_or(5).max(5);
+    let name = plain::width(shown.iter().map(|w| w.name.chars().count()), 4);
+    let shape = plain::width(shown.iter().map(|w| format!("{:?}", w.shape).len()), 5);
     writeln!(
         out,
         "{:<name$}  {:<shape$}  {:>12}  {:>14}  {:>7}  encoding",
@@ -349,7 +360,7 @@ pub(super) fn print_weights(report: &Report, filter: &Filter, out: &mut impl Wri
         writeln!(
             out,
             "{:<name$}  {:<shape$}  {:>12}  {:>14}  {:>7.3}  {}",
-            w.name,
+            plain::line(&w.name),
             format!("{:?}", w.shape),
             w.blobs.first().map_or_else(|| "program".into(), u64::to_string),
             w.bytes,

@@ -6,9 +6,10 @@ use indexmap::IndexMap;
 use serde::Serialize;
 use serde_json::{Map, Value as Json};
 
-use super::{Filter, plain, short};
+use super::{Filter, short, text_of};
 use crate::container::qpack::{Kept, Qpack, Tensor};
 use crate::model::encoding;
+use crate::plain;
 
 /// A tensor of a `.qpack` file.
 #[derive(Debug, Serialize)]
@@ -115,14 +116,14 @@ fn ratio(bytes: u64, content: u64) -> String {
 pub(super) fn print(tensors: &[Encoded], filter: &Filter, out: &mut impl Write) -> io::Result<()> {
     let wanted = |t: &&Encoded| filter.tensor.as_ref().is_none_or(|r| r.is_match(&t.name));
     let shown: Vec<&Encoded> = tensors.iter().filter(wanted).collect();
-    let name = shown.iter().map(|t| t.name.len()).max().unwrap_or(4).max(4);
-    let shape = shown.iter().map(|t| format!("{:?}", t.shape).len()).max().unwrap_or(5).max(5);
+    let name = plain::width(shown.iter().map(|t| t.name.chars().count()), 4);
+    let shape = plain::width(shown.iter().map(|t| format!("{:?}", t.shape).len()), 5);
     writeln!(out, "{:<name$}  {:<shape$}  {:>14}  {:>7}  stored as", "name", "shape", "bytes", "bits/w")?;
     for t in shown {
         write!(
             out,
             "{:<name$}  {:<shape$}  {:>14}  {:>7.3}  {}{}",
-            t.name,
+            plain::line(&t.name),
             format!("{:?}", t.shape),
             t.bytes,
             t.bits_per_weight,
@@ -178,7 +179,7 @@ pub(super) fn print_provenance(provenance: &Map<String, Json>, out: &mut impl Wr
                 list.iter().try_for_each(|item| writeln!(out, "    {}", line(item)))?;
             }
             Json::Object(fields) if !fields.is_empty() => writeln!(out, "  {key}: {}", line(value))?,
-            _ => writeln!(out, "  {key}: {}", plain(value))?,
+            _ => writeln!(out, "  {key}: {}", text_of(value))?,
         }
     }
     Ok(())
@@ -188,7 +189,7 @@ pub(super) fn print_provenance(provenance: &Map<String, Json>, out: &mut impl Wr
 fn line(value: &Json) -> String {
     let Json::Object(fields) = value else { return short(value) };
     let field = |(key, value): (&String, &Json)| match key.as_str() {
-        "name" => plain(value),
+        "name" => text_of(value),
         "bytes" => format!("{value} bytes"),
         _ => format!("{key} {}", value.as_str().map_or_else(|| line(value), String::from)),
     };

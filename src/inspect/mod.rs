@@ -26,6 +26,7 @@ use crate::error::Result;
 use crate::limits::Limits;
 use crate::model::{Opened, json_of};
 use crate::packed;
+use crate::plain;
 use crate::tensor::DType;
 
 /// What was found.
@@ -247,9 +248,9 @@ fn report(
 /// As `out` fails.
 pub fn print(report: &Report, filter: &Filter, out: &mut impl Write) -> io::Result<()> {
     if filter.tensor.is_none() {
-        writeln!(out, "{}: {}", report.path.display(), report.format)?;
+        writeln!(out, "{}: {}", plain::line(&report.path.display().to_string()), report.format)?;
         for (key, value) in &report.container {
-            writeln!(out, "  {key}: {}", plain(value))?;
+            writeln!(out, "  {key}: {}", text_of(value))?;
         }
         if report.format == "qpack" {
             encoded::print_provenance(&report.metadata, out)?;
@@ -258,7 +259,8 @@ pub fn print(report: &Report, filter: &Filter, out: &mut impl Write) -> io::Resu
             for (key, value) in &report.metadata {
                 writeln!(
                     out,
-                    "  {key}: {}",
+                    "  {}: {}",
+                    plain::line(key),
                     if filter.whole_arrays { value.to_string() } else { short(value) }
                 )?;
             }
@@ -287,8 +289,8 @@ pub fn print(report: &Report, filter: &Filter, out: &mut impl Write) -> io::Resu
     }
     let wanted = |t: &&Tensor| filter.tensor.as_ref().is_none_or(|r| r.is_match(&t.name));
     let shown: Vec<&Tensor> = report.tensors.iter().filter(wanted).collect();
-    let name = shown.iter().map(|t| t.name.len()).max().unwrap_or(4).max(4);
-    let shape = shown.iter().map(|t| format!("{:?}", t.shape).len()).max().unwrap_or(5).max(5);
+    let name = plain::width(shown.iter().map(|t| t.name.chars().count()), 4);
+    let shape = plain::width(shown.iter().map(|t| format!("{:?}", t.shape).len()), 5);
     writeln!(
         out,
         "{:<name$}  {:<shape$}  {:<7}  {:>14}  {:>14}  {:>6}",
@@ -298,7 +300,7 @@ pub fn print(report: &Report, filter: &Filter, out: &mut impl Write) -> io::Resu
         writeln!(
             out,
             "{:<name$}  {:<shape$}  {:<7}  {:>14}  {:>14}  {:>5.1}%",
-            t.name,
+            plain::line(&t.name),
             format!("{:?}", t.shape),
             t.dtype,
             t.offset,
@@ -323,7 +325,7 @@ pub fn print(report: &Report, filter: &Filter, out: &mut impl Write) -> io::Resu
     Ok(())
 }
 
-fn plain(value: &Json) -> String {
+fn text_of(value: &Json) -> String {
     value.as_str().map_or_else(|| value.to_string(), String::from)
 }
 

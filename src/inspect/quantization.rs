@@ -12,6 +12,7 @@ use crate::container::{Packing, Store};
 use crate::error::{Error, ErrorKind, Result};
 use crate::model::groups;
 use crate::packed;
+use crate::plain;
 use crate::tensor::{DType, TensorInfo};
 
 /// What quantization has made of a checkpoint's weights.
@@ -224,13 +225,16 @@ impl Quantization {
         if !self.unquantized.is_empty() {
             writeln!(out, "  not quantized:")?;
         }
-        let width = self.unquantized.iter().map(|o| o.pattern.len()).max().unwrap_or(0);
+        let width = plain::width(self.unquantized.iter().map(|o| o.pattern.chars().count()), 0);
         for o in &self.unquantized {
             let (s, types) = (&o.sums, o.types.join(" "));
             writeln!(
                 out,
                 "    {:<width$}  {types:<4}  {:>5} tensors  {:>12} weights  {:>13} bytes",
-                o.pattern, s.tensors, s.parameters, s.bytes
+                plain::line(&o.pattern),
+                s.tensors,
+                s.parameters,
+                s.bytes
             )?;
         }
         Ok(())
@@ -245,14 +249,14 @@ impl Quantization {
         if shown.is_empty() {
             return Ok(());
         }
-        let name = shown.iter().map(|m| m.name.len()).max().unwrap_or(0).max(15);
-        let shape = shown.iter().map(|m| format!("{:?}", m.shape).len()).max().unwrap_or(0).max(5);
+        let name = plain::width(shown.iter().map(|m| m.name.chars().count()), 15);
+        let shape = plain::width(shown.iter().map(|m| format!("{:?}", m.shape).len()), 5);
         writeln!(out, "\n{:<name$}  {:<shape$}  {:>6}  packing", "packed matrices", "shape", "bits/w")?;
         for m in shown {
             writeln!(
                 out,
                 "{:<name$}  {:<shape$}  {:>6.3}  {}; {}",
-                m.name,
+                plain::line(&m.name),
                 format!("{:?}", m.shape),
                 m.bits_per_weight,
                 described(m.bits, m.block, m.symmetric),

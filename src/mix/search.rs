@@ -1,6 +1,5 @@
 //! The search itself.
 
-use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 use std::path::Path;
 
@@ -8,6 +7,7 @@ use super::knapsack::{Offer, choose, total};
 use super::table::{Subject, Table, Trial};
 use super::trials::{Types, Variants, entry, hex, offers};
 use super::{Judge, Options, Sample, Step, Target, proxy};
+use crate::container::open_regular;
 use crate::convert::{Job, Observer, Quantize, Quantizer, Stage, Way};
 use crate::error::{Error, Result};
 use crate::eval::score::DivergenceSummary;
@@ -159,16 +159,15 @@ fn rounding(quantize: &Quantize) -> Result<String> {
 /// A file's name, with what tells its content from others: its ends and its length.
 fn digest(path: &Path) -> Result<String> {
     const END: u64 = 1 << 20;
+    let (mut file, len) = open_regular(path)?;
     let hash = || {
-        let mut file = File::open(path)?;
-        let len = file.metadata()?.len();
         let mut bytes = len.to_le_bytes().to_vec();
         file.by_ref().take(END).read_to_end(&mut bytes)?;
         file.seek(SeekFrom::Start(len.saturating_sub(END)))?;
         file.take(END).read_to_end(&mut bytes)?;
         Ok(hex(&Sha256::digest(&bytes)[..8]))
     };
-    let hash = hash().map_err(|e| Error::io("read", path, e))?;
+    let hash = hash().map_err(|e: std::io::Error| Error::io("read", path, e))?;
     Ok(format!("{} ({hash})", path.file_name().unwrap_or_default().display()))
 }
 

@@ -12,6 +12,8 @@ use crate::block::{f16_from_f32, f32_from_f16};
 
 /// Values that float16 has.
 const HALVES: usize = 1 << 16;
+/// Most bytes that [`Counts`], [`Points`] and two [`Palette`]s hold.
+pub const HELD: u64 = (HALVES * (8 + 8 + 24 + 2) + HALVES / 8) as u64;
 /// Most bins in the dynamic programme.
 const BINS: usize = 64;
 /// Most clusters that it finds. It takes clusters times bins and their logarithm.

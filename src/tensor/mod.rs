@@ -40,11 +40,17 @@ impl TensorInfo {
     }
 }
 
+/// Most dimensions of a tensor in any format: NumPy's and PyTorch's bound.
+pub const MAX_DIMS: usize = 64;
+
 /// Number of elements of `shape`.
 ///
 /// # Errors
-/// `Malformed` when the product does not fit 63 bits.
+/// `Malformed` when the product does not fit 63 bits, and for more than [`MAX_DIMS`] dimensions.
 pub fn elements(shape: &[u64]) -> Result<u64> {
+    if shape.len() > MAX_DIMS {
+        return Err(Error::malformed(format!("{} dimensions, at most {MAX_DIMS} are allowed", shape.len())));
+    }
     shape
         .iter()
         .try_fold(1u64, |n, &d| n.checked_mul(d))

@@ -6,6 +6,7 @@
 mod chat;
 mod coreml;
 mod qpack;
+pub mod scan;
 mod tensors;
 
 #[cfg(feature = "ggml")]

@@ -222,7 +222,11 @@ impl Sums {
             } else {
                 self.square.sqrt()
             },
-            cosine: if norm > 0.0 { self.product / norm } else { 1.0 },
+            cosine: match norm > 0.0 {
+                true => self.product / norm,
+                // Nothing is like nothing, and like nothing else.
+                false => f64::from(u8::from(self.file == self.source)),
+            },
             out_of_bound: self.out_of_bound,
             non_finite: self.non_finite,
         }

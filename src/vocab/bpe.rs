@@ -17,6 +17,9 @@ use crate::limits::Limits;
 /// alike, so that the name survives a round trip.
 pub const GGML_PRE: &str = "ggml_pre";
 
+/// Most merges in merges.txt; the largest tokenizers have half a million.
+const MAX_MERGES: usize = 1 << 21;
+
 /// Whether a tokenizer.json holds this kind.
 pub fn fits(json: &TokenizerJson) -> bool {
     json.model.kind() == "BPE" && Structure::of(&Value::Null, &json.pre_tokenizer, false).is_byte_level()
@@ -98,6 +101,9 @@ fn merges_txt(source: &Source, limits: &Limits) -> Result<Vec<String>> {
     let bytes = hf::read_side_file(&path, limits.side_file_bytes)?
         .ok_or_else(|| Error::malformed("has no merges, and there is no merges.txt"))?;
     let text = String::from_utf8(bytes).map_err(|_| Error::malformed("is not UTF-8").at(&path))?;
+    if text.lines().count() > MAX_MERGES {
+        return Err(Error::limit(format!("holds more than the {MAX_MERGES} merges allowed")).at(&path));
+    }
     let lines = text.lines().enumerate().filter(|(i, line)| !(*i == 0 && line.starts_with('#')));
     lines
         .map(|(_, line)| line.trim())

@@ -11,9 +11,6 @@ pub use crate::container::side::{from_json, read_json, read_side_file};
 use crate::error::{Error, Result};
 use crate::limits::Limits;
 
-/// The small files of a tokenizer never hold more than this, in bytes.
-const CONFIG_BYTES: u64 = 64 << 20;
-
 /// tokenizer.json, as far as a conversion needs it.
 #[derive(Deserialize)]
 pub struct TokenizerJson {
@@ -210,9 +207,10 @@ impl Serialize for VocabOut<'_> {
 /// tokenizer.json of `dir`.
 ///
 /// # Errors
-/// As [`read_json`].
+/// As [`read_side_file`] and [`from_json`].
 pub fn tokenizer_json(dir: &Path, limits: &Limits) -> Result<Option<TokenizerJson>> {
-    read_json(&dir.join("tokenizer.json"), limits.side_file_bytes)
+    let path = dir.join("tokenizer.json");
+    read_side_file(&path, limits.side_file_bytes)?.map(|bytes| from_json(&bytes, &path)).transpose()
 }
 
 /// tokenizer_config.json of `dir`, an empty object where there is none.
@@ -221,7 +219,7 @@ pub fn tokenizer_json(dir: &Path, limits: &Limits) -> Result<Option<TokenizerJso
 /// As [`read_json`].
 pub fn tokenizer_config(dir: &Path, limits: &Limits) -> Result<Value> {
     let path = dir.join("tokenizer_config.json");
-    let value = read_json(&path, limits.side_file_bytes.min(CONFIG_BYTES))?;
+    let value = read_json(&path, limits.side_file_bytes)?;
     match value {
         None => Ok(Value::Object(Default::default())),
         Some(value @ Value::Object(_)) => Ok(value),

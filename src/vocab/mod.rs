@@ -38,7 +38,7 @@ pub use pre::Candidates;
 pub use special::{AddTokens, SpecialIds};
 
 /// Most tokens a vocabulary may have, and the bound on ids and on `vocab_size`.
-const MAX_TOKENS: u64 = 1 << 22;
+const MAX_TOKENS: u64 = 1 << 20;
 
 /// Vocabularies in forms of their own, which are named but not read.
 const UNREAD: [(&str, &str); 4] = [

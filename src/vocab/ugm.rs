@@ -123,8 +123,9 @@ pub fn load_file(
     if class.starts_with("T5Tokenizer") && listed.iter().all(|t| !t.content.starts_with("<extra_id_")) {
         // Behind the pieces, the first last.
         let count = config.get("extra_ids").and_then(Value::as_u64).unwrap_or(EXTRA_IDS);
-        for id in n_pieces..n_pieces.saturating_add(count).min(size as u64) {
-            let name = format!("<extra_id_{}>", n_pieces + count - 1 - id);
+        let end = n_pieces.saturating_add(count);
+        for id in n_pieces..end.min(size as u64) {
+            let name = format!("<extra_id_{}>", end - 1 - id);
             if vocab.token_types.get(id as usize) == Some(&TokenType::Unused) {
                 vocab.put(id as usize, name, TokenType::Control, Some(0.0));
             }

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use super::added::{all_added, ids_by_text};
 use super::bpe::GGML_PRE;
 use super::hf::{self, AddedToken, Entries, Model, TokenizerJson};
-use super::{Kind, Source, TokenType, Vocab, special, vocab_size_for_all};
+use super::{Kind, MAX_TOKENS, Source, TokenType, Vocab, special, vocab_size_for_all};
 use crate::error::{Error, Result};
 use crate::limits::Limits;
 
@@ -48,6 +48,9 @@ pub fn vocab_txt(source: &Source, config: &Value, limits: &Limits) -> Result<Opt
     let path = source.dir.join("vocab.txt");
     let Some(bytes) = hf::read_side_file(&path, limits.side_file_bytes)? else { return Ok(None) };
     let text = String::from_utf8(bytes).map_err(|_| Error::malformed("is not UTF-8").at(&path))?;
+    if text.lines().count() as u64 > MAX_TOKENS {
+        return Err(Error::limit(format!("holds more than the {MAX_TOKENS} tokens allowed")).at(&path));
+    }
     // Of two equal lines the last counts.
     let ids: HashMap<&str, u32> = text.lines().zip(0..).collect();
     let config = with_roles(config, |text| ids.contains_key(text));

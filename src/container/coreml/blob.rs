@@ -12,7 +12,7 @@ use super::mil::TensorType;
 use crate::container::InputFile;
 use crate::container::shards::{Ending, FileLayout};
 use crate::error::{Error, Result};
-use crate::limits::Limits;
+use crate::limits::{Bound, Limits};
 
 /// Records and data begin at multiples of it. It is the length of the header and of a record, too.
 pub const ALIGNMENT: u64 = 64;
@@ -220,7 +220,7 @@ fn records(file: &InputFile, limits: &Limits) -> Result<BTreeMap<u64, Blob>> {
     }
     zeros(&header[8..], 8)?;
     if u64::from(count) > limits.tensors {
-        return Err(Error::limit(format!("{count} blobs, at most {} are allowed", limits.tensors)));
+        return Err(Bound::Tensors.reached(format!("{count} blobs, at most {} are allowed", limits.tensors)));
     }
     let (mut blobs, mut end) = (BTreeMap::new(), ALIGNMENT);
     for n in 0..count {

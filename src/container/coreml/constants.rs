@@ -248,6 +248,14 @@ pub fn constants(package: &Package, function: &Function) -> Result<Vec<Arc<Const
     Ok(all)
 }
 
+/// A value of an operation that is called `name`, as it is stored; `None` for texts, lists and so on.
+///
+/// # Errors
+/// `Malformed` where it is not as its type says: for a value of the model, that was checked at opening.
+pub fn constant(package: &Package, name: &str, value: &Value) -> Result<Option<Constant>> {
+    Reader { package, by_name: HashMap::new() }.stored(name, value)
+}
+
 struct Reader<'a> {
     package: &'a Package,
     /// With the number of operations behind one another.

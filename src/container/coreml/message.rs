@@ -65,6 +65,10 @@ pub trait Slot: Default + PartialEq {
     fn read_list(list: &mut Vec<Self>, field: &Field<'_>, decoder: &mut Decoder) -> Result<()> {
         let mut item = Self::default();
         item.read(field, decoder)?;
+        // Most lists have one item: a list that grows by itself begins with four.
+        if list.capacity() == 0 {
+            list.reserve_exact(1);
+        }
         list.push(item);
         Ok(())
     }
@@ -154,8 +158,9 @@ impl Slot for String {
         put_bytes(number, self.as_bytes(), out);
     }
 
-    fn read(&mut self, field: &Field<'_>, _: &mut Decoder) -> Result<()> {
+    fn read(&mut self, field: &Field<'_>, decoder: &mut Decoder) -> Result<()> {
         let text = std::str::from_utf8(field.bytes()?).map_err(|_| field.not("UTF-8"))?;
+        decoder.take_bytes(text.len())?;
         *self = text.into();
         Ok(())
     }
@@ -166,8 +171,10 @@ impl Slot for Vec<u8> {
         put_bytes(number, self, out);
     }
 
-    fn read(&mut self, field: &Field<'_>, _: &mut Decoder) -> Result<()> {
-        *self = field.bytes()?.to_vec();
+    fn read(&mut self, field: &Field<'_>, decoder: &mut Decoder) -> Result<()> {
+        let bytes = field.bytes()?;
+        decoder.take_bytes(bytes.len())?;
+        *self = bytes.to_vec();
         Ok(())
     }
 }
@@ -180,8 +187,10 @@ impl<S: Slot> Slot for Vec<S> {
     }
 
     fn read(&mut self, field: &Field<'_>, decoder: &mut Decoder) -> Result<()> {
-        let n = self.len();
-        S::read_list(self, field, decoder).map_err(|e| e.context(n))
+        let (n, capacity) = (self.len(), self.capacity());
+        S::read_list(self, field, decoder).map_err(|e| e.context(n))?;
+        let more = self.capacity().saturating_sub(capacity);
+        decoder.take(more.saturating_mul(size_of::<S>()))
     }
 }
 
@@ -201,12 +210,12 @@ impl<S: Slot> Slot for BTreeMap<String, S> {
     fn read(&mut self, field: &Field<'_>, decoder: &mut Decoder) -> Result<()> {
         let (mut key, mut value, mut seen) = (String::new(), S::default(), [false; 2]);
         let mut fields = Fields::new(field.bytes()?, field.at);
-        while let Some(inner) = fields.next(decoder)? {
+        while let Some(inner) = fields.next()? {
             let which = match inner.number {
                 1 => 0,
                 2 => 1,
                 number => {
-                    decoder.pass_over("entry of a map", number);
+                    decoder.pass_over("entry of a map", number)?;
                     continue;
                 }
             };
@@ -221,6 +230,7 @@ impl<S: Slot> Slot for BTreeMap<String, S> {
         if self.contains_key(&key) {
             return Err(Error::malformed(format!("{key:?} appears twice, again at byte {}", field.at)));
         }
+        decoder.take_entry(self.len(), size_of::<(String, S)>())?;
         self.insert(key, value);
         Ok(())
     }

@@ -203,6 +203,7 @@ impl Slot for Box<ValueType> {
     }
 
     fn read(&mut self, field: &Field<'_>, decoder: &mut Decoder) -> Result<()> {
+        decoder.take_bytes(size_of::<ValueType>())?;
         ValueType::read(self, field, decoder)
     }
 }

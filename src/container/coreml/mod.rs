@@ -20,7 +20,7 @@ pub mod model;
 pub mod package;
 mod wire;
 
-pub use constants::{Constant, Form, Place, constants};
+pub use constants::{Constant, Form, Place, constant, constants};
 pub use dtype::{DataType, Held};
 pub use message::{Message, Only};
 pub use model::Model;

@@ -77,6 +77,8 @@ pub struct Package {
     path: PathBuf,
     model: Model,
     unknown: Unknown,
+    /// Length of the model.
+    model_bytes: u64,
     /// By the names that the model has for them.
     weights: BTreeMap<String, BlobFile>,
 }
@@ -96,10 +98,11 @@ impl Package {
         let path = path.into();
         let (items, root) = items(&path, limits)?;
         let model_at = path.join(DATA).join(&root);
-        let bytes = read_side_file(&model_at, limits.side_file_bytes)?
+        let bytes = whole(&model_at, limits)?
             .ok_or_else(|| Error::malformed(format!("its model {root:?} is no file")).at(&path))?;
         let (model, unknown) = decode::<Model>(&bytes).map_err(|e| e.at(&model_at))?;
-        let mut package = Self { path, model, unknown, weights: BTreeMap::new() };
+        let model_bytes = bytes.len() as u64;
+        let mut package = Self { path, model, unknown, model_bytes, weights: BTreeMap::new() };
         package.check(&items, &root, limits).map_err(|e| e.at(&model_at))?;
         Ok(package)
     }
@@ -122,6 +125,12 @@ impl Package {
     /// The weight files that its values lie in, by the names that the model has for them.
     pub fn weights(&self) -> &BTreeMap<String, BlobFile> {
         &self.weights
+    }
+
+    /// Bytes of its model and of its weight files.
+    pub fn bytes(&self) -> u64 {
+        let weights = self.weights.values().map(|file| file.file().len());
+        weights.fold(self.model_bytes, u64::saturating_add)
     }
 
     /// Where a value of this type is stored.
@@ -172,7 +181,9 @@ impl Package {
         check::values(program, &mut |value, tensor| {
             if !weights.contains_key(&value.file_name) {
                 let inside = weight_path(&value.file_name, folder, items)?;
-                let file = BlobFile::open(InputFile::open(path.join(DATA).join(inside))?, limits)?;
+                let at = path.join(DATA).join(inside);
+                regular(&at)?;
+                let file = BlobFile::open(InputFile::open(at)?, limits)?;
                 weights.insert(value.file_name.clone(), file);
             }
             match weights.get(&value.file_name) {
@@ -186,12 +197,28 @@ impl Package {
 /// The paths of a package's items in `Data`, without that of its model, and that.
 fn items(path: &Path, limits: &Limits) -> Result<(Vec<String>, String)> {
     let at = path.join(MANIFEST);
-    let bytes = read_side_file(&at, limits.side_file_bytes)?.ok_or_else(|| {
+    let bytes = whole(&at, limits)?.ok_or_else(|| {
         Error::unsupported(format!("is no Core ML package: it has no {MANIFEST}"))
             .at(path)
             .hint("a package is a directory, usually called NAME.mlpackage")
     })?;
     listed(&bytes, path, &at).map_err(|e| e.at(&at))
+}
+
+/// A whole file of a package, see [`read_side_file`].
+fn whole(path: &Path, limits: &Limits) -> Result<Option<Vec<u8>>> {
+    regular(path)?;
+    read_side_file(path, limits.side_file_bytes)
+}
+
+/// That what is there, if anything, is a file or a directory: pipes and devices would be waited for.
+fn regular(path: &Path) -> Result<()> {
+    match fs::metadata(path) {
+        Ok(meta) if !meta.is_file() && !meta.is_dir() => {
+            Err(Error::malformed("is neither a file nor a directory").at(path))
+        }
+        _ => Ok(()), // what is not there is found when it is opened
+    }
 }
 
 fn listed(bytes: &[u8], path: &Path, at: &Path) -> Result<(Vec<String>, String)> {

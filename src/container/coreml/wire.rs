@@ -1,8 +1,8 @@
 //! Protocol buffers, version 3: fields as they lie in bytes (protobuf.dev, "Encoding").
 //!
 //! A message is a list of fields, each a key (number and wire type) and its content. Every length is checked against
-//! what is left before anything is taken, and nesting and the number of fields are bounded. What messages are made of
-//! is in [`super::message`].
+//! what is left before anything is taken. Nesting is bounded, and so is the memory that messages take: a message of two
+//! bytes may become some hundred. What messages are made of is in [`super::message`].
 
 use std::collections::BTreeMap;
 
@@ -11,9 +11,19 @@ use crate::error::{Error, Result};
 
 /// Deepest nesting of messages, as in the protobuf libraries.
 pub(super) const MAX_DEPTH: u32 = 100;
-/// Most fields of a file: what is built of them in memory may take some hundred bytes for each. An operation of a
-/// program has about 50.
-const MAX_FIELDS: u64 = 1 << 23;
+/// Most bytes of memory for each byte of a file, beside [`SOME_MEMORY`]: programs of coremltools take 9 to 14.
+const MEMORY_PER_BYTE: u64 = 24;
+/// What a file of any size may take.
+const SOME_MEMORY: u64 = 1 << 20;
+/// Beyond this, most bytes of memory for each byte of a file: so long files hold elements rather than operations.
+const MUCH_MEMORY: u64 = 512 << 20;
+const MUCH_MEMORY_PER_BYTE: u64 = 4;
+/// Entries of a node of a map (`std`, B = 6). A node is taken whole, and at least half of it is used.
+const NODE: usize = 11;
+/// What an allocation takes beside its bytes.
+const ALLOCATION: usize = 16;
+/// Most numbers of fields that are passed over.
+const MAX_UNKNOWN: usize = 256;
 /// Largest number of a field.
 const MAX_NUMBER: u64 = (1 << 29) - 1;
 /// Most bytes of a varint.
@@ -38,25 +48,62 @@ pub fn encode<M: Message>(message: &M) -> Vec<u8> {
 ///
 /// # Errors
 /// `Malformed` for what is no such message, with the place of the fault; `Unsupported` for an unknown member of an
-/// enumeration; `Limit` for nesting and numbers of fields beyond all use.
+/// enumeration; `Limit` for nesting, unknown fields and memory beyond all use: 24 bytes for each of `bytes` and 1 MiB,
+/// beyond 512 MiB 4 for each.
 pub fn decode<M: Message>(bytes: &[u8]) -> Result<(M, Unknown)> {
-    let mut decoder = Decoder::default();
+    let mut decoder = Decoder::new(bytes.len() as u64);
     let message = decoder.message(bytes, 0)?;
     Ok((message, decoder.unknown))
 }
 
 /// What is counted while a file is read.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Decoder {
     depth: u32,
-    fields: u64,
+    /// Bytes that what was read takes in memory, and may take.
+    memory: u64,
+    most_memory: u64,
     unknown: Unknown,
 }
 
 impl Decoder {
+    /// For a file of so many bytes.
+    fn new(bytes: u64) -> Self {
+        let most = SOME_MEMORY.saturating_add(bytes.saturating_mul(MEMORY_PER_BYTE));
+        let most_memory = most.min(MUCH_MEMORY.max(bytes.saturating_mul(MUCH_MEMORY_PER_BYTE)));
+        Self { depth: 0, memory: 0, most_memory, unknown: Unknown::new() }
+    }
+
+    /// Counts memory that is about to be taken, or was.
+    pub(super) fn take(&mut self, bytes: usize) -> Result<()> {
+        self.memory = self.memory.saturating_add(bytes as u64);
+        match self.memory <= self.most_memory {
+            true => Ok(()),
+            false => Err(Error::limit(format!(
+                "its messages take more than {} bytes of memory, far more than a file of this length should",
+                self.most_memory
+            ))),
+        }
+    }
+
+    /// The same of text or bytes.
+    pub(super) fn take_bytes(&mut self, bytes: usize) -> Result<()> {
+        self.take(if bytes == 0 { 0 } else { bytes.saturating_add(ALLOCATION) })
+    }
+
+    /// The same of an entry of a map that has `len` of them: nodes are taken whole.
+    pub(super) fn take_entry(&mut self, len: usize, entry: usize) -> Result<()> {
+        let is_new = len.is_multiple_of(NODE.div_ceil(2));
+        self.take(if is_new { entry.saturating_mul(NODE) } else { 0 })
+    }
+
     /// Counts a field that is passed over.
-    pub(super) fn pass_over(&mut self, message: &'static str, number: u32) {
+    pub(super) fn pass_over(&mut self, message: &'static str, number: u32) -> Result<()> {
+        if self.unknown.len() >= MAX_UNKNOWN && !self.unknown.contains_key(&(message, number)) {
+            return Err(Error::limit(format!("fields of more than {MAX_UNKNOWN} numbers are not known")));
+        }
         *self.unknown.entry((message, number)).or_default() += 1;
+        Ok(())
     }
 
     /// A message of `bytes`, which begin at byte `at` of the file.
@@ -68,9 +115,9 @@ impl Decoder {
         let mut message = M::default();
         let mut seen = Vec::new();
         let mut fields = Fields::new(bytes, at);
-        while let Some(field) = fields.next(self)? {
+        while let Some(field) = fields.next()? {
             match message.take(&field, self)? {
-                Taken::Unknown => self.pass_over(M::NAME, field.number),
+                Taken::Unknown => self.pass_over(M::NAME, field.number)?,
                 Taken::Once if seen.contains(&field.number) => return Err(field.twice()),
                 Taken::Once => seen.push(field.number),
                 Taken::Repeated => {}
@@ -137,13 +184,9 @@ impl<'a> Fields<'a> {
         Self { bytes, pos: 0, base }
     }
 
-    pub(super) fn next(&mut self, decoder: &mut Decoder) -> Result<Option<Field<'a>>> {
+    pub(super) fn next(&mut self) -> Result<Option<Field<'a>>> {
         if self.pos == self.bytes.len() {
             return Ok(None);
-        }
-        decoder.fields += 1;
-        if decoder.fields > MAX_FIELDS {
-            return Err(Error::limit(format!("more than {MAX_FIELDS} fields")));
         }
         let key_at = self.base + self.pos;
         let key = self.varint()?;
@@ -319,6 +362,7 @@ pub(super) fn read_varints<V: Varint>(list: &mut Vec<V>, field: &Field<'_>) -> R
 mod tests {
     use super::*;
     use crate::container::coreml::message::Only;
+    use crate::container::coreml::mil::Block;
     use crate::error::ErrorKind;
     use proptest::prelude::*;
 
@@ -372,13 +416,26 @@ mod tests {
     }
 
     #[test]
-    fn there_are_bounds() {
-        let mut fields = Vec::new();
-        (0..MAX_FIELDS).for_each(|_| fields.extend([0x10, 0]));
-        assert!(decode::<Only<i32>>(&fields).is_ok());
-        fields.extend([0x10, 0]);
-        let e = decode::<Only<i32>>(&fields).unwrap_err();
-        assert_eq!(e.kind(), ErrorKind::Limit, "{e}");
+    fn memory_is_bounded_by_the_length() {
+        let refused = |bytes: &[u8], words: &str| {
+            let e = decode::<Block>(bytes).err().unwrap();
+            assert!(e.kind() == ErrorKind::Limit && e.to_string().contains(words), "{e}");
+        };
+        // Operations of nothing take 2 bytes in a file, and more than a hundred in memory.
+        assert_eq!(decode::<Block>(&[0x1a, 0].repeat(1 << 12)).unwrap().0.operations.len(), 1 << 12);
+        refused(&[0x1a, 0].repeat(1 << 18), "bytes of memory");
+        // With a name of one byte, and an attribute of no value.
+        let named = [0x1a, 8, 0x0a, 1, b'x', 0x2a, 3, 0x0a, 1, b'v'];
+        refused(&named.repeat(1 << 16), "bytes of memory");
+        let unknown: Vec<u8> = (5..MAX_UNKNOWN as u64 + 8)
+            .flat_map(|number| {
+                let mut field = Vec::new();
+                put_varint(number << 3, &mut field);
+                field.push(0);
+                field
+            })
+            .collect();
+        refused(&unknown, "of more than 256 numbers");
     }
 
     proptest! {

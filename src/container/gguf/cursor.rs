@@ -2,7 +2,7 @@
 
 use crate::container::InputFile;
 use crate::error::{Error, Result};
-use crate::limits::Limits;
+use crate::limits::{Bound, Limits};
 
 use super::value::{Array, Value, ValueType};
 
@@ -49,7 +49,7 @@ impl<'a> Cursor<'a> {
         }
         let end = need.and_then(|n| n.checked_add(self.pos));
         if end.is_none_or(|end| end > self.limits.header_bytes) {
-            return Err(Error::limit(format!(
+            return Err(Bound::Header.reached(format!(
                 "{count} {what} at byte {} make a header of more than {} bytes",
                 self.pos, self.limits.header_bytes
             )));
@@ -90,7 +90,12 @@ impl<'a> Cursor<'a> {
         let len = self.u64()?;
         self.expect(len, 1, "bytes of string")?;
         if len > max {
-            return Err(Error::limit(format!("string of {len} bytes, at most {max} are allowed")));
+            let message = format!("string of {len} bytes, at most {max} are allowed");
+            // Of keys and names, the format has bounds of its own.
+            return Err(match max == self.limits.string_bytes {
+                true => Bound::String.reached(message),
+                false => Error::limit(message),
+            });
         }
         let mut bytes = vec![0; len as usize];
         let start = self.pos.checked_sub(self.window_start).and_then(|n| usize::try_from(n).ok());
@@ -130,7 +135,9 @@ impl<'a> Cursor<'a> {
     fn array(&mut self, depth: u32) -> Result<Array> {
         use ValueType as T;
         if depth > self.limits.array_depth {
-            return Err(Error::limit(format!("arrays are nested deeper than {}", self.limits.array_depth)));
+            return Err(
+                Bound::Depth.reached(format!("arrays are nested deeper than {}", self.limits.array_depth))
+            );
         }
         let element = self.value_type()?;
         let n = self.u64()?;

@@ -7,10 +7,12 @@ mod cursor;
 mod layout;
 mod model;
 mod packed;
+mod places;
 mod read;
 mod value;
 pub mod write;
 
 pub use layout::{DEFAULT_ALIGNMENT, MAGIC};
+pub use places::{Places, places};
 pub use read::{Gguf, is_gguf};
 pub use value::{Array, Metadata, Value, ValueType};

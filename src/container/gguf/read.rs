@@ -7,7 +7,7 @@ use crate::container::qpack::is_qpack;
 use crate::container::shards::{shard_name, split_shard_name};
 use crate::container::{InputFile, Store};
 use crate::error::{Error, ErrorKind, Result};
-use crate::limits::Limits;
+use crate::limits::{Bound, Limits};
 use crate::tensor::{DType, TensorInfo};
 
 use super::cursor::Cursor;
@@ -154,9 +154,9 @@ fn open_shards(
     limits: &Limits,
 ) -> Result<Vec<(InputFile, Header)>> {
     if split.count > limits.shards {
-        return Err(
-            Error::limit(format!("{} shards, at most {} are allowed", split.count, limits.shards)).at(path)
-        );
+        return Err(Bound::Shards
+            .reached(format!("{} shards, at most {} are allowed", split.count, limits.shards))
+            .at(path));
     }
     let name = path.file_name().and_then(|n| n.to_str()).unwrap_or_default();
     let prefix = match split_shard_name(name, "gguf") {
@@ -247,7 +247,9 @@ impl Header {
         limit_tensors(n_tensors, limits)?;
         if n_entries > limits.metadata_entries {
             let most = limits.metadata_entries;
-            return Err(Error::limit(format!("{n_entries} metadata entries, at most {most} are allowed")));
+            return Err(
+                Bound::Metadata.reached(format!("{n_entries} metadata entries, at most {most} are allowed"))
+            );
         }
         let mut metadata = Metadata::default();
         for i in 0..n_entries {
@@ -307,7 +309,7 @@ fn limit_tensors(n: u64, limits: &Limits) -> Result<()> {
     if n <= limits.tensors {
         return Ok(());
     }
-    Err(Error::limit(format!("{n} tensors, at most {} are allowed", limits.tensors)))
+    Err(Bound::Tensors.reached(format!("{n} tensors, at most {} are allowed", limits.tensors)))
 }
 
 /// Name, shape, type and relative offset.

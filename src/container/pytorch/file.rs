@@ -15,7 +15,7 @@ use crate::limits::Limits;
 use crate::tensor::{StridedCopy, TensorInfo};
 
 /// Longest pickle, in bytes; a tensor takes about two hundred.
-const MAX_PICKLE: u64 = 64 << 20;
+const MAX_PICKLE: u64 = 32 << 20;
 /// Longest of the members that hold a number or a word.
 const MAX_WORD: u64 = 64;
 /// What is read of an old file at first; most pickles end within it.

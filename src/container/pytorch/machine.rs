@@ -15,10 +15,12 @@ const PROTOCOL: u8 = 5;
 const MAX_STACK: usize = 1 << 18;
 /// Most marks on the stack: how deep things are nested.
 const MAX_MARKS: usize = 1 << 10;
+/// Most tensors, and most storages: what a pickle makes takes no more than some 200 MB, however it is made.
+pub const MAX_TENSORS: usize = 1 << 17;
 /// Most objects, and most entries of the memo. A tensor takes about six of either.
-const MAX_OBJECTS: usize = 1 << 21;
+const MAX_OBJECTS: usize = MAX_TENSORS << 3;
 /// Most values that come onto the stack in all. A tensor takes about twenty-five.
-const MAX_VALUES: usize = 1 << 23;
+const MAX_VALUES: usize = MAX_TENSORS << 5;
 
 /// Why a pickle could not be read.
 #[derive(Debug)]
@@ -79,7 +81,8 @@ pub enum Object<'a> {
     Dict(Vec<(Value<'a>, Value<'a>)>),
     /// Index into [`Pickle::storages`].
     Storage(usize),
-    Tensor(Tensor<'a>),
+    /// Apart, so that the others stay small.
+    Tensor(Box<Tensor<'a>>),
     /// Known, and of no interest.
     Opaque,
 }
@@ -146,10 +149,13 @@ struct Machine<'a> {
     values: usize,
     /// Heights of the stack.
     marks: Vec<usize>,
-    memo: HashMap<u32, Value<'a>>,
+    /// Entries by number; picklers count them up from 0.
+    memo: Vec<Option<Value<'a>>>,
     objects: Vec<Object<'a>>,
     storages: Vec<Storage<'a>>,
     by_key: HashMap<&'a str, usize>,
+    /// Tensors so far.
+    tensors: usize,
 }
 
 fn bad(what: &str) -> Fault {
@@ -157,7 +163,13 @@ fn bad(what: &str) -> Fault {
 }
 
 fn too_many() -> Fault {
-    Error::limit(format!("its pickle has more than {MAX_OBJECTS} objects")).into()
+    Error::limit(format!("its pickle has more than {MAX_OBJECTS} objects, or {MAX_VALUES} values")).into()
+}
+
+fn too_many_tensors() -> Fault {
+    Error::limit(format!("its pickle has more than {MAX_TENSORS} tensors or storages"))
+        .hint("save it in several files")
+        .into()
 }
 
 fn unknown(what: impl std::fmt::Display) -> Fault {
@@ -175,10 +187,11 @@ impl<'a> Machine<'a> {
             stack: Vec::new(),
             values: 0,
             marks: Vec::new(),
-            memo: HashMap::new(),
+            memo: Vec::new(),
             objects: Vec::new(),
             storages: Vec::new(),
             by_key: HashMap::new(),
+            tensors: 0,
         }
     }
 
@@ -420,15 +433,23 @@ impl<'a> Machine<'a> {
 
     fn remember(&mut self, key: u64) -> Result<(), Fault> {
         let top = self.height(1)?;
-        let key = u32::try_from(key).map_err(|_| bad("its memo is too large"))?;
-        if let Some(value) = self.stack.get(top) {
-            self.memo.insert(key, *value);
+        // Each entry so far took a byte and more.
+        let key = usize::try_from(key).ok().filter(|key| *key < self.at);
+        let key = key.ok_or_else(|| bad("its memo has an entry whose number is far beyond those before"))?;
+        if key > MAX_OBJECTS {
+            return Err(too_many());
+        }
+        if key >= self.memo.len() {
+            self.memo.resize(key + 1, None);
+        }
+        if let (Some(entry), Some(value)) = (self.memo.get_mut(key), self.stack.get(top)) {
+            *entry = Some(*value);
         }
         Ok(())
     }
 
     fn recall(&mut self, key: u64) -> Result<(), Fault> {
-        let value = u32::try_from(key).ok().and_then(|key| self.memo.get(&key).copied());
+        let value = usize::try_from(key).ok().and_then(|key| self.memo.get(key).copied().flatten());
         self.push(value.ok_or_else(|| bad("its memo has no such entry"))?);
         Ok(())
     }
@@ -454,6 +475,7 @@ impl<'a> Machine<'a> {
         };
         let numel = numel as u64; // not negative
         let id = match self.by_key.get(key) {
+            None if self.storages.len() >= MAX_TENSORS => return Err(too_many_tensors()),
             None => {
                 self.by_key.insert(key, self.storages.len());
                 self.storages.push(Storage { key, dtype, numel });
@@ -548,7 +570,11 @@ impl<'a> Machine<'a> {
         };
         let own = self.storages.get(storage).map(|s| s.dtype);
         let dtype = dtype.or(own).ok_or_else(|| bad("a tensor has no storage"))?;
-        self.make(Object::Tensor(Tensor { storage, dtype, offset, size, stride }));
+        self.tensors += 1;
+        if self.tensors > MAX_TENSORS {
+            return Err(too_many_tensors());
+        }
+        self.make(Object::Tensor(Box::new(Tensor { storage, dtype, offset, size, stride })));
         Ok(())
     }
 

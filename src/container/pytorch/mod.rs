@@ -7,6 +7,7 @@
 //! of them, and refuses everything else by name. Tensors are ranges of the file, so that a
 //! [`Store`] reads them like any other.
 
+mod disassemble;
 mod file;
 mod globals;
 mod machine;
@@ -15,6 +16,7 @@ mod state_dict;
 pub mod write;
 mod zip;
 
+pub use disassemble::{Instruction, Mention, mentions};
 pub use file::is_pytorch;
 
 use std::collections::HashMap;

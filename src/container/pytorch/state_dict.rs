@@ -9,7 +9,7 @@ use super::globals::Global;
 use super::globals::shown;
 use super::machine::{Object, Pickle, Storage, Tensor, Value};
 use crate::error::{Error, Result};
-use crate::limits::Limits;
+use crate::limits::{Bound, Limits};
 use crate::tensor::{self, DType, Dim, StridedCopy};
 
 /// Most dimensions of a tensor; GGUF has four.
@@ -73,7 +73,7 @@ pub fn read<'a>(pickle: &Pickle<'a>, limits: &Limits) -> Result<(Vec<Entry<'a>>,
             return Err(Error::malformed(format!("tensor {:?} appears twice", shown(&name))));
         }
         if entries.len() as u64 >= limits.tensors {
-            return Err(Error::limit(format!("more than the {} tensors allowed", limits.tensors)));
+            return Err(Bound::Tensors.reached(format!("more than the {} tensors allowed", limits.tensors)));
         }
         let entry =
             locate(pickle, tensor).map_err(|e| e.context(format_args!("tensor {:?}", shown(&name))))?;

@@ -5,9 +5,10 @@
 use std::collections::HashMap;
 
 use super::globals::shown;
+use super::machine::MAX_TENSORS;
 use crate::container::InputFile;
 use crate::error::{Error, Result};
-use crate::limits::Limits;
+use crate::limits::{Bound, Limits};
 
 pub const LOCAL_HEADER: [u8; 4] = *b"PK\x03\x04";
 pub const CENTRAL_HEADER: [u8; 4] = *b"PK\x01\x02";
@@ -21,6 +22,10 @@ pub const ZIP64_END_BYTES: usize = 56;
 const CENTRAL_BYTES: usize = 46;
 pub const LOCAL_BYTES: usize = 30;
 const MAX_COMMENT: u64 = u16::MAX as u64;
+/// Longest directory, in bytes; a member takes about a hundred.
+const MAX_DIRECTORY: u64 = 32 << 20;
+/// Most members: one for each storage, and a few small ones.
+const MAX_MEMBERS: u64 = MAX_TENSORS as u64 + (1 << 10);
 /// What stands in a field whose value is in a zip64 record.
 pub const FULL_16: u64 = u16::MAX as u64;
 pub const FULL_32: u64 = u32::MAX as u64;
@@ -28,6 +33,8 @@ pub const FULL_32: u64 = u32::MAX as u64;
 const STORED: u16 = 0;
 const DEFLATED: u16 = 8;
 const ENCRYPTED: u16 = 1;
+/// Sizes and checksum stand behind the data.
+const SIZES_FOLLOW: u16 = 1 << 3;
 pub const ZIP64_EXTRA: u16 = 1;
 
 /// A member.
@@ -78,11 +85,14 @@ impl Archive {
     pub fn read(file: &InputFile, limits: &Limits) -> Result<Self> {
         let Directory { offset, bytes, count } = Directory::find(file)?;
         if bytes > limits.header_bytes {
-            return Err(Error::limit(format!("its directory has {bytes} bytes")));
+            return Err(Bound::Header.reached(format!("its directory has {bytes} bytes")));
         }
         // Besides a member for each tensor there are a few small ones.
         if count > limits.tensors.saturating_add(1 << 10) {
-            return Err(Error::limit(format!("its directory has {count} members")));
+            return Err(Bound::Tensors.reached(format!("its directory has {count} members")));
+        }
+        if bytes > MAX_DIRECTORY || count > MAX_MEMBERS {
+            return Err(Error::limit(format!("its directory has {count} members in {bytes} bytes")));
         }
         let mut directory = vec![0; bytes as usize]; // lies within the file
         file.read_at(offset, &mut directory)?;
@@ -92,14 +102,14 @@ impl Archive {
         while !rest.is_empty() {
             let (name, at, mut member, used) = central(rest)?;
             rest = rest.get(used..).unwrap_or_default();
-            member.offset = data_offset(file, name, at, offset)?;
+            member.offset = data_offset(file, name, at, offset, &member)?;
             let end = member.offset.checked_add(member.packed).filter(|end| *end <= offset);
             let Some(end) = end else {
-                return Err(bad(format!("its member {name:?} runs into the directory")));
+                return Err(bad(format!("its member {:?} runs into the directory", shown(name))));
             };
             ranges.push((at, end));
             if members.insert(name.to_owned(), member).is_some() {
-                return Err(bad(format!("its member {name:?} comes twice")));
+                return Err(bad(format!("its member {:?} comes twice", shown(name))));
             }
         }
         if members.len() as u64 != count {
@@ -127,8 +137,8 @@ impl Archive {
             self.members.get(name).ok_or_else(|| bad(format!("its member {:?} is missing", shown(name))))?;
         match member.method {
             STORED if member.packed == member.len => Ok(*member),
-            STORED => Err(bad(format!("its member {name:?} has two sizes"))),
-            _ => Err(Error::unsupported(format!("its member {name:?} is compressed"))
+            STORED => Err(bad(format!("its member {:?} has two sizes", shown(name)))),
+            _ => Err(Error::unsupported(format!("its member {:?} is compressed", shown(name)))
                 .hint("torch stores tensors uncompressed: pack it again with zip -0")),
         }
     }
@@ -153,9 +163,9 @@ impl Archive {
             DEFLATED => {
                 let bytes = miniz_oxide::inflate::decompress_to_vec_with_limit(&packed, member.len as usize);
                 let bytes = bytes.ok().filter(|b| b.len() as u64 == member.len);
-                bytes.map(Some).ok_or_else(|| bad(format!("its member {name:?} does not unpack")))
+                bytes.map(Some).ok_or_else(|| bad(format!("its member {:?} does not unpack", shown(name))))
             }
-            STORED => Err(bad(format!("its member {name:?} has two sizes"))),
+            STORED => Err(bad(format!("its member {:?} has two sizes", shown(name)))),
             n => Err(Error::unsupported(format!("its member {name:?} is compressed (method {n})"))),
         }
     }
@@ -258,7 +268,7 @@ fn central(rest: &[u8]) -> Result<(&str, u64, Member, usize)> {
     let (extra, _) = more.split_at_checked(extra_len).ok_or_else(cut)?;
     let name = std::str::from_utf8(name).map_err(|_| bad("a member's name is not UTF-8"))?;
     if fields.u16(8) & ENCRYPTED != 0 {
-        return Err(Error::unsupported(format!("its member {name:?} is encrypted")));
+        return Err(Error::unsupported(format!("its member {:?} is encrypted", shown(name))));
     }
     let mut sizes = [fields.u32(24), fields.u32(20), fields.u32(42)].map(u64::from);
     if sizes.contains(&FULL_32) {
@@ -266,7 +276,7 @@ fn central(rest: &[u8]) -> Result<(&str, u64, Member, usize)> {
         let mut wide = zip64(extra).unwrap_or_default();
         for size in sizes.iter_mut().filter(|s| **s == FULL_32) {
             let Some((value, next)) = wide.split_first_chunk() else {
-                return Err(bad(format!("its member {name:?} lacks its size")));
+                return Err(bad(format!("its member {:?} lacks its size", shown(name))));
             };
             *size = u64::from_le_bytes(*value);
             wide = next;
@@ -289,8 +299,11 @@ fn zip64(mut extra: &[u8]) -> Option<&[u8]> {
 }
 
 /// First byte of a member's data, behind its own header at `at`.
-fn data_offset(file: &InputFile, name: &str, at: u64, directory: u64) -> Result<u64> {
-    let outside = || bad(format!("its member {name:?} lies outside the file"));
+///
+/// Names, methods and sizes have to be those of the directory: other readers go by these. Sizes may be left out, as
+/// a flag says.
+fn data_offset(file: &InputFile, name: &str, at: u64, directory: u64, member: &Member) -> Result<u64> {
+    let outside = || bad(format!("its member {:?} lies outside the file", shown(name)));
     let head = LOCAL_BYTES + name.len();
     let end = at.checked_add(head as u64).filter(|end| *end <= directory).ok_or_else(outside)?;
     let mut header = vec![0; head];
@@ -300,7 +313,20 @@ fn data_offset(file: &InputFile, name: &str, at: u64, directory: u64) -> Result<
         && usize::from(fields.u16(26)) == name.len()
         && header.get(LOCAL_BYTES..) == Some(name.as_bytes());
     if !same {
-        return Err(bad(format!("its member {name:?} is not where its directory has it")));
+        return Err(bad(format!("its member {:?} is not where its directory has it", shown(name))));
+    }
+    let flags = fields.u16(6);
+    if flags & ENCRYPTED != 0 {
+        return Err(Error::unsupported(format!("its member {:?} is encrypted", shown(name))));
+    }
+    let agrees = |own: u32, said: u64| u64::from(own) == said || u64::from(own) == FULL_32;
+    let sizes = flags & SIZES_FOLLOW != 0
+        || agrees(fields.u32(18), member.packed) && agrees(fields.u32(22), member.len);
+    if fields.u16(8) != member.method || !sizes {
+        return Err(bad(format!(
+            "its member {:?} has another size or compression in its own header than in the directory",
+            shown(name)
+        )));
     }
     Ok(end + u64::from(fields.u16(28))) // held against the directory by the caller
 }

@@ -10,7 +10,7 @@ use super::frame::{ALIGNMENT, HEADER};
 use super::json::{self, Kept, MAX_NUMBER};
 use super::planes;
 use crate::error::{Error, Result};
-use crate::limits::Limits;
+use crate::limits::{Bound, Limits};
 
 /// What of a manifest is read item by item.
 const LISTS: [&str; 2] = ["files", "tensors"];
@@ -181,9 +181,8 @@ impl Manifest {
             let n = files.len().max(tensors.len()) as u64;
             match n <= limits.tensors {
                 true => Ok(()),
-                false => {
-                    Err(Error::limit(format!("more {} than the {} allowed", LISTS[list], limits.tensors)))
-                }
+                false => Err(Bound::Tensors
+                    .reached(format!("more {} than the {} allowed", LISTS[list], limits.tensors))),
             }
         };
         let mut rest = json::parse_lists(bytes, &LISTS, &mut item)?;
@@ -281,7 +280,7 @@ impl SideFile {
         let sum = lengths.fold(0, u64::saturating_add);
         match sum <= limits.side_file_bytes {
             true => Ok(()),
-            false => Err(Error::limit(format!(
+            false => Err(Bound::SideFile.reached(format!(
                 "the files beside its tensors have {sum} bytes together, at most {} are allowed",
                 limits.side_file_bytes
             ))),

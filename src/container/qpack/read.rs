@@ -12,7 +12,7 @@ use super::{ALIGNMENT, SUFFIX};
 use crate::container::shards::{shard_name, split_shard_name};
 use crate::container::{InputFile, Store};
 use crate::error::{Error, Result};
-use crate::limits::Limits;
+use crate::limits::{Bound, Limits};
 use crate::sha256::Sha256;
 use crate::tensor::{DType, TensorInfo};
 
@@ -81,11 +81,9 @@ impl Qpack {
         let first = Shard::open(path, limits)?;
         let Some(split) = first.manifest.split.clone() else { return Ok(Self { shards: vec![first] }) };
         if split.count > limits.shards {
-            return Err(Error::limit(format!(
-                "{} files, at most {} are allowed",
-                split.count, limits.shards
-            ))
-            .at(path));
+            return Err(Bound::Shards
+                .reached(format!("{} files, at most {} are allowed", split.count, limits.shards))
+                .at(path));
         }
         let name = path.file_name().and_then(|n| n.to_str()).unwrap_or_default();
         let stem = match split_shard_name(name, SUFFIX) {
@@ -138,10 +136,8 @@ impl Qpack {
             }
             total += shard.manifest.tensors.len() as u64;
             if total > limits.tensors {
-                return Err(at(Error::limit(format!(
-                    "{total} tensors, at most {} are allowed",
-                    limits.tensors
-                ))));
+                return Err(at(Bound::Tensors
+                    .reached(format!("{total} tensors, at most {} are allowed", limits.tensors))));
             }
             if let Some(t) = shard.manifest.tensors.iter().find(|t| !names.insert(t.name.as_str())) {
                 return Err(at(Error::malformed(format!("tensor {:?} is in another file too", t.name))));
@@ -192,10 +188,8 @@ impl Qpack {
         let at = |e: Error| e.context(format!("file {name:?}")).at(shard.file.path());
         let len = segment.content_bytes();
         if len > limits.side_file_bytes {
-            return Err(at(Error::limit(format!(
-                "{len} bytes, at most {} are allowed",
-                limits.side_file_bytes
-            ))));
+            return Err(at(Bound::SideFile
+                .reached(format!("{len} bytes, at most {} are allowed", limits.side_file_bytes))));
         }
         let mut bytes = vec![0; len as usize];
         match opened(&shard.file, shard.places[k], segment).map_err(at)? {
@@ -435,7 +429,7 @@ impl Shard {
         let footer = Footer::read(&file)?;
         let (at, len) = footer.manifest;
         if len > limits.header_bytes {
-            return Err(Error::limit(format!(
+            return Err(Bound::Header.reached(format!(
                 "its manifest has {len} bytes, at most {} are allowed",
                 limits.header_bytes
             )));

@@ -7,7 +7,7 @@ use serde::de::{Error as _, MapAccess};
 use crate::container::InputFile;
 use crate::container::unique::{self, Unique};
 use crate::error::{Error, Result};
-use crate::limits::Limits;
+use crate::limits::{Bound, Limits};
 use crate::tensor::{DType, TensorInfo};
 
 /// Longest header that the format's own library reads, in bytes.
@@ -85,9 +85,11 @@ impl Header {
             .hint("the file is cut short, or no safetensors file"));
         };
         if len > MAX_HEADER.min(limits.header_bytes) {
-            return Err(Error::limit(format!(
-                "its header has {len} bytes, at most {MAX_HEADER} are allowed"
-            )));
+            let message = |most| format!("its header has {len} bytes, at most {most} are allowed");
+            return Err(match len > MAX_HEADER {
+                true => Error::limit(message(MAX_HEADER)),
+                false => Bound::Header.reached(message(limits.header_bytes)),
+            });
         }
         let mut json = vec![0; len as usize];
         file.read_at(8, &mut json)?;
@@ -97,7 +99,7 @@ impl Header {
         let items: Unique<Item> = serde_json::from_slice(&json)
             .map_err(|e| Error::malformed(format!("its header is faulty: {e}")))?;
         if items.0.len() as u64 > limits.tensors {
-            return Err(Error::limit(format!(
+            return Err(Bound::Tensors.reached(format!(
                 "{} tensors, at most {} are allowed",
                 items.0.len(),
                 limits.tensors

@@ -65,9 +65,9 @@ impl Needs {
                  each token, which goes through {used}"
             ));
         }
-        let hint = "--force writes it; --profile gpu is for Macs".to_string();
+        let hint = "--allow-unfit writes it; --profile gpu is for Macs".to_string();
         let message = format!("{model} at {form}: {}", reasons.join("; "));
-        (!reasons.is_empty()).then_some(Obstacle { message, hint, yields: true })
+        (!reasons.is_empty()).then_some(Obstacle { message, hint, yields: false })
     }
 
     /// The same for packages that are not meant for phones.
@@ -99,7 +99,7 @@ mod tests {
         let large = needs(5_300_000_000, 6);
         let said = of(&large, Profile::Ane).unwrap();
         assert!(
-            said.yields && said.message.starts_with("gpt-oss-20b at lut2: 5.3 GB in 6 chunks, 5.5 GB with")
+            !said.yields && said.message.starts_with("gpt-oss-20b at lut2: 5.3 GB in 6 chunks, 5.5 GB with")
         );
         assert!(of(&large, Profile::Gpu).is_none() && large.warning(Profile::Gpu).is_some());
         let small = needs(2_700_000_000, 3);

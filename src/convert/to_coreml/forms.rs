@@ -42,6 +42,8 @@ pub struct Forms {
     pub sparse: bool,
     /// Whether what does not fit into groups may have a scale for each row instead.
     pub allow_fallback: bool,
+    /// Whether a palette is asked for as such, not only as a form of so many bits.
+    pub must_be_palette: bool,
 }
 
 /// Bits of indices that Core ML has.
@@ -54,7 +56,14 @@ const ROWS: u64 = 8;
 impl Forms {
     /// Matrices so, and nothing else said.
     pub fn new(matrices: Matrices) -> Self {
-        Self { matrices, granularity: None, embedding_bits: None, sparse: false, allow_fallback: false }
+        Self {
+            matrices,
+            granularity: None,
+            embedding_bits: None,
+            sparse: false,
+            allow_fallback: false,
+            must_be_palette: false,
+        }
     }
 
     /// Whether that can be, on this profile.
@@ -94,13 +103,32 @@ impl Forms {
             }
             (Some(_), _) => {}
         }
-        match self.sparse && self.matrices != Matrices::Ternary {
-            true => Err(Error::misuse("--ternary-form means nothing without --bits ternary")),
+        if self.sparse && self.matrices != Matrices::Ternary {
+            return Err(Error::misuse("--ternary-form means nothing without --bits ternary"));
+        }
+        let groups = match (self.matrices, self.granularity) {
+            (Matrices::Integers(4), None) => profile == Profile::Gpu,
+            (Matrices::Integers(_), Some(Granularity::Group(_))) => true,
+            _ => false,
+        };
+        match self.allow_fallback && !groups {
+            true => {
+                Err(Error::misuse("--allow-fallback means nothing here: no columns share scales in groups"))
+            }
             false => Ok(()),
         }
     }
 
-    /// A name for outputs: `f16`, `int4`, `lut2`, `ternary`.
+    /// The option, if there is one, that says more of matrices than how many bits they have.
+    pub fn exact_option(&self) -> Option<&'static str> {
+        match (self.must_be_palette, self.granularity) {
+            (true, _) => Some("--palettize"),
+            (false, Some(_)) => Some("--granularity"),
+            (false, None) => None,
+        }
+    }
+
+    /// What it is called: `f16`, `int4`, `lut2`, `ternary`.
     pub fn name(&self) -> String {
         match self.matrices {
             Matrices::Float16 => "f16".into(),
@@ -172,6 +200,11 @@ enum Role {
 /// Whether codes that the source has of such a tensor may stay: those of matrices and embeddings.
 pub fn may_keep(name: &str) -> bool {
     !matches!(role(name), Role::Other)
+}
+
+/// Whether such a tensor is a matrix of a layer.
+pub fn is_matrix(name: &str, shape: &[u64]) -> bool {
+    shape.len() > 1 && matches!(role(name), Role::Matrix)
 }
 
 fn role(name: &str) -> Role {

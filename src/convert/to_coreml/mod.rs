@@ -9,6 +9,7 @@ mod forms;
 mod package;
 mod parts;
 mod profile;
+mod replace;
 mod source;
 pub mod weights;
 
@@ -19,6 +20,7 @@ use serde_json::json;
 
 pub use self::forms::{Forms, Granularity, Matrices};
 pub use self::profile::Profile;
+pub(super) use self::replace::check as check_replaced;
 pub(crate) use self::source::{Given, Opened};
 
 use self::fit::Needs;
@@ -33,7 +35,7 @@ use crate::container::coreml::chunks::{CHUNKS, is_model};
 use crate::container::imatrix::ImportanceMatrix;
 use crate::error::{Error, Result};
 use crate::limits::Limits;
-use crate::mil::Part;
+use crate::mil::{LEAST_EPS, Part};
 
 /// What packages end in.
 pub const SUFFIX: &str = "mlpackage";
@@ -65,6 +67,8 @@ pub struct ToCoreml {
     pub imatrix: Option<ImatrixChoice>,
     /// The repository whose tokenizer programs fetch.
     pub model_id: Option<String>,
+    /// Whether what does not fit a phone, or would be slow there, is written for one.
+    pub allow_unfit: bool,
     /// Architecture, where the config's class is unknown.
     pub arch: Option<String>,
     /// A definition outside the program that is to be used instead.
@@ -85,6 +89,7 @@ impl ToCoreml {
             chunk_size: 950 << 20,
             imatrix: None,
             model_id: None,
+            allow_unfit: false,
             arch: None,
             arch_file: None,
             limits: Limits::default(),
@@ -110,25 +115,20 @@ impl ToCoreml {
             .imatrix
             .as_ref()
             .map(|choice| ImportanceMatrix::open(&choice.path, &self.limits).map(Arc::new));
-        let asked = Asked {
-            profile: self.profile,
-            forms: &self.forms,
-            context,
-            imatrix: imatrix.transpose()?,
-            metadata: profile::metadata(
-                &opened.model,
-                self.model_id.as_deref(),
-                self.profile,
-                context,
-                &self.forms.name(),
-            ),
-        };
+        let asked =
+            Asked { profile: self.profile, forms: &self.forms, context, imatrix: imatrix.transpose()? };
         let mut weights = Weights::of(&opened, &decoder, &asked).map_err(at)?;
+        let form = weights.form();
+        let id = self.model_id.as_deref();
+        weights.metadata = profile::metadata(&opened.model, id, self.profile, context, &form);
+        replace::note(&mut weights.metadata, &opened.side);
         let parts = match self.profile {
             Profile::Gpu => vec![Part::Whole],
-            Profile::Ane => parts::divide(decoder.layers, self.chunk_size, &|part| weights.bytes(part))?,
+            Profile::Ane => {
+                parts::divide(decoder.layers, self.chunk_size, &|part| weights.bytes(part)).map_err(at)?
+            }
         };
-        let output = self.output(&opened, parts.len());
+        let output = self.output(&opened, &form, parts.len())?;
         let mut plan = Plan::new(Vec::new());
         let mut names = Vec::with_capacity(parts.len());
         for (number, part) in parts.iter().enumerate() {
@@ -148,7 +148,10 @@ impl ToCoreml {
         };
         notes.push(needs.note());
         notes.extend(needs.warning(self.profile));
-        plan.obstacle = needs.obstacle(self.profile, &opened.name, &self.forms.name(), &decoder.ffn);
+        plan.obstacle = needs.obstacle(self.profile, &opened.name, &form, &decoder.ffn);
+        if self.allow_unfit {
+            notes.extend(plan.obstacle.take().map(|obstacle| obstacle.message));
+        }
         plan.notes = notes;
         let mut beside = opened.side;
         if parts.len() > 1 {
@@ -188,6 +191,14 @@ impl ToCoreml {
                 decoder.head_dim
             ));
         }
+        let of_stream = decoder.stream * decoder.stream;
+        if decoder.eps * of_stream < LEAST_EPS {
+            remarks.push(format!(
+                "norms add {:.2e} to the variance instead of {:.2e}: float16 has nothing less",
+                LEAST_EPS / of_stream,
+                decoder.eps
+            ));
+        }
         if let Ffn::Experts { count, used, .. } = decoder.ffn {
             remarks.push(format!(
                 "all {count} experts are computed for each token, which goes through {used}: a package cannot choose \
@@ -200,22 +211,25 @@ impl ToCoreml {
         remarks
     }
 
-    fn output(&self, opened: &Opened, packages: usize) -> PathBuf {
+    fn output(&self, opened: &Opened, form: &str, packages: usize) -> Result<PathBuf> {
         let name = || {
             let profile = self.profile.name();
-            format!("{}-{}-{profile}.{SUFFIX}", opened.name, self.forms.name())
+            format!("{}-{form}-{profile}.{SUFFIX}", opened.name)
         };
+        let is_called_so = |path: &Path| path.extension().is_some_and(|e| e == SUFFIX);
         let output = match &self.output {
             None => opened.beside.join(name()),
-            Some(dir) if dir.is_dir() && !is_model(dir) && dir.extension().is_none_or(|e| e != SUFFIX) => {
-                dir.join(name())
-            }
+            Some(dir) if dir.is_dir() && !is_model(dir) && !is_called_so(dir) => dir.join(name()),
             Some(output) => output.clone(),
         };
-        match packages {
-            1 => output,
-            _ if output.extension().is_some_and(|e| e == SUFFIX) => output.with_extension(""),
-            _ => output,
+        match (packages, is_called_so(&output)) {
+            (1, true) | (2.., false) => Ok(output),
+            (1, false) => {
+                Err(Error::misuse(format!("a package is called NAME.{SUFFIX}: Macs know it by that"))
+                    .at(&output)
+                    .hint(format!("-o {}.{SUFFIX}", output.display())))
+            }
+            _ => Ok(output.with_extension("")),
         }
     }
 }
@@ -234,17 +248,5 @@ fn layers(part: &Part) -> Option<[usize; 2]> {
     match part {
         Part::Layers(layers) => Some([layers.start, layers.end]),
         _ => None,
-    }
-}
-
-/// Refuses to replace a directory that no such conversion wrote.
-///
-/// # Errors
-/// `Misuse`.
-pub(super) fn check_own(path: &Path) -> Result<()> {
-    let is_empty = || std::fs::read_dir(path).is_ok_and(|mut entries| entries.next().is_none());
-    match !path.is_dir() || is_model(path) || is_empty() {
-        true => Ok(()),
-        false => Err(Error::misuse("exists already, and is no Core ML package").at(path)),
     }
 }

@@ -5,17 +5,19 @@ use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
-use super::forms::{Forms, may_keep};
+use super::forms::{self, Forms};
 use super::parts::At;
 use super::profile::{self, Profile};
 use super::source::Opened;
 use super::weights::{Keep, WeightPlan, Wish};
-use crate::arch::{Data, Decoder, Mapped, Positions};
+use crate::arch::{Decoder, Mapped, Positions, RopeSpec};
 use crate::container::Store;
-use crate::container::coreml::blob::{self, ALIGNMENT, Wanted};
+
+use crate::container::coreml::blob::{self, Blob, Wanted};
 use crate::container::coreml::model::Metadata;
 use crate::container::coreml::package::{WEIGHTS, small_files};
 use crate::container::imatrix::ImportanceMatrix;
+use crate::container::shards::FileLayout;
 use crate::convert::Importance;
 use crate::convert::moved::Moved;
 use crate::convert::pack::PartPlan;
@@ -31,7 +33,6 @@ pub struct Asked<'a> {
     /// Tokens that the cache holds.
     pub context: u64,
     pub imatrix: Option<Arc<ImportanceMatrix>>,
-    pub metadata: Metadata,
 }
 
 /// The weights of a model, and how each is encoded.
@@ -44,14 +45,15 @@ pub struct Weights<'a> {
     head: Vec<Range<u64>>,
     /// By what is said of them: tensors.
     notes: BTreeMap<String, Vec<String>>,
+    /// What the packages say of themselves.
+    pub metadata: Metadata,
 }
 
-/// A tensor, or some of its rows.
+/// A weight of the graph.
 struct Weight<'a> {
     /// What the graph calls it.
     name: String,
-    mapped: Mapping<'a>,
-    rows: Option<Range<u64>>,
+    of: Of<'a>,
     at: At,
     /// Whether it is the head as well.
     is_tied: bool,
@@ -59,27 +61,35 @@ struct Weight<'a> {
     importance: Option<Importance>,
     /// Taken by the first package that needs it.
     planned: Option<WeightPlan>,
-    /// Bytes in a weight file.
-    bytes: u64,
+    /// How it is encoded, and how codes come about.
+    kind: (&'static str, &'static str),
+    elements: u64,
 }
 
-/// A tensor of the source, or one that is made.
-enum Mapping<'a> {
-    Source(&'a Mapped),
-    Made(Mapped),
+/// What a weight is.
+#[derive(Clone)]
+enum Of<'a> {
+    /// A tensor of the source, or some of its rows.
+    Tensor(&'a Mapped, Option<Range<u64>>),
+    /// Cosines or sines of so many positions.
+    Table { spec: &'a RopeSpec, sines: bool, positions: u64 },
 }
 
-impl Mapping<'_> {
-    fn get(&self) -> &Mapped {
-        match self {
-            Self::Source(mapped) => mapped,
-            Self::Made(mapped) => mapped,
-        }
+impl Weight<'_> {
+    /// Whether it is one of the matrices of layers.
+    fn is_matrix(&self) -> bool {
+        matches!(self.of, Of::Tensor(mapped, _) if forms::is_matrix(&mapped.name, &mapped.shape))
+    }
+
+    /// Whether the source's codes stay, where something else might be wished.
+    fn is_kept(&self) -> bool {
+        self.kind.1 == "copy" && self.kind.0 != "f16"
     }
 }
 
 const EMBEDDING: &str = "token_embd.weight";
 const HEAD: &str = "output.weight";
+const HEAD_BIAS: &str = "output.bias";
 
 impl<'a> Weights<'a> {
     /// All weights that the graph of `decoder` may ask for.
@@ -102,21 +112,27 @@ impl<'a> Weights<'a> {
             all: Vec::with_capacity(opened.mapped.len()),
             head,
             notes: BTreeMap::new(),
+            metadata: Metadata::default(),
         };
         // What only rotations depend on is in their tables.
         let generated: BTreeSet<String> = opened.model.arch.generates().collect();
         let (is_split, store) = (weights.head.len() > 1, &opened.store);
         for mapped in opened.mapped.iter().filter(|m| !generated.contains(&m.name)) {
             let at = At::of(&mapped.name);
-            if mapped.name != HEAD || !is_split {
+            let is_of_head = [HEAD, HEAD_BIAS].contains(&mapped.name.as_str());
+            if !is_of_head || !is_split {
                 let both = is_tied && !is_split && mapped.name == EMBEDDING;
-                weights.add(mapped.name.clone(), Mapping::Source(mapped), None, (at, both), store)?;
+                weights.add(mapped.name.clone(), Of::Tensor(mapped, None), (at, both), store)?;
             }
         }
         if is_split {
+            let bias = by_name.get(HEAD_BIAS).copied();
             for (j, rows) in weights.head.clone().into_iter().enumerate() {
-                let name = format!("output.{j}.weight");
-                weights.add(name, Mapping::Source(head_tensor), Some(rows), (At::Head, false), store)?;
+                let parts = [(Some(head_tensor), "weight"), (bias, "bias")];
+                for (mapped, kind) in parts.into_iter().filter_map(|(mapped, kind)| Some((mapped?, kind))) {
+                    let of = Of::Tensor(mapped, Some(rows.clone()));
+                    weights.add(format!("output.{j}.{kind}"), of, (At::Head, false), store)?;
+                }
             }
             if is_tied {
                 let why =
@@ -125,57 +141,93 @@ impl<'a> Weights<'a> {
             }
         }
         weights.rotations(store)?;
+        weights.check_heeded()?;
         Ok(weights)
     }
 
     /// Tables of cosines and sines.
     fn rotations(&mut self, store: &Store) -> Result<()> {
-        let Positions::Rope { dim, tables, .. } = &self.decoder.positions else { return Ok(()) };
-        let too_large = || Error::limit("tables of rotations beyond the address space");
-        let context = usize::try_from(self.asked.context).map_err(|_| too_large())?;
+        let Positions::Rope { tables, .. } = &self.decoder.positions else { return Ok(()) };
+        let positions = self.asked.context;
         for (t, spec) in tables.iter().enumerate() {
-            let (cos, sin) = spec.table(context)?;
-            for (name, values) in [("rope_cos", cos), ("rope_sin", sin)] {
-                let name = format!("{name}.{t}");
-                let values = values.into_iter().map(f32::from).collect();
-                let shape = vec![self.asked.context, *dim as u64];
-                let mapped = Mapped { name: name.clone(), shape, data: Data::Values(values), fixed: None };
-                self.add(name, Mapping::Made(mapped), None, (At::Table(t), false), store)?;
+            for (name, sines) in [("rope_cos", false), ("rope_sin", true)] {
+                let of = Of::Table { spec, sines, positions };
+                self.add(format!("{name}.{t}"), of, (At::Table(t), false), store)?;
             }
         }
         Ok(())
     }
 
-    fn add(
-        &mut self,
-        name: String,
-        mapped: Mapping<'a>,
-        rows: Option<Range<u64>>,
-        (at, is_tied): (At, bool),
-        store: &Store,
-    ) -> Result<()> {
-        let tensor = mapped.get();
-        let context = |e: Error| e.context(format_args!("tensor {:?}", tensor.name));
-        let mut shape = tensor.shape.clone();
-        if let (Some(rows), Some(n)) = (&rows, shape.first_mut()) {
-            *n = rows.end - rows.start;
+    fn add(&mut self, name: String, of: Of<'a>, (at, is_tied): (At, bool), store: &Store) -> Result<()> {
+        let (mut wish, mut importance, mut elements) = (Wish::F16, None, 0);
+        if let Of::Tensor(tensor, rows) = &of {
+            let context = |e: Error| e.context(format_args!("tensor {:?}", tensor.name));
+            let mut shape = tensor.shape.clone();
+            if let (Some(rows), Some(n)) = (rows, shape.first_mut()) {
+                *n = rows.end - rows.start;
+            }
+            elements = crate::tensor::elements(&shape).map_err(context)?;
+            let (wished, note) =
+                self.asked.forms.wish(self.asked.profile, &tensor.name, &shape).map_err(context)?;
+            if let Some(note) = note {
+                self.notes.entry(note).or_default().push(name.clone());
+            }
+            wish = wished;
+            importance = if wish == Wish::F16 { None } else { self.importance(tensor).map_err(context)? };
         }
-        let (wish, note) =
-            self.asked.forms.wish(self.asked.profile, &tensor.name, &shape).map_err(context)?;
-        if let Some(note) = note {
-            self.notes.entry(note).or_default().push(name.clone());
-        }
-        let importance = if wish == Wish::F16 { None } else { self.importance(tensor).map_err(context)? };
-        let mut weight =
-            Weight { name, mapped, rows, at, is_tied, wish, importance, planned: None, bytes: 0 };
+        let kind = ("f16", "copy");
+        let mut weight = Weight { name, of, at, is_tied, wish, importance, planned: None, kind, elements };
         let planned = weight.plan(self.asked.profile, store)?;
         for said in planned.note().into_iter().chain(planned.fallback()) {
             self.notes.entry(said.to_string()).or_default().push(weight.name.clone());
         }
-        let bytes = planned.blobs().iter().map(stored_bytes);
-        weight.bytes = bytes.fold(0, u64::saturating_add);
+        weight.kind = planned.kind();
         weight.planned = Some(planned);
         self.all.push(weight);
+        Ok(())
+    }
+
+    /// How the matrices of layers are encoded, what most of them are first: `int4`, `int4+f16`. Codes of the source
+    /// that stay are named as what they are.
+    pub fn form(&self) -> String {
+        let mut shares: BTreeMap<&str, u64> = BTreeMap::new();
+        for weight in self.all.iter().filter(|w| w.is_matrix()) {
+            let name = if weight.kind.0 == "sparse_ternary" { "ternary" } else { weight.kind.0 };
+            let share = shares.entry(name).or_default();
+            *share = share.saturating_add(weight.elements);
+        }
+        let mut shares: Vec<(&str, u64)> = shares.into_iter().collect();
+        shares.sort_by_key(|(_, share)| std::cmp::Reverse(*share));
+        let names: Vec<&str> = shares.into_iter().map(|(name, _)| name).collect();
+        if names.is_empty() { self.asked.forms.name() } else { names.join("+") }
+    }
+
+    /// That what was asked for says something of this model.
+    ///
+    /// # Errors
+    /// `Misuse` for options that none of its tensors heeds.
+    fn check_heeded(&mut self) -> Result<()> {
+        let forms = self.asked.forms;
+        let is_weighed = |w: &&Weight<'_>| w.importance.is_some() && !w.is_kept();
+        if let Some(matrix) = &self.asked.imatrix
+            && !self.all.iter().any(|w| is_weighed(&w))
+        {
+            return Err(
+                Error::misuse("--imatrix does nothing: no tensor that it knows is rounded").at(matrix.path())
+            );
+        }
+        let Some(option) = forms.exact_option() else { return Ok(()) };
+        let matrices = self.all.iter().filter(|w| w.is_matrix());
+        let (kept, others): (Vec<_>, Vec<_>) = matrices.partition(|w| w.is_kept());
+        if kept.is_empty() {
+            return Ok(());
+        }
+        if others.is_empty() {
+            return Err(Error::misuse(format!("{option} does nothing: the source's codes stay as they are"))
+                .hint("leave it out, or convert the source to float16 first"));
+        }
+        let names = kept.iter().map(|w| w.name.clone()).collect();
+        self.notes.insert(format!("{option} says nothing of them: their codes stay as they are"), names);
         Ok(())
     }
 
@@ -205,10 +257,10 @@ impl<'a> Weights<'a> {
     pub fn notes(&self) -> Vec<String> {
         let mut notes = Vec::new();
         if let Some(imatrix) = &self.asked.imatrix {
-            let compressed = self.all.iter().filter(|w| w.wish != Wish::F16);
+            let compressed = self.all.iter().filter(|w| w.wish != Wish::F16 && !w.is_kept());
             let (with, without): (Vec<_>, Vec<_>) = compressed.partition(|w| w.importance.is_some());
             notes.push(format!(
-                "{} of {} compressed tensors are weighed by {}",
+                "{} of {} rounded tensors are weighed by {}",
                 with.len(),
                 with.len() + without.len(),
                 imatrix.path().display()
@@ -225,10 +277,23 @@ impl<'a> Weights<'a> {
         notes
     }
 
-    /// Bytes of the weights of a part, as a weight file has them.
-    pub fn bytes(&self, part: &Part) -> u64 {
-        let of_part = self.all.iter().filter(|w| self.is_in(w, part));
-        of_part.map(|w| w.bytes).fold(ALIGNMENT, u64::saturating_add)
+    /// Bytes of the package of a part, before any is added to a plan.
+    ///
+    /// # Errors
+    /// As [`Self::package`].
+    pub fn bytes(&self, part: &Part) -> Result<u64> {
+        let chosen = self.chosen(part);
+        let planned: Vec<&WeightPlan> =
+            chosen.iter().filter_map(|i| self.all.get(*i)?.planned.as_ref()).collect();
+        let LaidOut { layout, small, .. } = self.lay_out(Path::new(""), part, &chosen, &planned)?;
+        let small = small.iter().map(|(_, bytes)| bytes.len() as u64);
+        Ok(small.fold(layout.len, u64::saturating_add))
+    }
+
+    /// The weights of a part, by their places.
+    fn chosen(&self, part: &Part) -> Vec<usize> {
+        let is_in = |i: &usize| self.all.get(*i).is_some_and(|w| self.is_in(w, part));
+        (0..self.all.len()).filter(is_in).collect()
     }
 
     fn is_in(&self, weight: &Weight<'_>, part: &Part) -> bool {
@@ -239,13 +304,34 @@ impl<'a> Weights<'a> {
         weight.at.is_in(part, tables) || weight.is_tied && *part == Part::Head
     }
 
+    /// Where the weights of a part lie in its package, and its small files.
+    fn lay_out(
+        &self,
+        folder: &Path,
+        part: &Part,
+        chosen: &[usize],
+        planned: &[&WeightPlan],
+    ) -> Result<LaidOut> {
+        let wanted: Vec<Wanted> = planned.iter().flat_map(|p| p.blobs().iter().copied()).collect();
+        let (layout, mut blobs) = blob::layout(folder.join(WEIGHTS).to_string_lossy(), &wanted)?;
+        let has_weights = !blobs.is_empty();
+        let (mut placed, mut of_each) = (Placed::default(), Vec::with_capacity(chosen.len()));
+        for (weight, planned) in chosen.iter().filter_map(|i| self.all.get(*i)).zip(planned) {
+            let rest = blobs.split_off(planned.blobs().len().min(blobs.len()));
+            let own = std::mem::replace(&mut blobs, rest);
+            placed.0.insert(weight.name.clone(), planned.encoded(mil::identifier(&weight.name), &own)?);
+            of_each.push(own);
+        }
+        let small = small_files(&self.model(part, &placed)?, has_weights)?;
+        Ok(LaidOut { layout, blobs: of_each, placed, small })
+    }
+
     /// Adds the package of a part, which lies in `folder` of the output.
     ///
     /// # Errors
     /// As the graph is built; `Malformed` for a weight that it has no use for.
     pub fn package(&mut self, plan: &mut Plan, folder: &Path, part: &Part, store: &Store) -> Result<()> {
-        let chosen: Vec<usize> =
-            (0..self.all.len()).filter(|i| self.all.get(*i).is_some_and(|w| self.is_in(w, part))).collect();
+        let chosen = self.chosen(part);
         let mut planned = Vec::with_capacity(chosen.len());
         for i in &chosen {
             let weight = &mut self.all[*i];
@@ -254,29 +340,22 @@ impl<'a> Weights<'a> {
                 None => weight.plan(self.asked.profile, store)?,
             });
         }
-        let wanted: Vec<Wanted> = planned.iter().flat_map(|p| p.blobs().iter().copied()).collect();
-        let name = folder.join(WEIGHTS);
-        let (layout, mut blobs) = blob::layout(name.to_string_lossy(), &wanted)?;
-        let (has_weights, file) = (!blobs.is_empty(), plan.files.len());
+        let laid_out = self.lay_out(folder, part, &chosen, &planned.iter().collect::<Vec<_>>())?;
+        let LaidOut { layout, blobs, placed, small } = laid_out;
+        let file = plan.files.len();
         plan.files.push(FilePlan::from(layout));
-        let mut placed = Placed::default();
-        for (i, planned) in chosen.into_iter().zip(planned) {
-            let weight = &self.all[i];
-            let rest = blobs.split_off(planned.blobs().len());
-            let own = std::mem::replace(&mut blobs, rest);
-            let encoded = planned.encoded(mil::identifier(&weight.name), &own)?;
-            let shape = encoded.shape.clone();
-            placed.0.insert(weight.name.clone(), encoded);
+        for ((i, planned), own) in chosen.into_iter().zip(planned).zip(blobs) {
+            let name = &self.all[i].name;
+            let shape = placed.0.get(name).map(|encoded| encoded.shape.clone()).unwrap_or_default();
             let parts = own.iter().enumerate().map(|(k, blob)| PartPlan {
                 file,
                 offset: blob.data(),
-                ..PartPlan::new(&format!("{}.{k}", weight.name), DType::U8, &[blob.bytes])
+                ..PartPlan::new(&format!("{name}.{k}"), DType::U8, &[blob.bytes])
             });
             let moved = Moved::encoding(planned, parts.collect());
-            plan.tensors.push(TensorPlan::moved(weight.name.clone(), shape, moved)?);
+            plan.tensors.push(TensorPlan::moved(name.clone(), shape, moved)?);
         }
-        let model = self.model(part, &placed)?;
-        for (name, bytes) in small_files(&model, has_weights)? {
+        for (name, bytes) in small {
             plan.files.push(FilePlan::whole(folder.join(name), bytes));
         }
         Ok(())
@@ -294,7 +373,7 @@ impl<'a> Weights<'a> {
             functions.push((name, built));
         }
         match placed.0.keys().find(|name| !used.contains(*name)) {
-            None => Ok(profile::model(functions, self.asked.metadata.clone(), context)),
+            None => Ok(profile::model(functions, self.metadata.clone(), context)),
             Some(name) => {
                 Err(Error::unsupported(format!("tensor {name:?} has no place in the graph of {}", self.arch))
                     .hint("its [graph] lacks something: the definition is in formats/arch"))
@@ -305,20 +384,29 @@ impl<'a> Weights<'a> {
 
 impl Weight<'_> {
     fn plan(&self, profile: Profile, store: &Store) -> Result<WeightPlan> {
+        let (mapped, rows) = match &self.of {
+            Of::Tensor(mapped, rows) => (*mapped, rows.clone()),
+            Of::Table { spec, sines, positions } => {
+                return WeightPlan::rotation(&self.name, spec, *sines, *positions);
+            }
+        };
         // The Neural Engine has no scales of blocks within a row.
         let keep = match profile {
-            _ if !may_keep(&self.mapped.get().name) => Keep::Never,
+            _ if !forms::may_keep(&mapped.name) => Keep::Never,
             Profile::Gpu => Keep::Blocks,
             Profile::Ane => Keep::Rows,
         };
-        WeightPlan::new(self.mapped.get(), store, self.rows.clone(), self.wish, keep, self.importance.clone())
+        WeightPlan::new(mapped, store, rows, self.wish, keep, self.importance.clone())
     }
 }
 
-/// Bytes of a blob with its record, up to the next.
-fn stored_bytes(wanted: &Wanted) -> u64 {
-    let data = wanted.data_type.bytes(wanted.elements).unwrap_or(u64::MAX);
-    data.checked_next_multiple_of(ALIGNMENT).unwrap_or(u64::MAX).saturating_add(ALIGNMENT)
+/// A package, laid out.
+struct LaidOut {
+    layout: FileLayout,
+    /// Of each weight.
+    blobs: Vec<Vec<Blob>>,
+    placed: Placed,
+    small: [(&'static str, Vec<u8>); 2],
 }
 
 /// Weights that have their places.

@@ -40,33 +40,27 @@ impl At {
     }
 }
 
-/// What is beside the weights of a package, in bytes, at most: its program.
-pub const PROGRAM: u64 = 1_000_000;
-
 /// Divides a model into packages below `most` bytes: one, or one of embeddings, some of layers, and one of the head.
-/// `bytes` gives those of the weights of a part.
+/// `bytes` gives those of the package of a part.
 ///
 /// # Errors
-/// `Misuse` for a part that is too large by itself.
-pub fn divide(layers: usize, most: u64, bytes: &dyn Fn(&Part) -> u64) -> Result<Vec<Part>> {
-    let fits = |part: &Part| bytes(part).saturating_add(PROGRAM) < most;
-    if fits(&Part::Whole) {
+/// `Misuse` for a part that is too large by itself; those of `bytes`.
+pub fn divide(layers: usize, most: u64, bytes: &dyn Fn(&Part) -> Result<u64>) -> Result<Vec<Part>> {
+    let fits = |part: &Part| Ok(bytes(part)? < most);
+    if fits(&Part::Whole)? {
         return Ok(vec![Part::Whole]);
     }
-    let check = |part: Part, what: &str| match fits(&part) {
-        true => Ok(part),
-        false => Err(Error::misuse(format!(
-            "--chunk-size {most}: {what} alone takes {} bytes, and its program up to {PROGRAM}",
-            bytes(&part)
-        ))
-        .hint("fewer --bits make it smaller, for embeddings and head --embedding-bits")),
+    let check = |part: Part, what: &str| match bytes(&part)? {
+        n if n < most => Ok(part),
+        n => Err(Error::misuse(format!("--chunk-size {most}: {what} alone takes {n} bytes"))
+            .hint("fewer --bits make it smaller, for embeddings and head --embedding-bits")),
     };
     let mut parts = vec![check(Part::Embedding, "the embedding")?];
     let mut first = 0;
     while first < layers {
         let mut end = first + 1;
         check(Part::Layers(first..end), &format!("layer {first}"))?;
-        while end < layers && fits(&Part::Layers(first..end + 1)) {
+        while end < layers && fits(&Part::Layers(first..end + 1))? {
             end += 1;
         }
         parts.push(Part::Layers(first..end));
@@ -94,23 +88,23 @@ mod tests {
     const MB: u64 = 1_000_000;
 
     /// A model of six layers of 10 MB, embeddings of 25 and a head of 15.
-    fn bytes(part: &Part) -> u64 {
-        match part {
+    fn bytes(part: &Part) -> Result<u64> {
+        Ok(match part {
             Part::Whole => 100 * MB,
             Part::Embedding => 25 * MB,
             Part::Layers(layers) => 10 * MB * layers.len() as u64,
             Part::Head => 15 * MB,
-        }
+        })
     }
 
     #[test]
     fn as_few_as_fit() {
         let divided =
             |most| divide(6, most, &bytes).unwrap().iter().map(|p| format!("{p:?}")).collect::<Vec<_>>();
-        assert_eq!(divided(101 * MB + 1), ["Whole"]);
-        assert_eq!(divided(101 * MB), ["Embedding", "Layers(0..6)", "Head"]);
-        assert_eq!(divided(41 * MB + 1), ["Embedding", "Layers(0..4)", "Layers(4..6)", "Head"]);
-        let e = divide(6, 26 * MB, &bytes).unwrap_err();
+        assert_eq!(divided(100 * MB + 1), ["Whole"]);
+        assert_eq!(divided(100 * MB), ["Embedding", "Layers(0..6)", "Head"]);
+        assert_eq!(divided(40 * MB + 1), ["Embedding", "Layers(0..4)", "Layers(4..6)", "Head"]);
+        let e = divide(6, 25 * MB, &bytes).unwrap_err();
         assert!(e.to_string().contains("the embedding alone takes 25000000 bytes"), "{e}");
     }
 

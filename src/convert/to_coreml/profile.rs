@@ -146,7 +146,8 @@ pub fn metadata(
     form: &str,
 ) -> Metadata {
     let config = source.config();
-    let stated = config.get("_name_or_path").and_then(Json::as_str).filter(|name| !name.is_empty());
+    let stated =
+        config.get("_name_or_path").and_then(Json::as_str).map(public).filter(|name| !name.is_empty());
     let architecture = source.class_name().to_string();
     let mut user_defined = BTreeMap::from([
         ("co.huggingface.exporters.architecture".to_string(), architecture),
@@ -162,9 +163,36 @@ pub fn metadata(
     Metadata { short_description, user_defined, ..Metadata::default() }
 }
 
+/// A name that tells nothing of somebody's directories: `OWNER/NAME` as it is, of a path what it leads to.
+fn public(name: &str) -> &str {
+    let is_path =
+        name.starts_with(['/', '.', '~']) || name.contains(['\\', ':']) || name.matches('/').count() > 1;
+    match is_path {
+        true => name.trim_end_matches(['/', '\\']).rsplit(['/', '\\']).next().unwrap_or_default(),
+        false => name,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn paths_stay_private() {
+        for (stated, told) in [
+            ("meta-llama/Llama-3.2-1B", "meta-llama/Llama-3.2-1B"),
+            ("gpt2", "gpt2"),
+            ("/home/someone/secret/llama/", "llama"),
+            ("./out", "out"),
+            ("../runs/7/llama", "llama"),
+            ("~/llama", "llama"),
+            ("runs/seven/llama", "llama"),
+            ("C:\\Users\\someone\\llama", "llama"),
+            ("/", ""),
+        ] {
+            assert_eq!(public(stated), told, "{stated}");
+        }
+    }
 
     #[test]
     fn vocabularies_are_parted() {

@@ -7,7 +7,7 @@ use crate::container::qpack::{HEADERS, is_path};
 use crate::container::side::{Below, files_below, is_weights, read_side_file};
 use crate::container::{InputFile, safetensors};
 use crate::error::{Error, Result};
-use crate::limits::Limits;
+use crate::limits::{Bound, Limits};
 
 /// What lies beside weights.
 pub struct Beside {
@@ -46,7 +46,7 @@ pub fn beside(dir: &Path, own: &[PathBuf], format: &str, limits: &Limits) -> Res
         let len = path.metadata().map_err(|e| Error::io("read", &path, e))?.len();
         taken.push((len, name, path));
         if taken.len() as u64 > limits.tensors {
-            return Err(Error::limit(format!("holds more than {} files", limits.tensors)).at(dir));
+            return Err(Bound::Tensors.reached(format!("holds more than {} files", limits.tensors)).at(dir));
         }
     }
     taken.sort();

@@ -107,5 +107,27 @@ pub fn render(
     })
 }
 
+/// Words of the errors of templates that want more than they may take.
+const BOUNDS: &[&str] = &[
+    "does not end within",
+    "takes too long",
+    "is longer than",
+    "too large",
+    "too long",
+    "too deep",
+    "more values than it may",
+    "writes more than",
+    "for too much",
+    "multiplies a constant",
+    "the renderer broke down",
+];
+
+/// Whether [`render`] refused a template because it takes too much, and not because of what it says.
+pub fn exceeds_bounds(error: &Error) -> bool {
+    let text = error.to_string();
+    // What a template itself raises is its own words.
+    !text.contains("refuses the messages") && BOUNDS.iter().any(|words| text.contains(words))
+}
+
 /// Macros may nest 500 deep.
 const STACK_BYTES: usize = 64 << 20;

@@ -6,7 +6,7 @@ use rayon::prelude::*;
 use super::super::call::{Call, same_dtype};
 use super::super::product::multiply;
 use super::super::strided::{repeated, strides};
-use super::super::tensor::{Data, Tensor, elements};
+use super::super::tensor::{Data, Tensor, zeros};
 use super::reduce::softmax_row;
 use super::{Operator, computed, one};
 use crate::error::{Error, Result};
@@ -37,7 +37,7 @@ fn attention(call: &mut Call<'_>) -> Result<Vec<Tensor>> {
         return Err(wrong());
     }
     let scores: Vec<usize> = [outer, &[*rows, *keys]].concat();
-    let mask = call.given("attn_mask")?.map(|mask| mask.tensor()).transpose()?;
+    let mask = call.given("attn_mask")?.map(|mask| mask.tensor(call.room)).transpose()?;
     if let Some(mask) = &mask
         && !(mask.shape.len() <= scores.len()
             && mask.shape.iter().rev().zip(scores.iter().rev()).all(|(n, size)| *n == 1 || n == size))
@@ -74,12 +74,12 @@ fn attention(call: &mut Call<'_>) -> Result<Vec<Tensor>> {
         return Err(Error::malformed(format!("attn_mask is {}", mask.described())));
     }
     let shape: Vec<usize> = [outer, &[*rows, *columns]].concat();
-    let mut out = vec![0.0; elements(&shape)?];
+    let mut out = zeros(call.elements(&shape)?)?;
     let (rows, keys, width, columns) = (*rows, *keys, *width, *columns);
     if out.is_empty() || keys == 0 || width == 0 {
         return Err(wrong());
     }
-    elements(&[rows.min(ROWS), keys])?;
+    call.elements(&[rows.min(ROWS), keys])?;
     let scale = 1.0 / (width as f32).sqrt();
     out.par_chunks_exact_mut(rows * columns).enumerate().for_each(|(batch, out)| {
         let queries = &q[batch * rows * width..][..rows * width];

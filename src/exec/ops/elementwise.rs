@@ -6,7 +6,7 @@ use rayon::prelude::*;
 
 use super::super::call::{Call, same_dtype};
 use super::super::strided::{Dim, Walk, repeated};
-use super::super::tensor::{Data, Tensor, elements};
+use super::super::tensor::{Data, Tensor};
 use super::shape::taken;
 use super::{Operator, computed, moved, one};
 use crate::container::coreml::DataType;
@@ -86,7 +86,7 @@ fn modulo(a: i32, b: i32) -> Option<i32> {
 ///
 /// # Errors
 /// `Malformed` for sizes that differ; `Limit`.
-pub(in super::super) fn broadcast(x: &[usize], y: &[usize]) -> Result<Vec<usize>> {
+pub(in super::super) fn broadcast(call: &Call<'_>, x: &[usize], y: &[usize]) -> Result<Vec<usize>> {
     let rank = x.len().max(y.len());
     let at = |shape: &[usize], i: usize| (i + shape.len()).checked_sub(rank).map_or(1, |k| shape[k]);
     let one = |i: usize| match (at(x, i), at(y, i)) {
@@ -95,7 +95,7 @@ pub(in super::super) fn broadcast(x: &[usize], y: &[usize]) -> Result<Vec<usize>
         _ => Err(Error::malformed(format!("shapes {x:?} and {y:?} do not go together"))),
     };
     let shape: Vec<usize> = (0..rank).map(one).collect::<Result<_>>()?;
-    elements(&shape)?;
+    call.elements(&shape)?;
     Ok(shape)
 }
 
@@ -127,7 +127,7 @@ fn binary(
 ) -> Result<Vec<Tensor>> {
     let (x, y) = (call.tensor("x")?, call.tensor("y")?);
     same_dtype(&x, &y)?;
-    let shape = broadcast(&x.shape, &y.shape)?;
+    let shape = broadcast(call, &x.shape, &y.shape)?;
     let data = match (&x.data, &y.data) {
         (Data::Floats(a), Data::Floats(b)) => {
             Data::Floats(Arc::new(pairs((a, &x.shape), (b, &y.shape), &shape, f)))
@@ -158,7 +158,7 @@ fn comparison(
 ) -> Result<Vec<Tensor>> {
     let (x, y) = (call.tensor("x")?, call.tensor("y")?);
     same_dtype(&x, &y)?;
-    let shape = broadcast(&x.shape, &y.shape)?;
+    let shape = broadcast(call, &x.shape, &y.shape)?;
     let values = match (&x.data, &y.data) {
         (Data::Floats(a), Data::Floats(b)) => pairs((a, &x.shape), (b, &y.shape), &shape, f),
         (Data::Ints(a), Data::Ints(b)) => pairs((a, &x.shape), (b, &y.shape), &shape, g),
@@ -173,7 +173,7 @@ fn logical(call: &mut Call<'_>, f: impl Fn(bool, bool) -> bool) -> Result<Vec<Te
         let (x, y) = (x.described(), y.described());
         return Err(Error::malformed(format!("{x} and {y} are no truth values")));
     };
-    let shape = broadcast(&x.shape, &y.shape)?;
+    let shape = broadcast(call, &x.shape, &y.shape)?;
     let values = pairs((a, &x.shape), (b, &y.shape), &shape, f);
     one(Tensor::of_bools(shape, values))
 }
@@ -234,7 +234,7 @@ fn select(call: &mut Call<'_>) -> Result<Vec<Tensor>> {
     let Data::Bools(which) = &cond.data else {
         return Err(Error::malformed(format!("cond is {}, truth values were expected", cond.described())));
     };
-    let shape = broadcast(&cond.shape, &broadcast(&a.shape, &b.shape)?)?;
+    let shape = broadcast(call, &cond.shape, &broadcast(call, &a.shape, &b.shape)?)?;
     let (a, b) = (expanded(&a, &shape)?, expanded(&b, &shape)?);
     fn choose<T: Copy>((which, of): (&[bool], &[usize]), (a, b): (&[T], &[T]), shape: &[usize]) -> Vec<T> {
         let pairs_of = pairs((a, shape), (b, shape), shape, |a, b| (a, b));

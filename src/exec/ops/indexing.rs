@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::super::call::{Call, Operand, same_dtype};
 use super::super::strided::{Dim, put, strides};
-use super::super::tensor::{Data, Tensor, elements};
+use super::super::tensor::{Data, Tensor, zeros};
 use super::super::weight::{Weight, is_float};
 use super::shape::{of_each, taken};
 use super::{Operator, moved, one};
@@ -54,13 +54,13 @@ fn gather(call: &mut Call<'_>) -> Result<Vec<Tensor>> {
         ));
     }
     let shape = [&of[..axis], &indices.shape[batch..], &of[axis + 1..]].concat();
-    let n = elements(&shape)?;
+    let n = call.elements(&shape)?;
     let inner: usize = of[axis + 1..].iter().product();
     let x = match x {
         Operand::Weight(weight) if axis == 0 && is_float(weight.dtype) => {
-            return one(rows(&weight, places, inner, shape, n));
+            return one(rows(&weight, places, inner, shape, n)?);
         }
-        other => other.tensor()?,
+        other => other.tensor(call.room)?,
     };
     let batches: usize = x.shape[..batch].iter().product();
     let middle: usize = x.shape[batch..axis].iter().product();
@@ -78,14 +78,14 @@ fn gather(call: &mut Call<'_>) -> Result<Vec<Tensor>> {
 }
 
 /// Rows of a weight, decoded as they are needed.
-fn rows(weight: &Weight, places: &[i32], inner: usize, shape: Vec<usize>, n: usize) -> Tensor {
-    let mut values = vec![0.0; n];
+fn rows(weight: &Weight, places: &[i32], inner: usize, shape: Vec<usize>, n: usize) -> Result<Tensor> {
+    let mut values = zeros(n)?;
     if inner > 0 {
         for (row, place) in values.chunks_mut(inner).zip(places) {
-            weight.read(*place as usize * inner, row);
+            weight.read(*place as usize * inner, row)?;
         }
     }
-    Tensor::of_floats(weight.dtype, shape, values)
+    Ok(Tensor::of_floats(weight.dtype, shape, values))
 }
 
 fn range(call: &mut Call<'_>) -> Result<Vec<Tensor>> {
@@ -204,7 +204,7 @@ fn topk(call: &mut Call<'_>) -> Result<Vec<Tensor>> {
     }
     let mut shape = x.shape.clone();
     shape[axis] = k;
-    let n = elements(&shape)?;
+    let n = call.elements(&shape)?;
     let (mut chosen, mut places) = (vec![0.0; n], vec![0; n]);
     for outer in 0..n / (k * inner).max(1) {
         for i in 0..inner {

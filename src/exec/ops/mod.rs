@@ -107,7 +107,7 @@ pub(super) mod tests {
                 None => bound.push((name, vec![Operand::Tensor(tensor.clone())])),
             }
         }
-        (operator.run)(&mut Call { inputs: bound, results: 1 })
+        (operator.run)(&mut Call { inputs: bound, results: 1, room: usize::MAX })
     }
 
     /// The one result of an operation, of floats: its shape and elements.

@@ -126,7 +126,7 @@ fn layer_norm(call: &mut Call<'_>) -> Result<Vec<Tensor>> {
                 x.described()
             )))
         }
-        Some(given) => floats(&given.tensor()?).map(Some),
+        Some(given) => floats(&given.tensor(call.room)?).map(Some),
     };
     let (gamma, beta) = (affine("gamma")?, affine("beta")?);
     each_row(x, &axes, |row| {

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::super::call::{Call, Operand, axis};
+use super::super::call::{Call, axis};
 use super::super::strided::{Dim, strides, take};
 use super::super::tensor::{Data, Tensor, elements};
 use super::{Operator, moved, one};
@@ -61,7 +61,7 @@ fn reshape(call: &mut Call<'_>) -> Result<Vec<Tensor>> {
             _ => return Err(wrong()),
         });
     }
-    let n = elements(&shape)?;
+    let n = elements(&shape)?; // takes no memory
     match rest {
         Some(i) if x.len().is_multiple_of(n) => shape[i] = x.len() / n,
         None if x.len() == n => {}
@@ -118,14 +118,15 @@ fn tile(call: &mut Call<'_>) -> Result<Vec<Tensor>> {
         Error::malformed(format!("reps: one or more for each dimension of {}", x.described()))
     })?;
     let shape: Vec<usize> = x.shape.iter().zip(&reps).map(|(n, times)| n.saturating_mul(*times)).collect();
-    elements(&shape)?;
+    call.elements(&shape)?;
     let own = x.shape.iter().copied().zip(strides(&x.shape));
     let dims: Vec<Dim> = own.zip(reps).flat_map(|(dim, times)| [(times, 0), dim]).collect();
     one(taken(&x, shape, 0, &dims)?)
 }
 
 fn concat(call: &mut Call<'_>) -> Result<Vec<Tensor>> {
-    let values: Vec<Tensor> = call.all("values").into_iter().map(Operand::tensor).collect::<Result<_>>()?;
+    let values = call.all("values");
+    let values: Vec<Tensor> = values.into_iter().map(|v| v.tensor(call.room)).collect::<Result<_>>()?;
     let Some(first) = values.first() else { return Err(Error::malformed("values is missing")) };
     if call.is("interleave", false)? {
         return Err(Error::unsupported("interleave: elements that alternate are not computed"));
@@ -144,7 +145,7 @@ fn concat(call: &mut Call<'_>) -> Result<Vec<Tensor>> {
         size = size.saturating_add(value.shape[at]);
     }
     shape[at] = size;
-    elements(&shape)?;
+    call.elements(&shape)?;
     let outer: usize = shape[..at].iter().product();
     fn joined<T: Copy>(parts: &[&[T]], outer: usize) -> Vec<T> {
         let mut out = Vec::with_capacity(parts.iter().map(|p| p.len()).sum());

@@ -30,7 +30,7 @@ impl<'a> Session<'a> {
     /// An empty session of at most `context` tokens.
     ///
     /// # Errors
-    /// `Misuse` for more tokens than the model can keep.
+    /// `Misuse` for more tokens than the model can keep; `Limit` where there is no memory for its states.
     pub fn new(model: &'a LanguageModel, context: usize, rounding: Rounding) -> Result<Self> {
         let most = model.context();
         if context > most {
@@ -38,7 +38,7 @@ impl<'a> Session<'a> {
                 .at(&model.path)
                 .hint("convert with a longer --context"));
         }
-        let states = model.programs.iter().map(Program::states).collect();
+        let states = model.programs.iter().map(Program::states).collect::<Result<_>>()?;
         Ok(Self { model, states, context, position: 0, rounding })
     }
 
@@ -56,7 +56,10 @@ impl<'a> Session<'a> {
         if let Some(id) = ids.iter().find(|id| usize::try_from(**id).map_or(true, |id| id >= n_vocab)) {
             return Err(Error::misuse(format!("there is no token {id}, the vocabulary has {n_vocab}")));
         }
-        let mut rows = Vec::with_capacity(ids.len().saturating_mul(n_vocab));
+        let (mut rows, n) = (Vec::new(), ids.len().saturating_mul(n_vocab));
+        let reserved = rows.try_reserve_exact(n);
+        reserved
+            .map_err(|_| Error::limit(format!("there is no memory for {n} logits")).at(&self.model.path))?;
         let mut rest = ids;
         while !rest.is_empty() {
             // What is filled up with other tokens is written over later, and hidden until then.
@@ -109,17 +112,24 @@ impl<'a> Session<'a> {
     /// All inputs of the interface: those that a package lacks are left out.
     fn inputs(&self, ids: &[i32]) -> Result<BTreeMap<String, Tensor>> {
         let (first, n) = (self.position, ids.len());
+        let keys = match self.model.interface {
+            Interface::Gpu => first + n,
+            Interface::Ane => self.model.context(),
+        };
+        if let Some(program) = self.model.programs.first() {
+            program.check_input(&[n, keys])?;
+        }
         let places = first as i32..(first + n) as i32; // within the context
         let tokens = Tensor::ints(&[1, n], ids.to_vec())?;
         let of = |list: Vec<(&str, Tensor)>| {
             list.into_iter().map(|(name, value)| (name.to_string(), value)).collect()
         };
         Ok(match self.model.interface {
-            Interface::Gpu => of(vec![("inputIds", tokens), ("causalMask", mask(first, n, first + n)?)]),
+            Interface::Gpu => of(vec![("inputIds", tokens), ("causalMask", mask(first, n, keys)?)]),
             Interface::Ane => of(vec![
                 ("input_ids", tokens),
                 ("position_ids", Tensor::ints(&[n], places.clone().collect())?),
-                ("causal_mask", mask(first, n, self.model.context())?),
+                ("causal_mask", mask(first, n, keys)?),
                 ("current_pos", Tensor::ints(&[1], vec![places.start])?),
             ]),
         })

@@ -1,23 +1,24 @@
 //! Packages of language models: what they are called with.
 
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-
-use serde::Deserialize;
 
 use super::super::Program;
 use super::super::parse::{Declared, Function};
+use crate::container::coreml::chunks::{CHUNKS, packages};
 use crate::container::coreml::package::is_package;
-use crate::container::qpack::is_path;
-use crate::container::side::{from_json, read_side_file};
 use crate::error::{Error, Result};
 use crate::limits::Limits;
 
-/// What names the packages of a model that is divided, in the order in which they are called.
-pub(super) const CHUNKS: &str = "chunks.json";
 /// What goes from one package to the next.
 pub(super) const HIDDEN: &str = "hidden_states";
 /// What layers make of it.
 pub(super) const HIDDEN_AFTER: &str = "output_hidden_states";
+
+/// The step of functions that take any number of tokens.
+const ANY_STEP: usize = 64;
+/// Most words of a vocabulary: 2^18 are the most that are known.
+const MOST_WORDS: usize = 1 << 22;
 
 /// Names of what goes into a model, and of its cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,16 +29,6 @@ pub(super) enum Interface {
     /// That of ANEMLL (`llama_converter.py`): `input_ids`, `position_ids`, `causal_mask`, `current_pos`; one state
     /// `[2 layers, kv_heads, context, head_dim]`; `logits1`, `logits2`, ... A function for each number of tokens.
     Ane,
-}
-
-#[derive(Deserialize)]
-struct Chunks {
-    packages: Vec<Chunk>,
-}
-
-#[derive(Deserialize)]
-struct Chunk {
-    package: String,
 }
 
 /// A language model: a package, or a directory of packages that are called one after the other (`chunks.json`), with
@@ -58,13 +49,10 @@ impl LanguageModel {
     /// Opens `X.mlpackage`, or a directory with a `chunks.json`.
     ///
     /// # Errors
-    /// Those of [`Program::open`]; `Unsupported` for an interface that is not known, with what it has.
+    /// Those of [`packages`] and [`Program::open`]; `Unsupported` for an interface that is not known, with what it
+    /// has; `Limit` for a vocabulary or states beyond all use.
     pub fn open(path: &Path, limits: &Limits) -> Result<Self> {
-        let programs = match is_package(path) {
-            true => vec![Program::open(path, limits)?],
-            false => chunks(path, limits)?,
-        };
-        Self::of(path, programs).map_err(|e| e.at(path))
+        Self::of(path, programs(path, limits)?).map_err(|e| e.at(path))
     }
 
     fn of(path: &Path, programs: Vec<Program>) -> Result<Self> {
@@ -97,9 +85,19 @@ impl LanguageModel {
         programs.iter().try_for_each(of)?;
         let (_, name) = &functions[0]; // there is one, as was found
         let logits = last.function(name).map(logits).unwrap_or_default();
-        if logits.is_empty() {
+        let words = logits.iter().map(|(_, n)| *n).fold(0, usize::saturating_add);
+        if words == 0 {
             return Err(Error::unsupported("it gives no logits of a known number"));
         }
+        // A word has a bit at the least.
+        let bits = programs.iter().map(|p| p.bytes.saturating_mul(8)).fold(0, u64::saturating_add);
+        if words > MOST_WORDS || words as u64 > bits {
+            return Err(Error::limit(format!(
+                "it gives {words} logits for a token: vocabularies have at most {MOST_WORDS} words, and no more than \
+                 weights"
+            )));
+        }
+        first.check_memory(programs.iter().map(Program::state_elements))?;
         let states = programs.iter().filter_map(|p| p.function(name)).flat_map(|f| &f.states);
         let sizes: Option<Vec<usize>> = states.map(|state| context(interface, state)).collect();
         let context = sizes.and_then(|sizes| sizes.into_iter().min());
@@ -115,25 +113,26 @@ impl LanguageModel {
         self.context
     }
 
+    /// How many tokens are best decoded at once: the most that a function takes, where none takes any number.
+    pub fn step(&self) -> usize {
+        let known = self.functions.iter().map_while(|(tokens, _)| *tokens);
+        known.max().unwrap_or(ANY_STEP).clamp(1, self.context.max(1))
+    }
+
     /// Logits of each token.
     pub fn n_vocab(&self) -> usize {
         self.logits.iter().map(|(_, n)| n).sum()
     }
 }
 
-fn chunks(path: &Path, limits: &Limits) -> Result<Vec<Program>> {
-    let at = path.join(CHUNKS);
-    let bytes = read_side_file(&at, limits.side_file_bytes)?.ok_or_else(|| {
-        Error::unsupported(format!("is no Core ML package, and has no {CHUNKS}"))
+/// The packages at `path`.
+fn programs(path: &Path, limits: &Limits) -> Result<Vec<Program>> {
+    if !is_package(path) && !path.join(CHUNKS).is_file() {
+        return Err(Error::unsupported(format!("is no Core ML package, and has no {CHUNKS}"))
             .at(path)
-            .hint("a package is a directory with a Manifest.json, usually called NAME.mlpackage")
-    })?;
-    let chunks: Chunks = from_json(&bytes, &at)?;
-    let open = |chunk: Chunk| match is_path(&chunk.package) {
-        true => Program::open(&path.join(chunk.package), limits),
-        false => Err(Error::malformed(format!("the package {:?} lies elsewhere", chunk.package)).at(&at)),
-    };
-    chunks.packages.into_iter().map(open).collect()
+            .hint("a package is a directory with a Manifest.json, usually called NAME.mlpackage"));
+    }
+    packages(path, limits)?.iter().map(|package| Program::open(package, limits)).collect()
 }
 
 /// The interface of a function that begins with tokens, and how many it takes.
@@ -152,8 +151,10 @@ fn interface_of(function: &Function) -> Option<(Interface, Option<usize>)> {
 
 /// Outputs `logits`, or `logits1`, `logits2`, ..., and their last sizes.
 fn logits(function: &Function) -> Vec<(String, usize)> {
+    let outputs: HashMap<&str, &Declared> =
+        function.outputs.iter().rev().map(|(d, _)| (d.name.as_str(), d)).collect();
     let find = |name: String| {
-        let (declared, _) = function.outputs.iter().find(|(d, _)| d.name == name)?;
+        let declared = outputs.get(name.as_str())?;
         let n = (declared.shape.len() == 3).then(|| *declared.shape.last()?).flatten()?;
         Some((name, n))
     };

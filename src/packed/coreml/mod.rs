@@ -7,6 +7,7 @@ mod nearest;
 mod weight;
 
 use std::collections::{HashMap, HashSet};
+use std::ops::Range;
 use std::sync::Arc;
 
 use indexmap::IndexMap;
@@ -254,6 +255,11 @@ impl Tensor {
         codes.map_or(0, DataType::bits)
     }
 
+    /// Whether it is codes with scales or tables, or has factors: not stored as it is.
+    pub fn is_coded(&self) -> bool {
+        self.pieces.iter().any(|p| p.factors.is_some() || !matches!(p.constant().form, Form::Plain(_)))
+    }
+
     /// How much farther than [`Self::nearest`] a value may lie from what was rounded, as a part of the largest: products
     /// of scales are rounded themselves.
     pub fn slack(&self) -> f64 {
@@ -290,6 +296,45 @@ impl Tensor {
             Ok(())
         })?;
         Ok(is_told)
+    }
+
+    /// Calls `each` with every stretch of elements that share a scale, a table or a factor among the `n` from `start`
+    /// on: where it is, counted from `start`, which group it is of, and how many elements that has. What shares
+    /// nothing smaller is a group as a whole.
+    pub fn groups(&self, start: u64, n: usize, mut each: impl FnMut(Range<usize>, u64, u64)) {
+        let (mut before, mut groups, end) = (0, 0, start + n as u64);
+        for piece in &self.pieces {
+            let elements = piece.constant().elements();
+            let (from, to) = (start.max(before), end.min(before + elements));
+            let (shared, size) = match (piece.weight.shared(), &piece.factors) {
+                (Some((shared, size)), None) => (Some(shared), size),
+                (Some((shared, size)), Some((_, row))) if size <= *row => (Some(shared), size),
+                (_, Some((_, row))) => (None, (*row).max(1)),
+                (None, None) => (None, elements.max(1)),
+            };
+            if from < to {
+                let (at, n) = (from - before, (to - from) as usize);
+                let offset = (from - start) as usize;
+                let mut one = |run: Range<usize>, group: u64| {
+                    each(run.start + offset..run.end + offset, groups + group, size);
+                };
+                match shared {
+                    Some(shared) => shared.runs(at, n, one),
+                    None => {
+                        let mut done = 0;
+                        while done < n {
+                            let place = at + done as u64;
+                            let left = usize::try_from(size - place % size).unwrap_or(n);
+                            let end = done + left.min(n - done);
+                            one(done..end, place / size);
+                            done = end;
+                        }
+                    }
+                }
+            }
+            before += elements;
+            groups += elements.div_ceil(size);
+        }
     }
 
     /// Calls `of` with each piece that has elements from `start` on, the first of these, and their place in `values`.

@@ -14,6 +14,8 @@ use crate::error::{Error, Result};
 
 /// Elements of a mask between two numbers of a [`Weight`]'s index.
 const STRETCH: u64 = 1 << 15;
+/// Elements that are read at a time.
+const RUN: usize = 1 << 15;
 
 /// A constant of a package, ready to be read from any element on.
 #[derive(Clone, Debug)]
@@ -88,6 +90,25 @@ impl Weight {
             Form::Sparse { mask, values } => self.sparse(mask, values, start, out),
             Form::SparseLut { .. } | Form::SparseBlockwise { .. } | Form::Unknown(_) => Err(unread(constant)),
         }
+    }
+
+    /// What shares a scale or a table: `None` where all of it does, or each element stands for itself. Second, how
+    /// many elements of it there are in each group.
+    pub(super) fn shared(&self) -> Option<(Groups, u64)> {
+        let shape = &self.constant.shape;
+        let groups = match &self.constant.form {
+            Form::Blockwise { scale, .. } => &scale.shape[..],
+            Form::Lut { lut, vector_axis: None, .. } => tables(lut)?,
+            Form::Sparse { values, .. } => match &values.form {
+                Form::SparseBlockwise { scale, .. } => &scale.shape[..],
+                Form::SparseLut { lut, .. } => tables(lut)?,
+                _ => return None,
+            },
+            _ => return None,
+        };
+        let count: u64 = groups.iter().product(); // each divides its dimension
+        let each = self.constant.elements().checked_div(count)?;
+        (count > 1 && each > 1).then(|| (Groups::new(shape, groups), each))
     }
 
     /// Codes of at most 8 bits as they are stored.
@@ -222,6 +243,11 @@ impl Weight {
     }
 }
 
+/// How a table's constant is divided.
+fn tables(lut: &Constant) -> Option<&[u64]> {
+    lut.shape.len().checked_sub(2).and_then(|rank| lut.shape.get(..rank))
+}
+
 fn unread(constant: &Constant) -> Error {
     Error::unsupported(format!("{:?} of {} is not decoded", constant.name, constant.encoding()))
 }
@@ -314,14 +340,28 @@ fn plain(package: &Package, place: &Place, data_type: DataType, start: u64, out:
         return Ok(());
     }
     let size = width / 8;
-    let mut bytes = vec![0; out.len() * size as usize];
-    package.read(place, start * size, &mut bytes)?;
+    let mut bytes = vec![0; out.len().min(RUN) * size as usize];
+    for (k, out) in out.chunks_mut(RUN).enumerate() {
+        let bytes = &mut bytes[..out.len() * size as usize];
+        package.read(place, (start + (k * RUN) as u64) * size, bytes)?;
+        words(data_type, bytes, out)?;
+    }
+    Ok(())
+}
+
+/// Numbers of 16 and 32 bits.
+fn words(data_type: DataType, bytes: &[u8], out: &mut [f32]) -> Result<()> {
     let words = out.iter_mut().zip(bytes.as_chunks::<2>().0);
     let longs = || bytes.as_chunks::<4>().0;
     match data_type {
         DataType::Float16 => {
-            let halves: Vec<f16> = bytes.as_chunks().0.iter().map(|b| f16::from_le_bytes(*b)).collect();
-            halves.convert_to_f32_slice(out);
+            let mut halves = [f16::ZERO; 512];
+            for (out, bytes) in out.chunks_mut(halves.len()).zip(bytes.chunks(2 * halves.len())) {
+                let halves = &mut halves[..out.len()];
+                let pairs = bytes.as_chunks().0;
+                halves.iter_mut().zip(pairs).for_each(|(half, b)| *half = f16::from_le_bytes(*b));
+                halves.convert_to_f32_slice(out);
+            }
         }
         DataType::BFloat16 => words.for_each(|(x, b)| *x = f32_from_bf16(u16::from_le_bytes(*b))),
         DataType::Int16 => words.for_each(|(x, b)| *x = i16::from_le_bytes(*b).into()),
@@ -401,6 +441,17 @@ impl Groups {
 
     /// Calls `each` with places among `n` elements from `start` on, and the block that they are of.
     pub(super) fn runs(&self, start: u64, n: usize, mut each: impl FnMut(Range<usize>, u64)) {
+        if let [(size, groups)] = self.axes[..] {
+            // Nearly all weights: one block behind the other.
+            let wide = size.checked_div(groups).unwrap_or(0).max(1);
+            let (mut group, mut left, mut at) = (start / wide, wide - start % wide, 0);
+            while at < n {
+                let end = at + usize::try_from(left).unwrap_or(n).min(n - at);
+                each(at..end, group);
+                (group, left, at) = (group + 1, wide, end);
+            }
+            return;
+        }
         let wide = self.axes.last().map_or(u64::MAX, |(size, groups)| size / groups);
         let mut at = 0;
         while at < n {

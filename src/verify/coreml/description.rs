@@ -85,9 +85,14 @@ fn of_function(
             block.outputs
         )));
     }
+    let wanted: BTreeSet<&str> = outputs.iter().map(|o| o.name.as_str()).collect();
+    let results = block.operations.iter().flat_map(|o| &o.outputs).chain(&function.inputs);
+    let mut results: Vec<&NamedValueType> = results.filter(|r| wanted.contains(r.name.as_str())).collect();
+    results.reverse(); // the first of a name counts
+    let results: BTreeMap<&str, &NamedValueType> =
+        results.into_iter().map(|r| (r.name.as_str(), r)).collect();
     for described in outputs {
-        let results = block.operations.iter().flat_map(|o| &o.outputs).chain(&function.inputs);
-        if let Some(found) = results.into_iter().find(|result| result.name == described.name) {
+        if let Some(found) = results.get(described.name.as_str()) {
             array(described, &found.value_type, false)
                 .map_err(|e| e.context(format_args!("output {:?}", described.name)))?;
         }

@@ -1,29 +1,31 @@
 //! Every weight decoded; with a source, each tensor beside it: its values are the nearest that its scales and tables
 //! have, and nothing of the source is missing.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use half::f16;
 
 use super::super::tensors::{Sums, TensorCheck};
 use super::super::{Options, Outcome};
+use super::groups::{Groups, most_error};
 use crate::arch::{Mapped, Positions};
 use crate::container::Store;
-use crate::container::coreml::{Constant, Form, Package};
+use crate::container::coreml::{Constant, Form, Package, constants};
 use crate::convert::to_coreml::{Given, Opened};
 use crate::convert::{Budget, Observer, Scratch, Source};
 use crate::diff::stretches;
 use crate::error::{Error, Result};
 use crate::mil::identifier;
-use crate::packed::coreml::{Constants, Tensor};
+use crate::packed::coreml::{Constants, Tensor, Weight};
 use crate::tensor::DType;
 use crate::work::each;
 
 /// Elements decoded at a time.
 const SPAN: u64 = 1 << 17;
-/// What is worse than zeros is wrong whatever its codes.
-const WORST: f64 = 1.0;
+
+/// Weights of one name that are compared with each other.
+const MOST_OTHERS: usize = 16;
 
 /// What was found: each tensor, how it ended, in words.
 pub(super) type Found = (Vec<TensorCheck>, Outcome, String);
@@ -33,41 +35,57 @@ pub(super) type Found = (Vec<TensorCheck>, Outcome, String);
 /// # Errors
 /// `Malformed` for what cannot be decoded; `Io`; `Interrupted`.
 pub(super) fn decode(packages: &[Arc<Package>], budget: &Budget, observer: &dyn Observer) -> Result<Found> {
-    let all = of_each(packages)?;
-    let mut names = Vec::new();
-    for constants in &all {
-        let parts: HashSet<&str> =
-            constants.iter().flat_map(|c| c.parts()).map(|(_, part)| part.name.as_str()).collect();
-        let is_weight = |c: &Constant| {
-            (!matches!(c.form, Form::Plain(_)) || c.is_in_file()) && !parts.contains(c.name.as_str())
-        };
-        names.extend(constants.iter().filter(|c| is_weight(c)).map(|c| (constants, c.name.clone())));
+    let mut weights = Vec::new();
+    for package in packages {
+        let mut seen: HashMap<String, Vec<Arc<Constant>>> = HashMap::new();
+        for (function, body) in &package.model().program.functions {
+            let context = |e: Error| e.context(format_args!("function {function:?}")).at(package.path());
+            let all = constants(package, body).map_err(context)?;
+            let parts: HashSet<&str> =
+                all.iter().flat_map(|c| c.parts()).map(|(_, part)| part.name.as_str()).collect();
+            let is_weight = |c: &Constant| {
+                (!matches!(c.form, Form::Plain(_)) || c.is_in_file()) && !parts.contains(c.name.as_str())
+            };
+            for constant in all.iter().filter(|c| is_weight(c)) {
+                // Functions share weights, but for those that only have the same name.
+                let others = seen.entry(constant.name.clone()).or_default();
+                if others.len() > MOST_OTHERS || !others.contains(constant) {
+                    others.push(Arc::clone(constant));
+                    weights.push((package, Arc::clone(constant)));
+                }
+            }
+        }
     }
     let counts = each(
-        &names,
+        &weights,
         budget.threads,
         || vec![0.0; SPAN as usize],
-        |values, (constants, name)| {
-            let Some((tensor, _)) = constants.tensor(std::slice::from_ref(name))? else { return Ok((0, 0)) };
+        |values, (package, constant)| {
+            // Values of what is sparse are looked at with their mask.
+            if matches!(constant.form, Form::SparseLut { .. } | Form::SparseBlockwise { .. }) {
+                return Ok((0, 0));
+            }
+            let weight = Weight::new(Arc::clone(package), Arc::clone(constant))?;
             let mut non_finite = 0u64;
-            for span in stretches(tensor.elements(), SPAN) {
+            for span in stretches(constant.elements(), SPAN) {
                 if observer.interrupted() {
                     return Err(Error::interrupted());
                 }
                 let values = &mut values[..(span.end - span.start) as usize];
-                tensor.read(span.start, values)?;
+                weight.read(span.start, values)?;
                 non_finite += values.iter().filter(|x| !x.is_finite()).count() as u64;
             }
-            observer.advance(tensor.bytes(), name);
-            Ok((tensor.elements(), non_finite))
+            observer.advance(constant.bytes(), &constant.name);
+            Ok((constant.elements(), non_finite))
         },
     )?;
-    let bad = names.iter().zip(&counts).find(|(_, (_, non_finite))| *non_finite > 0);
-    if let Some(((_, name), (_, n))) = bad {
-        return Ok((Vec::new(), Outcome::Failed, format!("weight {name:?}: {n} values are NaN or infinite")));
+    let bad = weights.iter().zip(&counts).find(|(_, (_, non_finite))| *non_finite > 0);
+    if let Some(((_, constant), (_, n))) = bad {
+        let detail = format!("weight {:?}: {n} values are NaN or infinite", constant.name);
+        return Ok((Vec::new(), Outcome::Failed, detail));
     }
     let n: u64 = counts.iter().map(|(elements, _)| elements).sum();
-    let detail = format!("{} weights, {n} values decoded, all finite", names.len());
+    let detail = format!("{} weights, {n} values decoded, all finite", weights.len());
     Ok((Vec::new(), Outcome::Passed, detail))
 }
 
@@ -120,10 +138,10 @@ pub(super) fn compare(
         one.map_err(|e| e.context(format_args!("tensor {:?}", mapped.name)))
     })?;
     if let Some(fault) = rotations(&all, source)? {
-        return Ok((checks, Outcome::Failed, fault));
+        return Ok((checks.into_iter().map(|one| one.check).collect(), Outcome::Failed, fault));
     }
     let (outcome, detail) = judge(&checks);
-    Ok((checks, outcome, detail))
+    Ok((checks.into_iter().map(|one| one.check).collect(), outcome, detail))
 }
 
 /// Graphs shape tensors as they need them: dimensions of size 1 come and go, and a vector may be in several.
@@ -180,9 +198,9 @@ fn check(
     store: &Store,
     state: &mut State,
     observer: &dyn Observer,
-) -> Result<TensorCheck> {
+) -> Result<Checked> {
     let from = Source::new(mapped, store)?;
-    let mut sums = Sums::default();
+    let (mut sums, mut groups) = (Sums::default(), Groups::default());
     for span in stretches(tensor.elements(), SPAN) {
         if observer.interrupted() {
             return Err(Error::interrupted());
@@ -194,6 +212,9 @@ fn check(
         state.nearest.clone_from(&state.wanted);
         let is_told = tensor.nearest(span.start, &mut state.nearest)?;
         sums.add(&state.found, &state.wanted);
+        if tensor.is_coded() {
+            groups.add(tensor, span.start, &state.found, &state.wanted);
+        }
         let largest = state.wanted.iter().fold(0f32, |most, x| most.max(x.abs()));
         let slack = f64::from(largest) * tensor.slack();
         let distance = |x: f32, y: f32| f64::from((x - y).abs());
@@ -206,36 +227,49 @@ fn check(
     let dtype = if tensor.bits() >= 32 { DType::F32 } else { DType::F16 };
     let mut one = sums.finish(&mapped.name, dtype);
     one.encoding = Some(tensor.encoding());
-    Ok(one)
+    let most = if tensor.is_coded() { most_error(tensor.bits()) } else { f64::INFINITY };
+    Ok(Checked { check: one, lost: groups.lost, most })
 }
 
-fn judge(checks: &[TensorCheck]) -> (Outcome, String) {
+/// A tensor beside its source.
+struct Checked {
+    check: TensorCheck,
+    /// Groups that are as far from the source as zeros.
+    lost: u64,
+    /// What its relative error may be.
+    most: f64,
+}
+
+fn judge(all: &[Checked]) -> (Outcome, String) {
     let encoding = |c: &TensorCheck| c.encoding.clone().unwrap_or_default();
-    if let Some(bad) = checks.iter().find(|c| c.non_finite > 0) {
-        let detail = format!("tensor {:?}: {} values are NaN or infinite", bad.name, bad.non_finite);
-        return (Outcome::Failed, detail);
+    for Checked { check: bad, lost, most } in all {
+        let (name, encoding) = (&bad.name, encoding(bad));
+        let fault = if bad.non_finite > 0 {
+            format!("tensor {name:?}: {} values are NaN or infinite", bad.non_finite)
+        } else if bad.out_of_bound > 0 {
+            format!(
+                "tensor {name:?} ({encoding}): {} values are not the nearest to the source's that it could hold \
+                 (largest error {:.3e})",
+                bad.out_of_bound, bad.max_error
+            )
+        } else if *lost > 0 {
+            format!(
+                "tensor {name:?} ({encoding}): {lost} of what shares a scale, a table or a factor are as far from \
+                 the source as zeros"
+            )
+        } else if bad.relative_rmse > *most {
+            format!(
+                "tensor {name:?} ({encoding}) is far from the source: relative error {:.2}, {most} is allowed",
+                bad.relative_rmse
+            )
+        } else {
+            continue;
+        };
+        return (Outcome::Failed, fault);
     }
-    if let Some(bad) = checks.iter().find(|c| c.out_of_bound > 0) {
-        let detail = format!(
-            "tensor {:?} ({}): {} values are not the nearest to the source's that it could hold (largest error {:.3e})",
-            bad.name,
-            encoding(bad),
-            bad.out_of_bound,
-            bad.max_error
-        );
-        return (Outcome::Failed, detail);
-    }
-    if let Some(bad) = checks.iter().find(|c| c.relative_rmse > WORST) {
-        let detail = format!(
-            "tensor {:?} ({}) is farther from the source than zeros would be: relative error {:.2}",
-            bad.name,
-            encoding(bad),
-            bad.relative_rmse
-        );
-        return (Outcome::Failed, detail);
-    }
-    let n: u64 = checks.iter().map(|c| c.elements).sum();
-    let worst = checks.iter().max_by(|a, b| a.relative_rmse.total_cmp(&b.relative_rmse));
+    let checks = || all.iter().map(|one| &one.check);
+    let n: u64 = checks().map(|c| c.elements).sum();
+    let worst = checks().max_by(|a, b| a.relative_rmse.total_cmp(&b.relative_rmse));
     let worst = worst.map(|c| {
         format!(
             "; worst {} ({}): relative error {:.2e}, cosine {:.6}",
@@ -247,7 +281,7 @@ fn judge(checks: &[TensorCheck]) -> (Outcome, String) {
     });
     let detail = format!(
         "{} tensors, {n} weights, each the nearest to the source's that it could be{}",
-        checks.len(),
+        all.len(),
         worst.unwrap_or_default()
     );
     (Outcome::Passed, detail)

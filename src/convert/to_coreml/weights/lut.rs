@@ -1,16 +1,15 @@
 //! Weights as indices into tables of float16, `constexpr_lut_to_dense`. A table is of some rows, or of a whole matrix.
 
-use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
 use super::plain::halves;
-use super::values::{Outcome, Scratch, Tensor, common, whole_bytes};
+use super::values::{Outcome, Scratch, Span, Tensor, common, whole_bytes};
 use super::{Encoding, Operand, Put, SPAN};
 use crate::container::Store;
 use crate::container::coreml::DataType;
 use crate::error::{Error, Result};
 use crate::mil::{Form, Stored};
-use crate::quantize::palette::Palette;
+use crate::quantize::palette::{self, Palette};
 
 /// The type of indices of so many bits; Core ML has no others.
 pub(super) fn indices(bits: u32) -> Result<DataType> {
@@ -58,8 +57,16 @@ pub(super) struct Lut {
     /// Rows that share a table.
     rows: u64,
     unit: u64,
-    /// Tables of more rows than a span has: made by whoever comes first.
-    shared: Vec<Mutex<Option<Arc<Palette>>>>,
+    /// Tables of more rows than a span has: made by whoever comes first, and gone after the last span of their rows.
+    shared: Vec<Mutex<Shared>>,
+}
+
+/// A table that several spans use.
+#[derive(Debug, Default)]
+struct Shared {
+    palette: Option<Arc<Palette>>,
+    /// Rows that were written with it.
+    rows: u64,
 }
 
 impl Lut {
@@ -88,7 +95,7 @@ impl Lut {
     ) -> Result<Option<Arc<Palette>>> {
         let Some(shared) = self.shared.get(group as usize) else { return Ok(None) };
         let mut shared = shared.lock().unwrap_or_else(|e| e.into_inner());
-        if let Some(palette) = &*shared {
+        if let Some(palette) = &shared.palette {
             return Ok(Some(palette.clone()));
         }
         // What an error left behind.
@@ -105,7 +112,17 @@ impl Lut {
         scratch.points.take(&mut scratch.counts);
         let mut palette = Palette::default();
         palette.fit(&scratch.points, self.bits);
-        Ok(Some(shared.insert(Arc::new(palette)).clone()))
+        Ok(Some(shared.palette.insert(Arc::new(palette)).clone()))
+    }
+
+    /// So many rows of a group are written: its table goes where these were the last ones.
+    fn written(&self, group: u64, rows: u64) {
+        let Some(shared) = self.shared.get(group as usize) else { return };
+        let mut shared = shared.lock().unwrap_or_else(|e| e.into_inner());
+        shared.rows += rows;
+        if shared.rows >= self.rows {
+            *shared = Shared::default();
+        }
     }
 }
 
@@ -132,23 +149,21 @@ impl Encoding for Lut {
         self.unit
     }
 
-    fn write(
-        &self,
-        tensor: &Tensor,
-        store: &Store,
-        rows: Range<u64>,
-        scratch: &mut Scratch,
-        put: &Put<'_>,
-    ) -> Result<Outcome> {
+    fn held_bytes(&self) -> u64 {
+        palette::HELD
+    }
+
+    fn write(&self, span: &Span<'_>, scratch: &mut Scratch, put: &Put<'_>) -> Result<Outcome> {
+        let Span { tensor, store, rows } = span;
         let groups = rows.start / self.rows..rows.end.div_ceil(self.rows);
         let made: Vec<_> =
             groups.clone().map(|group| self.shared(group, tensor, store, scratch)).collect::<Result<_>>()?;
-        tensor.values(store, &rows, scratch)?;
+        span.values(scratch)?;
         let cols = tensor.cols as usize;
         scratch.codes.resize(scratch.values.len(), 0);
         scratch.stored.resize(scratch.values.len(), 0.0);
         let mut tables = Vec::new();
-        for (group, made) in groups.zip(made) {
+        for (group, made) in groups.clone().zip(made) {
             let first = group * self.rows;
             let these = first.max(rows.start)..(first + self.rows).min(rows.end);
             let at = (these.start - rows.start) as usize * cols..(these.end - rows.start) as usize * cols;
@@ -177,6 +192,35 @@ impl Encoding for Lut {
         }
         let outcome = Outcome::of(&scratch.values, &scratch.stored);
         scratch.put_codes(0, self.bits, rows.start * tensor.cols, put)?;
+        for group in groups {
+            let (first, end) = (group * self.rows, (group + 1) * self.rows);
+            self.written(group, end.min(rows.end) - first.max(rows.start));
+        }
         Ok(outcome)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shared_tables_go_with_their_last_rows() {
+        // Two groups of 2048 rows of 512: more than a span has.
+        let lut = Lut::new(&Tensor::made("x", 4096, 512), 4, Some(2048)).unwrap();
+        assert_eq!(lut.shared.len(), 2);
+        let is_held = |group: usize| lut.shared[group].lock().unwrap().palette.is_some();
+        for shared in &lut.shared {
+            shared.lock().unwrap().palette = Some(Arc::default());
+        }
+        lut.written(0, 2000);
+        assert!(is_held(0) && is_held(1));
+        lut.written(0, 48);
+        assert!(!is_held(0) && is_held(1));
+        lut.written(1, 2048);
+        lut.written(7, 1);
+        assert!(!is_held(1));
+        // Tables that a span holds whole are not shared.
+        assert!(Lut::new(&Tensor::made("x", 4096, 512), 4, Some(8)).unwrap().shared.is_empty());
     }
 }

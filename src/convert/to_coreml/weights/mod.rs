@@ -10,6 +10,7 @@ mod integers;
 mod kept;
 mod lut;
 mod plain;
+mod rotation;
 mod ternary;
 mod values;
 
@@ -21,10 +22,11 @@ use self::integers::Integers;
 use self::kept::{Choice, Kept};
 use self::lut::Lut;
 use self::plain::Plain;
+use self::rotation::Rotation;
 use self::ternary::{Dense, Digits, Sparse};
-use self::values::Tensor;
 pub use self::values::{Outcome, Scratch};
-use crate::arch::Mapped;
+use self::values::{Span, Tensor};
+use crate::arch::{Mapped, RopeSpec};
 use crate::container::Store;
 use crate::container::coreml::DataType;
 use crate::container::coreml::blob::{Blob, Wanted};
@@ -119,15 +121,13 @@ trait Encoding: Debug + Send + Sync {
     /// Spans are multiples of so many rows, but for the last.
     fn unit(&self) -> u64;
 
+    /// Bytes that a worker holds beside the buffers of a span.
+    fn held_bytes(&self) -> u64 {
+        0
+    }
+
     /// Writes some rows, which begin at a multiple of that.
-    fn write(
-        &self,
-        tensor: &Tensor,
-        store: &Store,
-        rows: Range<u64>,
-        scratch: &mut Scratch,
-        put: &Put<'_>,
-    ) -> Result<Outcome>;
+    fn write(&self, span: &Span<'_>, scratch: &mut Scratch, put: &Put<'_>) -> Result<Outcome>;
 }
 
 /// Elements of a span, where small reads cost nothing.
@@ -203,6 +203,23 @@ impl WeightPlan {
             (None, Wish::Lut { bits, rows }) => Box::new(Lut::new(&tensor, bits, rows)?),
             (None, Wish::Ternary { sparse }) => ternary(None, sparse)?,
         };
+        let planned = Self::stored(tensor, encoding)?;
+        Ok(Self { note, fallback, ..planned })
+    }
+
+    /// The cosines or the sines of a rotation, a row for each of so many positions.
+    ///
+    /// # Errors
+    /// `Limit` for tables that are too large.
+    pub fn rotation(name: &str, spec: &RopeSpec, sines: bool, positions: u64) -> Result<Self> {
+        let rows = usize::try_from(positions).unwrap_or(usize::MAX);
+        let cols = spec.elements(rows)? as u64 / positions.max(1);
+        let tensor = Tensor::made(name, positions, cols);
+        let encoding = Rotation::new(spec.clone(), sines, &tensor);
+        Self::stored(tensor, Box::new(encoding))
+    }
+
+    fn stored(tensor: Tensor, encoding: Box<dyn Encoding>) -> Result<Self> {
         let operands = encoding.operands(&tensor);
         let mut blobs = Vec::with_capacity(operands.len());
         for Operand { dtype, shape, .. } in operands.iter().filter(|o| o.bytes.is_none()) {
@@ -210,7 +227,7 @@ impl WeightPlan {
             blobs.push(Wanted { data_type: *dtype, elements, sum: None });
         }
         let step = tensor.step(encoding.unit());
-        Ok(Self { tensor, encoding, operands, blobs, step, note, fallback })
+        Ok(Self { tensor, encoding, operands, blobs, step, note: None, fallback: None })
     }
 
     /// What the weight file needs, in order. Empty where so few elements stand in the program.
@@ -254,7 +271,8 @@ impl WeightPlan {
     /// Bytes of a worker's buffers for a span: weights as they are read, as numbers and as they are stored.
     pub fn buffer_bytes(&self) -> u64 {
         let elements = self.step.min(self.tensor.rows).saturating_mul(self.tensor.cols);
-        elements.saturating_mul(BYTES_PER_ELEMENT).saturating_add(self.tensor.source.held_bytes(elements))
+        let held = self.tensor.source.held_bytes(elements).saturating_add(self.encoding.held_bytes());
+        elements.saturating_mul(BYTES_PER_ELEMENT).saturating_add(held)
     }
 
     /// Writes a span: `put` is given the number of a blob, the first byte in its data, and bytes. No two spans write
@@ -265,9 +283,11 @@ impl WeightPlan {
     pub fn write(&self, store: &Store, span: usize, scratch: &mut Scratch, put: &Put<'_>) -> Result<Outcome> {
         let first = (span as u64).saturating_mul(self.step).min(self.tensor.rows);
         let rows = first..self.tensor.rows.min(first.saturating_add(self.step));
-        self.encoding.write(&self.tensor, store, rows, scratch, put).map_err(|e| match e.path() {
-            Some(_) => e,
-            None => e.context(format_args!("tensor {:?}", self.tensor.name)),
+        self.encoding.write(&Span { tensor: &self.tensor, store, rows }, scratch, put).map_err(|e| {
+            match e.path() {
+                Some(_) => e,
+                None => e.context(format_args!("tensor {:?}", self.tensor.name)),
+            }
         })
     }
 

@@ -137,6 +137,20 @@ const TINY: f32 = 1.0 / (1 << 25) as f32;
 /// What stands for a scale of zero: the least number of float16 that is not subnormal.
 pub(super) const LEAST: f32 = 1.0 / 16384.0;
 
+/// Rows of a tensor and where they are read from.
+pub(super) struct Span<'a> {
+    pub tensor: &'a Tensor,
+    pub store: &'a Store,
+    pub rows: Range<u64>,
+}
+
+impl Span<'_> {
+    /// Their values ([`Tensor::values`]).
+    pub fn values(&self, scratch: &mut Scratch) -> Result<()> {
+        self.tensor.values(self.store, &self.rows, scratch)
+    }
+}
+
 impl Tensor {
     pub fn new(
         mapped: &Mapped,
@@ -168,8 +182,8 @@ impl Tensor {
             importance,
         };
         if let Some(rows) = rows {
-            let [n, _] = &mut shape[..] else {
-                return Err(Error::misuse(format!("rows {rows:?} of shape {shape:?}, which is no matrix")));
+            let ([n] | [n, _]) = &mut shape[..] else {
+                return Err(Error::misuse(format!("rows {rows:?} of shape {shape:?}, which has none")));
             };
             if rows.start >= rows.end || rows.end > all {
                 return Err(Error::misuse(format!("rows {rows:?} of {all}")));
@@ -179,6 +193,20 @@ impl Tensor {
         }
         tensor.shape = shape;
         Ok(tensor)
+    }
+
+    /// A matrix that is computed, not read.
+    pub fn made(name: &str, rows: u64, cols: u64) -> Self {
+        Self {
+            name: name.into(),
+            shape: vec![rows, cols],
+            rows,
+            of_matrix: rows,
+            cols,
+            source: Source::moved(rows.saturating_mul(cols)),
+            first: 0,
+            importance: None,
+        }
     }
 
     /// Elements, of the rows that are here.

@@ -1,0 +1,214 @@
+//! Chat templates: what in their text has no business there, and what rendering them takes.
+//!
+//! A loader that renders templates without a sandbox runs what they say (CVE-2024-34359, CVE-2026-5760). Only what
+//! stands between braces is code; what a template writes out is the model's affair.
+
+use std::path::Path;
+use std::sync::LazyLock;
+
+use regex::{Regex, RegexBuilder};
+use serde_json::json;
+
+use super::Scan;
+use super::finding::Finding;
+use super::rules::{
+    Rule, TEMPLATE_ADDRESS, TEMPLATE_ATTRIBUTE, TEMPLATE_BOUNDS, TEMPLATE_CODE, TEMPLATE_IMPORT,
+    TEMPLATE_LOOP, TEMPLATE_RENDER,
+};
+use crate::container::gguf::{Metadata, Value};
+use crate::eval::chat::{Conversation, Message, TemplateTokens, exceeds_bounds, render};
+
+const TEMPLATE: &str = "tokenizer.chat_template";
+
+/// Where a template lies.
+pub(super) struct Place<'a> {
+    pub file: &'a Path,
+    /// The metadata key, or the field of a JSON file.
+    pub key: &'a str,
+    /// Its first byte, where it lies in the file as it is.
+    pub offset: Option<u64>,
+}
+
+/// The templates of a GGUF file: key, name, text.
+pub(super) fn of_metadata(metadata: &Metadata) -> impl Iterator<Item = (&str, &str, &str)> {
+    metadata.iter().filter_map(|(key, value)| match (key.strip_prefix(TEMPLATE)?, value.as_str()?) {
+        ("", text) => Some((key, "default", text)),
+        (name, text) => Some((key, name.strip_prefix('.')?, text)),
+    })
+}
+
+/// The texts of the special tokens that templates may name.
+pub(super) fn tokens(metadata: &Metadata) -> TemplateTokens {
+    let token = |role: &str| {
+        let id = metadata.u64(&format!("tokenizer.ggml.{role}_token_id"))?;
+        match metadata.get("tokenizer.ggml.tokens")? {
+            Value::Array(tokens) => Some(tokens.get(usize::try_from(id).ok()?)?.as_str()?.to_string()),
+            _ => None,
+        }
+    };
+    TemplateTokens { bos: token("bos").unwrap_or_default(), eos: token("eos").unwrap_or_default() }
+}
+
+/// Patterns within code, and the rule each is about. Word boundaries keep `system_message` and the like out.
+const PATTERNS: &[(&Rule, &str)] = &[
+    (
+        &TEMPLATE_ATTRIBUTE,
+        r"__\w+__|['\x22]__|__['\x22]|\\x5f|\\u005f|\|\s*attr\s*\(|\bfunc_globals\b|\bgi_frame\b|\bmro\s*\(",
+    ),
+    (
+        &TEMPLATE_CODE,
+        r"\b(?:os|sys|subprocess|importlib|builtins|socket|shutil|pty|ctypes|pickle|urllib|requests|posix)\s*\.\s*\w|\b(?:popen|eval|exec|system|globals|locals|getattr|setattr|compile|urlopen|spawn\w*)\s*\(",
+    ),
+    (&TEMPLATE_IMPORT, r"\{%[-+]?\s*(?:import|include|from|extends)\b"),
+    (&TEMPLATE_LOOP, r"\brange\s*\([^)]*(?:\d{6,}|\d[\d_]{6,}|\*\*)"),
+    (&TEMPLATE_ADDRESS, r"(?i)\b(?:https?|ftp|wss?|file)://[^\s'\x22]+"),
+];
+
+static COMPILED: LazyLock<Vec<(&Rule, Regex)>> = LazyLock::new(|| {
+    let compile = |pattern: &str| RegexBuilder::new(pattern).build().expect("a valid pattern");
+    PATTERNS.iter().map(|(rule, pattern)| (*rule, compile(pattern))).collect()
+});
+
+/// The stretches of a template that are code, braces included, by their bytes.
+fn code(text: &str) -> Vec<(usize, usize)> {
+    let mut found = Vec::new();
+    let mut at = 0;
+    while let Some(open) = text.get(at..).and_then(|rest| rest.find('{')).map(|n| n + at) {
+        let close = match text.as_bytes().get(open + 1) {
+            Some(b'%') => "%}",
+            Some(b'{') => "}}",
+            Some(b'#') => "#}",
+            _ => {
+                at = open + 1;
+                continue;
+            }
+        };
+        let end = closing(text, open + 2, close);
+        if close != "#}" {
+            found.push((open, end));
+        }
+        at = end;
+    }
+    found
+}
+
+/// Where code that begins at `from` ends: braces within quotes do not count, as Jinja has it, but in comments.
+fn closing(text: &str, from: usize, close: &str) -> usize {
+    let bytes = text.as_bytes();
+    let mut quote = None;
+    let mut at = from;
+    while let Some(&byte) = bytes.get(at) {
+        match quote {
+            Some(_) if byte == b'\\' => at += 1,
+            Some(open) if byte == open => quote = None,
+            Some(_) => {}
+            None if bytes.get(at..).is_some_and(|rest| rest.starts_with(close.as_bytes())) => {
+                return at + close.len();
+            }
+            None if close != "#}" && matches!(byte, b'\'' | b'"') => quote = Some(byte),
+            None => {}
+        }
+        at += 1;
+    }
+    text.len()
+}
+
+pub(super) fn check(scan: &mut Scan, place: &Place<'_>, name: &str, text: &str, tokens: &TemplateTokens) {
+    let stretches = code(text);
+    for (rule, pattern) in COMPILED.iter() {
+        let matches: Vec<_> = stretches
+            .iter()
+            .flat_map(|&(from, to)| {
+                pattern
+                    .find_iter(text.get(from..to).unwrap_or_default())
+                    .map(move |m| (from + m.start(), m.as_str()))
+            })
+            .collect();
+        if let Some(&(at, first)) = matches.first() {
+            let line = text.get(..at).unwrap_or_default().matches('\n').count() + 1;
+            let shown: String = first.chars().take(60).collect();
+            let more =
+                if matches.len() > 1 { format!(", and {} more", matches.len() - 1) } else { String::new() };
+            let message = format!("template {name:?}, line {line}: {shown:?}{more}");
+            let finding = Finding::new(rule, place.file, message).key(place.key).of(first.len() as u64);
+            scan.find(finding.at(place.offset.and_then(|o| o.checked_add(at as u64))));
+        }
+    }
+    if let Some(finding) = rendered(place, name, text, tokens) {
+        scan.find(finding);
+    }
+}
+
+/// What rendering says, with conversations as applications have them.
+fn rendered(place: &Place<'_>, name: &str, text: &str, tokens: &TemplateTokens) -> Option<Finding> {
+    let message = |role: &str, text: &str| Message::new(role, text);
+    let (system, user, answer) =
+        (message("system", "Be brief."), message("user", "What is 2 + 2?"), message("assistant", "4"));
+    let mut with_tools = Conversation::new(std::slice::from_ref(&user));
+    with_tools.tools = json!([{"type": "function", "function": {"name": "add", "description": "adds",
+        "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}}}]);
+    let samples = [
+        Conversation::new(std::slice::from_ref(&user)),
+        Conversation::new(&[system, user.clone(), answer.clone(), message("user", "And 3 + 3?")]),
+        Conversation::new(&[user, answer]),
+        with_tools,
+    ];
+    let mut failed = None;
+    let mut any = false;
+    for sample in &samples {
+        match render(text, sample, tokens, 0) {
+            Ok(_) => any = true,
+            Err(e) if exceeds_bounds(&e) => {
+                let message = format!("template {name:?}: {e}");
+                return Some(
+                    Finding::new(&TEMPLATE_BOUNDS, place.file, message).key(place.key).at(place.offset),
+                );
+            }
+            Err(e) => failed = failed.or(Some(e)),
+        }
+    }
+    let error = failed.filter(|_| !any)?;
+    let message = format!("template {name:?}: {error}");
+    Some(Finding::new(&TEMPLATE_RENDER, place.file, message).key(place.key).at(place.offset))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn rules(text: &str) -> Vec<&'static str> {
+        let mut scan = Scan::default();
+        let place = Place { file: Path::new("x"), key: "k", offset: Some(100) };
+        check(&mut scan, &place, "default", text, &TemplateTokens::default());
+        scan.findings.iter().map(|f| f.rule.id).collect()
+    }
+
+    #[test]
+    fn templates_are_judged() {
+        let harmless =
+            "{% for m in messages %}{{ m.role }}: {{ m['content'] | trim }}\n{% endfor %}os.system('x')";
+        assert!(rules(harmless).is_empty());
+        assert!(rules("{# __class__ #}{% set system_message = 'x' %}{{ system_message }}").is_empty());
+        assert!(rules("{{ ''.__class__.__mro__ }}").contains(&TEMPLATE_ATTRIBUTE.id));
+        assert!(rules("{{ '}}' ~ x.__class__ }}").contains(&TEMPLATE_ATTRIBUTE.id));
+        assert!(rules("{{ x['__' ~ 'class__'] }}").contains(&TEMPLATE_ATTRIBUTE.id));
+        assert!(rules(r"{{ x|map('\x5f\x5fclass\x5f\x5f') }}").contains(&TEMPLATE_ATTRIBUTE.id));
+        assert!(rules("{{ cycler.x.os.popen('id').read() }}").contains(&TEMPLATE_CODE.id));
+        assert!(rules("{% include '/etc/passwd' %}").contains(&TEMPLATE_IMPORT.id));
+        assert!(rules("{% for i in range(10**9) %}{% endfor %}x").contains(&TEMPLATE_LOOP.id));
+        assert_eq!(rules("{{ 'see https://example.com/x' }}"), [TEMPLATE_ADDRESS.id]);
+        assert_eq!(rules("{{ nothing.at.all }}"), [TEMPLATE_RENDER.id]);
+        let long = "{% for i in range(4000) %}{% for j in range(4000) %}x{% endfor %}{% endfor %}";
+        assert_eq!(rules(long), [TEMPLATE_BOUNDS.id]);
+    }
+
+    #[test]
+    fn places_are_those_in_the_file() {
+        let mut scan = Scan::default();
+        let place = Place { file: Path::new("x"), key: "k", offset: Some(100) };
+        check(&mut scan, &place, "default", "ab\n{{ x.__dict__ }}", &TemplateTokens::default());
+        let finding = scan.findings.iter().find(|f| f.rule.id == TEMPLATE_ATTRIBUTE.id).unwrap();
+        assert_eq!((finding.offset, finding.length), (Some(108), Some(8)));
+        assert!(finding.message.contains("line 2"), "{}", finding.message);
+    }
+}
