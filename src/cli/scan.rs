@@ -179,7 +179,13 @@ fn findings(found: &Scan, quiet: bool) {
             continue;
         }
         let at = offset.map_or(String::new(), |o| format!(" at byte {o}"));
-        ui::say(&format!("{:>7}  {} {}: {}{at}: {message}", severity.name(), rule.id, rule.name, file.display()));
+        ui::say(&format!(
+            "{:>7}  {} {}: {}{at}: {message}",
+            severity.name(),
+            rule.id,
+            rule.name,
+            file.display()
+        ));
         if let Some(hint) = hint.as_ref().filter(|_| !quiet) {
             ui::say(&format!("           hint: {hint}"));
         }

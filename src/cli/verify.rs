@@ -36,7 +36,8 @@ pub struct Args {
     pub no_forward: bool,
 
     /// Compare the logits with those of the source, computed by candle from the source's own weights;
-    /// where they differ, say in which layer first, and by which tensor
+    /// where they differ, say in which layer first, and by which tensor. Those of a Core ML package are compared
+    /// with llama.cpp's for the same weights
     #[arg(long, requires = "against", conflicts_with = "no_forward")]
     pub logits: bool,
 
@@ -79,7 +80,10 @@ pub fn run(args: &Args) -> anyhow::Result<Status> {
         return args.scan.run(&args.files, &args.work, &limits);
     }
     if args.against.is_some() && args.scan.is_meant(&args.files)? {
-        return Err(Error::misuse("--against compares one GGUF, .qpack or Core ML file, which is not scanned only").into());
+        return Err(Error::misuse(
+            "--against compares one GGUF, .qpack or Core ML file, which is not scanned only",
+        )
+        .into());
     }
     // Nothing that is suspicious is handed to the engine.
     let found = scan::beforehand(file, &args.work, &limits)?;

@@ -3,7 +3,10 @@
 //! ggml judges scales when it loads with `--check-tensors` (`ggml_validate_row_data`): none may be NaN or infinite. This
 //! looks at more: signs that no encoder writes, scales out of all proportion, codes beyond the grid of the type.
 
-use super::rules::{CODE_GRID, Rule, SCALE_HUGE as HUGE_RULE, SCALE_NEGATIVE as NEGATIVE_RULE, SCALE_NOT_FINITE as SCALE_RULE, TENSOR_INF, TENSOR_NAN};
+use super::rules::{
+    CODE_GRID, Rule, SCALE_HUGE as HUGE_RULE, SCALE_NEGATIVE as NEGATIVE_RULE,
+    SCALE_NOT_FINITE as SCALE_RULE, TENSOR_INF, TENSOR_NAN,
+};
 use crate::tensor::DType;
 
 /// What a block or value can be, as bits.
@@ -78,8 +81,12 @@ fn single(bits: u32) -> Flags {
     let magnitude = bits & 0x7fff_ffff;
     let (nan, inf) = (magnitude > 0x7f80_0000, magnitude == 0x7f80_0000);
     // 1e10 is 0x501502f9.
-    let odd = (magnitude > 0x5015_02f9 && magnitude < 0x7f80_0000) || (magnitude < 0x0080_0000 && magnitude != 0);
-    NAN * Flags::from(nan) | INF * Flags::from(inf) | ODD * Flags::from(odd) | NONZERO * Flags::from(magnitude != 0)
+    let odd =
+        (magnitude > 0x5015_02f9 && magnitude < 0x7f80_0000) || (magnitude < 0x0080_0000 && magnitude != 0);
+    NAN * Flags::from(nan)
+        | INF * Flags::from(inf)
+        | ODD * Flags::from(odd)
+        | NONZERO * Flags::from(magnitude != 0)
 }
 
 /// The bytes that ternary digits are packed into, five a byte (`ceil(digits * 256 / 243)`).
@@ -110,7 +117,12 @@ fn each<const SIZE: usize>(bytes: &[u8], at: u64, tally: &mut Tally, judge: impl
 
 #[cold]
 #[inline(never)]
-fn locate<const SIZE: usize>(some: &[[u8; SIZE]], at: u64, tally: &mut Tally, judge: &impl Fn(&[u8; SIZE]) -> Flags) {
+fn locate<const SIZE: usize>(
+    some: &[[u8; SIZE]],
+    at: u64,
+    tally: &mut Tally,
+    judge: &impl Fn(&[u8; SIZE]) -> Flags,
+) {
     for (i, piece) in some.iter().enumerate() {
         let flags = judge(piece) & !NONZERO;
         if flags == 0 {
@@ -164,7 +176,14 @@ pub(super) fn judge(dtype: DType, bytes: &[u8], at: u64, tally: &mut Tally) {
         // A power of two: no byte is zero.
         DType::F8_E8M0 => each::<1>(bytes, at, tally, |b| NAN * Flags::from(b[0] == 0xff) | NONZERO),
         DType::Bool => each::<1>(bytes, at, tally, |b| grid(b[0] > 1) | NONZERO),
-        DType::I8 | DType::I16 | DType::I32 | DType::I64 | DType::U8 | DType::U16 | DType::U32 | DType::U64 => {
+        DType::I8
+        | DType::I16
+        | DType::I32
+        | DType::I64
+        | DType::U8
+        | DType::U16
+        | DType::U32
+        | DType::U64 => {
             tally.nonzero = true; // zero points are zeros as a rule
         }
         DType::Q4_0 => scales!(18; [0] []),

@@ -41,7 +41,9 @@ pub(super) fn pytorch(scan: &mut Scan, path: &Path, options: &Options) -> Result
     let store = match torch::open(path, &options.limits) {
         Ok(store) => store,
         // What it names has been said, which is why it is not read.
-        Err(e) if any && matches!(e.kind(), ErrorKind::Unsupported | ErrorKind::Malformed) => return Ok(None),
+        Err(e) if any && matches!(e.kind(), ErrorKind::Unsupported | ErrorKind::Malformed) => {
+            return Ok(None);
+        }
         Err(e) => return Err(e),
     };
     for file in store.files().iter().filter(|f| f.path() != path) {
@@ -62,7 +64,11 @@ fn tensor_names(scan: &mut Scan, store: &Store) {
 /// A directory of transformers, or a part of one.
 pub(super) fn directory(scan: &mut Scan, path: &Path, options: &Options) -> Result<Option<Opened>> {
     let limits = &options.limits;
-    let dir = if path.is_dir() { path } else { path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new(".")) };
+    let dir = if path.is_dir() {
+        path
+    } else {
+        path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."))
+    };
     let files = files_of(dir)?;
     for (name, file) in &files {
         let ending = name.rsplit_once('.').map_or("", |(_, e)| e);
@@ -89,9 +95,14 @@ pub(super) fn directory(scan: &mut Scan, path: &Path, options: &Options) -> Resu
     }
     let opened = match OpenedModel::open(path, limits) {
         // A tokenizer alone, or a configuration.
-        Err(e) if e.kind() == ErrorKind::Unsupported && !files.iter().any(|(n, _)| is_weights(n)) => return Ok(None),
+        Err(e) if e.kind() == ErrorKind::Unsupported && !files.iter().any(|(n, _)| is_weights(n)) => {
+            return Ok(None);
+        }
         // Why a pickle is not read has been said.
-        Err(e) if e.kind() == ErrorKind::Unsupported && scan.findings.iter().any(|f| e.path() == Some(&f.file)) => {
+        Err(e)
+            if e.kind() == ErrorKind::Unsupported
+                && scan.findings.iter().any(|f| e.path() == Some(&f.file)) =>
+        {
             return Ok(None);
         }
         other => other?,
@@ -126,7 +137,8 @@ fn is_weights(name: &str) -> bool {
 }
 
 fn st_or_torch(file: &Path) -> bool {
-    let is_st = super::target::kind_of_file(file).is_ok_and(|k| k == super::Kind::Safetensors || k == super::Kind::Pytorch);
+    let is_st = super::target::kind_of_file(file)
+        .is_ok_and(|k| k == super::Kind::Safetensors || k == super::Kind::Pytorch);
     // Recorded logits lie beside models of tests, as do adapters beside models.
     let name = file.file_name().and_then(|n| n.to_str()).unwrap_or_default();
     is_st && (name.starts_with("model") || name.starts_with("pytorch_model"))
@@ -179,10 +191,9 @@ fn plain(value: &Json) -> String {
 fn templates(object: &Map<String, Json>) -> Vec<(String, &str)> {
     match object.get("chat_template") {
         Some(Json::String(text)) => vec![("default".into(), text)],
-        Some(Json::Array(list)) => list
-            .iter()
-            .filter_map(|t| Some((plain(t.get("name")?), t.get("template")?.as_str()?)))
-            .collect(),
+        Some(Json::Array(list)) => {
+            list.iter().filter_map(|t| Some((plain(t.get("name")?), t.get("template")?.as_str()?))).collect()
+        }
         _ => Vec::new(),
     }
 }

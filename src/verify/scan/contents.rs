@@ -152,8 +152,10 @@ fn findings(scan: &mut Scan, file: &Path, info: &TensorInfo, tally: &Tally, has_
             continue;
         }
         let number = first.unwrap_or(0) / info.dtype.type_size();
-        let message =
-            format!("tensor {:?} ({}): {count} of {pieces} {what} {says}, first number {number}", info.name, info.dtype);
+        let message = format!(
+            "tensor {:?} ({}): {count} of {pieces} {what} {says}, first number {number}",
+            info.name, info.dtype
+        );
         scan.find(about(rule, message).at(place(first)).of(info.dtype.type_size()));
     }
     let odd = tally.count[ODD_AT];

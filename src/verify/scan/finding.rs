@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
-use super::rules::{Rule, Severity, LIMIT, MALFORMED, SHARD_MISSING};
+use super::rules::{LIMIT, MALFORMED, Rule, SHARD_MISSING, Severity};
 use crate::error::{Error, ErrorKind};
 
 /// One finding.

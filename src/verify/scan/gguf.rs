@@ -67,7 +67,8 @@ pub(super) fn check(scan: &mut Scan, path: &Path, options: &Options) -> Result<O
     }
     for info in gguf.store.tensors() {
         let file = gguf.store.files().get(info.file).map_or(path, InputFile::path);
-        scan.findings.extend(names::check(file, "tensor", &info.name).into_iter().map(|f| f.tensor(&info.name)));
+        scan.findings
+            .extend(names::check(file, "tensor", &info.name).into_iter().map(|f| f.tensor(&info.name)));
     }
     for (key, _) in gguf.metadata.iter() {
         let found = names::check(entries.file, "key", key);
@@ -122,9 +123,10 @@ pub(super) fn other_format(bytes: &[u8]) -> Option<&'static str> {
     let begins = |(magic, name): &(&[u8], &'static str)| {
         [bytes, bytes.get(start..).unwrap_or_default()].iter().any(|b| b.starts_with(magic)).then_some(*name)
     };
-    OTHERS.iter().find_map(begins).or_else(|| {
-        bytes.windows(4).any(|w| w == b"PK\x05\x06").then_some("the end of a zip archive")
-    })
+    OTHERS
+        .iter()
+        .find_map(begins)
+        .or_else(|| bytes.windows(4).any(|w| w == b"PK\x05\x06").then_some("the end of a zip archive"))
 }
 
 /// What lies between tensors, and behind them. `begin` is where the data begin, where that is known.

@@ -23,7 +23,9 @@ pub(super) fn check(scan: &mut Scan, path: &Path, limits: &Limits) -> Result<boo
                 Finding::new(&PICKLE_GLOBAL, path, message).key(&format!("{module}.{name}")).hint(hint)
             }
             Instruction::Hidden(what) => Finding::new(&PICKLE_OPCODE, path, format!("{place}{what}")),
-            Instruction::Broken(what) => Finding::new(&PICKLE_OPCODE, path, format!("{place}the pickle is faulty: {what}")),
+            Instruction::Broken(what) => {
+                Finding::new(&PICKLE_OPCODE, path, format!("{place}the pickle is faulty: {what}"))
+            }
         };
         any = true;
         scan.find(finding.at(mention.offset));

@@ -139,7 +139,8 @@ fn directory(dir: &Path, depth: u32, found: &mut Targets) -> Result<()> {
 
 /// What a directory is, where it is a model.
 pub fn kind_of_directory(dir: &Path) -> Option<Kind> {
-    if dir.extension().is_some_and(|e| e == "mlpackage") || package::is_package(dir) || chunks::is_model(dir) {
+    if dir.extension().is_some_and(|e| e == "mlpackage") || package::is_package(dir) || chunks::is_model(dir)
+    {
         return Some(Kind::CoreMl);
     }
     let of_weights = |name: &str| {
@@ -175,7 +176,9 @@ pub fn kind_of_file(path: &Path) -> Result<Kind> {
         _ if ending == "gguf" => Kind::Gguf,
         _ if ending == "safetensors" => Kind::Safetensors,
         _ if ending == "qpack" => Kind::Qpack,
-        _ if PICKLES.contains(&ending) && matches!(head[0], b'c' | b'(' | b'}' | b']' | 0x80) => Kind::Pytorch,
+        _ if PICKLES.contains(&ending) && matches!(head[0], b'c' | b'(' | b'}' | b']' | 0x80) => {
+            Kind::Pytorch
+        }
         _ if ending == "dat" || name.contains("imatrix") => Kind::Imatrix,
         _ => Kind::Unknown,
     })

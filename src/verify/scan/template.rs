@@ -12,8 +12,8 @@ use serde_json::json;
 use super::Scan;
 use super::finding::Finding;
 use super::rules::{
-    Rule, TEMPLATE_ADDRESS, TEMPLATE_ATTRIBUTE, TEMPLATE_BOUNDS, TEMPLATE_CODE, TEMPLATE_IMPORT, TEMPLATE_LOOP,
-    TEMPLATE_RENDER,
+    Rule, TEMPLATE_ADDRESS, TEMPLATE_ATTRIBUTE, TEMPLATE_BOUNDS, TEMPLATE_CODE, TEMPLATE_IMPORT,
+    TEMPLATE_LOOP, TEMPLATE_RENDER,
 };
 use crate::container::gguf::{Metadata, Value};
 use crate::eval::chat::{Conversation, Message, TemplateTokens, exceeds_bounds, render};
@@ -80,7 +80,8 @@ fn code(text: &str) -> Vec<(usize, usize)> {
                 continue;
             }
         };
-        let end = text.get(open + 2..).and_then(|rest| rest.find(close)).map_or(text.len(), |n| open + 2 + n + 2);
+        let end =
+            text.get(open + 2..).and_then(|rest| rest.find(close)).map_or(text.len(), |n| open + 2 + n + 2);
         if close != "#}" {
             found.push((open, end));
         }
@@ -95,13 +96,16 @@ pub(super) fn check(scan: &mut Scan, place: &Place<'_>, name: &str, text: &str, 
         let matches: Vec<_> = stretches
             .iter()
             .flat_map(|&(from, to)| {
-                pattern.find_iter(text.get(from..to).unwrap_or_default()).map(move |m| (from + m.start(), m.as_str()))
+                pattern
+                    .find_iter(text.get(from..to).unwrap_or_default())
+                    .map(move |m| (from + m.start(), m.as_str()))
             })
             .collect();
         if let Some(&(at, first)) = matches.first() {
             let line = text.get(..at).unwrap_or_default().matches('\n').count() + 1;
             let shown: String = first.chars().take(60).collect();
-            let more = if matches.len() > 1 { format!(", and {} more", matches.len() - 1) } else { String::new() };
+            let more =
+                if matches.len() > 1 { format!(", and {} more", matches.len() - 1) } else { String::new() };
             let message = format!("template {name:?}, line {line}: {shown:?}{more}");
             let finding = Finding::new(rule, place.file, message).key(place.key).of(first.len() as u64);
             scan.find(finding.at(place.offset.and_then(|o| o.checked_add(at as u64))));
@@ -133,7 +137,9 @@ fn rendered(place: &Place<'_>, name: &str, text: &str, tokens: &TemplateTokens) 
             Ok(_) => any = true,
             Err(e) if exceeds_bounds(&e) => {
                 let message = format!("template {name:?}: {e}");
-                return Some(Finding::new(&TEMPLATE_BOUNDS, place.file, message).key(place.key).at(place.offset));
+                return Some(
+                    Finding::new(&TEMPLATE_BOUNDS, place.file, message).key(place.key).at(place.offset),
+                );
             }
             Err(e) => failed = failed.or(Some(e)),
         }
@@ -156,7 +162,8 @@ mod tests {
 
     #[test]
     fn templates_are_judged() {
-        let harmless = "{% for m in messages %}{{ m.role }}: {{ m['content'] | trim }}\n{% endfor %}os.system('x')";
+        let harmless =
+            "{% for m in messages %}{{ m.role }}: {{ m['content'] | trim }}\n{% endfor %}os.system('x')";
         assert!(rules(harmless).is_empty());
         assert!(rules("{# __class__ #}{% set system_message = 'x' %}{{ system_message }}").is_empty());
         assert!(rules("{{ ''.__class__.__mro__ }}").contains(&TEMPLATE_ATTRIBUTE.id));
