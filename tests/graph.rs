@@ -243,3 +243,94 @@ fn keys_are_inherited_one_by_one_and_unknown_ones_refused() {
     let unknown = read("[graph]\nwindws = \"1\"\n").unwrap_err().to_string();
     assert!(unknown.contains("windws") && unknown.contains("windowed"), "{unknown}");
 }
+
+/// What config.json may leave out, and what the class of transformers has then (5.23, `configuration_*.py`).
+#[test]
+fn keys_that_are_left_out_have_the_defaults_of_their_class() {
+    let cases: &[(&str, &[(&str, Json)])] = &[
+        (
+            "llama",
+            &[("rms_norm_eps", json!(1e-6)), ("hidden_act", json!("silu")), ("rope_theta", json!(10000.0))],
+        ),
+        ("mistral", &[("rms_norm_eps", json!(1e-6)), ("hidden_act", json!("silu"))]),
+        (
+            "mixtral",
+            &[
+                ("rms_norm_eps", json!(1e-5)),
+                ("rope_theta", json!(1e6)),
+                ("num_experts_per_tok", json!(2)),
+                ("hidden_act", json!("silu")),
+            ],
+        ),
+        ("qwen2", &[("rms_norm_eps", json!(1e-6)), ("use_sliding_window", json!(false))]),
+        ("qwen3", &[("rms_norm_eps", json!(1e-6)), ("head_dim", json!(128))]),
+        ("qwen3_moe", &[("norm_topk_prob", json!(false))]),
+        (
+            "gemma2-spm",
+            &[
+                ("rms_norm_eps", json!(1e-6)),
+                ("head_dim", json!(256)),
+                ("sliding_window", json!(4096)),
+                ("query_pre_attn_scalar", json!(256)),
+                ("hidden_activation", json!("gelu_pytorch_tanh")),
+            ],
+        ),
+        ("gemma3-spm", &[("rms_norm_eps", json!(1e-6)), ("sliding_window", json!(4096))]),
+        (
+            "phi_3",
+            &[("rms_norm_eps", json!(1e-5)), ("hidden_act", json!("silu")), ("sliding_window", json!(null))],
+        ),
+        (
+            "gpt2",
+            &[
+                ("layer_norm_epsilon", json!(1e-5)),
+                ("activation_function", json!("gelu_new")),
+                ("scale_attn_weights", json!(true)),
+            ],
+        ),
+        ("gpt_neox", &[("layer_norm_eps", json!(1e-5)), ("use_parallel_residual", json!(true))]),
+        ("falcon2", &[("layer_norm_epsilon", json!(1e-5)), ("activation", json!("gelu"))]),
+        ("cohere", &[("layer_norm_eps", json!(1e-5)), ("logit_scale", json!(0.0625))]),
+        ("granite", &[("attention_multiplier", json!(1.0)), ("residual_multiplier", json!(1.0))]),
+        (
+            "gpt_oss",
+            &[
+                ("rms_norm_eps", json!(1e-5)),
+                ("head_dim", json!(64)),
+                ("sliding_window", json!(128)),
+                ("num_experts_per_tok", json!(4)),
+                ("swiglu_limit", json!(7.0)),
+                ("swiglu_alpha", json!(1.702)),
+            ],
+        ),
+    ];
+    let decoder = |config: &Json, what: &str| {
+        let model = arch::recognise(config, &[], None).unwrap_or_else(|e| panic!("{what}: {e}"));
+        model.decoder(8192).or_else(|_| model.decoder(64)).unwrap_or_else(|e| panic!("{what}: {e}"))
+    };
+    for (name, keys) in cases {
+        let path = fixture("models").join(name).join("config.json");
+        let config: Json = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
+        for (key, default) in *keys {
+            let what = format!("{name} without {key}");
+            let (mut stated, mut silent) = (config.clone(), config.clone());
+            if *key == "rope_theta" {
+                // It stands among the parameters of RoPE, which may be lacking as a whole.
+                for config in [&mut stated, &mut silent] {
+                    config.as_object_mut().unwrap().retain(|key, _| !key.starts_with("rope_"));
+                }
+            }
+            stated[*key] = default.clone();
+            silent.as_object_mut().unwrap().remove(*key);
+            assert_eq!(decoder(&silent, &what), decoder(&stated, &what), "{what}");
+        }
+        let tied = |tie: Option<bool>| {
+            let mut config = config.clone();
+            config.as_object_mut().unwrap().remove("tie_word_embeddings");
+            tie.into_iter().for_each(|tie| config["tie_word_embeddings"] = json!(tie));
+            arch::recognise(&config, &[], None).unwrap().is_tied().unwrap()
+        };
+        let wanted = ["gemma2-spm", "gemma3-spm", "gpt2", "falcon2", "cohere"].contains(name);
+        assert_eq!((tied(None), tied(Some(true)), tied(Some(false))), (wanted, true, false), "{name}");
+    }
+}

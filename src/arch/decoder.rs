@@ -51,6 +51,7 @@ const KEYS: &[&str] = &[
     "embedding_scale",
     "logit_scale",
     "logit_softcap",
+    "tied",
 ];
 
 /// Widths, and heads times their width.
@@ -114,6 +115,20 @@ impl Model {
             .hint(format!("described are {}", names.join(", "))));
         };
         Reading { model: self, graph }.decoder(context)
+    }
+
+    /// Whether checkpoints of the model have no head of their own: as its `[graph]` says, which has the default of the
+    /// class, or else its config.
+    ///
+    /// # Errors
+    /// As expressions are evaluated.
+    pub fn is_tied(&self) -> Result<bool> {
+        match &self.arch.graph {
+            Some(graph) if graph.contains_key("tied") => {
+                Reading { model: self, graph }.value("tied").map(|tied| truth(&tied))
+            }
+            _ => Ok(self.config().get("tie_word_embeddings") == Some(&Json::Bool(true))),
+        }
     }
 }
 

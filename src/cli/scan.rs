@@ -219,7 +219,7 @@ const MOST_LINES: usize = 100;
 
 /// As `sha256sum` prints them, so that it can check them.
 fn sums(found: &Scan, verbose: bool) -> Result<()> {
-    let mut out = std::io::stdout().lock();
+    let mut out = ui::stdout();
     let mut line = |text: String| writeln!(out, "{text}").map_err(|e| Error::io("write", "stdout", e));
     for file in &found.files {
         if let Some(sum) = &file.sha256 {

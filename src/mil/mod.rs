@@ -18,7 +18,7 @@ mod value;
 mod weight;
 
 pub use builder::{Arg, Builder, Built, Feature, OPSET, Value, identifier};
-pub use decoder::{Layout, Part, Target, decoder};
+pub use decoder::{LEAST_EPS, Layout, Part, Target, decoder};
 pub use infer::{Call, OPERATIONS, Operation, Parameter, infer};
 pub use state::State;
 pub use text::Text;

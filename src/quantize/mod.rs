@@ -9,7 +9,7 @@ pub mod descent;
 pub mod gptq;
 pub mod palette;
 #[cfg(test)]
-mod sample;
+pub(crate) mod sample;
 pub mod ternary;
 
 use crate::block::Lattice;

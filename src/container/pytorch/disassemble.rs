@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, HashMap};
 use super::globals::{Global, shown};
 use super::zip::{Archive, LOCAL_HEADER};
 use crate::container::InputFile;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::limits::Limits;
 
 /// Longest pickle that is looked at, in bytes.

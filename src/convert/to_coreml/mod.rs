@@ -35,7 +35,7 @@ use crate::container::coreml::chunks::{CHUNKS, is_model};
 use crate::container::imatrix::ImportanceMatrix;
 use crate::error::{Error, Result};
 use crate::limits::Limits;
-use crate::mil::Part;
+use crate::mil::{LEAST_EPS, Part};
 
 /// What packages end in.
 pub const SUFFIX: &str = "mlpackage";
@@ -189,6 +189,14 @@ impl ToCoreml {
                 "heads have {} elements, no multiple of {ALIGNED}: some devices refuse such a cache (coremltools \
                  #2631)",
                 decoder.head_dim
+            ));
+        }
+        let of_stream = decoder.stream * decoder.stream;
+        if decoder.eps * of_stream < LEAST_EPS {
+            remarks.push(format!(
+                "norms add {:.2e} to the variance instead of {:.2e}: float16 has nothing less",
+                LEAST_EPS / of_stream,
+                decoder.eps
             ));
         }
         if let Ffn::Experts { count, used, .. } = decoder.ffn {

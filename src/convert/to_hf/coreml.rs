@@ -1,5 +1,6 @@
 //! A Core ML package as a Hugging Face directory would have it: weights decoded, under the names that they had.
 
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -20,6 +21,8 @@ use crate::tensor::{DType, TensorInfo};
 
 const CONFIG: &str = "config.json";
 const HEAD: &str = "output.weight";
+/// What the metadata of packages that were converted here have.
+const VERSION: &str = "com.qconv.version";
 
 /// Opens a package, or a directory of several. With a config.json beside it, tensors are those of a checkpoint of its
 /// class; without, each is called as the program calls it.
@@ -31,7 +34,10 @@ pub fn open(path: &Path, dtype: Option<DType>, arch_file: Option<&Path>, limits:
     let at = |e: Error| e.at(path);
     let packages = chunks::packages(path, limits)?;
     let opened = packages.iter().map(|path| Ok(Arc::new(Package::open(path, limits)?)));
-    let constants = Constants::of(&opened.collect::<Result<Vec<_>>>()?)?;
+    let opened = opened.collect::<Result<Vec<_>>>()?;
+    let is_own =
+        opened.iter().all(|package| package.model().description.metadata.user_defined.contains_key(VERSION));
+    let constants = Constants::of(&opened)?;
     let dir = beside(path);
     let config_path = dir.join(CONFIG);
     let config: Option<Json> = read_json(&config_path, limits.side_file_bytes)?;
@@ -39,7 +45,7 @@ pub fn open(path: &Path, dtype: Option<DType>, arch_file: Option<&Path>, limits:
     let name = name.map(|name| name.strip_suffix(&format!(".{SUFFIX}")).unwrap_or(&name).to_string());
     let dtype = dtype.unwrap_or(DType::F16);
     let Some(mut config) = config else {
-        let (store, _) = constants.store(&by_value(&constants)).map_err(at)?;
+        let (store, _) = constants.store(&by_value(&constants, is_own).map_err(at)?).map_err(at)?;
         let mapped = identity(store.tensors());
         let notes = vec![format!(
             "there is no {CONFIG} beside it: tensors are called as in the program, and only they are written"
@@ -56,7 +62,7 @@ pub fn open(path: &Path, dtype: Option<DType>, arch_file: Option<&Path>, limits:
     };
     let mut model = model.map_err(|e| e.at(&config_path))?;
     model.facts_mut().n_tokens = model.var("vocab_size")?.as_u64();
-    let (store, _) = constants.store(&by_tensor(&constants, &config)).map_err(at)?;
+    let (store, _) = constants.store(&by_tensor(&constants, model.is_tied()?)).map_err(at)?;
     let tensors: Vec<TensorInfo> = store.tensors().iter().map(unshaped).collect();
     let mapped = model.map_back_as(&tensors, Layout::Halves).map_err(at)?;
     let described =
@@ -82,25 +88,45 @@ fn beside(path: &Path) -> PathBuf {
     }
 }
 
-/// Every tensor of numbers, called after its constant; factors belong to their matrix.
-fn by_value(constants: &Constants) -> Vec<(String, Vec<String>)> {
+/// Every tensor of numbers, called after its constant. In packages that were converted here factors behind a product
+/// belong to their matrix.
+///
+/// # Errors
+/// `Unsupported` for packages of others that have a matrix, and what may be its factors: nothing tells them from
+/// another weight.
+fn by_value(constants: &Constants, is_own: bool) -> Result<Vec<(String, Vec<String>)>> {
     let is_number = |t: DataType| matches!(t, DataType::Float16 | DataType::Float32);
-    let is_factor = |name: &str| name.strip_suffix(FACTORS).is_some_and(|of| constants.get(of).is_some());
-    let tensors =
-        constants.iter().filter(|c| is_number(c.data_type) && !c.shape.is_empty() && !is_factor(&c.name));
-    tensors.map(|c| (c.name.clone(), vec![c.name.clone()])).collect()
+    let (mut tensors, mut factors) = (Vec::new(), HashSet::new());
+    for constant in constants.iter().filter(|c| is_number(c.data_type) && !c.shape.is_empty()) {
+        let of = vec![constant.name.clone()];
+        for name in constants.tensor(&of)?.map(|(_, used)| used).unwrap_or_default() {
+            if name != constant.name {
+                factors.insert(name.to_string());
+            }
+        }
+        tensors.push((constant.name.clone(), of));
+    }
+    if let Some(name) = factors.iter().min().filter(|_| !is_own) {
+        let of = name.strip_suffix(FACTORS).unwrap_or(name);
+        return Err(Error::unsupported(format!(
+            "weights {of:?} and {name:?}: whether the second is multiplied with the first cannot be told, in a package that \
+             was not converted here"
+        )));
+    }
+    tensors.retain(|(name, _)| !factors.contains(name));
+    Ok(tensors)
 }
 
-/// The tensors of a language model by their GGUF names. The parts of a divided head are one; a head that the config
-/// ties to the embeddings is left out.
-fn by_tensor(constants: &Constants, config: &Json) -> Vec<(String, Vec<String>)> {
+/// The tensors of a language model by their GGUF names. The parts of a divided head are one; a head that is tied to the
+/// embeddings is left out.
+fn by_tensor(constants: &Constants, is_tied: bool) -> Vec<(String, Vec<String>)> {
     let mut named: IndexMap<String, Vec<(u64, String)>> = IndexMap::new();
     for constant in constants.iter().filter(|c| !c.shape.is_empty()) {
         if let Some((name, part)) = tensor_of(&constant.name) {
             named.entry(name).or_default().push((part, constant.name.clone()));
         }
     }
-    if config.get("tie_word_embeddings") == Some(&Json::Bool(true)) {
+    if is_tied {
         named.shift_remove(HEAD);
     }
     let in_order = |(name, mut parts): (String, Vec<(u64, String)>)| {
@@ -118,7 +144,7 @@ fn tensor_of(constant: &str) -> Option<(String, u64)> {
         return is_number.then(|| (format!("blk.{layer}.{role}.{kind}"), 0));
     }
     match stem.strip_prefix("output_").and_then(|part| part.parse().ok()) {
-        Some(part) => Some((HEAD.to_string(), part)),
+        Some(part) => Some((format!("output.{kind}"), part)),
         None => Some((format!("{stem}.{kind}"), 0)),
     }
 }
@@ -160,6 +186,7 @@ mod tests {
             ("output_norm_weight", Some(("output_norm.weight", 0))),
             ("output_weight", Some(("output.weight", 0))),
             ("output_11_weight", Some(("output.weight", 11))),
+            ("output_11_bias", Some(("output.bias", 11))),
             ("rope_cos_0", None),
             ("blk_x_attn_q_weight", None),
             ("blk_0_attn_q_weight_scale", None),

@@ -30,6 +30,7 @@ use crate::arch::{Decoder, Positions};
 use crate::container::coreml::DataType;
 use crate::error::{Error, Result};
 use cache::Cache;
+pub use norm::LEAST_EPS;
 use positions::Places;
 
 /// What goes between parts.

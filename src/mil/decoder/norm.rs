@@ -5,19 +5,20 @@ use super::Graph;
 use crate::arch::{Decoder, Norm};
 use crate::error::{Error, Result};
 
-/// The smallest number above 0 in float16.
-const SMALLEST: f32 = 1.0 / 16_777_216.0;
+/// The smallest number above 0 in float16: what is added to a variance at least.
+pub const LEAST_EPS: f32 = 1.0 / 16_777_216.0;
 
 impl Graph<'_> {
     /// The norm of the stream that is called so, over the channels.
     pub(super) fn norm(&self, b: &mut Builder<'_>, name: &str, x: &Value) -> Result<Value> {
         let Decoder { eps, stream, .. } = *self.model;
         // A stream that is multiplied has the square of that in its variance.
-        let eps = if stream == 1.0 { eps } else { (eps * stream * stream).max(SMALLEST) };
+        let eps = eps * stream * stream;
         self.normed(b, name, x, self.axis(), eps, 1.0)
     }
 
-    /// A norm along an axis, times a factor.
+    /// A norm along an axis, times a factor. An `eps` that float16 would take for 0 is raised: nothing is to be divided
+    /// by 0.
     pub(super) fn normed(
         &self,
         b: &mut Builder<'_>,
@@ -27,6 +28,7 @@ impl Graph<'_> {
         eps: f32,
         factor: f32,
     ) -> Result<Value> {
+        let eps = eps.max(LEAST_EPS);
         match self.model.norm {
             Norm::Rms => self.rms_norm(b, name, x, axis, eps, factor),
             Norm::Layer => {

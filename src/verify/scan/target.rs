@@ -150,9 +150,8 @@ pub fn kind_of_directory(dir: &Path) -> Option<Kind> {
             })
         })
     };
-    let entries = fs::read_dir(dir).ok()?;
-    let is_model = entries.filter_map(|e| e.ok()?.file_name().into_string().ok());
-    is_model.into_iter().any(|name| name == "config.json" || of_weights(&name)).then_some(Kind::HuggingFace)
+    let mut names = fs::read_dir(dir).ok()?.filter_map(|e| e.ok()?.file_name().into_string().ok());
+    names.any(|name| name == "config.json" || of_weights(&name)).then_some(Kind::HuggingFace)
 }
 
 /// What a file is, by its first bytes; where they say nothing, by its name.
