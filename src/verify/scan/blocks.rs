@@ -89,14 +89,7 @@ fn single(bits: u32) -> Flags {
     // 1e10 is 0x501502f9.
     let odd =
         (magnitude > 0x5015_02f9 && magnitude < 0x7f80_0000) || (magnitude < 0x0080_0000 && magnitude != 0);
-<<<<<<< HEAD
-    NAN * Flags::from(nan)
-        | INF * Flags::from(inf)
-        | ODD * Flags::from(odd)
-        | NONZERO * Flags::from(magnitude != 0)
-=======
     flag(NAN, nan) | flag(INF, inf) | flag(ODD, odd) | flag(NONZERO, magnitude != 0)
->>>>>>> next10
 }
 
 /// The bytes that ternary digits are packed into, five a byte (`ceil(digits * 256 / 243)`).
@@ -179,13 +172,8 @@ pub(super) fn judge(dtype: DType, bytes: &[u8], at: u64, tally: &mut Tally) {
             flag(NAN, magnitude > 0x7c) | flag(INF, magnitude == 0x7c) | flag(NONZERO, magnitude != 0)
         }),
         // A power of two: no byte is zero.
-<<<<<<< HEAD
-        DType::F8_E8M0 => each::<1>(bytes, at, tally, |b| NAN * Flags::from(b[0] == 0xff) | NONZERO),
-        DType::Bool => each::<1>(bytes, at, tally, |b| grid(b[0] > 1) | NONZERO),
-=======
         DType::F8_E8M0 => each::<1>(bytes, at, tally, |b| flag(NAN, b[0] == 0xff) | NONZERO),
         DType::Bool => each::<1>(bytes, at, tally, |b| flag(GRID, b[0] > 1) | NONZERO),
->>>>>>> next10
         DType::I8
         | DType::I16
         | DType::I32

@@ -135,12 +135,7 @@ fn is_weights(name: &str) -> bool {
 }
 
 fn st_or_torch(file: &Path) -> bool {
-<<<<<<< HEAD
-    let is_st = super::target::kind_of_file(file)
-        .is_ok_and(|k| k == super::Kind::Safetensors || k == super::Kind::Pytorch);
-=======
     let is_st = kind_of_file(file).is_ok_and(|k| matches!(k, Kind::Safetensors | Kind::Pytorch));
->>>>>>> next10
     // Recorded logits lie beside models of tests, as do adapters beside models.
     let name = file.file_name().and_then(|n| n.to_str()).unwrap_or_default();
     is_st && (name.starts_with("model") || name.starts_with("pytorch_model"))
