@@ -7,6 +7,7 @@ use crate::error::Result;
 use crate::eval::logits::Matrix;
 
 /// What is compared.
+#[cfg_attr(not(feature = "ggml"), allow(dead_code, reason = "llama.cpp is what it is compared with"))]
 pub(super) struct Case<'a> {
     pub(super) options: &'a Options,
     pub(super) ids: &'a [i32],
