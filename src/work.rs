@@ -2,11 +2,44 @@
 
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread::{Builder, Scope, ScopedJoinHandle};
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// Most threads, whatever is asked for.
 const MOST: usize = 256;
+
+/// A thread, unless the system has none left.
+pub fn spawn<'scope, T: Send + 'scope>(
+    scope: &'scope Scope<'scope, '_>,
+    work: impl FnOnce() -> T + Send + 'scope,
+) -> Option<ScopedJoinHandle<'scope, T>> {
+    Builder::new().spawn_scoped(scope, work).ok()
+}
+
+/// Does the same work on so many threads at once, this one among them; on fewer where the system has no more.
+pub fn together(threads: usize, work: impl Fn() + Sync) {
+    std::thread::scope(|scope| {
+        let _more: Vec<_> = (1..threads.min(MOST)).map_while(|_| spawn(scope, &work)).collect();
+        work();
+    });
+}
+
+/// Makes a buffer `len` long; what is new holds `value`.
+///
+/// # Errors
+/// `Limit` where there is no memory for it.
+pub fn resize<T: Clone>(buffer: &mut Vec<T>, len: usize, value: T) -> Result<()> {
+    let more = len.saturating_sub(buffer.len());
+    let lacks = |_| {
+        let bytes = len.saturating_mul(size_of::<T>());
+        Error::limit(format!("there is no memory for a buffer of {bytes} bytes"))
+            .hint("--max-memory and -j make buffers smaller")
+    };
+    buffer.try_reserve_exact(more).map_err(lacks)?;
+    buffer.resize(len, value);
+    Ok(())
+}
 
 /// What `work` makes of each item, in their order, on at most so many threads, each of which has a `state` of its
 /// own. Items are begun in their order.
@@ -37,7 +70,8 @@ pub fn each<T: Sync, R: Send, S>(
         }
     };
     let mut done = std::thread::scope(|scope| {
-        let more: Vec<_> = (1..threads.clamp(1, MOST).min(items.len())).map(|_| scope.spawn(run)).collect();
+        let more: Vec<_> =
+            (1..threads.clamp(1, MOST).min(items.len())).map_while(|_| spawn(scope, &run)).collect();
         let mut done = run();
         for thread in more {
             match thread.join() {

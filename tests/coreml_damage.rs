@@ -76,7 +76,11 @@ impl Package {
 }
 
 fn check(path: &Path) -> Report {
-    let options = Options {
+    check_with(path, |_| {})
+}
+
+fn check_with(path: &Path, change: impl FnOnce(&mut Options)) -> Report {
+    let mut options = Options {
         file: path.into(),
         against: Some(fixture(SOURCE)),
         sample: None,
@@ -89,6 +93,7 @@ fn check(path: &Path) -> Report {
         merge_lora: Vec::new(),
         limits: Limits::default(),
     };
+    change(&mut options);
     verify(&options, &common::budget(), &Silent).unwrap()
 }
 
@@ -162,7 +167,10 @@ fn sound_packages_pass() {
         let report = check(&Package::new(profile).path);
         assert!(report.passed(), "{:#?}", report.checks);
         let names: Vec<&str> = report.checks.iter().map(|c| c.name).collect();
-        assert_eq!(names, ["package", "blobs", "program", "states", "tensors", "forward", "logits"]);
+        assert_eq!(
+            names,
+            ["package", "blobs", "program", "states", "tensors", "tokens", "forward", "logits"]
+        );
         assert_eq!(report.tensors.len(), 21);
         let palette = report.tensors.iter().filter(|t| t.encoding.as_deref().unwrap().contains("palette"));
         assert_eq!(palette.count(), if profile == Profile::Gpu { 0 } else { 16 });
@@ -196,6 +204,20 @@ fn of_several_packages() {
         "package",
         "chunks.json does not name the package \"chunk_03_layers_1_1.mlpackage\"",
     );
+    // Layers in another order, whatever is said of them.
+    let exchanged = |fields: &[&str]| {
+        let mut json: Json = serde_json::from_str(&whole).unwrap();
+        let packages = json["packages"].as_array_mut().unwrap();
+        for field in fields {
+            let [second, third] = [1, 2].map(|n| packages[n][field].clone());
+            (packages[1][field], packages[2][field]) = (third, second);
+        }
+        fs::write(&at, json.to_string()).unwrap();
+        check(&path)
+    };
+    caught(&exchanged(&["package"]), "package", "is said to hold the layers 0..1, it has weights of [1]");
+    caught(&exchanged(&["package", "layers"]), "package", "begins with layer 0, behind one that has layer 1");
+    fs::write(&at, json.to_string()).unwrap();
     fs::rename(path.join("chunk_03_layers_1_1.mlpackage"), dir.path().join("gone")).unwrap();
     caught(&check(&path), "tensors", "tensor \"blk.1.attn_norm.weight\" of the source is missing");
     fs::write(&at, whole).unwrap();
@@ -399,6 +421,11 @@ fn of_weights() {
         "tensor \"blk.0.attn_q.weight\"",
     );
     caught(&package.with_weights(|bytes| bytes[scale + 1] |= 0x7c), "tensors", "NaN or infinite");
+    // A scale of zero makes any code the nearest.
+    for scales in [1, 128] {
+        let zero = package.with_weights(|bytes| bytes[scale..scale + 2 * scales].fill(0));
+        caught(&zero, "tensors", &format!("{scales} of what shares a scale"));
+    }
     // Two weights of the same shape.
     let exchanged = package.with_model(|model| {
         for parameter in ["data", "scale"] {
@@ -419,6 +446,26 @@ fn of_weights() {
     caught(&package.with_weights(|bytes| bytes[table + 40] ^= 1), "tensors", "the table \"rope_sin.0\"");
 
     let package = Package::new(Profile::Ane);
+    let table = data(&package, "infer", weight, "lut");
+    let zero = package.with_weights(|bytes| bytes[table..table + 8].fill(0));
+    caught(&zero, "tensors", "\"blk.0.attn_q.weight\" (2-bit palette per 8 rows): 1 of what shares a scale");
+    // What only the second function reads is looked at, too.
+    let norms = ["blk_0_attn_norm_weight", "blk_1_attn_norm_weight"];
+    let norms_at = norms.map(|name| data(&package, "infer", name, "val"));
+    let mut model = package.model();
+    *offset(named(&mut model, "infer", norms[0]), "val") = norms_at[1] as u64 - 64;
+    let (of_model, of_weights) = (package.path.join(MODEL), package.path.join(WEIGHTS));
+    let whole = [&of_model, &of_weights].map(|path| fs::read(path).unwrap());
+    let mut bytes = whole[1].clone();
+    bytes[norms_at[0] + 1] |= 0x7c;
+    fs::write(&of_model, encode(&model)).unwrap();
+    fs::write(&of_weights, bytes).unwrap();
+    let second = check_with(&package.path, |options| options.against = None);
+    caught(&second, "tensors", "weight \"blk_0_attn_norm_weight\": 1 values are NaN");
+    [&of_model, &of_weights]
+        .into_iter()
+        .zip(&whole)
+        .for_each(|(path, bytes)| fs::write(path, bytes).unwrap());
     let indices = data(&package, "infer", weight, "indices");
     let one = package.with_weights(|bytes| bytes[indices + 100] ^= 0x10);
     caught(&one, "tensors", "(2-bit palette per 8 rows): 1 values are not the nearest");
@@ -447,4 +494,60 @@ fn of_what_is_computed() {
         });
         caught(&other, "logits", "they differ from those of the source");
     }
+}
+
+/// The tokenizer beside a package is the source's.
+#[test]
+fn of_the_tokenizer() {
+    let package = Package::new(Profile::Gpu);
+    let dir = package.path.parent().unwrap();
+    let check = |tokens: TokenCheck| {
+        check_with(&package.path, |options| {
+            options.tokens = tokens;
+            options.forward = false;
+        })
+    };
+    let report = check(TokenCheck::Required);
+    assert!(report.passed() && report.checks[5].detail.contains("as in the source"), "{:#?}", report.checks);
+    let at = dir.join("tokenizer.json");
+    let whole = fs::read(&at).unwrap();
+    let mut json: Json = serde_json::from_slice(&whole).unwrap();
+    // The same tokens, and no merges.
+    json["model"]["merges"] = Json::Array(Vec::new());
+    fs::write(&at, json.to_string()).unwrap();
+    caught(&check(TokenCheck::Required), "tokens", "divides a text into other tokens");
+    let report = check(TokenCheck::Lenient);
+    assert!(report.passed() && report.checks[5].detail.contains("allowed to differ"), "{:#?}", report.checks);
+    fs::write(&at, "{").unwrap();
+    assert!(!check(TokenCheck::Required).passed());
+    fs::remove_file(&at).unwrap();
+    let report = check(TokenCheck::Required);
+    assert_eq!(report.checks[5].outcome, Outcome::Skipped, "{:#?}", report.checks);
+}
+
+/// What is wrong in all functions alike is found with few bits, too: by the package's own weights.
+#[cfg(feature = "ggml")]
+#[test]
+fn of_what_few_bits_compute() {
+    let package = Package::new(Profile::Ane);
+    let report = check(&package.path);
+    let logits = report.checks.last().unwrap();
+    assert!(report.passed() && logits.detail.contains("with the package's own weights by"), "{logits:?}");
+    let other = package.with_model(|model| {
+        for name in ["infer", "prefill"] {
+            let all = operations(model, name).iter_mut().filter(|o| o.kind == "silu");
+            all.for_each(|o| o.kind = "sigmoid".into());
+        }
+    });
+    caught(&other, "logits", "with the package's own weights");
+    let asked = check_with(&Package::new(Profile::Gpu).path, |options| {
+        options.logits = Some(qconv::verify::LogitsOptions { tokens: 20, memory: None });
+    });
+    let logits = asked.checks.last().unwrap();
+    assert!(asked.passed() && logits.detail.contains("20 tokens") && logits.detail.contains("own weights"));
+    assert!(
+        !fs::read_dir(package.path.parent().unwrap())
+            .unwrap()
+            .any(|entry| { entry.unwrap().file_name().to_string_lossy().starts_with(".qconv-own") })
+    );
 }

@@ -333,12 +333,7 @@ fn sum_up(panels: &Panels, units: &mut [(&Unit, &mut Vec<f64>)], threads: u32) {
             }
         }
     };
-    std::thread::scope(|scope| {
-        for _ in 1..threads {
-            scope.spawn(work);
-        }
-        work();
-    });
+    crate::work::together(threads, work);
 }
 
 impl Observer for Watcher<'_> {

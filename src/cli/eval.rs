@@ -120,12 +120,11 @@ pub struct TextArgs {
 impl TextArgs {
     pub fn model(&self, path: &Path) -> Result<Ready> {
         let execution = Execution {
-            threads: self.threads,
             gpu_layers: self.gpu_layers,
             lora: &[],
-            rearranges: false,
             fp16: self.fp16,
-            quiet: self.quiet,
+            #[cfg(feature = "ggml")]
+            linked: runnable::Linked { threads: self.threads, rearranges: false, quiet: self.quiet },
         };
         runnable::execute(path, &execution)
     }

@@ -35,6 +35,7 @@ mod scan;
 mod split;
 mod talk;
 mod to_coreml;
+mod to_hf;
 mod ui;
 mod unpack;
 mod verify;

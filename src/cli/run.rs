@@ -191,13 +191,12 @@ pub fn run(args: &Args, stop: &AtomicBool) -> anyhow::Result<()> {
     runnable::check_fp16(args.fp16, std::iter::once(args.model.as_path()))?;
     let prompt = prompt(args)?;
     let execution = Execution {
-        threads: args.threads,
         gpu_layers: args.gpu_layers,
         lora: &args.lora,
-        // They compute faster, and nobody looks at them here.
-        rearranges: true,
         fp16: args.fp16,
-        quiet: args.quiet,
+        // Rearranged weights compute faster, and nobody looks at them here.
+        #[cfg(feature = "ggml")]
+        linked: runnable::Linked { threads: args.threads, rearranges: true, quiet: args.quiet },
     };
     let Ready { runs, model, load } = runnable::execute(&args.model, &execution)?;
     let model = &*model;

@@ -78,7 +78,7 @@ impl Runnable {
             };
             (conversion.plan()?, "qconv hf-to-gguf --decoded-type q8_0")
         };
-        job.plan.measures = true;
+        (job.plan.measures, job.is_trial) = (true, true);
         let threads = threads.and_then(|n| usize::try_from(n).ok());
         let outcomes = convert(&job, &Budget::new(threads, None)?, quiet)?;
         let stated = Stated::new(&job, &outcomes, command);
@@ -264,15 +264,22 @@ pub fn check_fp16<'a>(fp16: bool, mut models: impl Iterator<Item = &'a Path>) ->
 }
 
 /// How a model is executed.
-#[cfg_attr(not(feature = "ggml"), allow(dead_code))]
 pub struct Execution<'a> {
-    pub threads: Option<u32>,
     pub gpu_layers: i32,
     pub lora: &'a [(PathBuf, f32)],
-    /// Whether ggml may rearrange weights in memory.
-    pub rearranges: bool,
     /// Whether results of operations are rounded to float16, in Core ML packages.
     pub fp16: bool,
+    #[cfg(feature = "ggml")]
+    pub linked: Linked,
+}
+
+/// What else concerns models that llama.cpp executes.
+#[cfg(feature = "ggml")]
+pub struct Linked {
+    /// For the conversion of those that are no GGUF file.
+    pub threads: Option<u32>,
+    /// Whether ggml may rearrange weights in memory.
+    pub rearranges: bool,
     pub quiet: bool,
 }
 
@@ -317,12 +324,12 @@ pub fn say_remark(path: &Path, model: &dyn Engine, quiet: bool) {
 #[cfg(feature = "ggml")]
 fn linked(path: &Path, execution: &Execution<'_>) -> Result<Ready> {
     let options = qconv::ggml::ModelOptions {
-        use_extra_bufts: execution.rearranges,
+        use_extra_bufts: execution.linked.rearranges,
         n_gpu_layers: execution.gpu_layers,
         adapters: execution.lora.to_vec(),
         ..qconv::ggml::ModelOptions::default()
     };
-    let runs = Runnable::of(path, execution.threads, execution.quiet)?;
+    let runs = Runnable::of(path, execution.linked.threads, execution.linked.quiet)?;
     let begin = Instant::now();
     let model = loaded(&runs, path, &options)?;
     Ok(Ready { runs, model: Box::new(model), load: begin.elapsed() })

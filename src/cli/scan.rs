@@ -179,7 +179,13 @@ fn findings(found: &Scan, quiet: bool) {
             continue;
         }
         let at = offset.map_or(String::new(), |o| format!(" at byte {o}"));
-        ui::say(&format!("{:>7}  {} {}: {}{at}: {message}", severity.name(), rule.id, rule.name, file.display()));
+        ui::say(&format!(
+            "{:>7}  {} {}: {}{at}: {message}",
+            severity.name(),
+            rule.id,
+            rule.name,
+            file.display()
+        ));
         if let Some(hint) = hint.as_ref().filter(|_| !quiet) {
             ui::say(&format!("           hint: {hint}"));
         }
@@ -213,7 +219,7 @@ const MOST_LINES: usize = 100;
 
 /// As `sha256sum` prints them, so that it can check them.
 fn sums(found: &Scan, verbose: bool) -> Result<()> {
-    let mut out = std::io::stdout().lock();
+    let mut out = ui::stdout();
     let mut line = |text: String| writeln!(out, "{text}").map_err(|e| Error::io("write", "stdout", e));
     for file in &found.files {
         if let Some(sum) = &file.sha256 {

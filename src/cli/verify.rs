@@ -79,7 +79,10 @@ pub fn run(args: &Args) -> anyhow::Result<Status> {
         return args.scan.run(&args.files, &args.work, &limits);
     }
     if args.against.is_some() && args.scan.is_meant(&args.files)? {
-        return Err(Error::misuse("--against compares one GGUF, .qpack or Core ML file, which is not scanned only").into());
+        return Err(Error::misuse(
+            "--against compares one GGUF, .qpack or Core ML file, which is not scanned only",
+        )
+        .into());
     }
     // Nothing that is suspicious is handed to the engine.
     let found = scan::beforehand(file, &args.work, &limits)?;

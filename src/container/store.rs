@@ -276,7 +276,8 @@ impl Store {
     /// As [`Self::read`].
     pub fn read_all(&self, tensor: &TensorInfo) -> Result<Vec<u8>> {
         // `nbytes` lies within the file, or a small multiple of it: no file asks for more.
-        let mut buf = vec![0; tensor.nbytes as usize];
+        let mut buf = Vec::new();
+        crate::work::resize(&mut buf, tensor.nbytes as usize, 0)?;
         self.read(tensor, 0, &mut buf)?;
         Ok(buf)
     }

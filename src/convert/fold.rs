@@ -536,12 +536,7 @@ pub(super) fn settle(plan: &Plan, store: &Store, budget: &Budget, observer: &dyn
             }
         }
     };
-    std::thread::scope(|scope| {
-        for _ in 1..budget.threads.min(plan.folds.len()) {
-            scope.spawn(work);
-        }
-        work();
-    });
+    crate::work::together(budget.threads.min(plan.folds.len()), work);
     match failure.into_inner().unwrap_or_else(|e| e.into_inner()) {
         Some(e) => Err(e),
         None => Ok(()),

@@ -10,6 +10,7 @@ use crate::block::{Codec, codec};
 use crate::container::{LowRank, Store};
 use crate::error::{Error, Result};
 use crate::tensor::{DType, Dim, StridedCopy, TensorInfo};
+use crate::work::resize;
 
 /// A planned tensor tied to the store it reads from.
 #[derive(Debug)]
@@ -72,16 +73,11 @@ impl Source {
     /// `Unsupported` when pieces differ in type, or nothing can decode the type.
     pub fn new(mapped: &Mapped, store: &Store) -> Result<Self> {
         let elements = crate::tensor::elements(&mapped.shape)?;
-        let Data::Copied { pieces, elementwise } = &mapped.data else {
-            let Data::Values(values) = &mapped.data else { unreachable!("data is copied or values") };
-            return Ok(Self {
-                kind: Kind::Values(values.clone()),
-                elementwise: Vec::new(),
-                factors: Vec::new(),
-                elements,
-                contiguous: true,
-                has_gaps: false,
-            });
+        let (pieces, elementwise) = match &mapped.data {
+            Data::Copied { pieces, elementwise } => (pieces, elementwise),
+            Data::Values(values) => {
+                return Ok(Self { kind: Kind::Values(values.clone()), ..Self::moved(elements) });
+            }
         };
         let mut tied: Vec<Piece> = Vec::with_capacity(pieces.len());
         for piece in pieces {
@@ -201,7 +197,7 @@ impl Source {
         };
         let (block, size) = (dtype.block_size(), dtype.type_size());
         let (start, end) = (start / block, end / block);
-        out.resize(((end - start) * size) as usize, 0);
+        resize(out, ((end - start) * size) as usize, 0)?;
         if self.has_gaps {
             out.fill(0);
         }
@@ -274,7 +270,7 @@ impl Source {
             out.drain(..(start - first) as usize);
             return Ok(());
         }
-        out.resize((end - start) as usize, 0.0);
+        resize(out, (end - start) as usize, 0.0)?;
         if self.has_gaps {
             out.fill(0.0);
         }
@@ -334,9 +330,9 @@ pub(super) fn decode<'a>(
     let codec = decoder(info.dtype)?;
     let (block, size) = (info.dtype.block_size(), info.dtype.type_size());
     let (first, last) = (lo / block, (lo + n as u64).div_ceil(block));
-    raw.resize(((last - first) * size) as usize, 0);
+    resize(raw, ((last - first) * size) as usize, 0)?;
     store.read(info, first * size, raw)?;
-    decoded.resize(((last - first) * block) as usize, 0.0);
+    resize(decoded, ((last - first) * block) as usize, 0.0)?;
     codec.decode(raw, decoded)?;
     let skip = (lo - first * block) as usize;
     Ok(&mut decoded[skip..skip + n])

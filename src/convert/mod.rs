@@ -45,6 +45,7 @@ pub use from_qpack::FromQpack;
 pub use gather::{Scratch, Source, identity};
 pub use guide::{MethodChoice, Way, parse_method, parse_tensor_method, strip_awq};
 pub use hf_to_gguf::{HfToGguf, MergeLora, source_tensors};
+pub use journal::Journal;
 pub use lora_to_gguf::LoraToGguf;
 pub use moved::Moved;
 pub use outcome::{Fallback, Outcome, OutputError};
@@ -66,12 +67,12 @@ pub use types::{FILE_TYPES, FileType, base_name};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use self::journal::Journal;
 use self::stage::Outputs;
 use crate::container::qpack::Qpack;
 use crate::container::{InputFile, Store};
 use crate::error::{Error, ErrorKind, Result};
 use crate::limits::Limits;
+use crate::work::spawn;
 
 /// A planned conversion, ready to run.
 #[derive(Debug)]
@@ -222,7 +223,8 @@ impl Job {
         // One long file after the other is summed up by one thread beside the others.
         let (outcomes, prepared) = std::thread::scope(|scope| {
             let prepare = || endings().try_for_each(|e| e.prepare(1, &seen));
-            let beside = (budget.threads > 1 && endings().next().is_some()).then(|| scope.spawn(prepare));
+            let beside =
+                (budget.threads > 1 && endings().next().is_some()).then(|| spawn(scope, prepare)).flatten();
             let outcomes = stream::stream(&self.plan, &self.store, stage.files(), journal, budget, observer);
             failed.store(outcomes.is_err(), Ordering::Relaxed);
             let prepared =

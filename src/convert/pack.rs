@@ -327,12 +327,7 @@ pub(super) fn survey(plan: &Plan, store: &Store, budget: &Budget, observer: &dyn
             }
         }
     };
-    std::thread::scope(|scope| {
-        for _ in 1..budget.threads.min(wanting.len()) {
-            scope.spawn(work);
-        }
-        work();
-    });
+    crate::work::together(budget.threads.min(wanting.len()), work);
     failure.into_inner().unwrap_or_else(|e| e.into_inner()).map_or(Ok(()), Err)
 }
 

@@ -90,7 +90,7 @@ pub enum Rounding {
     /// Each row, its errors weighed.
     Weighed(Importance),
     /// By second moments.
-    Guided(Guide),
+    Guided(Box<Guide>),
 }
 
 /// The second moments of a matrix's input, and what is made of them.
@@ -159,9 +159,9 @@ pub struct TensorPlan {
     /// How its weights become codes, where they are not copied.
     pub rounding: Rounding,
     /// The tensors that are written in its place, where it is a matrix of a quantized checkpoint.
-    pub packing: Option<Packing>,
+    pub packing: Option<Box<Packing>>,
     /// The tensors that its bytes are moved into, without being decoded.
-    pub moved: Option<Moved>,
+    pub moved: Option<Box<Moved>>,
     /// Why that is not, or not everywhere, what was asked for.
     pub fallback: Option<Fallback>,
     /// Which output file.
@@ -222,7 +222,7 @@ impl TensorPlan {
             source,
             rounding: Rounding::Nearest,
             packing: None,
-            moved: Some(moved),
+            moved: Some(Box::new(moved)),
             fallback: None,
             file: 0,
             offset: 0,

@@ -171,7 +171,7 @@ impl Quantizer {
             let arch = metadata.str("general.architecture").unwrap_or_default();
             let guide = guiding.guide_embeddings(method, &plan.tensors, &originals, number, arch)?;
             if let Some(guide) = guide {
-                plan.tensors[number].rounding = Rounding::Guided(guide);
+                plan.tensors[number].rounding = Rounding::Guided(Box::new(guide));
                 plan.tensors[number].fallback = None;
             }
         }
@@ -229,7 +229,7 @@ impl Quantizer {
             };
             planned.fallback = why.map(|why| Fallback { wanted: method.name(), why });
             if let Some(guide) = found {
-                planned.rounding = Rounding::Guided(guide);
+                planned.rounding = Rounding::Guided(Box::new(guide));
                 return Ok(planned);
             }
         }

@@ -15,6 +15,7 @@ use crate::block::{Codec, codec};
 use crate::container::Store;
 use crate::error::{Error, ErrorKind, Result};
 use crate::quantize::{Method, Prepared};
+use crate::work::resize;
 
 /// Who watches a conversion: the command line's progress bar, or nobody.
 pub trait Observer: Sync {
@@ -98,12 +99,7 @@ pub fn stream(
             }
         }
     };
-    std::thread::scope(|scope| {
-        for _ in 1..budget.threads {
-            scope.spawn(run);
-        }
-        run();
-    });
+    crate::work::together(budget.threads, run);
     match failure.into_inner().unwrap_or_else(|e| e.into_inner()) {
         Some(e) => Err(e),
         None => Ok(ledger.close(plan)),
@@ -205,7 +201,7 @@ impl Worker {
             if t.dtype.is_block() {
                 check_finite(&self.values)?;
             }
-            self.bytes.resize(t.dtype.bytes_for(end - start)? as usize, 0);
+            resize(&mut self.bytes, t.dtype.bytes_for(end - start)? as usize, 0)?;
             match &t.rounding {
                 Rounding::Nearest => codec.encode(&self.values, self.values.len(), None, &mut self.bytes)?,
                 Rounding::Even => {
@@ -230,7 +226,7 @@ impl Worker {
         }
         let codec =
             codec(t.dtype).ok_or_else(|| Error::unsupported(format!("type {} cannot be read", t.dtype)))?;
-        self.stored.resize(self.values.len(), 0.0);
+        resize(&mut self.stored, self.values.len(), 0.0)?;
         codec.decode(&self.bytes, &mut self.stored)?;
         if self.values.iter().zip(&self.stored).any(|(w, y)| w.is_finite() && !y.is_finite()) {
             return Err(Error::unsupported(format!("values are too large for {}", t.dtype))

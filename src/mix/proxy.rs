@@ -60,12 +60,7 @@ pub fn costs(
             }
         }
     };
-    std::thread::scope(|scope| {
-        for _ in 1..threads {
-            scope.spawn(work);
-        }
-        work();
-    });
+    crate::work::together(threads, work);
     let found = found.into_inner().unwrap_or_else(|e| e.into_inner())?;
     Ok(wanted.iter().cloned().zip(found.into_values()).collect())
 }
@@ -125,11 +120,10 @@ fn tensor(plans: &[&TensorPlan], store: &Store) -> Result<IndexMap<String, Cost>
 /// The importance of an expert's columns, where the plan knows it.
 fn importance(plan: &TensorPlan, expert: u64) -> Result<Option<Vec<f32>>> {
     let importance = match &plan.rounding {
-        Rounding::Nearest | Rounding::Even | Rounding::Guided(Guide { readers: Some(_), .. }) => {
-            return Ok(None);
-        }
+        Rounding::Nearest | Rounding::Even => return Ok(None),
         Rounding::Weighed(importance) => importance.clone(),
-        Rounding::Guided(Guide { moments, input, .. }) => {
+        Rounding::Guided(guide) => {
+            let Guide { moments, input, readers: None, .. } = &**guide else { return Ok(None) };
             Importance::Diagonal { moments: moments.clone(), input: input.clone() }
         }
     };

@@ -312,17 +312,6 @@ impl<'a> Tensor<'a> {
         self.elements_at(rows.start * cols, out)
     }
 
-    /// As [`Self::rows`], each value rounded to the nearest of its type.
-    ///
-    /// # Errors
-    /// As there.
-    pub fn rows_f16(&self, rows: Range<u64>, out: &mut [half::f16]) -> Result<()> {
-        let mut values = vec![0.0; out.len()];
-        self.rows(rows, &mut values)?;
-        out.iter_mut().zip(values).for_each(|(to, from)| *to = half::f16::from_f32(from));
-        Ok(())
-    }
-
     /// Fills `out` with the values from element `start` on; both ends are those of blocks.
     pub(crate) fn elements_at(&self, start: u64, out: &mut [f32]) -> Result<()> {
         let (store, info) = (&self.model.store, self.info);

@@ -13,6 +13,6 @@ mod value;
 pub mod write;
 
 pub use layout::{DEFAULT_ALIGNMENT, MAGIC};
-pub use places::entry_places;
+pub use places::{Places, places};
 pub use read::{Gguf, is_gguf};
 pub use value::{Array, Metadata, Value, ValueType};

@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, HashMap};
 use super::globals::{Global, shown};
 use super::zip::{Archive, LOCAL_HEADER};
 use crate::container::InputFile;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::limits::Limits;
 
 /// Longest pickle that is looked at, in bytes.
@@ -51,7 +51,8 @@ pub fn mentions(file: &InputFile, limits: &Limits) -> Result<Vec<Mention>> {
     let mut found = Found::default();
     if head == LOCAL_HEADER {
         let archive = Archive::read(file, limits)?;
-        let mut names: Vec<String> = archive.names().filter(|n| n.ends_with(".pkl")).map(str::to_owned).collect();
+        let mut names: Vec<String> =
+            archive.names().filter(|n| n.ends_with(".pkl")).map(str::to_owned).collect();
         names.sort_unstable();
         for name in names {
             let bytes = archive.bytes(file, &name, max)?.unwrap_or_default();
@@ -102,7 +103,11 @@ impl Found {
             let start = walk.at;
             let place = base.and_then(|b| b.checked_add(start as u64));
             let Some(step) = walk.next() else {
-                let why = if start == bytes.len() { "it ends without STOP" } else { "an instruction is unknown or cut" };
+                let why = if start == bytes.len() {
+                    "it ends without STOP"
+                } else {
+                    "an instruction is unknown or cut"
+                };
                 self.add(Instruction::Broken(why), place, member);
                 return None;
             };
@@ -204,8 +209,30 @@ impl<'a> Walk<'a> {
         let opcode = self.number(1)?;
         Some(match opcode as u8 {
             b'.' => Step::Stop,
-            b'(' | b'0' | b'1' | b'2' | b'N' | b'Q' | b'R' | b'a' | b'b' | b'd' | b'}' | b'e' | b'l' | b']' | b'o'
-            | b's' | b't' | b')' | b'u' | 0x81 | 0x85..=0x89 | 0x8f..=0x92 | 0x97 | 0x98 => Step::Other,
+            b'('
+            | b'0'
+            | b'1'
+            | b'2'
+            | b'N'
+            | b'Q'
+            | b'R'
+            | b'a'
+            | b'b'
+            | b'd'
+            | b'}'
+            | b'e'
+            | b'l'
+            | b']'
+            | b'o'
+            | b's'
+            | b't'
+            | b')'
+            | b'u'
+            | 0x81
+            | 0x85..=0x89
+            | 0x8f..=0x92
+            | 0x97
+            | 0x98 => Step::Other,
             b'K' => self.skip(1)?,
             b'M' => self.skip(2)?,
             b'J' => self.skip(4)?,

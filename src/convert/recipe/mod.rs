@@ -152,6 +152,14 @@ impl Recipe {
         Ok(Some(Self { name, aliases: file.aliases, id, dtype, needs_imatrix, vars, rules }))
     }
 
+    /// What the text of a file says; it may extend those of the program. `None` is a file without a name.
+    ///
+    /// # Errors
+    /// `Malformed`, with the line.
+    pub fn from_text(text: &str) -> Result<Option<Self>> {
+        Self::from_toml(text, &embedded)
+    }
+
     /// All file types, by bits per weight of their main type and by number.
     ///
     /// # Errors
@@ -180,7 +188,7 @@ impl Recipe {
         let path = Path::new(name);
         if path.extension().is_some_and(|e| e.eq_ignore_ascii_case("toml")) {
             let text = read_text(path, MOST_BYTES)?;
-            let recipe = Self::from_toml(&text, &embedded).map_err(|e| e.at(path))?;
+            let recipe = Self::from_text(&text).map_err(|e| e.at(path))?;
             let recipe = recipe.ok_or_else(|| Error::malformed("has no name").at(path))?;
             return Ok(Box::leak(Box::new(recipe)));
         }

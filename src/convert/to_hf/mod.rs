@@ -318,7 +318,7 @@ impl ToHf {
                 (t.rounding, packing.expert, t.fallback) = found;
             }
             (t.nbytes, t.dtype) = (packing.nbytes().map_err(context)?, DType::F32);
-            t.packing = Some(packing);
+            t.packing = Some(Box::new(packing));
         }
         // Loaders replace the module of all experts of a block, unless it is named.
         let of_experts = |is_packed: bool| {

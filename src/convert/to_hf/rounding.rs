@@ -183,7 +183,7 @@ impl Rounder {
         match self.guiding.guide(method, name, grid.lattice(columns)?) {
             Ok((guide, some)) => {
                 let fallback = some.map(|why| Fallback { wanted, why });
-                Ok((Rounding::Guided(guide), *expert, fallback))
+                Ok((Rounding::Guided(Box::new(guide)), *expert, fallback))
             }
             Err(why) => Ok((Rounding::Weighed(importance), *expert, Some(Fallback { wanted, why }))),
         }

@@ -1,7 +1,8 @@
-//! That a package computes: finite logits, the same ones for all tokens at once and one by one, and, where the linked
-//! llama.cpp can run the source, those.
+//! That a package computes: finite logits, the same ones for all tokens at once and one by one, and those that the
+//! linked llama.cpp computes, see [`beside`].
 
 use super::super::{Options, Outcome, Report};
+use super::beside::{self, Case};
 use super::is_finding;
 use crate::convert::{Budget, Observer};
 use crate::error::{Error, ErrorKind, Result};
@@ -19,7 +20,7 @@ const STEPS: f64 = 1e-3;
 pub(super) fn check(
     report: &mut Report,
     options: &Options,
-    bits: f64,
+    (bits, window): (f64, Option<u64>),
     budget: &Budget,
     observer: &dyn Observer,
 ) -> Result<()> {
@@ -58,7 +59,8 @@ pub(super) fn check(
         Err(e) => return Err(e),
     };
     if options.against.is_some() {
-        match beside_source(&ids, &logits, options, bits, budget, observer) {
+        let case = Case { options, ids: &ids, logits: &logits, bits, window, budget, observer };
+        match beside::check(&case) {
             Err(e) if !is_finding(&e) => return Err(e),
             found => report.add("logits", found),
         }
@@ -85,7 +87,8 @@ fn forward(options: &Options, budget: &Budget, observer: &dyn Observer) -> Resul
         Err(e) if e.kind() == ErrorKind::Unsupported => return Ok(Found::Unknown(e.to_string())),
         Err(e) => return Err(e),
     };
-    let n = (model.step() + MORE_TOKENS).min(MOST_TOKENS).min(model.context());
+    let step = model.step().saturating_add(MORE_TOKENS).min(MOST_TOKENS);
+    let n = options.logits.as_ref().map_or(step, |how| how.tokens).clamp(1, model.context().max(1));
     let columns = model.n_vocab();
     // Fixed ids spread over the vocabulary: no tokenizer is needed to tell right from wrong.
     let spread = |i: u64| (i.wrapping_mul(2_654_435_761) % columns.max(1) as u64) as i32;
@@ -105,63 +108,4 @@ fn forward(options: &Options, budget: &Budget, observer: &dyn Observer) -> Resul
     let whole = Matrix { columns, values };
     let agreement = compare(&Matrix { columns, values: steps }, &whole)?;
     Ok(Found::Logits(ids, whole, agreement))
-}
-
-#[cfg(not(feature = "ggml"))]
-fn beside_source(
-    _: &[i32],
-    _: &Matrix,
-    _: &Options,
-    _: f64,
-    _: &Budget,
-    _: &dyn Observer,
-) -> Result<(Outcome, String)> {
-    Ok((Outcome::Skipped, "logits beside the source's need a build with the feature ggml".into()))
-}
-
-/// The logits of the source, by llama.cpp.
-#[cfg(feature = "ggml")]
-fn beside_source(
-    ids: &[i32],
-    found: &Matrix,
-    options: &Options,
-    bits: f64,
-    budget: &Budget,
-    observer: &dyn Observer,
-) -> Result<(Outcome, String)> {
-    use super::super::SourceModel;
-    use super::super::engine::{FORWARD_SOURCE, TempFile, allowed, conversion};
-    use crate::eval::logits;
-
-    let source = match &options.against {
-        Some(path) => SourceModel::open(path, options, false)?,
-        None => return Ok((Outcome::Skipped, "there is no source".into())),
-    };
-    let scratch = TempFile::beside(&options.file);
-    let path = match (conversion(Some(&source), options, None, &scratch.0)?, &options.against) {
-        (Some(job), _) if job.plan.total_len() > FORWARD_SOURCE => {
-            return Ok((Outcome::Skipped, "the source is too large to run beside it".into()));
-        }
-        (Some(job), _) => {
-            job.run(true, budget, observer)?;
-            job.output
-        }
-        (None, Some(path)) => path.clone(),
-        (None, None) => return Ok((Outcome::Skipped, "the source has no file".into())),
-    };
-    let wanted = match logits::forward(&path, ids, budget.threads as u32) {
-        Ok(wanted) => wanted,
-        Err(e) if e.kind() == ErrorKind::Unsupported => return Ok((Outcome::Skipped, e.to_string())),
-        Err(e) => return Err(e),
-    };
-    let agreement = compare(found, &wanted)?;
-    let detail = format!(
-        "{} tokens: they differ from those of the source by llama.cpp by {:.2e} of their spread, same largest at {} of {}",
-        ids.len(),
-        agreement.rel_rms,
-        agreement.argmax_agree,
-        agreement.rows
-    );
-    let passed = agreement.finite && allowed(bits).is_none_or(|most| agreement.rel_rms <= most);
-    Ok((if passed { Outcome::Passed } else { Outcome::Failed }, detail))
 }

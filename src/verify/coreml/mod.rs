@@ -1,6 +1,7 @@
 //! Checks of Core ML packages, from the outside in: the package, its weight files, its programs, their states, the
 //! weights, and what all of it computes. What cannot be looked at because of an earlier fault is left out.
 
+mod beside;
 mod blobs;
 mod description;
 mod forward;
@@ -9,6 +10,7 @@ mod order;
 mod program;
 mod states;
 mod tensors;
+mod tokenizer;
 
 use std::path::Path;
 use std::sync::Arc;
@@ -16,10 +18,14 @@ use std::sync::Arc;
 use super::{Options, Outcome, Report};
 use crate::container::coreml::chunks::{CHUNKS, packages};
 use crate::container::coreml::package::{MANIFEST, WEIGHTS, is_package};
-use crate::container::coreml::{Package, chunks};
+use crate::container::coreml::{Form, Package, chunks, constants};
+use crate::convert::to_coreml::Opened;
 use crate::convert::{Budget, Observer};
 use crate::error::{Error, ErrorKind, Result};
 use crate::limits::Limits;
+
+/// More tokens than are executed.
+const CONTEXT: u64 = 1 << 16;
 
 /// Whether a path is a package, or a directory of packages, a damaged one too.
 pub(super) fn is_meant(path: &Path) -> bool {
@@ -38,7 +44,7 @@ pub(super) fn check(
         return Err(Error::misuse("adapters are not merged into packages").at(&options.file));
     }
     let Some(packages) = open(report, options)? else { return Ok(()) };
-    let bytes: u64 = {
+    {
         let mut sums = Vec::with_capacity(packages.len());
         for package in &packages {
             match blobs::check(package) {
@@ -58,8 +64,7 @@ pub(super) fn check(
             sum(|s| s.values as u64)
         );
         report.add("blobs", Ok((Outcome::Passed, detail)));
-        sum(|s| s.bytes)
-    };
+    }
     let is_sound = programs(report, &packages);
     // What an unsound program would compute says nothing; its weights still do.
     let source = tensors::open(options)?;
@@ -76,13 +81,37 @@ pub(super) fn check(
         (outcome, detail)
     });
     report.add("tensors", found);
+    match tokenizer::check(options, source.as_ref()) {
+        Err(e) if !is_finding(&e) => return Err(e),
+        found => report.add("tokens", found),
+    }
+    let window = source.as_ref().and_then(window);
     drop(source);
     if is_sound && options.forward && report.passed() {
-        let weights: u64 = report.tensors.iter().map(|t| t.elements).sum();
-        let bits = if weights > 0 { bytes as f64 * 8.0 / weights as f64 } else { 16.0 };
-        forward::check(report, options, bits, budget, observer)?;
+        let bits = least_bits(&packages)?;
+        forward::check(report, options, (bits, window), budget, observer)?;
     }
     Ok(())
+}
+
+/// Least bits of the codes of a matrix.
+fn least_bits(packages: &[Arc<Package>]) -> Result<f64> {
+    let mut least = 16;
+    for package in packages {
+        for function in package.model().program.functions.values() {
+            let all = constants(package, function)?;
+            let matrices = all.iter().filter(|c| c.shape.len() > 1 && !matches!(c.form, Form::Plain(_)));
+            let bits = matrices.filter_map(|c| c.stored().first().map(|(codes, _)| codes.data_type.bits()));
+            least = bits.fold(least, u32::min);
+        }
+    }
+    Ok(least.into())
+}
+
+/// Tokens that the smallest window of a source's layers holds, where that is less than what is executed.
+fn window(source: &Opened) -> Option<u64> {
+    let decoder = source.model.decoder(CONTEXT).ok()?;
+    decoder.windows.into_iter().flatten().min()
 }
 
 /// Bytes of the weights, of which an observer is told about.

@@ -257,7 +257,7 @@ impl ggml::Observer for LayerOutputs {
 ///
 /// # Errors
 /// `Limit`, with both sizes and a way on.
-fn check_memory(what: &str, bytes: u64, how: &LogitsOptions) -> Result<()> {
+pub(super) fn check_memory(what: &str, bytes: u64, how: &LogitsOptions) -> Result<()> {
     let Some(most) = how.memory.or_else(crate::sys::available_memory) else { return Ok(()) };
     if bytes <= most {
         return Ok(());

@@ -3,7 +3,10 @@
 //! ggml judges scales when it loads with `--check-tensors` (`ggml_validate_row_data`): none may be NaN or infinite. This
 //! looks at more: signs that no encoder writes, scales out of all proportion, codes beyond the grid of the type.
 
-use super::rules::{CODE_GRID, Rule, SCALE_HUGE as HUGE_RULE, SCALE_NEGATIVE as NEGATIVE_RULE, SCALE_NOT_FINITE as SCALE_RULE, TENSOR_INF, TENSOR_NAN};
+use super::rules::{
+    CODE_GRID, Rule, SCALE_HUGE as HUGE_RULE, SCALE_NEGATIVE as NEGATIVE_RULE,
+    SCALE_NOT_FINITE as SCALE_RULE, TENSOR_INF, TENSOR_NAN,
+};
 use crate::tensor::DType;
 
 /// What a block or value can be, as bits.
@@ -57,6 +60,12 @@ impl Tally {
     }
 }
 
+/// A flag, where it holds.
+#[inline(always)]
+fn flag(flag: Flags, holds: bool) -> Flags {
+    flag * Flags::from(holds)
+}
+
 /// A half-precision scale.
 #[inline(always)]
 fn half(bytes: [u8; 2], signed: bool) -> Flags {
@@ -66,10 +75,10 @@ fn half(bytes: [u8; 2], signed: bool) -> Flags {
     // 1024 and more.
     let huge = magnitude >= 0x6400 && !not_finite;
     let negative = !signed && bits > 0x8000;
-    SCALE_NOT_FINITE * Flags::from(not_finite)
-        | SCALE_HUGE * Flags::from(huge)
-        | SCALE_NEGATIVE * Flags::from(negative)
-        | NONZERO * Flags::from(magnitude != 0)
+    flag(SCALE_NOT_FINITE, not_finite)
+        | flag(SCALE_HUGE, huge)
+        | flag(SCALE_NEGATIVE, negative)
+        | flag(NONZERO, magnitude != 0)
 }
 
 /// A single-precision number; as bfloat16 its upper half.
@@ -78,8 +87,9 @@ fn single(bits: u32) -> Flags {
     let magnitude = bits & 0x7fff_ffff;
     let (nan, inf) = (magnitude > 0x7f80_0000, magnitude == 0x7f80_0000);
     // 1e10 is 0x501502f9.
-    let odd = (magnitude > 0x5015_02f9 && magnitude < 0x7f80_0000) || (magnitude < 0x0080_0000 && magnitude != 0);
-    NAN * Flags::from(nan) | INF * Flags::from(inf) | ODD * Flags::from(odd) | NONZERO * Flags::from(magnitude != 0)
+    let odd =
+        (magnitude > 0x5015_02f9 && magnitude < 0x7f80_0000) || (magnitude < 0x0080_0000 && magnitude != 0);
+    flag(NAN, nan) | flag(INF, inf) | flag(ODD, odd) | flag(NONZERO, magnitude != 0)
 }
 
 /// The bytes that ternary digits are packed into, five a byte (`ceil(digits * 256 / 243)`).
@@ -110,7 +120,12 @@ fn each<const SIZE: usize>(bytes: &[u8], at: u64, tally: &mut Tally, judge: impl
 
 #[cold]
 #[inline(never)]
-fn locate<const SIZE: usize>(some: &[[u8; SIZE]], at: u64, tally: &mut Tally, judge: &impl Fn(&[u8; SIZE]) -> Flags) {
+fn locate<const SIZE: usize>(
+    some: &[[u8; SIZE]],
+    at: u64,
+    tally: &mut Tally,
+    judge: &impl Fn(&[u8; SIZE]) -> Flags,
+) {
     for (i, piece) in some.iter().enumerate() {
         let flags = judge(piece) & !NONZERO;
         if flags == 0 {
@@ -136,35 +151,37 @@ pub(super) fn judge(dtype: DType, bytes: &[u8], at: u64, tally: &mut Tally) {
             })
         };
     }
-    let grid = |is: bool| GRID * Flags::from(is);
     match dtype {
         DType::F32 => each::<4>(bytes, at, tally, |b| single(u32::from_le_bytes(*b))),
         DType::BF16 => each::<2>(bytes, at, tally, |b| single(u32::from(u16::from_le_bytes(*b)) << 16)),
         DType::F16 => each::<2>(bytes, at, tally, |b| {
             let magnitude = u16::from_le_bytes(*b) & 0x7fff;
-            NAN * Flags::from(magnitude > 0x7c00)
-                | INF * Flags::from(magnitude == 0x7c00)
-                | NONZERO * Flags::from(magnitude != 0)
+            flag(NAN, magnitude > 0x7c00) | flag(INF, magnitude == 0x7c00) | flag(NONZERO, magnitude != 0)
         }),
         DType::F64 => each::<8>(bytes, at, tally, |b| {
             let magnitude = u64::from_le_bytes(*b) & (u64::MAX >> 1);
-            NAN * Flags::from(magnitude > 0x7ff0 << 48)
-                | INF * Flags::from(magnitude == 0x7ff0 << 48)
-                | NONZERO * Flags::from(magnitude != 0)
+            flag(NAN, magnitude > 0x7ff0 << 48)
+                | flag(INF, magnitude == 0x7ff0 << 48)
+                | flag(NONZERO, magnitude != 0)
         }),
-        DType::F8_E4M3 => each::<1>(bytes, at, tally, |b| {
-            NAN * Flags::from(b[0] & 0x7f == 0x7f) | NONZERO * Flags::from(b[0] & 0x7f != 0)
-        }),
+        DType::F8_E4M3 => {
+            each::<1>(bytes, at, tally, |b| flag(NAN, b[0] & 0x7f == 0x7f) | flag(NONZERO, b[0] & 0x7f != 0))
+        }
         DType::F8_E5M2 => each::<1>(bytes, at, tally, |b| {
             let magnitude = b[0] & 0x7f;
-            NAN * Flags::from(magnitude > 0x7c)
-                | INF * Flags::from(magnitude == 0x7c)
-                | NONZERO * Flags::from(magnitude != 0)
+            flag(NAN, magnitude > 0x7c) | flag(INF, magnitude == 0x7c) | flag(NONZERO, magnitude != 0)
         }),
         // A power of two: no byte is zero.
-        DType::F8_E8M0 => each::<1>(bytes, at, tally, |b| NAN * Flags::from(b[0] == 0xff) | NONZERO),
-        DType::Bool => each::<1>(bytes, at, tally, |b| grid(b[0] > 1) | NONZERO),
-        DType::I8 | DType::I16 | DType::I32 | DType::I64 | DType::U8 | DType::U16 | DType::U32 | DType::U64 => {
+        DType::F8_E8M0 => each::<1>(bytes, at, tally, |b| flag(NAN, b[0] == 0xff) | NONZERO),
+        DType::Bool => each::<1>(bytes, at, tally, |b| flag(GRID, b[0] > 1) | NONZERO),
+        DType::I8
+        | DType::I16
+        | DType::I32
+        | DType::I64
+        | DType::U8
+        | DType::U16
+        | DType::U32
+        | DType::U64 => {
             tally.nonzero = true; // zero points are zeros as a rule
         }
         DType::Q4_0 => scales!(18; [0] []),
@@ -180,7 +197,7 @@ pub(super) fn judge(dtype: DType, bytes: &[u8], at: u64, tally: &mut Tally) {
         DType::Q6_K => scales!(210; [208] []),
         DType::Q8_K => each::<292>(bytes, at, tally, |b| {
             let flags = single(u32::from_le_bytes([b[0], b[1], b[2], b[3]]));
-            SCALE_NOT_FINITE * Flags::from(flags & (NAN | INF) != 0) | flags & NONZERO
+            flag(SCALE_NOT_FINITE, flags & (NAN | INF) != 0) | (flags & NONZERO)
         }),
         DType::IQ2_XXS => scales!(66; [] [0]),
         DType::IQ2_XS => scales!(74; [] [0]),
@@ -196,21 +213,21 @@ pub(super) fn judge(dtype: DType, bytes: &[u8], at: u64, tally: &mut Tally) {
         }),
         DType::IQ4_NL => scales!(18; [0] []),
         DType::IQ4_XS => scales!(136; [0] []),
-        DType::TQ1_0 => scales!(54; [] [52] |b| grid(b[..52].iter().any(|b| !TRITS[usize::from(*b)]))),
-        DType::TQ2_0 => scales!(66; [] [64] |b| grid(has_three(&b[..64]))),
+        DType::TQ1_0 => scales!(54; [] [52] |b| flag(GRID, b[..52].iter().any(|b| !TRITS[usize::from(*b)]))),
+        DType::TQ2_0 => scales!(66; [] [64] |b| flag(GRID, has_three(&b[..64]))),
         DType::Q1_0 => scales!(18; [] [0]),
-        DType::Q2_0 => scales!(18; [] [0] |b| grid(has_three(&b[2..]))),
+        DType::Q2_0 => scales!(18; [] [0] |b| flag(GRID, has_three(&b[2..]))),
         // A power of two, which is no weight; all codes 0 is.
         DType::MXFP4 => each::<17>(bytes, at, tally, |b| {
-            SCALE_NOT_FINITE * Flags::from(b[0] == 0xff)
-                | SCALE_HUGE * Flags::from((0x90..0xff).contains(&b[0]))
-                | NONZERO * Flags::from(b[1..].iter().any(|q| q & 0x77 != 0))
+            flag(SCALE_NOT_FINITE, b[0] == 0xff)
+                | flag(SCALE_HUGE, (0x90..0xff).contains(&b[0]))
+                | flag(NONZERO, b[1..].iter().any(|q| q & 0x77 != 0))
         }),
         DType::NVFP4 => each::<36>(bytes, at, tally, |b| {
             let scales = [b[0], b[1], b[2], b[3]];
-            SCALE_NOT_FINITE * Flags::from(scales.iter().any(|s| s & 0x7f == 0x7f))
-                | SCALE_NEGATIVE * Flags::from(scales.iter().any(|s| *s >= 0x80))
-                | NONZERO * Flags::from(scales != [0; 4])
+            flag(SCALE_NOT_FINITE, scales.iter().any(|s| s & 0x7f == 0x7f))
+                | flag(SCALE_NEGATIVE, scales.iter().any(|s| *s >= 0x80))
+                | flag(NONZERO, scales != [0; 4])
         }),
     }
 }

@@ -7,11 +7,11 @@ use serde_json::{Map, Value as Json};
 
 use super::finding::Finding;
 use super::rules::{CHECKPOINT, CONFIG, PROGRAM, REMOTE_CODE, SHARD_STRAY, VOCAB_ID};
-use super::target::files_of;
-use super::{Opened, Options, Scan, names, pickle, template};
+use super::target::{files_of, kind_of_file};
+use super::{Kind, Opened, Options, Scan, names, pickle, template};
 use crate::container::side::read_json;
 use crate::container::{InputFile, Store, pytorch as torch, safetensors as st};
-use crate::error::{ErrorKind, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::eval::chat::TemplateTokens;
 use crate::limits::Limits;
 use crate::model::{Model, Opened as OpenedModel};
@@ -38,10 +38,15 @@ pub(super) fn safetensors(scan: &mut Scan, path: &Path, options: &Options) -> Re
 /// A PyTorch file, or the set that it belongs to; pickles of anything else as well.
 pub(super) fn pytorch(scan: &mut Scan, path: &Path, options: &Options) -> Result<Option<Opened>> {
     let any = pickle::check(scan, path, &options.limits)?;
+    if !any && !torch::is_pytorch(&InputFile::open(path)?)? {
+        return Err(Error::unsupported("is no file that can be read").at(path));
+    }
     let store = match torch::open(path, &options.limits) {
         Ok(store) => store,
         // What it names has been said, which is why it is not read.
-        Err(e) if any && matches!(e.kind(), ErrorKind::Unsupported | ErrorKind::Malformed) => return Ok(None),
+        Err(e) if any && matches!(e.kind(), ErrorKind::Unsupported | ErrorKind::Malformed) => {
+            return Ok(None);
+        }
         Err(e) => return Err(e),
     };
     for file in store.files().iter().filter(|f| f.path() != path) {
@@ -62,7 +67,11 @@ fn tensor_names(scan: &mut Scan, store: &Store) {
 /// A directory of transformers, or a part of one.
 pub(super) fn directory(scan: &mut Scan, path: &Path, options: &Options) -> Result<Option<Opened>> {
     let limits = &options.limits;
-    let dir = if path.is_dir() { path } else { path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new(".")) };
+    let dir = if path.is_dir() {
+        path
+    } else {
+        path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."))
+    };
     let files = files_of(dir)?;
     for (name, file) in &files {
         let ending = name.rsplit_once('.').map_or("", |(_, e)| e);
@@ -70,10 +79,9 @@ pub(super) fn directory(scan: &mut Scan, path: &Path, options: &Options) -> Resu
         if PROGRAMS.contains(&ending) {
             let message = format!("{name} is a program");
             scan.find(Finding::new(&PROGRAM, file, message).hint("loaders run it with trust_remote_code"));
-        } else if PICKLES.contains(&ending) && torch::is_pytorch(&InputFile::open(file)?)? {
-            match pickle::check(scan, file, limits) {
-                Err(e) => scan.error(e, file)?,
-                Ok(_) => {}
+        } else if PICKLES.contains(&ending) && kind_of_file(file)? == Kind::Pytorch {
+            if let Err(e) = pickle::check(scan, file, limits) {
+                scan.error(e, file)?;
             }
         } else if ending == "json" {
             json(scan, file, name, limits)?;
@@ -89,9 +97,14 @@ pub(super) fn directory(scan: &mut Scan, path: &Path, options: &Options) -> Resu
     }
     let opened = match OpenedModel::open(path, limits) {
         // A tokenizer alone, or a configuration.
-        Err(e) if e.kind() == ErrorKind::Unsupported && !files.iter().any(|(n, _)| is_weights(n)) => return Ok(None),
+        Err(e) if e.kind() == ErrorKind::Unsupported && !files.iter().any(|(n, _)| is_weights(n)) => {
+            return Ok(None);
+        }
         // Why a pickle is not read has been said.
-        Err(e) if e.kind() == ErrorKind::Unsupported && scan.findings.iter().any(|f| e.path() == Some(&f.file)) => {
+        Err(e)
+            if e.kind() == ErrorKind::Unsupported
+                && scan.findings.iter().any(|f| e.path() == Some(&f.file)) =>
+        {
             return Ok(None);
         }
         other => other?,
@@ -108,14 +121,10 @@ pub(super) fn directory(scan: &mut Scan, path: &Path, options: &Options) -> Resu
     }
     tensor_names(scan, &weights.store);
     // Quantized tensors are joined from their parts, which have to fit.
-    match Model::open(path, limits) {
-        Err(e) if matches!(e.kind(), ErrorKind::Malformed | ErrorKind::Limit) => {
-            let at = e.path().unwrap_or(dir).to_path_buf();
-            let text = e.to_string();
-            let own = format!("{}: ", at.display());
-            scan.find(Finding::new(&CHECKPOINT, &at, text.strip_prefix(&own).unwrap_or(&text)));
-        }
-        _ => {}
+    if let Err(e) = Model::open(path, limits)
+        && matches!(e.kind(), ErrorKind::Malformed | ErrorKind::Limit)
+    {
+        scan.find(Finding::quoting(&CHECKPOINT, &e, dir));
     }
     Ok(Some(Opened { store: weights.store, format: "Hugging Face" }))
 }
@@ -126,7 +135,7 @@ fn is_weights(name: &str) -> bool {
 }
 
 fn st_or_torch(file: &Path) -> bool {
-    let is_st = super::target::kind_of_file(file).is_ok_and(|k| k == super::Kind::Safetensors || k == super::Kind::Pytorch);
+    let is_st = kind_of_file(file).is_ok_and(|k| matches!(k, Kind::Safetensors | Kind::Pytorch));
     // Recorded logits lie beside models of tests, as do adapters beside models.
     let name = file.file_name().and_then(|n| n.to_str()).unwrap_or_default();
     is_st && (name.starts_with("model") || name.starts_with("pytorch_model"))
@@ -138,9 +147,7 @@ fn json(scan: &mut Scan, file: &Path, name: &str, limits: &Limits) -> Result<()>
         Ok(Some(value)) => value,
         Ok(None) => return Ok(()),
         Err(e) if e.kind() == ErrorKind::Malformed => {
-            let text = e.to_string();
-            let own = format!("{}: ", file.display());
-            scan.find(Finding::new(&CONFIG, file, text.strip_prefix(&own).unwrap_or(&text)));
+            scan.find(Finding::quoting(&CONFIG, &e, file));
             return Ok(());
         }
         Err(e) => return scan.error(e, file),
@@ -179,10 +186,9 @@ fn plain(value: &Json) -> String {
 fn templates(object: &Map<String, Json>) -> Vec<(String, &str)> {
     match object.get("chat_template") {
         Some(Json::String(text)) => vec![("default".into(), text)],
-        Some(Json::Array(list)) => list
-            .iter()
-            .filter_map(|t| Some((plain(t.get("name")?), t.get("template")?.as_str()?)))
-            .collect(),
+        Some(Json::Array(list)) => {
+            list.iter().filter_map(|t| Some((plain(t.get("name")?), t.get("template")?.as_str()?))).collect()
+        }
         _ => Vec::new(),
     }
 }

@@ -25,20 +25,21 @@ const SPAN: u64 = 512 << 10;
 /// Share of values that may be subnormal or huge, one in so many.
 const ODD_SHARE: u64 = 4;
 
+/// Most pieces of work of a store: the larger it is, the larger they are.
+const PIECES: u64 = 1 << 14;
+
 /// A piece of work.
 enum Item<'a> {
     /// The sum of a file.
     File(usize),
-    /// All of a tensor, which is summed.
-    Tensor(&'a TensorInfo, usize),
-    /// A stretch of a tensor.
-    Span(&'a TensorInfo, usize, u64, u64),
+    /// Bytes of a tensor, of which only the whole is summed.
+    Part { info: &'a TensorInfo, number: usize, at: u64, bytes: u64 },
 }
 
 /// What came of one.
 enum Done {
     File(usize, String),
-    Tensor(usize, Tally, Option<String>),
+    Part(usize, Tally, Option<String>),
 }
 
 /// Looks at the tensors of `store`, and sums its files.
@@ -55,49 +56,44 @@ pub(super) fn check(
     if wanted.sha256 {
         items.extend((0..store.files().len()).map(Item::File));
     }
+    let all: u64 = infos.iter().fold(0, |sum, t| t.nbytes.saturating_add(sum));
+    let part = (all / PIECES).max(SPAN);
     for (number, info) in infos.iter().enumerate() {
+        let whole = Item::Part { info, number, at: 0, bytes: info.nbytes };
         if wanted.sha256 {
-            items.push(Item::Tensor(info, number));
+            items.push(whole);
         } else if wanted.tensors {
             let size = info.dtype.type_size();
-            let span = (SPAN / size * size).max(size);
-            let starts = (0..info.nbytes).step_by(span as usize);
-            items.extend(starts.map(|at| Item::Span(info, number, at, span.min(info.nbytes - at))));
+            let part = (part / size * size).max(size);
+            let starts = (0..info.nbytes.div_ceil(part)).map(|i| i * part);
+            items.extend(starts.map(|at| Item::Part { info, number, at, bytes: part.min(info.nbytes - at) }));
         }
     }
-    let done = each(&items, budget.threads, Vec::new, |buffer: &mut Vec<u8>, item| {
-        if observer.interrupted() {
-            return Err(Error::interrupted());
+    let done = each(&items, budget.threads, Vec::new, |buffer: &mut Vec<u8>, item| match *item {
+        Item::File(number) => {
+            let file = store.files().get(number).ok_or_else(|| Error::misuse("no such file"))?;
+            Ok(Done::File(number, sum_of(file, buffer, observer)?))
         }
-        Ok(match item {
-            Item::File(number) => {
-                let file = store.files().get(*number).ok_or_else(|| Error::misuse("no such file"))?;
-                Done::File(*number, sum_of(file, buffer, observer)?)
-            }
-            Item::Tensor(info, number) => {
-                let (mut tally, mut sum) = (Tally::default(), Sha256::new());
-                let size = info.dtype.type_size();
-                let span = (SPAN / size * size).max(size);
-                let mut at = 0;
-                while at < info.nbytes {
-                    let n = span.min(info.nbytes - at);
-                    let bytes = read(store, info, at, n, buffer)?;
-                    sum.update(bytes);
-                    if wanted.tensors {
-                        judge(info.dtype, bytes, at, &mut tally);
-                    }
-                    at += n;
-                    observer.advance(n, &info.name);
+        Item::Part { info, number, at, bytes } => {
+            let (mut tally, mut sum) = (Tally::default(), wanted.sha256.then(Sha256::new));
+            let size = info.dtype.type_size();
+            let span = (SPAN / size * size).max(size);
+            for i in 0..bytes.div_ceil(span) {
+                if observer.interrupted() {
+                    return Err(Error::interrupted());
                 }
-                Done::Tensor(*number, tally, Some(hex(sum.finalize())))
+                let at = at + i * span;
+                let read = read(store, info, at, span.min(bytes - i * span), buffer)?;
+                if let Some(sum) = &mut sum {
+                    sum.update(&*read);
+                }
+                if wanted.tensors {
+                    judge(info.dtype, read, at, &mut tally);
+                }
+                observer.advance(read.len() as u64, &info.name);
             }
-            Item::Span(info, number, at, n) => {
-                let mut tally = Tally::default();
-                judge(info.dtype, read(store, info, *at, *n, buffer)?, *at, &mut tally);
-                observer.advance(*n, &info.name);
-                Done::Tensor(*number, tally, None)
-            }
-        })
+            Ok(Done::Part(number, tally, sum.map(|sum| hex(sum.finalize()))))
+        }
     })?;
     let mut sums = vec![None; store.files().len()];
     let mut tallies = vec![Tally::default(); infos.len()];
@@ -105,7 +101,7 @@ pub(super) fn check(
     for item in done {
         match item {
             Done::File(number, sum) => sums[number] = Some(sum),
-            Done::Tensor(number, tally, sum) => {
+            Done::Part(number, tally, sum) => {
                 tallies[number].add(&tally);
                 of_tensors[number] = sum;
             }
@@ -152,8 +148,10 @@ fn findings(scan: &mut Scan, file: &Path, info: &TensorInfo, tally: &Tally, has_
             continue;
         }
         let number = first.unwrap_or(0) / info.dtype.type_size();
-        let message =
-            format!("tensor {:?} ({}): {count} of {pieces} {what} {says}, first number {number}", info.name, info.dtype);
+        let message = format!(
+            "tensor {:?} ({}): {count} of {pieces} {what} {says}, first number {number}",
+            info.name, info.dtype
+        );
         scan.find(about(rule, message).at(place(first)).of(info.dtype.type_size()));
     }
     let odd = tally.count[ODD_AT];
@@ -166,7 +164,7 @@ fn findings(scan: &mut Scan, file: &Path, info: &TensorInfo, tally: &Tally, has_
     }
     if !tally.nonzero && info.nbytes > 0 {
         let is_matrix = info.shape.iter().filter(|n| **n > 1).count() > 1;
-        let rule = if is_matrix { &TENSOR_ZERO } else { &VECTOR_ZERO };
+        let rule = if is_matrix && !info.name.ends_with("bias") { &TENSOR_ZERO } else { &VECTOR_ZERO };
         let message = format!("tensor {:?} ({}) is zero throughout", info.name, info.dtype);
         scan.find(about(rule, message).at(place(Some(0))).of(info.nbytes));
     }

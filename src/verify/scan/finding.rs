@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
-use super::rules::{Rule, Severity, LIMIT, MALFORMED, SHARD_MISSING};
+use super::rules::{LIMIT, MALFORMED, Rule, SHARD_MISSING, Severity};
 use crate::error::{Error, ErrorKind};
 
 /// One finding.
@@ -72,11 +72,17 @@ impl Finding {
             ErrorKind::Io if is_missing(error, file) => &SHARD_MISSING,
             _ => return None,
         };
+        Some(Self::quoting(rule, error, at))
+    }
+
+    /// In the words of an error; `file` is to blame where that names none.
+    pub fn quoting(rule: &'static Rule, error: &Error, file: &Path) -> Self {
+        let at = error.path().unwrap_or(file);
         let text = error.to_string();
         let own = format!("{}: ", at.display());
         let mut finding = Self::new(rule, at, text.strip_prefix(&own).unwrap_or(&text));
         finding.hint = error.hint_text().map(str::to_owned);
-        Some(finding)
+        finding
     }
 
     /// At this byte.

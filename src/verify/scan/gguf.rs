@@ -1,14 +1,13 @@
 //! GGUF files: how their parts lie, what their shards say, and their metadata.
 
-use std::collections::HashMap;
 use std::path::Path;
 
 use super::finding::Finding;
 use super::rules::{HOLE, ORDER, PADDING, POLYGLOT, SHARD_FOREIGN, TRAILING};
 use super::{Opened, Options, Scan, hyper, imatrix, names, shape, template, vocab};
 use crate::container::InputFile;
-use crate::container::gguf::{Gguf, Metadata, Value, entry_places};
-use crate::error::Result;
+use crate::container::gguf::{Gguf, Metadata, Places, Value, is_gguf, places};
+use crate::error::{Error, Result};
 use crate::limits::Limits;
 use crate::tensor::TensorInfo;
 
@@ -17,25 +16,19 @@ pub(super) struct Entries<'a> {
     /// The file they lie in.
     pub file: &'a Path,
     pub metadata: &'a Metadata,
-    places: HashMap<String, u64>,
+    places: Places,
 }
 
 impl<'a> Entries<'a> {
     /// Of a file that was opened already.
     pub fn new(file: &'a InputFile, metadata: &'a Metadata, limits: &Limits) -> Self {
         // Remarks without a place are better than none.
-        Self { file: file.path(), metadata, places: entry_places(file, limits).unwrap_or_default() }
-    }
-
-    /// Of metadata that lie in no file of their own.
-    #[cfg(test)]
-    pub fn alone(metadata: &'a Metadata) -> Self {
-        Self { file: Path::new("x.gguf"), metadata, places: HashMap::new() }
+        Self { file: file.path(), metadata, places: places(file, limits).unwrap_or_default() }
     }
 
     /// First byte of an entry.
     pub fn place(&self, key: &str) -> Option<u64> {
-        self.places.get(key).copied()
+        self.places.entries.get(key).copied()
     }
 
     /// First byte of an entry's value, where that is a string: behind the key's length, the key, the type, and the
@@ -54,12 +47,15 @@ impl<'a> Entries<'a> {
 const NO_MODELS: &[&str] = &["imatrix", "moments", "adapter"];
 
 pub(super) fn check(scan: &mut Scan, path: &Path, options: &Options) -> Result<Option<Opened>> {
+    if !is_gguf(path)? {
+        return Err(Error::malformed("is called .gguf, but does not begin with \"GGUF\"").at(path));
+    }
     let gguf = Gguf::open(path, &options.limits)?;
     let Some(first) = gguf.store.files().first() else { return Ok(None) };
     let entries = Entries::new(first, &gguf.metadata, &options.limits);
     for (number, file) in gguf.store.files().iter().enumerate() {
         let tensors = gguf.store.tensors().iter().filter(|t| t.file == number);
-        let begin = (number == 0).then_some(gguf.data_offset);
+        let begin = (number == 0).then_some((entries.places.end, gguf.data_offset));
         layout(scan, file, tensors.collect(), begin, gguf.alignment)?;
         if number > 0 {
             shard(scan, &gguf.metadata, file, &options.limits)?;
@@ -67,7 +63,8 @@ pub(super) fn check(scan: &mut Scan, path: &Path, options: &Options) -> Result<O
     }
     for info in gguf.store.tensors() {
         let file = gguf.store.files().get(info.file).map_or(path, InputFile::path);
-        scan.findings.extend(names::check(file, "tensor", &info.name).into_iter().map(|f| f.tensor(&info.name)));
+        scan.findings
+            .extend(names::check(file, "tensor", &info.name).into_iter().map(|f| f.tensor(&info.name)));
     }
     for (key, _) in gguf.metadata.iter() {
         let found = names::check(entries.file, "key", key);
@@ -122,17 +119,18 @@ pub(super) fn other_format(bytes: &[u8]) -> Option<&'static str> {
     let begins = |(magic, name): &(&[u8], &'static str)| {
         [bytes, bytes.get(start..).unwrap_or_default()].iter().any(|b| b.starts_with(magic)).then_some(*name)
     };
-    OTHERS.iter().find_map(begins).or_else(|| {
-        bytes.windows(4).any(|w| w == b"PK\x05\x06").then_some("the end of a zip archive")
-    })
+    OTHERS
+        .iter()
+        .find_map(begins)
+        .or_else(|| bytes.windows(4).any(|w| w == b"PK\x05\x06").then_some("the end of a zip archive"))
 }
 
-/// What lies between tensors, and behind them. `begin` is where the data begin, where that is known.
+/// What lies between tensors, and behind them. `begin` is where the header ends and the data begin, where that is known.
 fn layout(
     scan: &mut Scan,
     file: &InputFile,
     tensors: Vec<&TensorInfo>,
-    begin: Option<u64>,
+    begin: Option<(u64, u64)>,
     alignment: u32,
 ) -> Result<()> {
     let mut order = tensors.clone();
@@ -141,8 +139,14 @@ fn layout(
         let message = format!("tensor {:?} lies where {:?} should by the order of the list", b.name, a.name);
         scan.find(Finding::new(&ORDER, file.path(), message).tensor(&b.name).at(b.offset));
     }
-    let mut end = begin.or(order.first().map(|t| t.offset)).unwrap_or(0);
     let (mut padding, mut first_padding) = (0u64, None);
+    if let Some((from, to)) = begin.filter(|(from, to)| *from > 0 && to > from && *to <= file.len())
+        && !is_zero(file, from, to - from)?
+    {
+        (padding, first_padding) = (1, Some((from, to - from)));
+    }
+    let begin = begin.map(|(_, data)| data);
+    let mut end = begin.or(order.first().map(|t| t.offset)).unwrap_or(0);
     for t in order {
         let gap = t.offset.saturating_sub(end);
         if gap >= u64::from(alignment) {

@@ -139,7 +139,12 @@ fn ranges(scan: &mut Scan, entries: &Entries<'_>, name: &str, tensors: &[TensorI
     if let (Some(heads), Some(kv)) = (heads.filter(|n| *n > 0), kv.filter(|n| *n > 0))
         && !heads.is_multiple_of(kv)
     {
-        range("attention.head_count_kv", format!("is {kv}, which does not divide {heads} heads"), &kv, "a divisor");
+        range(
+            "attention.head_count_kv",
+            format!("is {kv}, which does not divide {heads} heads"),
+            &kv,
+            "a divisor",
+        );
     }
     for short in ["embedding_length", "context_length"] {
         if number(short) == Some(0) {
@@ -192,14 +197,16 @@ fn ranges(scan: &mut Scan, entries: &Entries<'_>, name: &str, tensors: &[TensorI
         }
     }
     let length = number("embedding_length");
-    if let (Some(length), Some(heads), None) = (length, heads.filter(|n| *n > 0), number("attention.key_length"))
+    if let (Some(length), Some(heads), None) =
+        (length, heads.filter(|n| *n > 0), number("attention.key_length"))
         && !length.is_multiple_of(heads)
     {
         let key = key("attention.head_count");
         let message = format!("{key} is {heads}, which does not divide the {length} of embedding_length");
         scan.find(entries.finding(&KEY_IMPLAUSIBLE, &key, message));
     }
-    let tensors = tensors.iter().filter_map(|t| t.name.strip_prefix("blk.")?.split_once('.')?.0.parse::<u64>().ok());
+    let tensors =
+        tensors.iter().filter_map(|t| t.name.strip_prefix("blk.")?.split_once('.')?.0.parse::<u64>().ok());
     if let (Some(last), Some(blocks)) = (tensors.max(), blocks)
         && last >= blocks
     {

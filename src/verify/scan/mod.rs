@@ -202,9 +202,8 @@ fn one(
     match opened {
         Some(Opened { store, format }) => {
             let wanted = Wanted { tensors: options.tensors, sha256: options.sha256 };
-            match contents::check(scan, &store, format, wanted, budget, observer) {
-                Err(e) => scan.error(e, path)?,
-                Ok(()) => {}
+            if let Err(e) = contents::check(scan, &store, format, wanted, budget, observer) {
+                scan.error(e, path)?;
             }
         }
         None => contents::files_alone(scan, path, format, options.sha256, observer)?,

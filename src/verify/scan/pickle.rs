@@ -6,15 +6,20 @@ use super::Scan;
 use super::finding::Finding;
 use super::rules::{PICKLE_GLOBAL, PICKLE_OPCODE};
 use crate::container::InputFile;
-use crate::container::pytorch::{Instruction, mentions};
+use crate::container::pytorch::{Instruction, is_pytorch, mentions};
 use crate::error::Result;
 use crate::limits::Limits;
 
 /// Names all that the pickles of a file mention and tensors do not need. Whether there was such.
 pub(super) fn check(scan: &mut Scan, path: &Path, limits: &Limits) -> Result<bool> {
     let file = InputFile::open(path)?;
+    // Pickles of the first protocols begin with any byte: what does not parse as one may be something else.
+    let is_one = is_pytorch(&file)?;
     let mut any = false;
     for mention in mentions(&file, limits)?.into_iter().filter(|m| !m.known) {
+        if !is_one && matches!(mention.instruction, Instruction::Broken(_)) {
+            continue;
+        }
         let place = mention.member.as_ref().map_or(String::new(), |m| format!("{m}: "));
         let finding = match mention.instruction {
             Instruction::Global(module, name) => {
@@ -23,7 +28,9 @@ pub(super) fn check(scan: &mut Scan, path: &Path, limits: &Limits) -> Result<boo
                 Finding::new(&PICKLE_GLOBAL, path, message).key(&format!("{module}.{name}")).hint(hint)
             }
             Instruction::Hidden(what) => Finding::new(&PICKLE_OPCODE, path, format!("{place}{what}")),
-            Instruction::Broken(what) => Finding::new(&PICKLE_OPCODE, path, format!("{place}the pickle is faulty: {what}")),
+            Instruction::Broken(what) => {
+                Finding::new(&PICKLE_OPCODE, path, format!("{place}the pickle is faulty: {what}"))
+            }
         };
         any = true;
         scan.find(finding.at(mention.offset));

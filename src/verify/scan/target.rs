@@ -139,7 +139,8 @@ fn directory(dir: &Path, depth: u32, found: &mut Targets) -> Result<()> {
 
 /// What a directory is, where it is a model.
 pub fn kind_of_directory(dir: &Path) -> Option<Kind> {
-    if dir.extension().is_some_and(|e| e == "mlpackage") || package::is_package(dir) || chunks::is_model(dir) {
+    if dir.extension().is_some_and(|e| e == "mlpackage") || package::is_package(dir) || chunks::is_model(dir)
+    {
         return Some(Kind::CoreMl);
     }
     let of_weights = |name: &str| {
@@ -149,9 +150,8 @@ pub fn kind_of_directory(dir: &Path) -> Option<Kind> {
             })
         })
     };
-    let entries = fs::read_dir(dir).ok()?;
-    let is_model = entries.filter_map(|e| e.ok()?.file_name().into_string().ok());
-    is_model.into_iter().any(|name| name == "config.json" || of_weights(&name)).then_some(Kind::HuggingFace)
+    let mut names = fs::read_dir(dir).ok()?.filter_map(|e| e.ok()?.file_name().into_string().ok());
+    names.any(|name| name == "config.json" || of_weights(&name)).then_some(Kind::HuggingFace)
 }
 
 /// What a file is, by its first bytes; where they say nothing, by its name.
@@ -175,7 +175,9 @@ pub fn kind_of_file(path: &Path) -> Result<Kind> {
         _ if ending == "gguf" => Kind::Gguf,
         _ if ending == "safetensors" => Kind::Safetensors,
         _ if ending == "qpack" => Kind::Qpack,
-        _ if PICKLES.contains(&ending) && matches!(head[0], b'c' | b'(' | b'}' | b']' | 0x80) => Kind::Pytorch,
+        _ if PICKLES.contains(&ending) && matches!(head[0], b'c' | b'(' | b'}' | b']' | 0x80) => {
+            Kind::Pytorch
+        }
         _ if ending == "dat" || name.contains("imatrix") => Kind::Imatrix,
         _ => Kind::Unknown,
     })

@@ -12,8 +12,8 @@ use serde_json::json;
 use super::Scan;
 use super::finding::Finding;
 use super::rules::{
-    Rule, TEMPLATE_ADDRESS, TEMPLATE_ATTRIBUTE, TEMPLATE_BOUNDS, TEMPLATE_CODE, TEMPLATE_IMPORT, TEMPLATE_LOOP,
-    TEMPLATE_RENDER,
+    Rule, TEMPLATE_ADDRESS, TEMPLATE_ATTRIBUTE, TEMPLATE_BOUNDS, TEMPLATE_CODE, TEMPLATE_IMPORT,
+    TEMPLATE_LOOP, TEMPLATE_RENDER,
 };
 use crate::container::gguf::{Metadata, Value};
 use crate::eval::chat::{Conversation, Message, TemplateTokens, exceeds_bounds, render};
@@ -51,7 +51,10 @@ pub(super) fn tokens(metadata: &Metadata) -> TemplateTokens {
 
 /// Patterns within code, and the rule each is about. Word boundaries keep `system_message` and the like out.
 const PATTERNS: &[(&Rule, &str)] = &[
-    (&TEMPLATE_ATTRIBUTE, r"__\w+__|\|\s*attr\s*\(|\bfunc_globals\b|\bgi_frame\b|\bmro\s*\("),
+    (
+        &TEMPLATE_ATTRIBUTE,
+        r"__\w+__|['\x22]__|__['\x22]|\\x5f|\\u005f|\|\s*attr\s*\(|\bfunc_globals\b|\bgi_frame\b|\bmro\s*\(",
+    ),
     (
         &TEMPLATE_CODE,
         r"\b(?:os|sys|subprocess|importlib|builtins|socket|shutil|pty|ctypes|pickle|urllib|requests|posix)\s*\.\s*\w|\b(?:popen|eval|exec|system|globals|locals|getattr|setattr|compile|urlopen|spawn\w*)\s*\(",
@@ -80,7 +83,7 @@ fn code(text: &str) -> Vec<(usize, usize)> {
                 continue;
             }
         };
-        let end = text.get(open + 2..).and_then(|rest| rest.find(close)).map_or(text.len(), |n| open + 2 + n + 2);
+        let end = closing(text, open + 2, close);
         if close != "#}" {
             found.push((open, end));
         }
@@ -89,19 +92,43 @@ fn code(text: &str) -> Vec<(usize, usize)> {
     found
 }
 
+/// Where code that begins at `from` ends: braces within quotes do not count, as Jinja has it, but in comments.
+fn closing(text: &str, from: usize, close: &str) -> usize {
+    let bytes = text.as_bytes();
+    let mut quote = None;
+    let mut at = from;
+    while let Some(&byte) = bytes.get(at) {
+        match quote {
+            Some(_) if byte == b'\\' => at += 1,
+            Some(open) if byte == open => quote = None,
+            Some(_) => {}
+            None if bytes.get(at..).is_some_and(|rest| rest.starts_with(close.as_bytes())) => {
+                return at + close.len();
+            }
+            None if close != "#}" && matches!(byte, b'\'' | b'"') => quote = Some(byte),
+            None => {}
+        }
+        at += 1;
+    }
+    text.len()
+}
+
 pub(super) fn check(scan: &mut Scan, place: &Place<'_>, name: &str, text: &str, tokens: &TemplateTokens) {
     let stretches = code(text);
     for (rule, pattern) in COMPILED.iter() {
         let matches: Vec<_> = stretches
             .iter()
             .flat_map(|&(from, to)| {
-                pattern.find_iter(text.get(from..to).unwrap_or_default()).map(move |m| (from + m.start(), m.as_str()))
+                pattern
+                    .find_iter(text.get(from..to).unwrap_or_default())
+                    .map(move |m| (from + m.start(), m.as_str()))
             })
             .collect();
         if let Some(&(at, first)) = matches.first() {
             let line = text.get(..at).unwrap_or_default().matches('\n').count() + 1;
             let shown: String = first.chars().take(60).collect();
-            let more = if matches.len() > 1 { format!(", and {} more", matches.len() - 1) } else { String::new() };
+            let more =
+                if matches.len() > 1 { format!(", and {} more", matches.len() - 1) } else { String::new() };
             let message = format!("template {name:?}, line {line}: {shown:?}{more}");
             let finding = Finding::new(rule, place.file, message).key(place.key).of(first.len() as u64);
             scan.find(finding.at(place.offset.and_then(|o| o.checked_add(at as u64))));
@@ -133,7 +160,9 @@ fn rendered(place: &Place<'_>, name: &str, text: &str, tokens: &TemplateTokens) 
             Ok(_) => any = true,
             Err(e) if exceeds_bounds(&e) => {
                 let message = format!("template {name:?}: {e}");
-                return Some(Finding::new(&TEMPLATE_BOUNDS, place.file, message).key(place.key).at(place.offset));
+                return Some(
+                    Finding::new(&TEMPLATE_BOUNDS, place.file, message).key(place.key).at(place.offset),
+                );
             }
             Err(e) => failed = failed.or(Some(e)),
         }
@@ -156,10 +185,14 @@ mod tests {
 
     #[test]
     fn templates_are_judged() {
-        let harmless = "{% for m in messages %}{{ m.role }}: {{ m['content'] | trim }}\n{% endfor %}os.system('x')";
+        let harmless =
+            "{% for m in messages %}{{ m.role }}: {{ m['content'] | trim }}\n{% endfor %}os.system('x')";
         assert!(rules(harmless).is_empty());
         assert!(rules("{# __class__ #}{% set system_message = 'x' %}{{ system_message }}").is_empty());
         assert!(rules("{{ ''.__class__.__mro__ }}").contains(&TEMPLATE_ATTRIBUTE.id));
+        assert!(rules("{{ '}}' ~ x.__class__ }}").contains(&TEMPLATE_ATTRIBUTE.id));
+        assert!(rules("{{ x['__' ~ 'class__'] }}").contains(&TEMPLATE_ATTRIBUTE.id));
+        assert!(rules(r"{{ x|map('\x5f\x5fclass\x5f\x5f') }}").contains(&TEMPLATE_ATTRIBUTE.id));
         assert!(rules("{{ cycler.x.os.popen('id').read() }}").contains(&TEMPLATE_CODE.id));
         assert!(rules("{% include '/etc/passwd' %}").contains(&TEMPLATE_IMPORT.id));
         assert!(rules("{% for i in range(10**9) %}{% endfor %}x").contains(&TEMPLATE_LOOP.id));

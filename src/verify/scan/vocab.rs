@@ -118,9 +118,10 @@ fn special(scan: &mut Scan, entries: &Entries<'_>, tokens: usize) {
         };
         match value {
             Value::Array(ids) => {
-                let bad = (0..ids.len()).filter_map(|i| ids.get(i));
-                let bad = bad.into_iter().find(|v| v.as_u64().is_none_or(|id| id >= tokens as u64));
-                bad.into_iter().for_each(|v| check(scan, &v));
+                let mut all = (0..ids.len()).filter_map(|i| ids.get(i));
+                if let Some(bad) = all.find(|v| v.as_u64().is_none_or(|id| id >= tokens as u64)) {
+                    check(scan, &bad);
+                }
             }
             value => check(scan, value),
         }

@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::values::{BEYOND, Scratch, Tensor, half};
+use super::values::{BEYOND, Scratch, Span, Tensor, half};
 use crate::arch::{Data, Mapped};
 use crate::block::{codec, f16_from_f32, f32_from_f16};
 use crate::container::Store;
@@ -142,13 +142,8 @@ impl Codes {
     }
 
     /// Fills `scratch.rows` with some rows.
-    pub fn read(
-        &self,
-        tensor: &Tensor,
-        store: &Store,
-        rows: &Range<u64>,
-        scratch: &mut Scratch,
-    ) -> Result<()> {
+    pub fn read(&self, span: &Span<'_>, scratch: &mut Scratch) -> Result<()> {
+        let Span { tensor, store, rows } = span;
         let from = tensor.in_source(rows);
         match &self.origin {
             Origin::Blocks(blocks) => {
@@ -230,7 +225,8 @@ impl Codes {
         let mut first = 0;
         while first < tensor.rows {
             let rows = first..tensor.rows.min(first + step);
-            self.lines(looks_at_codes, tensor, store, &rows, &mut scratch)?;
+            let span = Span { tensor, store, rows };
+            self.lines(looks_at_codes, &span, &mut scratch)?;
             let Rows { codes, scales, zeros } = &scratch.rows;
             if let Some(scale) = scales.iter().find(|s| !s.is_finite()) {
                 return Err(Error::malformed(format!("has a scale of {scale}")));
@@ -246,7 +242,7 @@ impl Codes {
             if looks_at_codes {
                 most = codes.iter().fold(most, |most, code| most.max(*code));
             }
-            first = rows.end;
+            first = span.rows.end;
         }
         survey.zeros = whole.then_some(range);
         survey.most = if looks_at_codes { most } else { self.most };
@@ -254,17 +250,11 @@ impl Codes {
     }
 
     /// Scales and zeros, and codes where they are wished.
-    fn lines(
-        &self,
-        codes: bool,
-        tensor: &Tensor,
-        store: &Store,
-        rows: &Range<u64>,
-        scratch: &mut Scratch,
-    ) -> Result<()> {
+    fn lines(&self, codes: bool, span: &Span<'_>, scratch: &mut Scratch) -> Result<()> {
         if codes {
-            return self.read(tensor, store, rows, scratch);
+            return self.read(span, scratch);
         }
+        let Span { tensor, store, rows } = span;
         let from = tensor.in_source(rows);
         let matrices = match &self.origin {
             Origin::Blocks(blocks) => return self.scales_of_blocks(blocks, tensor, store, &from, scratch),
@@ -282,14 +272,8 @@ impl Codes {
     }
 
     /// The digits, plus 1, and scales of some rows, of codes that are ternary and have one scale for a row.
-    pub fn digits(
-        &self,
-        tensor: &Tensor,
-        store: &Store,
-        rows: &Range<u64>,
-        scratch: &mut Scratch,
-    ) -> Result<()> {
-        self.read(tensor, store, rows, scratch)?;
+    pub fn digits(&self, span: &Span<'_>, scratch: &mut Scratch) -> Result<()> {
+        self.read(span, scratch)?;
         let Scratch { rows: Rows { codes, scales, zeros }, codes: digits, scales: of_rows, .. } = scratch;
         let groups = self.shape.groups as usize;
         digits.clear();

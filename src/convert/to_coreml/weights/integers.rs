@@ -5,12 +5,9 @@
 //! goes to the weight of the greatest magnitude, so that scales have its sign turned. A few are tried, each gives codes,
 //! and for codes the scale that loses least is known (least squares); the best of these is taken.
 
-use std::ops::Range;
-
-use super::values::{BEYOND, Outcome, Scratch, Tensor, half, whole_bytes};
+use super::values::{BEYOND, Outcome, Scratch, Span, Tensor, half, whole_bytes};
 use super::{Encoding, Operand, Put};
 use crate::block::{WHOLE, f16_from_f32};
-use crate::container::Store;
 use crate::container::coreml::DataType;
 use crate::error::{Error, Result};
 use crate::mil::{Form, Stored};
@@ -68,15 +65,9 @@ impl Encoding for Integers {
         self.unit
     }
 
-    fn write(
-        &self,
-        tensor: &Tensor,
-        store: &Store,
-        rows: Range<u64>,
-        scratch: &mut Scratch,
-        put: &Put<'_>,
-    ) -> Result<Outcome> {
-        tensor.values(store, &rows, scratch)?;
+    fn write(&self, span: &Span<'_>, scratch: &mut Scratch, put: &Put<'_>) -> Result<Outcome> {
+        let Span { tensor, rows, .. } = span;
+        span.values(scratch)?;
         let (cols, block) = (tensor.cols as usize, self.block as usize);
         scratch.codes.resize(scratch.values.len(), 0);
         scratch.stored.resize(scratch.values.len(), 0.0);

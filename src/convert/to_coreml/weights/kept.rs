@@ -4,12 +4,10 @@
 //! in large groups, are indices into tables of a group, whose entries are what codes stand for. Either gives what the
 //! source stands for, rounded once to float16.
 
-use std::ops::Range;
-
 use super::codes::{Codes, Survey};
 use super::lut::{indices, name, tables};
 use super::plain::halves;
-use super::values::{BEYOND, Outcome, Scratch, Tensor, whole_bytes};
+use super::values::{BEYOND, Outcome, Scratch, Span, Tensor, whole_bytes};
 use super::{Encoding, Keep, Operand, Put, Wish};
 use crate::block::bits;
 use crate::container::Store;
@@ -192,15 +190,9 @@ impl Encoding for Kept {
         self.unit
     }
 
-    fn write(
-        &self,
-        tensor: &Tensor,
-        store: &Store,
-        rows: Range<u64>,
-        scratch: &mut Scratch,
-        put: &Put<'_>,
-    ) -> Result<Outcome> {
-        self.codes.read(tensor, store, &rows, scratch)?;
+    fn write(&self, span: &Span<'_>, scratch: &mut Scratch, put: &Put<'_>) -> Result<Outcome> {
+        let Span { tensor, rows, .. } = span;
+        self.codes.read(span, scratch)?;
         let Scratch {
             rows: Rows { codes, scales, zeros }, codes: out, scales: small, zeros: offsets, ..
         } = scratch;
@@ -219,7 +211,7 @@ impl Encoding for Kept {
                 let end = (f32::from(most) - zero).abs().max((f32::from(least) - zero).abs());
                 let fits = end * scale.abs() < BEYOND; // nor NaN
                 if !fits {
-                    let row = tensor.in_source(&rows).start + row as u64;
+                    let row = tensor.in_source(rows).start + row as u64;
                     let why =
                         format!("row {row}, group {g}: codes times a scale of {scale} are beyond float16");
                     return Err(Error::unsupported(why));

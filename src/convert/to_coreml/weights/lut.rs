@@ -1,10 +1,9 @@
 //! Weights as indices into tables of float16, `constexpr_lut_to_dense`. A table is of some rows, or of a whole matrix.
 
-use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
 use super::plain::halves;
-use super::values::{Outcome, Scratch, Tensor, common, whole_bytes};
+use super::values::{Outcome, Scratch, Span, Tensor, common, whole_bytes};
 use super::{Encoding, Operand, Put, SPAN};
 use crate::container::Store;
 use crate::container::coreml::DataType;
@@ -154,18 +153,12 @@ impl Encoding for Lut {
         palette::HELD
     }
 
-    fn write(
-        &self,
-        tensor: &Tensor,
-        store: &Store,
-        rows: Range<u64>,
-        scratch: &mut Scratch,
-        put: &Put<'_>,
-    ) -> Result<Outcome> {
+    fn write(&self, span: &Span<'_>, scratch: &mut Scratch, put: &Put<'_>) -> Result<Outcome> {
+        let Span { tensor, store, rows } = span;
         let groups = rows.start / self.rows..rows.end.div_ceil(self.rows);
         let made: Vec<_> =
             groups.clone().map(|group| self.shared(group, tensor, store, scratch)).collect::<Result<_>>()?;
-        tensor.values(store, &rows, scratch)?;
+        span.values(scratch)?;
         let cols = tensor.cols as usize;
         scratch.codes.resize(scratch.values.len(), 0);
         scratch.stored.resize(scratch.values.len(), 0.0);

@@ -24,8 +24,8 @@ use self::lut::Lut;
 use self::plain::Plain;
 use self::rotation::Rotation;
 use self::ternary::{Dense, Digits, Sparse};
-use self::values::Tensor;
 pub use self::values::{Outcome, Scratch};
+use self::values::{Span, Tensor};
 use crate::arch::{Mapped, RopeSpec};
 use crate::container::Store;
 use crate::container::coreml::DataType;
@@ -127,14 +127,7 @@ trait Encoding: Debug + Send + Sync {
     }
 
     /// Writes some rows, which begin at a multiple of that.
-    fn write(
-        &self,
-        tensor: &Tensor,
-        store: &Store,
-        rows: Range<u64>,
-        scratch: &mut Scratch,
-        put: &Put<'_>,
-    ) -> Result<Outcome>;
+    fn write(&self, span: &Span<'_>, scratch: &mut Scratch, put: &Put<'_>) -> Result<Outcome>;
 }
 
 /// Elements of a span, where small reads cost nothing.
@@ -290,9 +283,11 @@ impl WeightPlan {
     pub fn write(&self, store: &Store, span: usize, scratch: &mut Scratch, put: &Put<'_>) -> Result<Outcome> {
         let first = (span as u64).saturating_mul(self.step).min(self.tensor.rows);
         let rows = first..self.tensor.rows.min(first.saturating_add(self.step));
-        self.encoding.write(&self.tensor, store, rows, scratch, put).map_err(|e| match e.path() {
-            Some(_) => e,
-            None => e.context(format_args!("tensor {:?}", self.tensor.name)),
+        self.encoding.write(&Span { tensor: &self.tensor, store, rows }, scratch, put).map_err(|e| {
+            match e.path() {
+                Some(_) => e,
+                None => e.context(format_args!("tensor {:?}", self.tensor.name)),
+            }
         })
     }
 

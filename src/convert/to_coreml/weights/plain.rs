@@ -1,8 +1,6 @@
 //! Weights as float16.
 
-use std::ops::Range;
-
-use super::values::{Outcome, Scratch, Tensor};
+use super::values::{Outcome, Scratch, Span, Tensor};
 use super::{Encoding, Operand, Put};
 use crate::block::codec;
 use crate::container::Store;
@@ -69,15 +67,9 @@ impl Encoding for Plain {
         1
     }
 
-    fn write(
-        &self,
-        tensor: &Tensor,
-        store: &Store,
-        rows: Range<u64>,
-        scratch: &mut Scratch,
-        put: &Put<'_>,
-    ) -> Result<Outcome> {
-        tensor.values(store, &rows, scratch)?;
+    fn write(&self, span: &Span<'_>, scratch: &mut Scratch, put: &Put<'_>) -> Result<Outcome> {
+        let Span { tensor, rows, .. } = span;
+        span.values(scratch)?;
         halves(&scratch.values, &mut scratch.bytes)?;
         from_halves(&scratch.bytes, &mut scratch.stored)?;
         put(0, rows.start * tensor.cols * 2, &scratch.bytes)?;

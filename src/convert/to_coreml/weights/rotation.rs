@@ -6,10 +6,9 @@ use std::ops::Range;
 use half::f16;
 
 use super::plain::FEWEST;
-use super::values::{Outcome, Scratch, Tensor};
+use super::values::{Outcome, Scratch, Span, Tensor};
 use super::{Encoding, Operand, Put};
 use crate::arch::RopeSpec;
-use crate::container::Store;
 use crate::container::coreml::DataType;
 use crate::error::Result;
 use crate::mil::{Form, Stored};
@@ -59,15 +58,9 @@ impl Encoding for Rotation {
         1
     }
 
-    fn write(
-        &self,
-        tensor: &Tensor,
-        _: &Store,
-        rows: Range<u64>,
-        _: &mut Scratch,
-        put: &Put<'_>,
-    ) -> Result<Outcome> {
-        put(0, rows.start * tensor.cols * 2, &self.bytes(&rows))?;
+    fn write(&self, span: &Span<'_>, _: &mut Scratch, put: &Put<'_>) -> Result<Outcome> {
+        let Span { tensor, rows, .. } = span;
+        put(0, rows.start * tensor.cols * 2, &self.bytes(rows))?;
         Ok(Outcome::default())
     }
 }

@@ -5,12 +5,10 @@
 //! sign of each that is not, and a table of two values for each row; how many there are is counted beforehand.
 //! Rounded weights get the scale of least squares (`block::ternary`).
 
-use std::ops::Range;
-
 use super::codes::Codes;
 use super::lut;
 use super::plain::halves;
-use super::values::{Outcome, Scratch, Tensor, half, whole_bytes};
+use super::values::{Outcome, Scratch, Span, Tensor, half, whole_bytes};
 use super::{Encoding, Operand, Put};
 use crate::block::ternary::threshold;
 use crate::container::Store;
@@ -39,12 +37,13 @@ impl Digits {
 
     /// Fills `scratch.codes` with digits, plus 1, `scratch.scales` with that of each row, a number of float16, and
     /// `scratch.values` and `scratch.stored` with weights before and after.
-    fn read(&self, tensor: &Tensor, store: &Store, rows: &Range<u64>, scratch: &mut Scratch) -> Result<()> {
+    fn read(&self, span: &Span<'_>, scratch: &mut Scratch) -> Result<()> {
+        let Span { tensor, rows, .. } = span;
         let cols = tensor.cols as usize;
         match &self.codes {
-            Some(codes) => codes.digits(tensor, store, rows, scratch)?,
+            Some(codes) => codes.digits(span, scratch)?,
             None => {
-                tensor.values(store, rows, scratch)?;
+                span.values(scratch)?;
                 scratch.codes.resize(scratch.values.len(), 0);
                 scratch.scales.clear();
                 for row in rows.clone() {
@@ -123,15 +122,9 @@ impl Encoding for Dense {
         self.unit
     }
 
-    fn write(
-        &self,
-        tensor: &Tensor,
-        store: &Store,
-        rows: Range<u64>,
-        scratch: &mut Scratch,
-        put: &Put<'_>,
-    ) -> Result<Outcome> {
-        self.digits.read(tensor, store, &rows, scratch)?;
+    fn write(&self, span: &Span<'_>, scratch: &mut Scratch, put: &Put<'_>) -> Result<Outcome> {
+        let Span { tensor, rows, .. } = span;
+        self.digits.read(span, scratch)?;
         let outcome = Outcome::of(&scratch.values, &scratch.stored);
         scratch.put_codes(0, 2, rows.start * tensor.cols, put)?;
         halves(&scratch.scales, &mut scratch.small)?;
@@ -170,14 +163,15 @@ impl Sparse {
         let mut first = 0;
         while first < tensor.rows {
             let rows = first..tensor.rows.min(first + step);
-            digits.read(tensor, store, &rows, &mut scratch)?;
+            let span = Span { tensor, store, rows };
+            digits.read(&span, &mut scratch)?;
             starts.push(at);
             for code in scratch.codes.iter().filter(|c| **c != 1) {
                 let bit = (at.count % 8) as u32;
                 at.bits = if bit == 0 { 0 } else { at.bits } | u8::from(*code == 2) << bit;
                 at.count += 1;
             }
-            first = rows.end;
+            first = span.rows.end;
         }
         Ok(match at.count {
             0 => Err(digits),
@@ -213,15 +207,9 @@ impl Encoding for Sparse {
         self.unit
     }
 
-    fn write(
-        &self,
-        tensor: &Tensor,
-        store: &Store,
-        rows: Range<u64>,
-        scratch: &mut Scratch,
-        put: &Put<'_>,
-    ) -> Result<Outcome> {
-        self.digits.read(tensor, store, &rows, scratch)?;
+    fn write(&self, span: &Span<'_>, scratch: &mut Scratch, put: &Put<'_>) -> Result<Outcome> {
+        let Span { tensor, rows, .. } = span;
+        self.digits.read(span, scratch)?;
         let outcome = Outcome::of(&scratch.values, &scratch.stored);
         let start = self.starts.get((rows.start / self.step) as usize).copied().unwrap_or_default();
         // Spans write the bytes that they complete, and the last one what is left.

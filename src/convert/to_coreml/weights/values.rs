@@ -137,6 +137,20 @@ const TINY: f32 = 1.0 / (1 << 25) as f32;
 /// What stands for a scale of zero: the least number of float16 that is not subnormal.
 pub(super) const LEAST: f32 = 1.0 / 16384.0;
 
+/// Rows of a tensor and where they are read from.
+pub(super) struct Span<'a> {
+    pub tensor: &'a Tensor,
+    pub store: &'a Store,
+    pub rows: Range<u64>,
+}
+
+impl Span<'_> {
+    /// Their values ([`Tensor::values`]).
+    pub fn values(&self, scratch: &mut Scratch) -> Result<()> {
+        self.tensor.values(self.store, &self.rows, scratch)
+    }
+}
+
 impl Tensor {
     pub fn new(
         mapped: &Mapped,
