@@ -186,7 +186,7 @@ fn of_several_packages() {
         output: Some(path.clone()),
         profile: Profile::Ane,
         context: Some(96),
-        chunk_size: 1_400_000,
+        chunk_size: 500_000,
         ..ToCoreml::new(fixture(SOURCE))
     };
     job.plan().unwrap().run(true, &common::budget(), &Silent).unwrap();
