@@ -85,7 +85,7 @@ pub(super) fn check(
                 let at = at + i * span;
                 let read = read(store, info, at, span.min(bytes - i * span), buffer)?;
                 if let Some(sum) = &mut sum {
-                    sum.update(&*read);
+                    sum.update(read);
                 }
                 if wanted.tensors {
                     judge(info.dtype, read, at, &mut tally);
