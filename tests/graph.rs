@@ -280,13 +280,7 @@ fn keys_that_are_left_out_have_the_defaults_of_their_class() {
             "phi_3",
             &[("rms_norm_eps", json!(1e-5)), ("hidden_act", json!("silu")), ("sliding_window", json!(null))],
         ),
-        (
-            "gpt2",
-            &[
-                ("activation_function", json!("gelu_new")),
-                ("scale_attn_weights", json!(true)),
-            ],
-        ),
+        ("gpt2", &[("activation_function", json!("gelu_new")), ("scale_attn_weights", json!(true))]),
         ("gpt_neox", &[("layer_norm_eps", json!(1e-5)), ("use_parallel_residual", json!(true))]),
         ("falcon2", &[("layer_norm_epsilon", json!(1e-5)), ("activation", json!("gelu"))]),
         ("cohere", &[("layer_norm_eps", json!(1e-5)), ("logit_scale", json!(0.0625))]),
