@@ -3,7 +3,7 @@
 use std::ffi::OsStr;
 use std::fs;
 
-use qconv::ErrorKind::{Limit, Malformed, Misuse, Unsupported};
+use qconv::ErrorKind::{Limit, Malformed, Unsupported};
 use qconv::container::imatrix::ImportanceMatrix;
 use qconv::container::moments::Moments;
 use qconv::eval::baseline::Baseline;
