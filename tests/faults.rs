@@ -285,6 +285,8 @@ fn outputs_that_are_inputs() {
         let args = ["convert", "model", "--to", "pytorch", "-o", output, "-q", "--force"];
         place.refuses(&args, &own);
     }
+    // What says what the weights are is an input, too.
+    place.refuses(&["hf-to-gguf", "model", "-o", "model/config.json", "-t", "f16", "-q", "--force"], &own);
     // A directory that holds the input: its weights would go.
     fs::create_dir(place.path("links")).unwrap();
     for name in names(place.path("model")) {
