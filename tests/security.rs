@@ -97,6 +97,7 @@ fn limits_are_those_of_the_program() {
         Bound::Tensors,
         Bound::Shards,
         Bound::SideFile,
+        Bound::Executor,
     ];
     let options: Vec<String> = bounds.iter().map(|b| format!("`--{}`", b.option())).collect();
     assert_eq!(rows.iter().map(|row| row[0].clone()).collect::<Vec<_>>(), options);
