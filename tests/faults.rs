@@ -243,7 +243,8 @@ fn links() {
     let directory = ["gguf-to-hf", "f16.gguf", "-o", "o/dir", "-q"];
     let hard = |from: PathBuf, to: PathBuf| fs::hard_link(from, to).unwrap();
     let soft = |from: PathBuf, to: PathBuf| symlink(from, to).unwrap();
-    let links: [(&dyn Fn(PathBuf, PathBuf), &str); 2] = [(&soft, "victims"), (&hard, "victim")];
+    type Link<'a> = &'a dyn Fn(PathBuf, PathBuf);
+    let links: [(Link<'_>, &str); 2] = [(&soft, "victims"), (&hard, "victim")];
     for (link, of_directory) in links {
         for what in ["partial", "journal"] {
             for (args, name) in [(&TO_GGUF[..], "m.gguf"), (&directory, "dir")] {
