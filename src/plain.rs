@@ -46,9 +46,11 @@ pub fn shortened(text: &str, most: usize) -> Cow<'_, str> {
     if text.len() <= most {
         return Cow::Borrowed(text);
     }
-    let begin = text.floor_char_boundary(most / 4 * 3);
-    let end = text.ceil_char_boundary(text.len() - most / 4);
-    let (head, tail) = (text.get(..begin).unwrap_or_default(), text.get(end..).unwrap_or_default());
+    // A character has at most four bytes: one of four places next to each other is between two.
+    let begin = most / 4 * 3;
+    let head = (0..4).find_map(|n| text.get(..begin.checked_sub(n)?)).unwrap_or_default();
+    let end = text.len() - most / 4;
+    let tail = (end..end + 4).find_map(|at| text.get(at..)).unwrap_or_default();
     Cow::Owned(format!("{head} ... ({} bytes more) ... {tail}", text.len() - head.len() - tail.len()))
 }
 
@@ -84,7 +86,7 @@ mod tests {
         assert_eq!(line("a\u{1b}[2J\n\u{9b}\u{202e}\u{7f}"), "a\\u001b[2J\\u000a\\u009b\\u202e\\u007f");
         assert_eq!(lines("a\n\tb\r"), "a\n\tb\\u000d");
         let mut out = Plain(Vec::new());
-        write!(out, "{} é\n\u{1b}", "\u{9b}31m").unwrap();
+        write!(out, "\u{9b}31m é\n\u{1b}").unwrap();
         assert_eq!(out.0, "\\u009b31m é\n\\u001b".as_bytes());
     }
 

@@ -34,6 +34,11 @@ impl Sha256 {
     }
 }
 
+/// Bytes as hexadecimal digits, in lower case.
+pub fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|b| format!("{b:02x}")).collect()
+}
+
 impl Default for Sha256 {
     fn default() -> Self {
         Self::new()

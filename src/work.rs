@@ -71,7 +71,7 @@ pub fn each<T: Sync, R: Send, S>(
     };
     let mut done = std::thread::scope(|scope| {
         let more: Vec<_> =
-            (1..threads.clamp(1, MOST).min(items.len())).map_while(|_| spawn(scope, &run)).collect();
+            (1..threads.clamp(1, MOST).min(items.len())).map_while(|_| spawn(scope, run)).collect();
         let mut done = run();
         for thread in more {
             match thread.join() {

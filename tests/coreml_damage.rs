@@ -186,7 +186,7 @@ fn of_several_packages() {
         output: Some(path.clone()),
         profile: Profile::Ane,
         context: Some(96),
-        chunk_size: 1_400_000,
+        chunk_size: 500_000,
         ..ToCoreml::new(fixture(SOURCE))
     };
     job.plan().unwrap().run(true, &common::budget(), &Silent).unwrap();
@@ -512,8 +512,9 @@ fn of_the_tokenizer() {
     let at = dir.join("tokenizer.json");
     let whole = fs::read(&at).unwrap();
     let mut json: Json = serde_json::from_slice(&whole).unwrap();
-    // The same tokens, and no merges.
-    json["model"]["merges"] = Json::Array(Vec::new());
+    // The same tokens, and half of the merges.
+    let merges = json["model"]["merges"].as_array_mut().unwrap();
+    merges.truncate(merges.len() / 2);
     fs::write(&at, json.to_string()).unwrap();
     caught(&check(TokenCheck::Required), "tokens", "divides a text into other tokens");
     let report = check(TokenCheck::Lenient);

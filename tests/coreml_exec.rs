@@ -143,8 +143,8 @@ fn what_is_no_language_model() {
     assert!(e.to_string().contains("has no chunks.json"), "{e}");
     let dir = tempfile::tempdir().unwrap();
     for (chunks, words) in [
-        (r#"{"packages": []}"#, "there are no packages"),
-        (r#"{"packages": [{"package": "../x"}]}"#, "lies elsewhere"),
+        (r#"{"packages": []}"#, "names no packages"),
+        (r#"{"packages": [{"package": "../x"}]}"#, "is no name of a directory beside it"),
         (r#"{"packages": 3}"#, "chunks.json"),
     ] {
         fs::write(dir.path().join("chunks.json"), chunks).unwrap();

@@ -210,7 +210,9 @@ fn killed_runs_go_on_and_end_the_same() {
         ["convert", "source/f16.gguf", "--to", "pytorch", "-o", "out/dir", "--max-shard-size", "4M"];
     let over = [&directory[..], &["--force"]].concat();
     let pack = ["pack", "source/model", "-o", "out/p.qpack"];
-    let cases: [(&str, &[&str], &[&str], (u32, u32)); 7] = [
+    /// What it is called, the command, one to run before it, and how many kills.
+    type Case<'a> = (&'a str, &'a [&'a str], &'a [&'a str], (u32, u32));
+    let cases: [Case<'_>; 7] = [
         ("hf-to-gguf", &to_gguf, &[], times((2, 0))),
         ("quantize", &quantize, &[], times((1, 0))),
         ("quantize to shards", &shards, &[], times((0, 1))),

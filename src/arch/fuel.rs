@@ -11,7 +11,7 @@ use serde_json::Value as Json;
 use crate::error::{Error, Result};
 
 /// Most steps; an element of a list that is made or copied is one, too.
-const MAX_STEPS: u64 = 1 << 22;
+const MAX_STEPS: u64 = 1 << 21;
 /// Deepest nesting of expressions, through variables too.
 const MAX_DEPTH: u32 = 128;
 /// Bytes of text that count as a step.

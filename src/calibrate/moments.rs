@@ -22,7 +22,7 @@ use crate::error::{Error, Result};
 use crate::eval::windows::Windows;
 use crate::ggml::{Context, ContextOptions, Logits, Model, Node, Observer, Op};
 use crate::limits::Limits;
-use crate::sha256::Sha256;
+use crate::sha256::{Sha256, hex};
 
 /// Most bytes of logits that llama.cpp keeps. They have to be asked for: it leaves out tokens whose logits
 /// nobody wants from the last layer.
@@ -421,8 +421,4 @@ fn model_sha256(path: &Path) -> Result<String> {
         }
     }
     Ok(hex(&hash.finalize()))
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|b| format!("{b:02x}")).collect()
 }

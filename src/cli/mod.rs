@@ -144,7 +144,14 @@ pub fn main() -> ExitCode {
     let mut commands = Vec::with_capacity(lines.len());
     for line in lines {
         match command.clone().try_get_matches_from(line).and_then(|m| Cli::from_arg_matches(&m)) {
-            Ok(cli) => commands.push((cli.limits.limits(), cli.command)),
+            Ok(cli) => {
+                let mut limits = cli.limits.limits();
+                // Its own option of this name is about what it writes.
+                if matches!(cli.command, Command::Split(_)) {
+                    limits.tensors = Limits::STANDARD.tensors;
+                }
+                commands.push((limits, cli.command));
+            }
             Err(e) => e.exit(),
         }
     }

@@ -36,7 +36,8 @@ pub struct Args {
     pub no_forward: bool,
 
     /// Compare the logits with those of the source, computed by candle from the source's own weights;
-    /// where they differ, say in which layer first, and by which tensor
+    /// where they differ, say in which layer first, and by which tensor. Those of a Core ML package are compared
+    /// with llama.cpp's for the same weights
     #[arg(long, requires = "against", conflicts_with = "no_forward")]
     pub logits: bool,
 

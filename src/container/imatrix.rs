@@ -65,6 +65,8 @@ pub struct Findings {
 const BUFFER: usize = 64 << 10;
 /// Fewest bytes of an entry in the flat format: three lengths, one byte of name, one value.
 const MIN_ENTRY: u64 = 4 + 1 + 4 + 4 + 4;
+/// Numbers of tokens that there can be.
+const COUNTS: std::ops::Range<f32> = 0.0..9e15;
 /// Bytes of a name in the flat format, far above any.
 const MAX_NAME: u64 = 1 << 10;
 
@@ -72,8 +74,8 @@ impl ImportanceMatrix {
     /// Opens `path` in either format. Values are not looked at, see [`Self::examine`].
     ///
     /// # Errors
-    /// `Malformed` for what is neither format, for sums without counts, shapes that disagree, and a
-    /// file that ends early; `Io`.
+    /// `Malformed` for what is neither format, for sums without counts, counts that are no numbers of tokens, shapes
+    /// that disagree, and a file that ends early; `Io`.
     pub fn open(path: impl AsRef<Path>, limits: &Limits) -> Result<Self> {
         let path = path.as_ref();
         let file = InputFile::open(path)?;
@@ -127,7 +129,11 @@ impl ImportanceMatrix {
             }
             let raw = gguf.store.read_all(counts)?;
             // Counts are numbers of tokens; llama.cpp rounds them to integers.
-            let counts = raw.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b).round()).collect();
+            let counts: Vec<f32> =
+                raw.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b).round()).collect();
+            if let Some(count) = counts.iter().find(|count| !COUNTS.contains(count)) {
+                return wrong(&format!("has a count of {count}"));
+            }
             entries.insert(
                 name.to_string(),
                 Entry { offset: sums.offset, columns: values / experts, counts, ones_where_unseen: true },
@@ -252,18 +258,12 @@ impl ImportanceMatrix {
     /// option.
     ///
     /// # Errors
-    /// `Io`; `Malformed` for counts that are no numbers of tokens.
+    /// `Io`; `Limit` for more values than memory can hold.
     pub fn sums(&self, name: &str, entry: &Entry, window: u32) -> Result<Sums> {
         let factor = if entry.ones_where_unseen { 1.0 } else { f64::from(window) };
-        let mut counts = Vec::with_capacity(entry.counts.len());
-        for &count in &entry.counts {
-            if !(0.0..9e15).contains(&count) {
-                let message = format!("the entry of {name:?} has a count of {count}");
-                return Err(Error::malformed(message).at(self.path()));
-            }
-            counts.push((f64::from(count) * factor) as u64);
-        }
-        let len = usize::try_from(entry.values()).map_err(|_| Error::limit("too many values"))?;
+        let counts = entry.counts.iter().map(|count| (f64::from(*count) * factor) as u64).collect();
+        let too_many = |_| Error::limit(format!("the entry of {name:?} has too many values")).at(self.path());
+        let len = usize::try_from(entry.values()).map_err(too_many)?;
         let mut stored = [0f32; BUFFER / 4];
         let mut squares = Vec::with_capacity(len);
         while squares.len() < len {

@@ -141,7 +141,8 @@ impl HfToGguf {
         metadata.set("general.type", if self.mmproj { "mmproj" } else { "model" });
         general.write(&mut metadata);
         restore(&mut metadata, &checkpoint.dir, &self.limits)?;
-        for (key, value) in model.metadata()?.0 {
+        let config_path = checkpoint.dir.join("config.json");
+        for (key, value) in model.metadata().map_err(|e| e.at(&config_path))?.0 {
             metadata.set(key, value);
         }
         let mut number_of = |name: &str| one_number(&checkpoint.store, name);
@@ -166,8 +167,11 @@ impl HfToGguf {
                 converted(file_type, self.decoded.filter(|_| self.file_type.is_none()), mapped, &checkpoint)?
             }
         };
-        let notes =
-            notes.into_iter().chain(model.warnings()?).chain(sentence.notes).chain(checkpoint.notes());
+        let notes = notes
+            .into_iter()
+            .chain(model.warnings().map_err(|e| e.at(&config_path))?)
+            .chain(sentence.notes)
+            .chain(checkpoint.notes());
         let other = (!self.mmproj && arch::has_projector(&checkpoint.config))
             .then(|| "this is the language model; what sees or hears is written by --mmproj".to_string());
         let renamed = vocab.as_ref().and_then(|v| general::avoid_phi3(&mut metadata, &v.tokens));
@@ -214,7 +218,7 @@ impl HfToGguf {
             None => arch::recognise(&checkpoint.config, checkpoint.store.tensors(), self.arch.as_deref()),
         };
         let mut model = model.map_err(|e| e.at(&config_path))?;
-        let vocab_size = model.var("vocab_size")?.as_u64();
+        let vocab_size = model.var("vocab_size").map_err(|e| e.at(&config_path))?.as_u64();
         let (mut vocab, candidates) = vocab::load_undecided(
             &vocab::Source {
                 dir: &checkpoint.dir,

@@ -267,9 +267,15 @@ impl Job {
     }
 }
 
+/// Whether a file is called as those are that lie beside weights: configurations, vocabularies, templates, texts.
+fn is_side(path: &Path) -> bool {
+    const ENDINGS: [&str; 7] = ["json", "txt", "model", "jinja", "py", "md", "yaml"];
+    path.extension().is_some_and(|ending| ENDINGS.iter().any(|e| ending.eq_ignore_ascii_case(e)))
+}
+
 impl Job {
-    /// Refuses an output that is one of the inputs, under whatever name, and a directory whose old content goes
-    /// where an input is a part of that. A second name of an input (a hard link) may be replaced: the input stays.
+    /// Refuses an output that is one of the inputs, under whatever name, or a file of the kinds that lie beside weights
+    /// and say what they are, and a directory whose old content goes where an input is a part of that. A second name of an input (a hard link) may be replaced: the input stays.
     ///
     /// # Errors
     /// `Misuse` naming the file.
@@ -280,7 +286,9 @@ impl Job {
             self.store.files().iter().filter_map(|f| f.path().canonicalize().ok()).collect();
         for output in self.outputs() {
             let Ok(output) = output.canonicalize() else { continue };
-            if inputs.contains(&output) {
+            let is_beside =
+                !self.is_directory && inputs.iter().any(|input| input.parent() == output.parent());
+            if inputs.contains(&output) || is_beside && is_side(&output) {
                 return Err(refused(&output));
             }
         }

@@ -24,7 +24,7 @@ use crate::container::weights::Weights;
 use crate::convert;
 use crate::error::Result;
 use crate::limits::Limits;
-use crate::model::{Opened, json_of};
+use crate::model::{Opened, metadata_of_gguf};
 use crate::packed;
 use crate::plain;
 use crate::tensor::DType;
@@ -142,7 +142,7 @@ fn of_gguf(path: &Path, gguf: &Gguf) -> Report {
     if gguf.trailing_bytes > 0 {
         container.insert("trailing_bytes".into(), json!(gguf.trailing_bytes));
     }
-    let metadata = gguf.metadata.iter().map(|(k, v)| (k.to_string(), json_of(v))).collect();
+    let metadata = metadata_of_gguf(&gguf.metadata);
     report(path, "GGUF", &gguf.store, container, metadata, true)
 }
 

@@ -3,7 +3,6 @@
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use super::trials::hex;
 use super::{Judge, Sample};
 use crate::convert::{Budget, Job, Observer, Temporary};
 use crate::error::{Error, Result};
@@ -11,7 +10,7 @@ use crate::eval::baseline::Shape;
 use crate::eval::score::{Base, Divergence, DivergenceSummary, Sampled};
 use crate::eval::windows::Windows;
 use crate::ggml::{Model, ModelOptions};
-use crate::sha256::Sha256;
+use crate::sha256::{Sha256, hex};
 
 /// Likeliest tokens that are kept of each prediction: all of a small vocabulary, and of others so many
 /// that the rest hardly matters.

@@ -5,13 +5,13 @@ use std::path::Path;
 
 use super::knapsack::{Offer, choose, total};
 use super::table::{Subject, Table, Trial};
-use super::trials::{Types, Variants, entry, hex, offers};
+use super::trials::{Types, Variants, entry, offers};
 use super::{Judge, Options, Sample, Step, Target, proxy};
 use crate::container::open_regular;
 use crate::convert::{Job, Observer, Quantize, Quantizer, Stage, Way};
 use crate::error::{Error, Result};
 use crate::eval::score::DivergenceSummary;
-use crate::sha256::Sha256;
+use crate::sha256::{Sha256, hex};
 use crate::tensor::DType;
 
 /// Whole models that are measured for a target of quality, at most, before the held-out text is asked.

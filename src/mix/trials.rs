@@ -6,7 +6,7 @@ use super::Measure;
 use super::table::Table;
 use crate::convert::{Job, Overrides, Quantize, Quantizer, Recipe, Scratch, Sharding, parse_tensor_type};
 use crate::error::{Error, Result};
-use crate::sha256::Sha256;
+use crate::sha256::{Sha256, hex};
 use crate::tensor::DType;
 
 /// Types by tensor.
@@ -179,11 +179,6 @@ impl<'a> Variants<'a> {
 /// The user's quantizer with other wishes about types.
 fn with(quantize: &Quantize, overrides: Overrides) -> Result<Quantizer> {
     Ok(Quantizer { recipe: Recipe::parse(NEUTRAL)?, overrides, ..quantize.quantizer.clone() })
-}
-
-/// Bytes as hexadecimal digits.
-pub fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|b| format!("{b:02x}")).collect()
 }
 
 /// Whether a pattern may name this type: integers stay as they are.

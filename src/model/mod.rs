@@ -33,7 +33,7 @@ mod side;
 pub use crate::container::map::Mapped;
 pub(crate) use describe::groups;
 pub use describe::{describe, encoding};
-pub use metadata::json_of;
+pub use metadata::of_gguf as metadata_of_gguf;
 pub use opened::Opened;
 pub use side::SideFile;
 

@@ -210,12 +210,9 @@ const fn fractions<const N: usize>(degree: u32) -> [u32; N] {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sha256::hex;
     use proptest::prelude::*;
     use sha2::Digest;
-
-    fn hex(bytes: [u8; 32]) -> String {
-        bytes.iter().map(|b| format!("{b:02x}")).collect()
-    }
 
     fn noise(len: usize, seed: u64) -> Vec<u8> {
         let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
@@ -240,7 +237,7 @@ mod tests {
         for (message, expected) in examples {
             for mut hash in Lane::implementations() {
                 update([(&mut hash, message)]);
-                assert_eq!(hex(hash.finalize()), expected);
+                assert_eq!(hex(&hash.finalize()), expected);
             }
         }
     }

@@ -364,7 +364,11 @@ pub fn load_undecided(source: &Source, limits: &Limits) -> Result<(Vocab, Candid
     let json_path = source.dir.join("tokenizer.json");
     let mut json = hf::tokenizer_json(source.dir, limits)?;
     let mut seen = Vec::new();
-    let named: Vec<Origin> = source.kinds.iter().map(|k| Origin::from_name(k)).collect::<Result<_>>()?;
+    let named: Vec<Origin> = source
+        .kinds
+        .iter()
+        .map(|k| Origin::from_name(k).map_err(|e| e.at(source.dir)))
+        .collect::<Result<_>>()?;
     let mut order = if named.is_empty() { Origin::ALL.to_vec() } else { named };
     if order.contains(&Origin::Spm) && !order.contains(&Origin::UgmFromHfJson) {
         // What a tokenizer.model of Unigram becomes where nothing else gives its ids.

@@ -3,6 +3,7 @@
 //! Field numbers: `sentencepiece_model.proto` of SentencePiece.
 
 use prost::Message;
+use prost::encoding::decode_varint;
 
 /// The whole file.
 #[derive(Clone, PartialEq, Message)]
@@ -74,3 +75,47 @@ pub struct NormalizerSpec {
 pub const BPE: i32 = 2;
 /// `TrainerSpec::model_type` of Unigram.
 pub const UNIGRAM: i32 = 1;
+
+/// How many pieces a file holds, without making them: two bytes can stand for forty. `None` for what is no sequence
+/// of fields as SentencePiece writes them.
+pub fn count_pieces(mut bytes: &[u8]) -> Option<u64> {
+    /// Wire types of protobuf: a number, 8 bytes, bytes with their length, 4 bytes. Groups are of old times.
+    const NUMBER: u64 = 0;
+    const EIGHT: u64 = 1;
+    const BYTES: u64 = 2;
+    const FOUR: u64 = 5;
+    let mut n = 0;
+    while !bytes.is_empty() {
+        let tag = decode_varint(&mut bytes).ok()?;
+        let len = match tag & 7 {
+            NUMBER => {
+                decode_varint(&mut bytes).ok()?;
+                0
+            }
+            EIGHT => 8,
+            BYTES => decode_varint(&mut bytes).ok()?,
+            FOUR => 4,
+            _ => return None,
+        };
+        n += u64::from(tag >> 3 == 1);
+        bytes = bytes.get(usize::try_from(len).ok()?..)?;
+    }
+    Some(n)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pieces_are_counted() {
+        let piece = SentencePiece { piece: Some(b"a".to_vec()), score: Some(1.0), kind: None };
+        let spec = TrainerSpec { model_type: Some(BPE), ..Default::default() };
+        let model = ModelProto { pieces: vec![piece; 3], trainer_spec: Some(spec), normalizer_spec: None };
+        let bytes = model.encode_to_vec();
+        assert_eq!(count_pieces(&bytes), Some(3));
+        assert_eq!(count_pieces(&bytes[..bytes.len() - 1]), None);
+        assert_eq!(count_pieces(b"\x0b\x0c"), None);
+        assert_eq!(count_pieces(b"\x0a\xff\xff\xff\xff\xff\xff\xff\xff\xff\x01"), None);
+    }
+}

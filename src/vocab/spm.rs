@@ -9,7 +9,7 @@ use serde_json::Value;
 use super::added::added_form;
 use super::hf::{self, AddedToken, TokenizerJson};
 use super::proto::{self, ModelProto};
-use super::{Kind, Source, TokenType, Vocab, special, vocab_size};
+use super::{Kind, MAX_TOKENS, Source, TokenType, Vocab, special, vocab_size};
 use crate::error::{Error, Result};
 use crate::limits::Limits;
 
@@ -40,6 +40,13 @@ pub fn read_model(path: &Path, limits: &Limits) -> Result<Option<Found>> {
     if bytes.first() != Some(&0x0A) {
         return Ok(Some(Found::Other));
     }
+    match proto::count_pieces(&bytes) {
+        None => return Err(Error::malformed("is not a SentencePiece model: its fields break off").at(path)),
+        Some(n) if n > MAX_TOKENS => {
+            return Err(Error::limit(format!("holds {n} pieces, at most {MAX_TOKENS} are allowed")).at(path));
+        }
+        Some(_) => {}
+    }
     let model = ModelProto::decode(bytes.as_slice())
         .map_err(|e| Error::malformed(format!("is not a SentencePiece model: {e}")).at(path))?;
     Ok(Some(Found::Model(Box::new(model))))
@@ -49,6 +56,24 @@ pub fn read_model(path: &Path, limits: &Limits) -> Result<Option<Found>> {
 pub fn is_byte(text: &str) -> bool {
     let digits = text.strip_prefix("<0x").and_then(|t| t.strip_suffix('>'));
     digits.is_some_and(|d| d.len() == 2 && d.bytes().all(|b| b.is_ascii_hexdigit()))
+}
+
+/// Refuses what readers take for something else: a token of a byte that names none, a score that is no number.
+///
+/// # Errors
+/// `Malformed`.
+pub fn check_piece(id: usize, text: &[u8], kind: TokenType, score: f32) -> Result<()> {
+    if !score.is_finite() {
+        return Err(Error::malformed(format!("piece {id} has the score {score}")));
+    }
+    let shown = || {
+        let shown: String = String::from_utf8_lossy(text).chars().take(40).collect();
+        format!("piece {id}, {shown:?},")
+    };
+    if kind == TokenType::Byte && !std::str::from_utf8(text).is_ok_and(is_byte) {
+        return Err(Error::malformed(format!("{} stands for a byte, but is not <0x00> to <0xFF>", shown())));
+    }
+    Ok(())
 }
 
 /// Builds the vocabulary.
@@ -83,6 +108,8 @@ pub fn load(
         let kind = TokenType::from_id(number)
             .ok_or_else(|| Error::malformed(format!("piece {id} has the unknown type {number}")).at(&path))?;
         let mut text = piece.piece.unwrap_or_default();
+        let score = piece.score.unwrap_or(0.0);
+        check_piece(id, &text, kind, score).map_err(|e| e.at(&path))?;
         let mut kind = kind;
         if kind == TokenType::UserDefined {
             // Matched literally by SentencePiece. Where tokenizer.json is the tokenizer in use
@@ -93,7 +120,7 @@ pub fn load(
                 text = s.replace('\u{2581}', " ").into_bytes();
             }
         }
-        vocab.push(text, kind, piece.score.unwrap_or(0.0));
+        vocab.push(text, kind, score);
     }
     vocab.pad_to(size, PAD_SCORE);
     let mut handled = add_from_files(source, config, &mut vocab, limits)?;
@@ -178,7 +205,9 @@ fn add_from_files(source: &Source, config: &Value, vocab: &mut Vocab, limits: &L
         vocab.put(id as usize, text, TokenType::UserDefined, Some(ADDED_SCORE));
         handled.push(id);
     }
-    for token in hf::added_tokens_decoder(config)? {
+    let decoder =
+        hf::added_tokens_decoder(config).map_err(|e| e.at(source.dir.join("tokenizer_config.json")))?;
+    for token in decoder {
         let id = token.id as usize;
         let Some(old) = vocab.tokens.get(id) else {
             vocab

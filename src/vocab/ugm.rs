@@ -92,13 +92,15 @@ pub fn load_file(
         let number = piece.kind.unwrap_or(TokenType::Normal as i32);
         let kind = TokenType::from_id(number)
             .ok_or_else(|| Error::malformed(format!("piece {id} has the unknown type {number}")))?;
+        let score = piece.score.unwrap_or(0.0);
+        spm::check_piece(id, piece.piece.as_deref().unwrap_or_default(), kind, score)?;
         let text = match String::from_utf8(piece.piece.unwrap_or_default()) {
             // llama.cpp finds these in text as it was written.
             Ok(text) if kind == TokenType::UserDefined => text.replace(SPACE, " ").into_bytes(),
             Ok(text) => text.into_bytes(),
             Err(bytes) => bytes.into_bytes(),
         };
-        vocab.push(text, kind, piece.score.unwrap_or(0.0));
+        vocab.push(text, kind, score);
     }
     vocab.pad_to(size, PAD_SCORE);
     let old: std::collections::HashMap<String, u32> =
@@ -116,7 +118,9 @@ pub fn load_file(
         };
         put_added(&mut vocab, &token);
     }
-    listed.extend(hf::added_tokens_decoder(config)?);
+    let decoder =
+        hf::added_tokens_decoder(config).map_err(|e| e.at(source.dir.join("tokenizer_config.json")))?;
+    listed.extend(decoder);
     for token in &listed {
         put_added(&mut vocab, token);
     }

@@ -11,7 +11,7 @@ use crate::error::{Error, Result};
 
 /// Deepest nesting of messages, as in the protobuf libraries.
 pub(super) const MAX_DEPTH: u32 = 100;
-/// Most bytes of memory for each byte of a file, beside [`SOME_MEMORY`]: programs of coremltools take 9 to 14.
+/// Most bytes of memory for each byte of a file, beside [`SOME_MEMORY`].
 const MEMORY_PER_BYTE: u64 = 24;
 /// What a file of any size may take.
 const SOME_MEMORY: u64 = 1 << 20;

@@ -92,10 +92,6 @@ pub(super) fn dtype(name: &str) -> Option<DType> {
     DType::ALL.iter().copied().find(|t| t.name() == name)
 }
 
-pub(super) fn hex(bytes: &[u8; 32]) -> String {
-    bytes.iter().map(|b| format!("{b:02x}")).collect()
-}
-
 fn from_hex(text: &str) -> Option<[u8; 32]> {
     let digit = |b: u8| match b {
         b'0'..=b'9' => Some(b - b'0'),

@@ -5,12 +5,13 @@ use std::collections::HashSet;
 use serde_json::{Map, Value as Json, json};
 
 use super::encoding::{Encoding, PartSize};
-use super::fields::{Fields, hex};
+use super::fields::Fields;
 use super::frame::{ALIGNMENT, HEADER};
 use super::json::{self, Kept, MAX_NUMBER};
 use super::planes;
 use crate::error::{Error, Result};
 use crate::limits::{Bound, Limits};
+use crate::sha256::hex;
 
 /// What of a manifest is read item by item.
 const LISTS: [&str; 2] = ["files", "tensors"];

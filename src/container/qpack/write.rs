@@ -7,7 +7,6 @@ use std::sync::OnceLock;
 use serde_json::{Value as Json, json};
 
 use super::SUFFIX;
-use super::fields::hex;
 pub use super::frame::header;
 use super::frame::{FOOTER, Footer};
 use super::manifest::{Manifest, ShardSeal, Split};
@@ -15,7 +14,7 @@ use super::sums::sums;
 use crate::container::InputFile;
 use crate::container::shards::{Ending, FileLayout, Layout, shard_name};
 use crate::error::{Error, Result};
-use crate::sha256::Sha256;
+use crate::sha256::{Sha256, hex};
 
 /// The end of a file, which says what the segments are.
 #[derive(Debug)]

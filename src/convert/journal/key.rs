@@ -6,11 +6,10 @@ use std::fs;
 use std::path::Path;
 use std::time::UNIX_EPOCH;
 
-use super::hex;
 use crate::container::Store;
 use crate::convert::plan::{Importance, Plan, Rounding};
 use crate::error::{Error, Result};
-use crate::sha256::Sha256;
+use crate::sha256::{Sha256, hex};
 
 /// What the bytes of a plan's output depend on: the program, the headers, what each tensor is made of and by which
 /// method, and the files that all that is read from, by place, length and time of change.

@@ -25,6 +25,7 @@ use twox_hash::XxHash3_128;
 pub use self::key::key;
 use super::outcome::{Loss, Spanned, Tally};
 use crate::error::{Error, Result};
+use crate::sha256::hex;
 use crate::sys;
 
 /// A span of a tensor: its number in the plan, its first element, and the one behind its last.
@@ -416,10 +417,6 @@ fn sum<'a>(runs: impl Iterator<Item = &'a XxHash3_128>) -> String {
     let mut whole = XxHash3_128::new();
     runs.for_each(|run| whole.write(&run.finish_128().to_le_bytes()));
     hex(&whole.finish_128().to_be_bytes())
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|b| format!("{b:02x}")).collect()
 }
 
 #[cfg(test)]

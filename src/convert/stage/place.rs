@@ -123,8 +123,8 @@ impl Places {
         if let Some(directory) = &self.directory {
             return if ours(&directory.target) { Ok(()) } else { directory.check(true, force) };
         }
-        let others = self.files.iter().filter(|(place, _)| !ours(&place.target));
-        others.map(|(place, _)| place.check(false, force)).collect()
+        let mut others = self.files.iter().filter(|(place, _)| !ours(&place.target));
+        others.try_for_each(|(place, _)| place.check(false, force))
     }
 
     /// Whether the disk has room, what an earlier process left there counted in.

@@ -23,7 +23,7 @@ impl Rename {
     pub(super) fn new(base: &Path, from: &Path, to: &Path) -> Option<Self> {
         let relative = |path: &Path| Some(path.strip_prefix(base).ok()?.to_str()?.to_string());
         let meta = fs::symlink_metadata(from).ok()?;
-        let len = meta.is_file().then(|| meta.len());
+        let len = meta.is_file().then_some(meta.len());
         Some(Self { from: relative(from)?, to: relative(to)?, id: sys::identity(&meta), len })
     }
 

@@ -101,7 +101,7 @@ fn written(output: &Path) -> Result<Sums> {
     for path in if is_package(output) { Vec::new() } else { entries(output)? } {
         let name = path.file_name().unwrap_or_default().to_string_lossy();
         let is_file = fs::symlink_metadata(&path).is_ok_and(|meta| meta.is_file());
-        if !found.contains(&path) && !(is_file && is_known(&name)) {
+        if !(found.contains(&path) || is_file && is_known(&name)) {
             return Err(foreign("was not written by such a conversion", &path, output));
         }
     }

@@ -7,6 +7,7 @@ use crate::error::Result;
 use crate::eval::logits::Matrix;
 
 /// What is compared.
+#[cfg_attr(not(feature = "ggml"), allow(dead_code, reason = "llama.cpp is what it is compared with"))]
 pub(super) struct Case<'a> {
     pub(super) options: &'a Options,
     pub(super) ids: &'a [i32],
@@ -44,7 +45,7 @@ mod linked {
     use crate::tensor::DType;
 
     /// How far logits may stray from those of llama.cpp with the same weights, as root mean square over their spread:
-    /// it adds in another order, and graphs round norms to float16. Packages of fixtures have at most 3e-4.
+    /// it adds in another order, and graphs round norms to float16.
     const OWN: f64 = 0.02;
 
     /// Bits of a weight below which the source's logits say little.

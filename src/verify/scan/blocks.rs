@@ -97,7 +97,7 @@ static TRITS: [bool; 256] = {
     let mut known = [false; 256];
     let mut n = 0;
     while n < 243 {
-        known[(n * 256 + 242) / 243] = true;
+        known[(n * 256usize).div_ceil(243)] = true;
         n += 1;
     }
     known

@@ -5,11 +5,11 @@ use std::path::{Path, PathBuf};
 use super::blocks::{FAULTS, ODD_AT, Tally, judge};
 use super::finding::Finding;
 use super::rules::{TENSOR_NOISE, TENSOR_ZERO, VECTOR_ZERO};
-use super::{File, Scan, TensorSum, hex};
+use super::{File, Scan, TensorSum};
 use crate::container::{InputFile, Store};
 use crate::convert::{Budget, Observer};
 use crate::error::{Error, Result};
-use crate::sha256::Sha256;
+use crate::sha256::{Sha256, hex};
 use crate::tensor::TensorInfo;
 use crate::work::each;
 
@@ -85,14 +85,14 @@ pub(super) fn check(
                 let at = at + i * span;
                 let read = read(store, info, at, span.min(bytes - i * span), buffer)?;
                 if let Some(sum) = &mut sum {
-                    sum.update(&*read);
+                    sum.update(read);
                 }
                 if wanted.tensors {
                     judge(info.dtype, read, at, &mut tally);
                 }
                 observer.advance(read.len() as u64, &info.name);
             }
-            Ok(Done::Part(number, tally, sum.map(|sum| hex(sum.finalize()))))
+            Ok(Done::Part(number, tally, sum.map(|sum| hex(&sum.finalize()))))
         }
     })?;
     let mut sums = vec![None; store.files().len()];
@@ -184,7 +184,7 @@ fn sum_of(file: &InputFile, buffer: &mut Vec<u8>, observer: &dyn Observer) -> Re
         sum.update(bytes);
         at += n;
     }
-    Ok(hex(sum.finalize()))
+    Ok(hex(&sum.finalize()))
 }
 
 /// Lists files of which no tensors are read: one, or those of a directory that are not listed yet.

@@ -258,8 +258,3 @@ fn of_report(scan: &mut Scan, report: &Report) {
         scan.find(Finding::new(&rules::PACKAGE, &report.file, message).key(check.name));
     }
 }
-
-/// Hexadecimal digits.
-fn hex(sum: [u8; 32]) -> String {
-    sum.iter().map(|b| format!("{b:02x}")).collect()
-}

@@ -4,8 +4,8 @@ use std::path::Path;
 
 use serde_json::{Value as Json, json};
 
-use super::{Finding, RULES, Scan, hex};
-use crate::sha256::Sha256;
+use super::{Finding, RULES, Scan};
+use crate::sha256::{Sha256, hex};
 
 const SCHEMA: &str = "https://json.schemastore.org/sarif-2.1.0.json";
 
@@ -97,7 +97,7 @@ fn result(finding: &Finding) -> Json {
         "level": finding.severity.name(),
         "message": {"text": text},
         "locations": [place],
-        "partialFingerprints": {"qconv/v1": hex(Sha256::digest(identity.as_bytes()))},
+        "partialFingerprints": {"qconv/v1": hex(&Sha256::digest(identity.as_bytes()))},
     })
 }
 

@@ -212,7 +212,7 @@ fn arrays(t: &mut Cases) {
         let last = [0u32.to_le_bytes().to_vec(), 1u64.to_le_bytes().to_vec(), vec![1]].concat();
         valid().entry("x.a", kind::ARRAY, [level.repeat(depth - 1), last].concat())
     };
-    t.read("arr_nested_2", nested(2));
+    t.read("arr_nested_2", nested(2)).policy("array of arrays");
     t.refuse("arr_nested_3", nested(3), Limit, "nested deeper than 2");
     t.refuse("arr_nested_20000", nested(20_000), Limit, "nested deeper than 2");
 }

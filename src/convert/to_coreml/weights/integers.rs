@@ -182,8 +182,8 @@ fn products<const LOW: i32, const HIGH: i32>(
     };
     let (lanes, rest) = x.as_chunks::<LANES>();
     for (i, x) in lanes.iter().enumerate() {
-        for k in 0..LANES {
-            add(k, x[k], weight(i * LANES + k));
+        for (k, x) in x.iter().enumerate() {
+            add(k, *x, weight(i * LANES + k));
         }
     }
     let first = lanes.len() * LANES;
