@@ -11,6 +11,7 @@
 
 mod adapter;
 mod context;
+pub mod gguf;
 mod log;
 mod model;
 mod observe;
