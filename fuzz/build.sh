@@ -1,7 +1,6 @@
 #!/bin/sh
-# Builds the program that run.sh runs, and prints where it is. SANITIZER=address adds AddressSanitizer, whose runtime
-# comes with the compiler; the standard library and dependencies are as they are always. Exit status 3 where it cannot
-# be built: it needs a C++ compiler, and an x86-64 or aarch64 Linux.
+# Builds the program that run.sh runs, and prints where it is. Exit status 3 where it cannot be built: it needs a C++
+# compiler, and an x86-64 or aarch64 Linux.
 set -eu
 cd "$(dirname "$0")"
 target=${CARGO_TARGET_DIR:-$(dirname "$PWD")/target}
@@ -12,15 +11,6 @@ esac
 command -v c++ >/dev/null || command -v g++ >/dev/null || {
     echo 'fuzzing is left out: there is no C++ compiler, which libFuzzer needs' >&2; exit 3;
 }
-case ${SANITIZER:-} in
-'') ;;
-address)
-    # Compiled apart: cargo does not see what instrument.sh adds.
-    target=$target/address
-    export RUSTC_BOOTSTRAP=1 FUZZ_RUSTFLAGS='-Zsanitizer=address'
-    ;;
-*) echo "SANITIZER=$SANITIZER is not known; address is" >&2; exit 2 ;;
-esac
 RUSTC_WRAPPER=$PWD/instrument.sh CARGO_TARGET_DIR=$target \
     "${CARGO:-cargo}" build --release --locked --bin all ${FUZZ_CARGO_OPTIONS:-} >&2
 echo "$target/release/all"

@@ -3,7 +3,7 @@
 # nothing else. So dependencies are those of the ordinary build, and are not compiled again.
 #
 # These are ordinary code generation options, which work with a stable compiler; `cargo fuzz` gives the same to all
-# crates with a nightly one. FUZZ_RUSTFLAGS is added (run.sh: sanitizers).
+# crates with a nightly one.
 set -eu
 rustc=$1
 shift
@@ -15,10 +15,9 @@ for argument in "$@"; do
 done
 case $name in
 qconv | qconv_fuzz | all)
-    # shellcheck disable=SC2086 # several options
     exec "$rustc" "$@" --cfg fuzzing -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \
         -Cllvm-args=-sanitizer-coverage-inline-8bit-counters -Cllvm-args=-sanitizer-coverage-pc-table \
-        -Cllvm-args=-sanitizer-coverage-trace-compares ${FUZZ_RUSTFLAGS:-}
+        -Cllvm-args=-sanitizer-coverage-trace-compares
     ;;
 *) exec "$rustc" "$@" ;;
 esac

@@ -37,7 +37,7 @@ if [ "${1:-}" = --one ]; then
         [ "$left" -gt 0 ] || break
         status=0
         # shellcheck disable=SC2086 # several options
-        "$FUZZ_PROGRAM" -seed=$seed "-max_total_time=$left" -timeout=10 -rss_limit_mb=2048 -print_final_stats=1 \
+        "$FUZZ_PROGRAM" -seed=$seed "-max_total_time=$left" -timeout=25 -report_slow_units=25 -rss_limit_mb=2048 -print_final_stats=1 \
             -verbosity=1 -close_fd_mask=1 -artifact_prefix="$FUZZ_OUT/findings/$target-" ${FUZZ_OPTIONS:-} "$@" \
             >>"$log" 2>&1 || status=$?
         [ "$status" -ne 0 ] || break
@@ -55,7 +55,7 @@ fi
 seconds=$1 jobs=$2
 shift 2
 FUZZ_ROOT=${FUZZ_ROOT:-$(dirname "$here")}
-FUZZ_OUT=${FUZZ_OUT:-${CARGO_TARGET_DIR:-$FUZZ_ROOT/target}/fuzz${SANITIZER:+-$SANITIZER}}
+FUZZ_OUT=${FUZZ_OUT:-${CARGO_TARGET_DIR:-$FUZZ_ROOT/target}/fuzz}
 FUZZ_PROGRAM=${FUZZ_PROGRAM:-$("$here/build.sh")}
 FUZZ_FILES=$(mktemp -d "$(if [ -w /dev/shm ]; then echo /dev/shm; else echo "${TMPDIR:-/tmp}"; fi)/qconv-fuzz-XXXXXX")
 trap 'rm -rf "$FUZZ_FILES"' EXIT

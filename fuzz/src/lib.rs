@@ -1,8 +1,7 @@
 //! What is fuzzed: a function for each target, which takes any bytes, and says whether they were what it reads.
 //!
 //! `tests/bugs.rs` of qconv includes this file too, and replays seeds and former findings without libFuzzer. A target
-//! fails by a panic, by too much memory or time, or, with AddressSanitizer, by an access out of bounds. Errors are
-//! what it expects of most inputs.
+//! fails by a panic, an assertion, or by too much memory or time. Errors are what it expects of most inputs.
 #![allow(dead_code)] // by whom it is included
 
 mod blocks;
