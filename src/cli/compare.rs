@@ -85,7 +85,7 @@ pub fn compare(
 ) -> anyhow::Result<()> {
     // What cannot be written shall show before the work.
     let outputs: Vec<_> = files.iter().map(|(path, _)| (path.clone(), 0)).collect();
-    let stage = Stage::files_at(&outputs, force)?;
+    let stage = if outputs.is_empty() { None } else { Some(Stage::files_at(&outputs, force)?) };
     let (mut runs, mut models) = (Vec::with_capacity(paths.len()), Vec::with_capacity(paths.len()));
     for path in paths {
         let loaded = args.model(path)?;
@@ -125,10 +125,10 @@ pub fn compare(
             divergence: divergence.summary(),
         })
         .collect();
-    for (file, (_, form)) in stage.files().iter().zip(files) {
+    for (file, (_, form)) in stage.iter().flat_map(Stage::files).zip(files) {
         file.write_at(0, &form.bytes(&rows))?;
     }
-    stage.commit()?;
+    stage.map_or(Ok(()), Stage::commit)?;
     if args.json {
         println!("{}", serde_json::to_string_pretty(&rows)?);
     } else {

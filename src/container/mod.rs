@@ -82,6 +82,14 @@ impl InputFile {
         Self { path: path.into(), len: bytes.len() as u64, data: Data::Bytes(bytes) }
     }
 
+    /// The bytes of a file that is a part of another; `None` of one that was opened.
+    pub fn bytes(&self) -> Option<&[u8]> {
+        match &self.data {
+            Data::File(_) => None,
+            Data::Bytes(bytes) => Some(bytes),
+        }
+    }
+
     /// Where it was opened.
     pub fn path(&self) -> &Path {
         &self.path

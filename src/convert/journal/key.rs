@@ -22,7 +22,14 @@ pub fn key(plan: &Plan, store: &Store) -> Result<String> {
     let _ = write!(hash, "{} {} {}", env!("CARGO_PKG_VERSION"), plan.measures, plan.exact_only);
     let mut sources = HashSet::new();
     for file in store.files() {
-        hash.file(file.path())?;
+        match file.bytes() {
+            Some(bytes) => {
+                hash.0.update(file.path().as_os_str().as_encoded_bytes());
+                hash.0.update(file.len().to_le_bytes());
+                hash.0.update(bytes);
+            }
+            None => hash.file(file.path())?,
+        }
     }
     for file in &plan.files {
         hash.0.update(file.name.as_os_str().as_encoded_bytes());
