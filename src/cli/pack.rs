@@ -160,10 +160,10 @@ fn compressed(
 ) -> anyhow::Result<Status> {
     common::check_new(job, write)?;
     job.check_not_input()?;
-    let plain = plan(Some(Temporary::beside(&job.output, "plain.qpack").0.clone()))?;
+    let plain = plan(Some(Temporary::name(&job.output, "plain.qpack")))?;
     // What a killed process left is of no use.
-    let _gone: Vec<_> = plain.outputs().into_iter().map(Temporary).collect();
-    plain.outputs().iter().filter(|path| path.exists()).for_each(|path| drop(Temporary(path.clone())));
+    let gone: Vec<_> = plain.outputs().into_iter().map(Temporary::new).collect();
+    gone.iter().filter(|file| file.path().exists()).for_each(|file| drop(std::fs::remove_file(file.path())));
     let Some(done) = common::carry_out(&plain, write)? else { return Ok(Status::Done) };
     let quiet = write.work.quiet;
     let source = Qpack::open(&plain.output, &Limits::default())?;

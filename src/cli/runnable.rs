@@ -3,7 +3,6 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use qconv::container::InputFile;
@@ -27,7 +26,7 @@ pub struct Runnable {
     /// What a conversion is, where that has to be said.
     stated: Option<Stated>,
     /// For as long as this is there.
-    _kept: Option<Kept>,
+    _kept: Option<Temporary>,
 }
 
 /// How a conversion holds the weights of its source.
@@ -64,7 +63,7 @@ impl Runnable {
             return Ok(Self { path: path.to_path_buf(), stated: None, _kept: None });
         }
         ui::catch_interrupt();
-        let kept = Kept::beside(path)?;
+        let kept = beside(path)?;
         let output = Some(kept.path().to_path_buf());
         let (mut job, command) = if is_packed && is_gguf(path)? {
             (FromQpack { output, ..FromQpack::new(path) }.plan()?, "qconv unpack")
@@ -117,7 +116,7 @@ impl Runnable {
             let len = ui::size(job.plan.total_len());
             ui::say(&format!("note: a conversion of {len} that can be run lies beside the output meanwhile"));
         }
-        let kept = Kept::new(job.output.clone());
+        let kept = Temporary::new(job.output.clone());
         convert(&job, &args.work.budget()?, quiet)?;
         Ok(Self { path: job.output, stated: None, _kept: Some(kept) })
     }
@@ -178,49 +177,19 @@ impl Stated {
     }
 }
 
-/// Temporary files that Ctrl-C has to remove before it ends the program.
-static LEFT: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
-
-/// Removes what would be left where the program ends at once.
-pub fn remove_left() {
-    let left = LEFT.lock().unwrap_or_else(|e| e.into_inner());
-    left.iter().for_each(|path| drop(std::fs::remove_file(path)));
-}
-
-/// A temporary file; what a killed process leaves has to be removed by hand.
-struct Kept(Temporary);
-
-impl Kept {
-    fn new(path: PathBuf) -> Self {
-        LEFT.lock().unwrap_or_else(|e| e.into_inner()).push(path.clone());
-        Self(Temporary(path))
-    }
-
-    /// A name of its own beside a model, or, where nothing can be written there, in the system's directory for
-    /// such.
-    fn beside(model: &Path) -> Result<Self> {
-        let full = model.canonicalize().map_err(|e| Error::io("open", model, e))?;
-        let name = full.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        let prefix = format!(".{name}.qconv-");
-        let create = |dir: &Path| tempfile::Builder::new().prefix(&prefix).suffix(".gguf").tempfile_in(dir);
-        let elsewhere = std::env::temp_dir();
-        let created = match full.parent().map(create) {
-            Some(Ok(file)) => Ok(file),
-            _ => create(&elsewhere),
-        };
-        let path = created.and_then(|file| file.into_temp_path().keep().map_err(|e| e.error));
-        path.map(Self::new).map_err(|e| Error::io("create a file in", elsewhere, e))
-    }
-
-    fn path(&self) -> &Path {
-        &self.0.0
-    }
-}
-
-impl Drop for Kept {
-    fn drop(&mut self) {
-        LEFT.lock().unwrap_or_else(|e| e.into_inner()).retain(|path| *path != self.0.0);
-    }
+/// A name of its own beside a model, or, where nothing can be written there, in the system's directory for such.
+fn beside(model: &Path) -> Result<Temporary> {
+    let full = model.canonicalize().map_err(|e| Error::io("open", model, e))?;
+    let name = full.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let prefix = format!(".{name}.qconv-");
+    let create = |dir: &Path| tempfile::Builder::new().prefix(&prefix).suffix(".gguf").tempfile_in(dir);
+    let elsewhere = std::env::temp_dir();
+    let created = match full.parent().map(create) {
+        Some(Ok(file)) => Ok(file),
+        _ => create(&elsewhere),
+    };
+    let path = created.and_then(|file| file.into_temp_path().keep().map_err(|e| e.error));
+    path.map(Temporary::new).map_err(|e| Error::io("create a file in", elsewhere, e))
 }
 
 /// A model that the engine has loaded, and the file that it reads. Bound in this order the file goes last.

@@ -17,7 +17,7 @@ pub fn catch_interrupt() -> &'static AtomicBool {
     // A second handler cannot be set; the first one is ours.
     let _ = ctrlc::set_handler(|| {
         if PATIENCE.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| n.checked_sub(1)).is_err() {
-            super::runnable::remove_left();
+            qconv::convert::Temporary::remove_all();
             // As a shell reports a program that Ctrl-C ended.
             std::process::exit(130);
         }

@@ -103,7 +103,7 @@ impl Judge for Measurer<'_> {
     }
 
     fn path(&self) -> PathBuf {
-        self.scratch.0.clone()
+        self.scratch.path().to_path_buf()
     }
 
     fn seconds(&self) -> f64 {
@@ -113,7 +113,7 @@ impl Judge for Measurer<'_> {
     fn measure(&mut self, job: &Job, sample: Sample) -> Result<DivergenceSummary> {
         let begun = Instant::now();
         job.run(true, &self.budget, self.observer)?;
-        let model = Model::load(&self.scratch.0, &ModelOptions::default())?;
+        let model = Model::load(self.scratch.path(), &ModelOptions::default())?;
         let part = if sample == Sample::Choosing { &self.choosing } else { &self.held_out };
         let mut divergence = Divergence::default();
         let mut base = part.predictions.iter();

@@ -6,6 +6,7 @@ mod recover;
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
+use std::sync::Mutex;
 
 use self::place::{Place, Places, remove};
 use self::recover::{Half, old, restore_old, sweep};
@@ -285,20 +286,54 @@ pub(super) fn is_stale(path: &Path) -> bool {
     is_weights || name.ends_with(".index.json") || name == "quantize_config.json"
 }
 
-/// A file that is needed for a while: gone when dropped.
+/// The files of this process that are needed for a while.
+static NEEDED: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
+
+/// A file that is needed for a while: gone when dropped. Outputs that are begun meanwhile leave it where it is.
 #[derive(Debug)]
-pub struct Temporary(pub PathBuf);
+pub struct Temporary(PathBuf);
 
 impl Temporary {
+    /// A file that may be there or not.
+    pub fn new(path: PathBuf) -> Self {
+        NEEDED.lock().unwrap_or_else(|e| e.into_inner()).push(path.clone());
+        Self(path)
+    }
+
     /// A hidden name beside `output`, where a file of its size finds room.
     pub fn beside(output: &Path, what: &str) -> Self {
+        Self::new(Self::name(output, what))
+    }
+
+    /// The name that [`Self::beside`] gives.
+    pub fn name(output: &Path, what: &str) -> PathBuf {
         let name = output.file_name().unwrap_or_default().to_string_lossy();
-        Self(output.with_file_name(format!(".{name}.qconv-{what}")))
+        output.with_file_name(format!(".{name}.qconv-{what}"))
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+
+    /// Whether a file is needed.
+    pub(super) fn is_needed(path: &Path) -> bool {
+        NEEDED.lock().unwrap_or_else(|e| e.into_inner()).iter().any(|needed| needed == path)
+    }
+
+    /// Removes them all: the program is about to end at once.
+    pub fn remove_all() {
+        let needed = NEEDED.lock().unwrap_or_else(|e| e.into_inner());
+        needed.iter().for_each(|path| drop(fs::remove_file(path)));
     }
 }
 
 impl Drop for Temporary {
     fn drop(&mut self) {
+        let mut needed = NEEDED.lock().unwrap_or_else(|e| e.into_inner());
+        if let Some(i) = needed.iter().position(|path| *path == self.0) {
+            needed.swap_remove(i);
+        }
         // It may never have been written.
         let _ = fs::remove_file(&self.0);
     }

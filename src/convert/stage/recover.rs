@@ -6,6 +6,7 @@
 use std::fs;
 use std::path::{Component, Path, PathBuf};
 
+use super::Temporary;
 use super::place::{Place, Places, parent, remove};
 use crate::container::shards::split_shard_name;
 use crate::convert::journal::{Journal, Rename};
@@ -154,7 +155,10 @@ pub fn sweep(places: &Places, is_whole: bool) {
         journal.remove();
     }
     for name in names().filter(|name| !is_busy && is_meanwhile(name)) {
-        let _ = remove(&base.join(name));
+        let path = base.join(name);
+        if !Temporary::is_needed(&path) {
+            let _ = remove(&path);
+        }
     }
 }
 

@@ -7,7 +7,7 @@ use qconv::limits::Limits;
 use qconv::vocab::{Source, load};
 use serde_json::{Value as Json, json};
 
-use crate::side::{Accepted, Place, Refused, damaged};
+use crate::side::{Accepted, Compared, Place, Refused, damaged};
 
 const TOKENIZER: &str = "tokenizer.json";
 
@@ -50,14 +50,18 @@ fn byte_level() {
         ),
         ("id as text", edit(&|t| t["model"]["vocab"]["zzz"] = json!("1")), Refused(Malformed, "u32")),
         ("no vocabulary", edit(&|t| t["model"]["vocab"] = json!(7)), Refused(Malformed, "a vocabulary")),
-        ("empty vocabulary", edit(&|t| t["model"]["vocab"] = json!({})), Accepted),
+        ("empty vocabulary", edit(&|t| t["model"]["vocab"] = json!({})), Compared("makes no token")),
         (
             "merges of one part",
             edit(&|t| t["model"]["merges"] = json!([["a"]])),
             Refused(Malformed, "two parts"),
         ),
         ("merges of numbers", edit(&|t| t["model"]["merges"] = json!([1])), Refused(Malformed, "a merge")),
-        ("merge of unknown pieces", edit(&|t| t["model"]["merges"] = json!(["qqqq zzzz"])), Accepted),
+        (
+            "merge of unknown pieces",
+            edit(&|t| t["model"]["merges"] = json!(["qqqq zzzz"])),
+            Compared("makes no token"),
+        ),
         ("added token beyond", edit(&|t| t["added_tokens"][0]["id"] = json!(1u32 << 31)), Accepted),
         ("added tokens", edit(&|t| t["added_tokens"] = json!({})), Refused(Malformed, "")),
         ("kind", edit(&|t| t["model"]["type"] = json!("WordLevel")), Refused(Unsupported, "WordLevel")),
@@ -188,7 +192,7 @@ fn sentence_piece() {
         ("score NaN", with(piece(b"a", f32::NAN, 1)), Refused(Malformed, "score")),
         ("score infinite", with(piece(b"a", f32::INFINITY, 1)), Refused(Malformed, "score")),
         ("type 77", with(piece(b"a", 0.0, 77)), Refused(Malformed, "unknown type 77")),
-        ("no UTF-8", with(piece(b"\xff\xfe", 0.0, 1)), Accepted),
+        ("no UTF-8", with(piece(b"\xff\xfe", 0.0, 1)), Compared("not UTF-8")),
         ("NUL", with(piece(b"a\0b", 0.0, 1)), Accepted),
         ("no pieces", field(2, &[3 << 3, 2]), Refused(Unsupported, "not SentencePiece")),
         ("length of 2^31", large, Refused(Malformed, "SentencePiece model")),
