@@ -316,9 +316,11 @@ impl Temporary {
         &self.0
     }
 
-    /// Whether a file is needed.
+    /// Whether a file is needed, by whatever path below the same directories.
     pub(super) fn is_needed(path: &Path) -> bool {
-        NEEDED.lock().unwrap_or_else(|e| e.into_inner()).iter().any(|needed| needed == path)
+        let full = |path: &Path| std::path::absolute(path).unwrap_or_else(|_| path.to_path_buf());
+        let path = full(path);
+        NEEDED.lock().unwrap_or_else(|e| e.into_inner()).iter().any(|needed| full(needed) == path)
     }
 
     /// Removes them all: the program is about to end at once.
