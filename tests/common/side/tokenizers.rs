@@ -60,7 +60,7 @@ fn byte_level() {
         (
             "merge of unknown pieces",
             edit(&|t| t["model"]["merges"] = json!(["qqqq zzzz"])),
-            Compared("makes no token"),
+            Compared("out of vocabulary"),
         ),
         ("added token beyond", edit(&|t| t["added_tokens"][0]["id"] = json!(1u32 << 31)), Accepted),
         ("added tokens", edit(&|t| t["added_tokens"] = json!({})), Refused(Malformed, "")),
@@ -193,12 +193,12 @@ fn sentence_piece() {
         ("score infinite", with(piece(b"a", f32::INFINITY, 1)), Refused(Malformed, "score")),
         ("type 77", with(piece(b"a", 0.0, 77)), Refused(Malformed, "unknown type 77")),
         ("no UTF-8", with(piece(b"\xff\xfe", 0.0, 1)), Compared("not UTF-8")),
-        ("NUL", with(piece(b"a\0b", 0.0, 1)), Accepted),
+        ("NUL", with(piece(b"a\0b", 0.0, 1)), Compared("cannot tokenize")),
         ("no pieces", field(2, &[3 << 3, 2]), Refused(Unsupported, "not SentencePiece")),
         ("length of 2^31", large, Refused(Malformed, "SentencePiece model")),
         ("length of 2^64", huge, Refused(Malformed, "SentencePiece model")),
         ("groups", [unk.clone(), groups].concat(), Refused(Malformed, "SentencePiece model")),
-        ("pieces of nothing", tiny, Accepted),
+        ("pieces of nothing", tiny, Compared("appears twice")),
         ("more than are allowed", b"\x0a\0".repeat(2 << 20), Refused(Limit, "pieces")),
     ] {
         place.put("tokenizer.model", bytes);
