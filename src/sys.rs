@@ -132,6 +132,32 @@ pub fn is_own(meta: &Metadata) -> bool {
     meta.is_file()
 }
 
+/// What tells the disk of a file from others; 0 when the system does not tell.
+pub fn disk(meta: &Metadata) -> u64 {
+    #[cfg(unix)]
+    return std::os::unix::fs::MetadataExt::dev(meta);
+    #[cfg(not(unix))]
+    {
+        let _ = meta;
+        0
+    }
+}
+
+/// When a file last changed in any way, in nanoseconds of the system's time, where somebody may have set its time of
+/// change; 0 when the system does not tell.
+pub fn changed(meta: &Metadata) -> i128 {
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::MetadataExt;
+        i128::from(meta.ctime()) * 1_000_000_000 + i128::from(meta.ctime_nsec())
+    }
+    #[cfg(not(unix))]
+    {
+        let _ = meta;
+        0
+    }
+}
+
 /// What tells a file or directory from others on its disk; 0 when the system does not tell.
 pub fn identity(meta: &Metadata) -> u64 {
     #[cfg(unix)]

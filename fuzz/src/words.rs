@@ -162,7 +162,7 @@ pub fn recipe(data: &[u8]) -> bool {
 
 /// A journal, from which a conversion would go on.
 pub fn journal(data: &[u8]) -> bool {
-    const KEY: &[u8] = b"qconv-journal 3 k\n";
+    const KEY: &[u8] = b"qconv-journal 4 k\n";
     let path = scratch::file("journal", &[KEY, data].concat());
     let opened =
         |path: &Path| Journal::lock(path.to_path_buf()).expect("a file").expect("nobody else has it");

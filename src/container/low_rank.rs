@@ -1,5 +1,6 @@
 //! Products of two small matrices that are added to a tensor's values: LoRA, merged.
 
+use std::fmt;
 use std::sync::Arc;
 
 use super::Store;
@@ -22,7 +23,7 @@ impl Factor {
 }
 
 /// `left (rows x rank) * right (rank x columns)`, to be added to a matrix of the same shape.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct LowRank {
     /// Holds both.
     pub store: Arc<Store>,
@@ -38,4 +39,12 @@ pub struct LowRank {
     pub rank: u64,
     /// What the product is multiplied by.
     pub scale: f32,
+}
+
+/// Without the store: the same product looks the same in every process.
+impl fmt::Debug for LowRank {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { left, right, rows, columns, rank, scale, store: _ } = self;
+        write!(f, "LowRank {{ {left:?} {right:?} {rows} {columns} {rank} {scale} }}")
+    }
 }

@@ -130,6 +130,17 @@ pub struct FoldPlan {
     source: FromWhere,
 }
 
+impl FoldPlan {
+    /// What its scales follow from: what was measured, and how it is used.
+    pub(super) fn basis(&self) -> (Option<&Moments>, String) {
+        let how = format!("{:?} {:?} {} {}", self.consumers, self.output_of, self.experts, self.columns);
+        match &self.source {
+            FromWhere::Moments(moments) => (Some(moments), how),
+            FromWhere::Seed(seed) => (None, format!("{how} {seed}")),
+        }
+    }
+}
+
 #[derive(Clone, Copy, Debug)]
 enum OutputOf {
     Itself,

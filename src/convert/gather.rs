@@ -67,6 +67,15 @@ pub struct Scratch {
 }
 
 impl Source {
+    /// What is added to pieces on the way.
+    pub fn added(&self) -> impl Iterator<Item = &LowRank> {
+        let pieces = match &self.kind {
+            Kind::Stored { pieces, .. } => pieces.as_slice(),
+            Kind::Values(_) => &[],
+        };
+        pieces.iter().flat_map(|piece| &piece.added)
+    }
+
     /// Ties `mapped` to `store`.
     ///
     /// # Errors

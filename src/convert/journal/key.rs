@@ -10,6 +10,7 @@ use crate::container::Store;
 use crate::convert::plan::{Importance, Plan, Rounding};
 use crate::error::{Error, Result};
 use crate::sha256::{Sha256, hex};
+use crate::sys;
 
 /// What the bytes of a plan's output depend on: the program, the headers, what each tensor is made of and by which
 /// method, and the files that all that is read from, by place, length and time of change.
@@ -38,11 +39,22 @@ pub fn key(plan: &Plan, store: &Store) -> Result<String> {
         let _ = write!(hash, "{:?}", file.ending);
     }
     for fold in &plan.folds {
-        hash.0.update(&fold.name);
+        let (moments, how) = fold.basis();
+        let _ = writeln!(hash, "{} {how}", fold.name);
+        for file in moments.iter().flat_map(|m| m.files()) {
+            if sources.insert(file.path()) {
+                hash.file(file.path())?;
+            }
+        }
     }
     for t in &plan.tensors {
         // Formatting into a hash cannot fail.
         let _ = write!(hash, "{} {} {} {:?}", t.name, t.dtype, t.offset, t.source);
+        for file in t.source.added().flat_map(|product| product.store.files()) {
+            if sources.insert(file.path()) {
+                hash.file(file.path())?;
+            }
+        }
         if let Some(packing) = &t.packing {
             let _ = write!(hash, " {:?} {} {:?}", packing.layout, packing.expert, packing.parts);
         }
@@ -85,6 +97,7 @@ impl Hashing {
         self.0.update(path.canonicalize().unwrap_or_default().as_os_str().as_encoded_bytes());
         self.0.update(meta.len().to_le_bytes());
         self.0.update(modified.map_or(0, |t| t.as_nanos()).to_le_bytes());
+        self.0.update(sys::changed(&meta).to_le_bytes());
         Ok(())
     }
 }

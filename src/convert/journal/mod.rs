@@ -61,8 +61,8 @@ pub struct Rename {
     pub to: String,
     /// What tells it from others ([`sys::identity`]).
     pub id: u64,
-    /// Its length; `None` for a directory.
-    pub len: Option<u64>,
+    /// What it is by lengths and times of change, of all files of a directory.
+    pub stamp: String,
 }
 
 /// What is known of a finished span: where its bytes are, their hash, and what became of its rows.
@@ -144,7 +144,7 @@ impl Written {
     }
 }
 
-const VERSION: &str = "qconv-journal 3";
+const VERSION: &str = "qconv-journal 4";
 /// Most runs of a span that is noted: more of them cost more than they save.
 const MOST_RUNS: usize = 64;
 /// So many parts may be written in turns.
@@ -267,10 +267,11 @@ impl Journal {
     /// # Errors
     /// `Io`.
     pub fn commit(&mut self, renames: &[Rename]) -> Result<()> {
-        let renames = serde_json::to_string(renames).map_err(|e| Error::misuse(e.to_string()))?;
         if self.key.is_none() {
             self.begin(Some("-"))?;
         }
+        self.renames = renames.to_vec();
+        let renames = serde_json::to_string(renames).map_err(|e| Error::misuse(e.to_string()))?;
         self.append(&format!("commit {renames}\n"))?;
         let file = self.file.get_mut().unwrap_or_else(|e| e.into_inner());
         file.sync_all().map_err(|e| Error::io("flush", &self.path, e))
@@ -347,6 +348,8 @@ impl Drop for Journal {
         if !self.speaks {
             // Before others can have it: who waits for it notices that it has gone.
             let _ = fs::remove_file(&self.path);
+            // After a power cut it must not be there again beside an output that is finished.
+            sys::sync_directory(self.path.parent().unwrap_or(Path::new(".")));
         }
     }
 }
@@ -356,6 +359,8 @@ impl Drop for Journal {
 fn open_locked(path: &Path) -> Result<Option<File>> {
     let failed = |e| Error::io("create", path, e);
     for _ in 0..TRIES {
+        // Some disks give all files to one user: what was made here is ours all the same.
+        let mut is_new = false;
         let found = match fs::symlink_metadata(path) {
             Ok(meta) if meta.is_file() => sys::open_no_link(path),
             Ok(meta) if meta.is_dir() => return Err(failed(ErrorKind::IsADirectory.into())),
@@ -364,6 +369,7 @@ fn open_locked(path: &Path) -> Result<Option<File>> {
                 continue;
             }
             Err(e) if e.kind() == ErrorKind::NotFound => {
+                is_new = true;
                 OpenOptions::new().read(true).write(true).create_new(true).open(path)
             }
             Err(e) => Err(e),
@@ -382,7 +388,7 @@ fn open_locked(path: &Path) -> Result<Option<File>> {
         }
         // Who had it may have removed it in the meantime: then this is the lock of nothing.
         let meta = file.metadata().map_err(failed)?;
-        match (sys::is_still(path, &meta), sys::is_own(&meta)) {
+        match (sys::is_still(path, &meta), is_new || sys::is_own(&meta)) {
             (true, true) => return Ok(Some(file)),
             (true, false) => fs::remove_file(path).map_err(|e| Error::io("remove", path, e))?,
             (false, _) => {}
@@ -471,7 +477,7 @@ mod tests {
         assert!(!open("other", true).is_begun());
         add(&open("k", true), 1, &[7; 3]);
         assert!(!open("k", false).is_begun());
-        let key = "qconv-journal 3 k\n";
+        let key = "qconv-journal 4 k\n";
         for bad in ["1 2\n", "a b c d e {}\n", "1 2 3 4\n", "1 0 32 1:2 x {}\n", "\n", "\u{0}\n"] {
             fs::write(&path, format!("{key}{bad}1 0 32 0:0:1 x {{}}\n")).unwrap();
             assert!(!open("k", true).is_begun(), "{bad:?}");
@@ -499,7 +505,7 @@ mod tests {
         journal.begin(Some("k")).unwrap();
         let span = Span { tensor: 0, start: 0, end: 9 };
         journal.add(span, &written, &Spanned::default()).unwrap();
-        let renames = [Rename { from: "a b".into(), to: "c".into(), id: 1, len: None }];
+        let renames = [Rename { from: "a b".into(), to: "c".into(), id: 1, stamp: "s".into() }];
         journal.commit(&renames).unwrap();
         drop(journal);
         let journal = Journal::lock(path).unwrap().unwrap();

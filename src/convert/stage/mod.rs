@@ -187,10 +187,8 @@ impl Stage {
     /// `Io`; `Misuse` where the output has come to exist. Temporary files are removed then, but for those that
     /// another process can go on with.
     pub fn commit(mut self) -> Result<()> {
-        for f in &self.files {
-            f.file.sync_all().map_err(|e| Error::io("flush", &f.path, e))?;
-        }
-        let done = self.rename();
+        let flush = |f: &OutputFile| f.file.sync_all().map_err(|e| Error::io("flush", &f.path, e));
+        let done = self.files.iter().try_for_each(flush).and_then(|()| self.rename());
         if done.is_err() {
             self.stays = self.is_noted;
             return done;
@@ -316,9 +314,9 @@ impl Temporary {
         &self.0
     }
 
-    /// Whether a file is needed, by whatever path below the same directories.
+    /// Whether a file is needed, by whatever path.
     pub(super) fn is_needed(path: &Path) -> bool {
-        let full = |path: &Path| std::path::absolute(path).unwrap_or_else(|_| path.to_path_buf());
+        let full = |path: &Path| path.canonicalize().unwrap_or_else(|_| path.to_path_buf());
         let path = full(path);
         NEEDED.lock().unwrap_or_else(|e| e.into_inner()).iter().any(|needed| full(needed) == path)
     }

@@ -38,7 +38,9 @@ impl Place {
         if !parent.is_dir() {
             return Err(Error::misuse("the directory for the output does not exist").at(parent));
         }
-        Ok(Self { temporary: parent.join(name), target })
+        // All files of an output by one path of their directory, whether they are there already or not.
+        let parent = parent.canonicalize().map_err(|e| Error::io("open", parent, e))?;
+        Ok(Self { temporary: parent.join(name), target: parent.join(named) })
     }
 
     /// Refuses what exists and must not be replaced.
@@ -48,6 +50,9 @@ impl Place {
         let exists = |what: &str| Err(Error::misuse(what).at(target).hint("--force overwrites it"));
         match (is_directory, meta.is_dir()) {
             (false, true) => Err(Error::misuse("is a directory").at(target)),
+            (true, true) if is_mount(target, &meta) => Err(Error::misuse("is a mount point, and cannot be replaced")
+                .at(target)
+                .hint("give a directory in it")),
             (true, false) => Err(Error::misuse("exists and is no directory").at(target)),
             (false, false) if !meta.is_file() && !meta.is_symlink() => {
                 Err(Error::misuse("exists and is no regular file").at(target))
@@ -60,6 +65,12 @@ impl Place {
             _ => Ok(()),
         }
     }
+}
+
+/// Whether another disk begins at a directory.
+fn is_mount(target: &Path, meta: &fs::Metadata) -> bool {
+    let above = fs::metadata(parent(target)).ok();
+    above.is_some_and(|above| sys::disk(&above) != sys::disk(meta))
 }
 
 impl Places {

@@ -5,12 +5,14 @@
 
 use std::fs;
 use std::path::{Component, Path, PathBuf};
+use std::time::UNIX_EPOCH;
 
 use super::Temporary;
 use super::place::{Place, Places, parent, remove};
 use crate::container::shards::split_shard_name;
 use crate::convert::journal::{Journal, Rename};
 use crate::error::{Error, Result};
+use crate::sha256::{Sha256, hex};
 use crate::sys;
 
 /// What a directory that is being replaced is called meanwhile.
@@ -23,9 +25,8 @@ impl Rename {
     /// From a file or directory that is there; `None` for names that cannot be noted.
     pub(super) fn new(base: &Path, from: &Path, to: &Path) -> Option<Self> {
         let relative = |path: &Path| Some(path.strip_prefix(base).ok()?.to_str()?.to_string());
-        let meta = fs::symlink_metadata(from).ok()?;
-        let len = meta.is_file().then_some(meta.len());
-        Some(Self { from: relative(from)?, to: relative(to)?, id: sys::identity(&meta), len })
+        let id = sys::identity(&fs::symlink_metadata(from).ok()?);
+        Some(Self { from: relative(from)?, to: relative(to)?, id, stamp: stamp(from)? })
     }
 
     /// Both paths; `None` where they lead anywhere else.
@@ -45,19 +46,34 @@ impl Rename {
     fn done(&self, base: &Path) -> Option<(PathBuf, PathBuf)> {
         let (from, to) = self.paths(base)?;
         let meta = fs::symlink_metadata(&to).ok()?;
-        let is_it = sys::identity(&meta) == self.id
-            && match self.len {
-                Some(len) => meta.is_file() && meta.len() == len,
-                None => meta.is_dir(),
-            };
+        let is_it = sys::identity(&meta) == self.id && stamp(&to).as_deref() == Some(&*self.stamp);
         (is_it && fs::symlink_metadata(&from).is_err()).then_some((from, to))
     }
+}
+
+/// What a file, or all files of a directory, are by length and time of change: who changed one since keeps it.
+fn stamp(path: &Path) -> Option<String> {
+    fn visit(root: &Path, path: &Path, all: &mut Vec<String>) -> Option<()> {
+        let meta = fs::symlink_metadata(path).ok()?;
+        let name = path.strip_prefix(root).ok()?;
+        if meta.is_dir() {
+            all.push(format!("{name:?} is a directory"));
+            return fs::read_dir(path).ok()?.try_for_each(|entry| visit(root, &entry.ok()?.path(), all));
+        }
+        let at = meta.modified().ok()?.duration_since(UNIX_EPOCH).ok()?.as_nanos();
+        all.push(format!("{name:?} {} {at}", meta.len()));
+        Some(())
+    }
+    let mut all = Vec::new();
+    visit(path, path, &mut all)?;
+    all.sort();
+    Some(hex(&Sha256::digest(all.join("\n"))))
 }
 
 /// Final names that an output had got when the process ended.
 pub struct Half {
     done: Vec<(PathBuf, PathBuf)>,
-    /// Whether others had not got theirs.
+    /// Whether others had not got theirs, and are not there.
     is_half: bool,
 }
 
@@ -66,7 +82,10 @@ impl Half {
     pub fn of(journal: &Journal, base: &Path) -> Self {
         let renames = journal.renames();
         let done: Vec<_> = renames.iter().filter_map(|r| r.done(base)).collect();
-        Self { is_half: done.len() < renames.len(), done }
+        // Where somebody has put another in the place of one that was missing, it is theirs as a whole.
+        let is_missing = |r: &&Rename| r.paths(base).is_some_and(|(_, to)| fs::symlink_metadata(to).is_err());
+        let rest = renames.len() - done.len();
+        Self { is_half: rest > 0 && renames.iter().filter(is_missing).count() == rest, done }
     }
 
     /// Whether a file or directory with a final name is no output yet: it can be `taken_back`, or the output is not
@@ -201,7 +220,8 @@ mod tests {
 
     #[test]
     fn names_that_lead_elsewhere_are_not_believed() {
-        let rename = |from: &str, to: &str| Rename { from: from.into(), to: to.into(), id: 0, len: None };
+        let rename =
+            |from: &str, to: &str| Rename { from: from.into(), to: to.into(), id: 0, stamp: String::new() };
         let base = Path::new("/base");
         assert!(rename(".m.qconv-partial", "m").paths(base).is_some());
         assert!(rename(".m.qconv-partial/a/b", "m/a/b").paths(base).is_some());
