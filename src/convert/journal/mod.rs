@@ -208,7 +208,8 @@ impl Journal {
             } else {
                 let Some((span, found)) = parse(line) else { break };
                 let bytes = found.runs.iter().map(|run| run.len.saturating_mul(run.count));
-                *self.bytes.get_mut() += bytes.fold(0, u64::saturating_add);
+                let noted = self.bytes.get_mut();
+                *noted = bytes.fold(*noted, u64::saturating_add);
                 self.finished.insert(span, found);
             }
             self.len += line.len() as u64;
@@ -302,7 +303,7 @@ impl Journal {
                     hash.write(&bytes);
                     done += bytes.len() as u64;
                 }
-                total += run.len;
+                total = run.len.saturating_add(total);
             }
             hashes.push(hash);
         }
@@ -406,7 +407,7 @@ fn parse(line: &str) -> Option<(Span, Finished)> {
         let numbers = text.split(':').map(|n| n.parse::<u64>().ok()).collect::<Option<Vec<_>>>()?;
         let (file, at, len, stride, count) = match numbers[..] {
             [file, at, len] => (file, at, len, 0, 1),
-            [file, at, len, stride, count] if len > 0 && stride >= len => (file, at, len, stride, count),
+            [file, at, len, stride, count] if len > 0 && stride >= len && count > 0 => (file, at, len, stride, count),
             _ => return None,
         };
         Some(Run { file: usize::try_from(file).ok()?, at, len, stride, count })
