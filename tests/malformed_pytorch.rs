@@ -96,6 +96,18 @@ fn names_are_refused_and_nothing_is_called() {
         // No archive around it.
         refused("bare", &[whole(&stacked), vec![0; 600]].concat(), Unsupported, name);
     }
+    // MEMOIZE writes to the number of entries, here over others, as Python does.
+    let over = [
+        &text("torch")[..],
+        b"q\x01q\x01",
+        &text("posix"),
+        b"\x94",
+        &text("device"),
+        b"q\x02",
+        &text("system"),
+        b"\x94h\x01h\x02\x93",
+    ];
+    refused_pickle("memo", &whole(&over.concat()), Unsupported, "posix.system");
     let long = [text(&"x".repeat(1 << 20)), text("\x1b[31m\n"), vec![0x93]].concat();
     let message = open(&archive(&whole(&long))).unwrap_err().to_string();
     assert!(message.len() < 400 && !message.contains(['\n', '\x1b']), "{message}");

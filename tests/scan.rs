@@ -545,6 +545,43 @@ fn packed_files_are_checked() {
     assert_eq!((code, report["findings"][0]["rule"].as_str()), (Some(1), Some("QV990")));
 }
 
+/// Which files are looked at, and how often.
+#[test]
+fn files_are_found_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let put = |name: &str, bytes: &[u8]| {
+        let path = dir.path().join(name);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, bytes).unwrap();
+    };
+    // Models beside a checkpoint; what a cache has twice; what is only called as importances are.
+    for (name, bytes) in model(&[("x.gguf", &template("{{ ''.__class__ }}"))]) {
+        put(&format!("snapshots/a/{name}"), &bytes);
+    }
+    put("blobs/0123", &sound().bytes());
+    put("notes.dat", b"no matrix");
+    let paths = [dir.path().to_path_buf(), dir.path().join("snapshots/a/x.gguf")];
+    let scan = scan(&paths, &Options { sha256: true, ..Options::default() }, &budget(), &Silent).unwrap();
+    assert!(rules(&scan).contains(&"QV603") && scan.unchecked.is_empty(), "{scan:#?}");
+    let names: BTreeSet<_> = scan.files.iter().map(|f| &f.path).collect();
+    assert_eq!((scan.files.len(), names.len()), (4, 4), "{scan:#?}");
+    let gguf = scan.files.iter().find(|f| f.path.ends_with("x.gguf")).unwrap();
+    assert!(gguf.format == "GGUF" && !gguf.tensors.is_empty(), "{gguf:?}");
+}
+
+/// Names that a disassembler would miss that knew torch's own pickles only.
+#[test]
+fn pickles_of_any_form_are_looked_at() {
+    let over = b"\x80\x04\x8c\x05torchq\x01q\x01\x8c\x05posix\x94\x8c\x06deviceq\x02\x8c\x06system\x94h\x01h\x02\x93.";
+    let old = b"L119547037146038801333356L\n.I1001\n.}.cposix\nsystem\n.].";
+    for pickle in [&over[..], &old[..], b"I1\n0cposix\nsystem\n."] {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("x.bin"), pickle).unwrap();
+        let scan = look(dir.path(), &Limits::default());
+        assert!(scan.findings.iter().any(|f| f.message.contains("posix.system")), "{scan:#?}");
+    }
+}
+
 /// `docs/verify.md` has the rules as the code does.
 #[test]
 fn rules_are_documented() {

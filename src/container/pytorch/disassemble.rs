@@ -11,6 +11,10 @@ use crate::limits::Limits;
 
 /// Longest pickle that is looked at, in bytes.
 const MAX_PICKLE: u64 = 64 << 20;
+/// The number that old torch files begin with, little-endian.
+const MAGIC: [u8; 10] = [0x6c, 0xfc, 0x9c, 0x46, 0xf9, 0x20, 0x6a, 0xa8, 0x50, 0x19];
+/// Pickles of an old torch file.
+const OLD_PICKLES: usize = 5;
 /// Most names and instructions that are told of, of one file.
 const MAX_MENTIONS: usize = 1000;
 
@@ -62,16 +66,41 @@ pub fn mentions(file: &InputFile, limits: &Limits) -> Result<Vec<Mention>> {
     } else {
         let mut bytes = vec![0; file.len().min(max) as usize];
         file.read_at(0, &mut bytes)?;
-        let mut at = 0;
-        // Behind the last pickle of an old torch file its storages lie.
-        while let Some(rest) = bytes.get(at..).filter(|rest| at == 0 || matches!(rest, [0x80, 2..=5, ..])) {
-            match found.pickle(rest, Some(at as u64), None) {
-                Some(len) => at += len,
-                None => break,
+        let (mut at, mut number, mut is_old) = (0, 0, false);
+        while let Some(rest) = bytes.get(at..).filter(|rest| at == 0 || !rest.is_empty()) {
+            // Behind the last pickle of an old torch file its storages lie. Its pickles begin with any byte.
+            let goes_on = if is_old { number < OLD_PICKLES } else { matches!(rest, [0x80, 2..=5, ..]) };
+            if number > 0 && !goes_on {
+                break;
             }
+            let Some(len) = found.pickle(rest, Some(at as u64), None) else { break };
+            if number == 0 {
+                is_old = rest.get(..len).is_some_and(is_magic);
+            }
+            at += len;
+            number += 1;
         }
     }
     Ok(found.0.into_values().collect())
+}
+
+/// Whether a pickle is the number that old torch files begin with, in any form that Python reads it in.
+fn is_magic(pickle: &[u8]) -> bool {
+    let mut walk = Walk { bytes: pickle, at: 0 };
+    let mut start = 0;
+    while let Some(step) = walk.next() {
+        let own = pickle.get(start..walk.at).unwrap_or_default();
+        let number = match own {
+            [b'I' | b'L', ..] => true, // as text, which has many forms
+            [0x8a | 0x8b, ..] => own.windows(MAGIC.len()).any(|w| w == MAGIC),
+            _ => false,
+        };
+        if number || matches!(step, Step::Stop) {
+            return number;
+        }
+        start = walk.at;
+    }
+    false
 }
 
 #[derive(Default)]
@@ -97,8 +126,8 @@ impl Found {
         let mut walk = Walk { bytes, at: 0 };
         // Texts that were pushed one after the other and lie on top of the stack; nothing else came in between.
         let mut texts: Vec<&[u8]> = Vec::new();
-        let mut memo: HashMap<u64, &[u8]> = HashMap::new();
-        let mut memoized = 0u64;
+        // What is no text takes its number all the same: MEMOIZE counts the numbers that are taken.
+        let mut memo: HashMap<u64, Option<&[u8]>> = HashMap::new();
         loop {
             let start = walk.at;
             let place = base.and_then(|b| b.checked_add(start as u64));
@@ -115,23 +144,15 @@ impl Found {
             match step {
                 Step::Stop => return Some(walk.at),
                 Step::Text(text) => texts.push(text),
-                Step::Get(n) => match memo.get(&n) {
+                Step::Get(n) => match memo.get(&n).copied().flatten() {
                     Some(text) => texts.push(text),
                     None => texts.clear(),
                 },
                 Step::Put(n) => {
-                    match texts.last() {
-                        Some(text) => memo.insert(n, text),
-                        None => memo.remove(&n),
-                    };
-                    memoized += 1;
+                    memo.insert(n, texts.last().copied());
                 }
                 Step::Memoize => {
-                    match texts.last() {
-                        Some(text) => memo.insert(memoized, text),
-                        None => memo.remove(&memoized),
-                    };
-                    memoized += 1;
+                    memo.insert(memo.len() as u64, texts.last().copied());
                 }
                 Step::Global(module, own) => {
                     self.add(Instruction::Global(name(module), name(own)), place, member);
@@ -322,11 +343,20 @@ mod tests {
         assert_eq!(names(b"\x80\x04\x8c\x05posix\x94\x8c\x06system\x94\x93."), ["posix.system false"]);
         // By way of the memo, and with something else on top.
         assert_eq!(names(b"\x80\x04\x8c\x02os\x940\x8c\x06system\x94h\x00h\x01\x93."), ["os.system false"]);
+        // MEMOIZE writes to the number of entries, not behind the highest.
+        let over = b"\x80\x04\x8c\x05torchq\x01q\x01\x8c\x05posix\x94\x8c\x06deviceq\x02\x8c\x06system\x94h\x01h\x02\x93.";
+        assert_eq!(names(over), ["posix.system false"]);
         let hidden = b"\x80\x04\x8c\x02os\x8c\x06system\x8c\x0bcollections\x8c\x0bOrderedDict00\x93.";
         assert_eq!(names(hidden), ["STACK_GLOBAL takes a name that was computed"]);
         assert_eq!(names(b"\x80\x02\x82\x01."), ["EXT takes a name from a registry"]);
         assert_eq!(names(b"\x80\x02\xff."), ["an instruction is unknown or cut"]);
         assert_eq!(names(b"\x80\x02}"), ["it ends without STOP"]);
         assert_eq!(names(b"\x80\x02}.\x80\x02cos\nsystem\n."), ["os.system false"]);
+        // Of an old torch file all five, and nothing of its storages.
+        let magic = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19.";
+        for first in [&magic[..], b"L119547037146038801333356L\n.", b"I0x1950a86a20f9469cfc6c\n."] {
+            let old = [first, b"I1001\n.}.cos\nsystem\n.].\x80\x02\0\0"].concat();
+            assert_eq!(names(&old), ["os.system false"]);
+        }
     }
 }

@@ -151,6 +151,8 @@ struct Machine<'a> {
     marks: Vec<usize>,
     /// Entries by number; picklers count them up from 0.
     memo: Vec<Option<Value<'a>>>,
+    /// How many numbers have an entry: where Python's MEMOIZE puts the next one.
+    memoized: usize,
     objects: Vec<Object<'a>>,
     storages: Vec<Storage<'a>>,
     by_key: HashMap<&'a str, usize>,
@@ -188,6 +190,7 @@ impl<'a> Machine<'a> {
             values: 0,
             marks: Vec::new(),
             memo: Vec::new(),
+            memoized: 0,
             objects: Vec::new(),
             storages: Vec::new(),
             by_key: HashMap::new(),
@@ -290,7 +293,7 @@ impl<'a> Machine<'a> {
                 let key = self.uint(4)?;
                 self.remember(key)?;
             }
-            0x94 => self.remember(self.memo.len() as u64)?,
+            0x94 => self.remember(self.memoized as u64)?,
             b'h' => {
                 let key = self.uint(1)?;
                 self.recall(key)?;
@@ -443,6 +446,9 @@ impl<'a> Machine<'a> {
             self.memo.resize(key + 1, None);
         }
         if let (Some(entry), Some(value)) = (self.memo.get_mut(key), self.stack.get(top)) {
+            if entry.is_none() {
+                self.memoized += 1;
+            }
             *entry = Some(*value);
         }
         Ok(())

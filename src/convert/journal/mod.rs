@@ -407,7 +407,9 @@ fn parse(line: &str) -> Option<(Span, Finished)> {
         let numbers = text.split(':').map(|n| n.parse::<u64>().ok()).collect::<Option<Vec<_>>>()?;
         let (file, at, len, stride, count) = match numbers[..] {
             [file, at, len] => (file, at, len, 0, 1),
-            [file, at, len, stride, count] if len > 0 && stride >= len && count > 0 => (file, at, len, stride, count),
+            [file, at, len, stride, count] if len > 0 && stride >= len && count > 0 => {
+                (file, at, len, stride, count)
+            }
             _ => return None,
         };
         Some(Run { file: usize::try_from(file).ok()?, at, len, stride, count })

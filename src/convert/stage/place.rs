@@ -50,9 +50,11 @@ impl Place {
         let exists = |what: &str| Err(Error::misuse(what).at(target).hint("--force overwrites it"));
         match (is_directory, meta.is_dir()) {
             (false, true) => Err(Error::misuse("is a directory").at(target)),
-            (true, true) if is_mount(target, &meta) => Err(Error::misuse("is a mount point, and cannot be replaced")
-                .at(target)
-                .hint("give a directory in it")),
+            (true, true) if is_mount(target, &meta) => {
+                Err(Error::misuse("is a mount point, and cannot be replaced")
+                    .at(target)
+                    .hint("give a directory in it"))
+            }
             (true, false) => Err(Error::misuse("exists and is no directory").at(target)),
             (false, false) if !meta.is_file() && !meta.is_symlink() => {
                 Err(Error::misuse("exists and is no regular file").at(target))

@@ -7,9 +7,9 @@ use serde_json::{Map, Value as Json};
 
 use super::finding::Finding;
 use super::rules::{CHECKPOINT, CONFIG, PROGRAM, REMOTE_CODE, SHARD_STRAY, VOCAB_ID};
-use super::target::{files_of, kind_of_file};
+use super::target::{PICKLES, files_of, kind_of_file};
 use super::{Kind, Opened, Options, Scan, names, pickle, template};
-use crate::container::side::read_json;
+use crate::container::side::{from_json, read_json, read_side_file};
 use crate::container::{InputFile, Store, pytorch as torch, safetensors as st};
 use crate::error::{Error, ErrorKind, Result};
 use crate::eval::chat::TemplateTokens;
@@ -18,8 +18,6 @@ use crate::model::{Model, Opened as OpenedModel};
 
 /// Endings of programs.
 const PROGRAMS: &[&str] = &["py", "sh", "so", "exe", "dll", "dylib", "bat", "ps1", "js", "jar", "pyc"];
-/// Endings of pickles.
-const PICKLES: &[&str] = &["bin", "pt", "pth", "ckpt", "pkl", "pickle"];
 /// Files of transformers that no index names.
 const BESIDE: &[&str] = &["training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth", "scaler.pt"];
 
@@ -79,7 +77,9 @@ pub(super) fn directory(scan: &mut Scan, path: &Path, options: &Options) -> Resu
         if PROGRAMS.contains(&ending) {
             let message = format!("{name} is a program");
             scan.find(Finding::new(&PROGRAM, file, message).hint("loaders run it with trust_remote_code"));
-        } else if PICKLES.contains(&ending) && kind_of_file(file)? == Kind::Pytorch {
+        } else if PICKLES.contains(&ending)
+            && !matches!(kind_of_file(file)?, Kind::Gguf | Kind::Safetensors | Kind::Qpack)
+        {
             if let Err(e) = pickle::check(scan, file, limits) {
                 scan.error(e, file)?;
             }
@@ -143,7 +143,13 @@ fn st_or_torch(file: &Path) -> bool {
 
 /// A JSON file beside weights.
 fn json(scan: &mut Scan, file: &Path, name: &str, limits: &Limits) -> Result<()> {
-    let value: Json = match read_json(file, limits.side_file_bytes) {
+    // Tokenizers have more values than other files.
+    let read = match name.rsplit('/').next() {
+        Some("tokenizer.json") => read_side_file(file, limits.side_file_bytes)
+            .and_then(|bytes| bytes.map(|bytes| from_json(&bytes, file)).transpose()),
+        _ => read_json(file, limits.side_file_bytes),
+    };
+    let value: Json = match read {
         Ok(Some(value)) => value,
         Ok(None) => return Ok(()),
         Err(e) if e.kind() == ErrorKind::Malformed => {
@@ -171,10 +177,10 @@ fn json(scan: &mut Scan, file: &Path, name: &str, limits: &Limits) -> Result<()>
     if name == "config.json" {
         ids(scan, file, object);
     }
-    for (key, template) in templates(object) {
-        let place = template::Place { file, key: "chat_template", offset: None };
-        template::check(scan, &place, &key, template, &special(object));
-    }
+    let templates = templates(object);
+    let place = || template::Place { file, key: "chat_template", offset: None };
+    let all = templates.iter().map(|(name, text)| (place(), name.as_str(), *text));
+    template::check_all(scan, all, &special(object));
     Ok(())
 }
 

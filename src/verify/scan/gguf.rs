@@ -80,11 +80,10 @@ pub(super) fn check(scan: &mut Scan, path: &Path, options: &Options) -> Result<O
             shape::check(scan, &entries, &gguf.store);
         }
         vocab::check(scan, &entries);
-        for (key, name, text) in template::of_metadata(&gguf.metadata) {
-            let tokens = template::tokens(&gguf.metadata);
-            let place = template::Place { file: entries.file, key, offset: entries.text_place(key) };
-            template::check(scan, &place, name, text, &tokens);
-        }
+        let place = |key| template::Place { file: entries.file, key, offset: entries.text_place(key) };
+        let templates =
+            template::of_metadata(&gguf.metadata).map(|(key, name, text)| (place(key), name, text));
+        template::check_all(scan, templates, &template::tokens(&gguf.metadata));
         "GGUF"
     };
     Ok(Some(Opened { store: gguf.store, format }))

@@ -31,6 +31,8 @@ use serde::Serialize;
 
 use super::{Options as VerifyOptions, Outcome, Report};
 use crate::container::Store;
+use crate::container::imatrix::ImportanceMatrix;
+use crate::container::shards::{shard_name, split_shard_name};
 use crate::convert::{Budget, Observer, TokenCheck};
 use crate::error::{Error, ErrorKind, Result};
 use crate::limits::Limits;
@@ -141,6 +143,9 @@ pub fn scan(paths: &[PathBuf], options: &Options, budget: &Budget, observer: &dy
             return Err(Error::interrupted());
         }
     }
+    // Paths may have been given twice, and sets by two of their files; SARIF wants each once.
+    let mut seen = std::collections::HashSet::new();
+    scan.files.retain(|f| seen.insert(f.path.clone()));
     // The gravest first, in the order of the files.
     let place: std::collections::HashMap<PathBuf, usize> =
         scan.files.iter().enumerate().map(|(i, f)| (f.path.clone(), i)).collect();
@@ -183,6 +188,20 @@ fn one(
 ) -> Result<()> {
     let path = &target.path;
     let format = target.kind.name();
+    // Many files are called so that are none; who names one wants to know.
+    if target.kind == Kind::Imatrix && !target.named && ImportanceMatrix::open(path, &options.limits).is_err()
+    {
+        // A pickle may be called so as well.
+        let ending = path.extension().and_then(|e| e.to_str()).unwrap_or_default();
+        if !target::PICKLES.contains(&ending) {
+            return Ok(());
+        }
+        return match pickle::check(scan, path, &options.limits) {
+            Ok(true) => contents::files_alone(scan, path, format, options.sha256, observer),
+            Ok(false) => Ok(()),
+            Err(e) => scan.error(e, path),
+        };
+    }
     let opened = match target.kind {
         Kind::Gguf => gguf::check(scan, path, options),
         Kind::Safetensors => checkpoint::safetensors(scan, path, options),
@@ -206,12 +225,29 @@ fn one(
                 scan.error(e, path)?;
             }
         }
-        None => contents::files_alone(scan, path, format, options.sha256, observer)?,
+        None => {
+            contents::files_alone(scan, path, format, options.sha256, observer)?;
+            if target.kind == Kind::Qpack {
+                for other in set_of(path, &options.limits) {
+                    contents::files_alone(scan, &other, format, options.sha256, observer)?;
+                }
+            }
+        }
     }
     if target.kind == Kind::HuggingFace && path.is_dir() {
         contents::files_alone(scan, path, format, options.sha256, observer)?;
     }
     Ok(())
+}
+
+/// The files of the `.qpack` set that one belongs to, as far as they are there.
+fn set_of(path: &Path, limits: &Limits) -> Vec<PathBuf> {
+    const ENDING: &str = "qpack";
+    let name = path.file_name().and_then(|n| n.to_str()).unwrap_or_default();
+    let Some((stem, _, count)) = split_shard_name(name, ENDING) else { return Vec::new() };
+    let all =
+        (0..count.min(limits.shards)).map(|no| path.with_file_name(shard_name(stem, no, count, ENDING)));
+    all.filter(|path| path.is_file()).collect()
 }
 
 /// Files that have checks of their own, each of which that fails is a finding. Without `tensors` they are opened only.

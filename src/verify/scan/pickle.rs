@@ -10,6 +10,11 @@ use crate::container::pytorch::{Instruction, is_pytorch, mentions};
 use crate::error::Result;
 use crate::limits::Limits;
 
+/// Whether Python could import it; names too long to be shown whole count.
+fn is_name(text: &str) -> bool {
+    !text.is_empty() && text.chars().all(|c| c.is_alphanumeric() || matches!(c, '_' | '.' | '-'))
+}
+
 /// Names all that the pickles of a file mention and tensors do not need. Whether there was such.
 pub(super) fn check(scan: &mut Scan, path: &Path, limits: &Limits) -> Result<bool> {
     let file = InputFile::open(path)?;
@@ -17,7 +22,13 @@ pub(super) fn check(scan: &mut Scan, path: &Path, limits: &Limits) -> Result<boo
     let is_one = is_pytorch(&file)?;
     let mut any = false;
     for mention in mentions(&file, limits)?.into_iter().filter(|m| !m.known) {
-        if !is_one && matches!(mention.instruction, Instruction::Broken(_)) {
+        // Bytes of anything else seldom make more of a name than that, and no pickle begins with it.
+        let by_chance = match &mention.instruction {
+            Instruction::Global(module, name) => !(is_name(module) && is_name(name)),
+            Instruction::Hidden(_) => mention.offset == Some(0),
+            Instruction::Broken(_) => true,
+        };
+        if !is_one && by_chance {
             continue;
         }
         let place = mention.member.as_ref().map_or(String::new(), |m| format!("{m}: "));

@@ -88,7 +88,7 @@ rules! {
     NAME_DECEPTIVE "QV403" "name-deceptive" Warning "A name holds characters that are not seen or turn text round.";
 
     VOCAB_LENGTH "QV501" "vocab-length" Error "Lists of the vocabulary differ in length from its tokens.";
-    VOCAB_ID "QV502" "vocab-id" Error "The id of a special token is not one of the vocabulary.";
+    VOCAB_ID "QV502" "vocab-id" Warning "The id of a special token is not one of the vocabulary.";
     VOCAB_DUPLICATE "QV503" "vocab-duplicate" Error "A token appears twice; llama.cpp stops at such a vocabulary.";
     VOCAB_BYTE "QV504" "vocab-byte" Error "A byte token names no byte.";
     VOCAB_LONG "QV505" "vocab-long-token" Warning "A token is longer than any text that a tokenizer learns.";

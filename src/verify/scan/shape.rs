@@ -4,7 +4,7 @@ use super::Scan;
 use super::finding::Finding;
 use super::gguf::Entries;
 use super::rules::{TENSOR_MISSING, TENSOR_SHAPE};
-use crate::arch::PROJECTOR;
+use crate::arch::{self, PROJECTOR};
 use crate::container::{InputFile, Store};
 
 const EMBEDDING: &str = "token_embd.weight";
@@ -14,7 +14,9 @@ pub(super) fn check(scan: &mut Scan, entries: &Entries<'_>, store: &Store) {
     if name == PROJECTOR || store.tensors().is_empty() {
         return; // a vocabulary alone is a file as well
     }
-    if store.get(EMBEDDING).is_none() {
+    // Of other architectures nobody knows what they need.
+    let is_known = arch::named(name).is_ok_and(|known| !known.is_empty());
+    if is_known && store.get(EMBEDDING).is_none() {
         let message = format!("tensor {EMBEDDING:?} is missing");
         scan.find(Finding::new(&TENSOR_MISSING, entries.file, message).tensor(EMBEDDING));
     }

@@ -55,12 +55,14 @@ pub struct Target {
     pub path: PathBuf,
     /// What it is.
     pub kind: Kind,
+    /// Whether it was named, and not met in a directory.
+    pub named: bool,
 }
 
 /// Endings of files that are looked at in directories that are no checkpoints, whatever they begin with.
 const ENDINGS: &[&str] = &["gguf", "safetensors", "bin", "pt", "pth", "ckpt", "pkl", "pickle", "qpack"];
 /// Endings of pickles of other libraries.
-const PICKLES: &[&str] = &["bin", "pt", "pth", "ckpt", "pkl", "pickle"];
+pub const PICKLES: &[&str] = &["bin", "pt", "pth", "ckpt", "pkl", "pickle"];
 
 /// The targets that `paths` mean: files, directories of models, and what lies in other directories.
 ///
@@ -73,9 +75,9 @@ pub fn find(paths: &[PathBuf]) -> Result<Vec<Target>> {
         if !meta.is_dir() {
             // What a user names is looked at, whatever it is.
             let kind = kind_of_file(path)?;
-            found.add(path, kind);
+            found.add(path, kind, true);
         } else if let Some(kind) = kind_of_directory(path) {
-            found.add(path, kind);
+            found.model(path, kind, true);
         } else {
             directory(path, 0, &mut found)?;
         }
@@ -91,7 +93,7 @@ struct Targets {
 }
 
 impl Targets {
-    fn add(&mut self, path: &Path, kind: Kind) {
+    fn add(&mut self, path: &Path, kind: Kind, named: bool) {
         let name = path.file_name().and_then(|n| n.to_str()).unwrap_or_default();
         let ending = name.rsplit_once('.').map_or("", |(_, e)| e);
         if let Some((stem, _, count)) = split_shard_name(name, ending) {
@@ -100,7 +102,22 @@ impl Targets {
                 return;
             }
         }
-        self.targets.push(Target { path: path.to_path_buf(), kind });
+        self.targets.push(Target { path: path.to_path_buf(), kind, named });
+    }
+
+    /// A directory that is a model. Files of other formats directly in it are models of their own; they come before it,
+    /// which then lists what is not listed yet.
+    fn model(&mut self, dir: &Path, kind: Kind, named: bool) {
+        if kind == Kind::HuggingFace {
+            // What cannot be read is told of with the directory.
+            for (name, path) in files_of(dir).unwrap_or_default() {
+                let beside = !name.contains('/') && (name.ends_with(".gguf") || name.ends_with(".qpack"));
+                if beside && let Ok(kind) = kind_of_file(&path) {
+                    self.add(&path, kind, false);
+                }
+            }
+        }
+        self.add(dir, kind, named);
     }
 }
 
@@ -121,8 +138,12 @@ fn directory(dir: &Path, depth: u32, found: &mut Targets) -> Result<()> {
             continue;
         }
         if is_dir {
+            // In a cache of Hugging Face snapshots are links to the blobs.
+            if path.file_name().is_some_and(|n| n == "blobs") && dir.join("snapshots").is_dir() {
+                continue;
+            }
             match kind_of_directory(&path) {
-                Some(kind) => found.add(&path, kind),
+                Some(kind) => found.model(&path, kind, false),
                 None if depth < MAX_DEPTH => directory(&path, depth + 1, found)?,
                 None => {}
             }
@@ -130,7 +151,7 @@ fn directory(dir: &Path, depth: u32, found: &mut Targets) -> Result<()> {
             let ending = path.extension().and_then(|e| e.to_str()).unwrap_or_default();
             match kind_of_file(&path)? {
                 Kind::Unknown if !ENDINGS.contains(&ending) => {}
-                kind => found.add(&path, kind),
+                kind => found.add(&path, kind, false),
             }
         }
     }
@@ -179,6 +200,8 @@ pub fn kind_of_file(path: &Path) -> Result<Kind> {
             Kind::Pytorch
         }
         _ if ending == "dat" || name.contains("imatrix") => Kind::Imatrix,
+        // Those of the first protocols begin with any byte.
+        _ if PICKLES.contains(&ending) => Kind::Pytorch,
         _ => Kind::Unknown,
     })
 }

@@ -113,7 +113,38 @@ fn closing(text: &str, from: usize, close: &str) -> usize {
     text.len()
 }
 
+/// Most templates of a file: rendering each may take as long as the bounds allow.
+const MAX_TEMPLATES: usize = 64;
+
+/// All templates of a file: place, name, text. Once one goes beyond the bounds, none is rendered any more.
+pub(super) fn check_all<'a>(
+    scan: &mut Scan,
+    templates: impl Iterator<Item = (Place<'a>, &'a str, &'a str)>,
+    tokens: &TemplateTokens,
+) {
+    let mut renders = true;
+    for (number, (place, name, text)) in templates.enumerate() {
+        if number == MAX_TEMPLATES {
+            let message = format!("more than {MAX_TEMPLATES} chat templates");
+            return scan.find(Finding::new(&TEMPLATE_BOUNDS, place.file, message).key(place.key));
+        }
+        patterns(scan, &place, name, text);
+        if renders && let Some(finding) = rendered(&place, name, text, tokens) {
+            renders = finding.rule.id != TEMPLATE_BOUNDS.id;
+            scan.find(finding);
+        }
+    }
+}
+
 pub(super) fn check(scan: &mut Scan, place: &Place<'_>, name: &str, text: &str, tokens: &TemplateTokens) {
+    patterns(scan, place, name, text);
+    if let Some(finding) = rendered(place, name, text, tokens) {
+        scan.find(finding);
+    }
+}
+
+/// What stands in a template's code.
+fn patterns(scan: &mut Scan, place: &Place<'_>, name: &str, text: &str) {
     let stretches = code(text);
     for (rule, pattern) in COMPILED.iter() {
         let matches: Vec<_> = stretches
@@ -133,9 +164,6 @@ pub(super) fn check(scan: &mut Scan, place: &Place<'_>, name: &str, text: &str, 
             let finding = Finding::new(rule, place.file, message).key(place.key).of(first.len() as u64);
             scan.find(finding.at(place.offset.and_then(|o| o.checked_add(at as u64))));
         }
-    }
-    if let Some(finding) = rendered(place, name, text, tokens) {
-        scan.find(finding);
     }
 }
 
@@ -200,6 +228,21 @@ mod tests {
         assert_eq!(rules("{{ nothing.at.all }}"), [TEMPLATE_RENDER.id]);
         let long = "{% for i in range(4000) %}{% for j in range(4000) %}x{% endfor %}{% endfor %}";
         assert_eq!(rules(long), [TEMPLATE_BOUNDS.id]);
+    }
+
+    #[test]
+    fn many_templates_are_not_all_rendered() {
+        let rules = |text: &str, n: usize| {
+            let mut scan = Scan::default();
+            let all =
+                (0..n).map(|_| (Place { file: Path::new("x"), key: "k", offset: None }, "default", text));
+            check_all(&mut scan, all, &TemplateTokens::default());
+            scan.findings.iter().map(|f| f.rule.id).collect::<Vec<_>>()
+        };
+        let long = "{% for i in range(4000) %}{% for j in range(4000) %}x{% endfor %}{% endfor %}";
+        assert_eq!(rules(long, 3), [TEMPLATE_BOUNDS.id]);
+        assert!(rules("x", MAX_TEMPLATES).is_empty());
+        assert_eq!(rules("x", MAX_TEMPLATES + 2), [TEMPLATE_BOUNDS.id]);
     }
 
     #[test]
