@@ -130,7 +130,7 @@ impl Place {
         };
         let begun = Instant::now();
         while begun.elapsed() < wait {
-            std::thread::sleep((wait - begun.elapsed()).min(Duration::from_millis(1)));
+            std::thread::sleep(wait.saturating_sub(begun.elapsed()).min(Duration::from_millis(1)));
         }
         child.kill().unwrap();
         child.wait().unwrap().signal() == Some(9)
