@@ -82,7 +82,7 @@ impl Expr {
     ///
     /// # Errors
     /// `Malformed` when types do not fit, numbers overflow, or a division has a remainder; `Limit` for more steps,
-    /// larger values or deeper variables than any definition needs ([`super::fuel`]).
+    /// larger values or deeper variables than any definition needs (`fuel.rs`).
     pub fn eval(&self, scope: &dyn Scope) -> Result<Json> {
         let step = Step::begin()?;
         let value = self.value(scope)?;
