@@ -334,17 +334,10 @@ fn verify_renders_the_templates() {
     let check = |template: &str| {
         converted(&with_templates(dir.path(), &[], json!(template)), &gguf);
         let options = Options {
-            file: gguf.clone(),
-            against: None,
             sample: Some(16),
             forward: false,
-            logits: None,
-            arch: None,
-            arch_file: None,
-            pre: None,
             tokens: qconv::convert::TokenCheck::Skipped,
-            merge_lora: Vec::new(),
-            limits: qconv::limits::Limits::default(),
+            ..Options::new(&gguf)
         };
         let report = verify(&options, &common::budget(), &qconv::convert::Silent).unwrap();
         let check = report.checks.into_iter().find(|c| c.name == "chat template").unwrap();

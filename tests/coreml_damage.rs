@@ -12,7 +12,6 @@ use qconv::container::coreml::mil::{
 use qconv::container::coreml::package::{MANIFEST, MODEL, WEIGHTS};
 use qconv::container::coreml::{Model, Only, decode, encode};
 use qconv::convert::{Forms, Matrices, Profile, Silent, ToCoreml, TokenCheck};
-use qconv::limits::Limits;
 use qconv::verify::{Options, Outcome, Report, verify};
 use serde_json::Value as Json;
 use tempfile::TempDir;
@@ -80,19 +79,8 @@ fn check(path: &Path) -> Report {
 }
 
 fn check_with(path: &Path, change: impl FnOnce(&mut Options)) -> Report {
-    let mut options = Options {
-        file: path.into(),
-        against: Some(fixture(SOURCE)),
-        sample: None,
-        forward: true,
-        logits: None,
-        arch: None,
-        arch_file: None,
-        pre: None,
-        tokens: TokenCheck::Skipped,
-        merge_lora: Vec::new(),
-        limits: Limits::default(),
-    };
+    let mut options =
+        Options { against: Some(fixture(SOURCE)), tokens: TokenCheck::Skipped, ..Options::new(path) };
     change(&mut options);
     verify(&options, &common::budget(), &Silent).unwrap()
 }

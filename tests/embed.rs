@@ -7,7 +7,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use qconv::container::gguf::Gguf;
-use qconv::convert::{Silent, ToHf, TokenCheck};
+use qconv::convert::{Silent, ToHf};
 use qconv::eval::embed::{hidden_states, texts};
 use qconv::ggml::{Model, ModelOptions, Pooling};
 use qconv::limits::Limits;
@@ -129,19 +129,7 @@ fn verify_runs_encoders() {
 
 /// Every check passes, the forward pass among them.
 fn assert_verified(file: &Path, source: &Path) {
-    let options = Options {
-        file: file.to_path_buf(),
-        against: Some(source.to_path_buf()),
-        sample: None,
-        forward: true,
-        logits: None,
-        arch: None,
-        arch_file: None,
-        pre: None,
-        tokens: TokenCheck::Required,
-        merge_lora: Vec::new(),
-        limits: Limits::default(),
-    };
+    let options = Options { against: Some(source.to_path_buf()), ..Options::new(file) };
     let report = verify(&options, &common::budget(), &Silent).unwrap();
     let passed = report.checks.iter().filter(|c| c.outcome == qconv::verify::Outcome::Passed).count();
     assert_eq!(passed, 4, "{:#?}", report.checks);

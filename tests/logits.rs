@@ -18,17 +18,10 @@ const TOKENS: usize = 48;
 
 fn options(file: &Path, source: &Path) -> Options {
     Options {
-        file: file.to_path_buf(),
         against: Some(source.to_path_buf()),
-        sample: None,
-        forward: true,
         logits: Some(LogitsOptions { tokens: TOKENS, memory: None }),
-        arch: None,
-        arch_file: None,
-        pre: None,
         tokens: TokenCheck::Skipped,
-        merge_lora: Vec::new(),
-        limits: Limits::default(),
+        ..Options::new(file)
     }
 }
 

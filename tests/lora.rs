@@ -178,17 +178,11 @@ fn merging_is_streamed_and_verified() {
 
         let with = |scale| {
             let options = verify::Options {
-                file: one.clone(),
                 against: Some(base(name)),
-                sample: None,
                 forward: false,
-                logits: None,
-                arch: None,
-                arch_file: None,
-                pre: None,
                 tokens: TokenCheck::Skipped,
                 merge_lora: vec![MergeLora { adapter: adapter(name), scale }],
-                limits: qconv::limits::Limits::default(),
+                ..verify::Options::new(&one)
             };
             let report = verify::verify(&options, &budget(), &Silent).unwrap();
             report.checks.iter().find(|c| c.name == "tensors").unwrap().outcome

@@ -240,17 +240,8 @@ fn verify_compares_with_the_source_and_runs_nothing() {
     let trial = one(scratch.path(), "gemma3");
     trial.convert("q8_0");
     let options = |against: &Path| verify::Options {
-        file: trial.dir.join("mmproj-q8_0.gguf"),
         against: Some(against.to_path_buf()),
-        sample: None,
-        forward: true,
-        logits: None,
-        arch: None,
-        arch_file: None,
-        pre: None,
-        tokens: TokenCheck::default(),
-        merge_lora: Vec::new(),
-        limits: Limits::default(),
+        ..verify::Options::new(trial.dir.join("mmproj-q8_0.gguf"))
     };
     let report = verify::verify(&options(&trial.dir), &common::budget(), &Silent).unwrap();
     assert!(report.passed(), "{:?}", report.checks);

@@ -58,6 +58,25 @@ pub struct Options {
     pub limits: Limits,
 }
 
+impl Options {
+    /// All checks of `file` alone.
+    pub fn new(file: impl Into<PathBuf>) -> Self {
+        Self {
+            file: file.into(),
+            against: None,
+            sample: None,
+            forward: true,
+            logits: None,
+            arch: None,
+            arch_file: None,
+            pre: None,
+            tokens: TokenCheck::default(),
+            merge_lora: Vec::new(),
+            limits: Limits::default(),
+        }
+    }
+}
+
 /// How logits are compared.
 #[derive(Clone, Debug)]
 pub struct LogitsOptions {

@@ -270,17 +270,10 @@ fn whole(
         return Ok(None);
     }
     let checks = VerifyOptions {
-        file: path.clone(),
-        against: None,
-        sample: None,
         forward: false,
-        logits: None,
-        arch: None,
-        arch_file: None,
-        pre: None,
         tokens: TokenCheck::Skipped,
-        merge_lora: Vec::new(),
         limits: limits.clone(),
+        ..VerifyOptions::new(path)
     };
     let report = super::verify(&checks, budget, observer)?;
     of_report(scan, &report);

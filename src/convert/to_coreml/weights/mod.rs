@@ -215,7 +215,7 @@ impl WeightPlan {
         let rows = usize::try_from(positions).unwrap_or(usize::MAX);
         let cols = spec.elements(rows)? as u64 / positions.max(1);
         let tensor = Tensor::made(name, positions, cols);
-        let encoding = Rotation::new(spec.clone(), sines, &tensor);
+        let encoding = Plain::computed(Rotation { spec: spec.clone(), sines }, &tensor);
         Self::stored(tensor, Box::new(encoding))
     }
 

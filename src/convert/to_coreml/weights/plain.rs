@@ -1,5 +1,6 @@
 //! Weights as float16.
 
+use super::rotation::Rotation;
 use super::values::{Outcome, Scratch, Span, Tensor};
 use super::{Encoding, Operand, Put};
 use crate::block::codec;
@@ -10,24 +11,32 @@ use crate::mil::{Form, Stored};
 use crate::tensor::DType;
 
 /// Fewer elements stand in the program, as coremltools has it.
-pub(super) const FEWEST: u64 = 10;
+const FEWEST: u64 = 10;
 
-/// Each weight rounded to the nearest.
+/// Each weight rounded to the nearest, or a table that is computed.
 #[derive(Debug)]
 pub(super) struct Plain {
+    /// Few elements stand in the program.
     bytes: Option<Vec<u8>>,
+    table: Option<Rotation>,
 }
 
 impl Plain {
     /// Reads the weights, if they are so few that they stand in the program.
     pub fn new(tensor: &Tensor, store: &Store) -> Result<Self> {
         if tensor.elements() >= FEWEST {
-            return Ok(Self { bytes: None });
+            return Ok(Self { bytes: None, table: None });
         }
         let mut scratch = Scratch::default();
         tensor.values(store, &(0..tensor.rows), &mut scratch)?;
         halves(&scratch.values, &mut scratch.bytes)?;
-        Ok(Self { bytes: Some(scratch.bytes) })
+        Ok(Self { bytes: Some(scratch.bytes), table: None })
+    }
+
+    /// The table that `tensor` is.
+    pub fn computed(table: Rotation, tensor: &Tensor) -> Self {
+        let bytes = (tensor.elements() < FEWEST).then(|| table.bytes(&(0..tensor.rows)));
+        Self { bytes, table: Some(table) }
     }
 }
 
@@ -69,6 +78,10 @@ impl Encoding for Plain {
 
     fn write(&self, span: &Span<'_>, scratch: &mut Scratch, put: &Put<'_>) -> Result<Outcome> {
         let Span { tensor, rows, .. } = span;
+        if let Some(table) = &self.table {
+            put(0, rows.start * tensor.cols * 2, &table.bytes(rows))?;
+            return Ok(Outcome::default());
+        }
         span.values(scratch)?;
         halves(&scratch.values, &mut scratch.bytes)?;
         from_halves(&scratch.bytes, &mut scratch.stored)?;
