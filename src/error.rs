@@ -38,7 +38,18 @@ pub enum ErrorKind {
     Interrupted,
 }
 
-/// An error with its kind, its file, and a hint.
+/// Where in a file something is wrong, as far as that can be named.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Place {
+    /// The byte of the file where it begins, or what says it.
+    pub offset: Option<u64>,
+    /// The tensor.
+    pub tensor: Option<String>,
+    /// The metadata key.
+    pub key: Option<String>,
+}
+
+/// An error with its kind, its file, its place in it, and a hint.
 #[derive(Debug)]
 pub struct Error(Box<Inner>);
 
@@ -47,6 +58,7 @@ struct Inner {
     kind: ErrorKind,
     message: String,
     path: Option<PathBuf>,
+    place: Place,
     hint: Option<String>,
     source: Option<std::io::Error>,
 }
@@ -54,7 +66,7 @@ struct Inner {
 impl Error {
     fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
         let message = message.into();
-        Self(Box::new(Inner { kind, message, path: None, hint: None, source: None }))
+        Self(Box::new(Inner { kind, message, path: None, place: Place::default(), hint: None, source: None }))
     }
 
     /// The file contradicts its own format.
@@ -101,6 +113,24 @@ impl Error {
         self
     }
 
+    /// Names the byte of the file; one given earlier is kept, and so it is with what follows.
+    pub fn offset(mut self, offset: u64) -> Self {
+        self.0.place.offset.get_or_insert(offset);
+        self
+    }
+
+    /// Names the tensor. The message says it as well, where it is to be read.
+    pub fn tensor(mut self, name: &str) -> Self {
+        self.0.place.tensor.get_or_insert_with(|| name.into());
+        self
+    }
+
+    /// Names the metadata key, as [`Self::tensor`] does.
+    pub fn key(mut self, key: &str) -> Self {
+        self.0.place.key.get_or_insert_with(|| key.into());
+        self
+    }
+
     /// Names what lies below `from` as what lies below `to`: of files that were put elsewhere for a while.
     pub fn moved(mut self, from: &Path, to: &Path) -> Self {
         if let Some(path) = &mut self.0.path
@@ -137,6 +167,22 @@ impl Error {
     pub fn path(&self) -> Option<&Path> {
         self.0.path.as_deref()
     }
+
+    /// Where in the file.
+    pub fn place(&self) -> &Place {
+        &self.0.place
+    }
+
+    /// What is wrong, without file and byte.
+    pub fn message(&self) -> String {
+        // Names and shapes come from files, and may be long and steer a terminal.
+        let message = plain::shortened(&self.0.message, LONGEST);
+        let message = plain::lines(&message);
+        match &self.0.source {
+            Some(source) => format!("{message}: {source}"),
+            None => message.to_string(),
+        }
+    }
 }
 
 impl fmt::Display for Error {
@@ -144,13 +190,20 @@ impl fmt::Display for Error {
         if let Some(path) = &self.0.path {
             write!(f, "{}: ", plain::line(&path.display().to_string()))?;
         }
-        // Names and shapes come from files, and may be long and steer a terminal.
-        f.write_str(&plain::lines(&plain::shortened(&self.0.message, LONGEST)))?;
-        if let Some(source) = &self.0.source {
-            write!(f, ": {source}")?;
+        f.write_str(&self.message())?;
+        match self.0.place.offset {
+            Some(offset) if !says(&self.0.message, offset) => write!(f, " (byte {offset})"),
+            _ => Ok(()),
         }
-        Ok(())
     }
+}
+
+/// Whether a message names the byte itself, where it belongs.
+fn says(message: &str, offset: u64) -> bool {
+    let name = format!("byte {offset}");
+    message
+        .match_indices(&name)
+        .any(|(at, _)| !message[at + name.len()..].starts_with(|c: char| c.is_ascii_digit()))
 }
 
 impl std::error::Error for Error {

@@ -45,14 +45,17 @@ impl<'a> Cursor<'a> {
                 "{count} {what} at byte {}, but the file ends at byte {}",
                 self.pos,
                 self.file.len()
-            )));
+            ))
+            .offset(self.pos));
         }
         let end = need.and_then(|n| n.checked_add(self.pos));
         if end.is_none_or(|end| end > self.limits.header_bytes) {
-            return Err(Bound::Header.reached(format!(
-                "{count} {what} at byte {} make a header of more than {} bytes",
-                self.pos, self.limits.header_bytes
-            )));
+            return Err(Bound::Header
+                .reached(format!(
+                    "{count} {what} at byte {} make a header of more than {} bytes",
+                    self.pos, self.limits.header_bytes
+                ))
+                .offset(self.pos));
         }
         Ok(())
     }
@@ -81,7 +84,9 @@ impl<'a> Cursor<'a> {
         match self.u8()? {
             0 => Ok(false),
             1 => Ok(true),
-            other => Err(Error::malformed(format!("BOOL has value {other}, not 0 or 1"))),
+            other => {
+                Err(Error::malformed(format!("BOOL has value {other}, not 0 or 1")).offset(self.pos - 1))
+            }
         }
     }
 
@@ -95,7 +100,8 @@ impl<'a> Cursor<'a> {
             return Err(match max == self.limits.string_bytes {
                 true => Bound::String.reached(message),
                 false => Error::limit(message),
-            });
+            }
+            .offset(self.pos - 8));
         }
         let mut bytes = vec![0; len as usize];
         let start = self.pos.checked_sub(self.window_start).and_then(|n| usize::try_from(n).ok());
@@ -129,15 +135,15 @@ impl<'a> Cursor<'a> {
 
     fn value_type(&mut self) -> Result<ValueType> {
         let id = self.u32()?;
-        ValueType::from_id(id).ok_or_else(|| Error::malformed(format!("value type {id} does not exist")))
+        ValueType::from_id(id)
+            .ok_or_else(|| Error::malformed(format!("value type {id} does not exist")).offset(self.pos - 4))
     }
 
     fn array(&mut self, depth: u32) -> Result<Array> {
         use ValueType as T;
         if depth > self.limits.array_depth {
-            return Err(
-                Bound::Depth.reached(format!("arrays are nested deeper than {}", self.limits.array_depth))
-            );
+            let message = format!("arrays are nested deeper than {}", self.limits.array_depth);
+            return Err(Bound::Depth.reached(message).offset(self.pos));
         }
         let element = self.value_type()?;
         let n = self.u64()?;

@@ -37,15 +37,13 @@ pub(super) fn align_up(n: u64, alignment: u32) -> Option<u64> {
 
 /// The alignment that `metadata` states, or the default.
 pub(super) fn alignment(metadata: &Metadata) -> Result<u32> {
-    match metadata.get(KEY_ALIGNMENT) {
-        None => Ok(DEFAULT_ALIGNMENT),
-        Some(&Value::U32(n)) if n.is_power_of_two() => Ok(n),
-        Some(Value::U32(n)) => Err(Error::malformed(format!("{KEY_ALIGNMENT} is {n}, not a power of two"))),
-        Some(other) => Err(Error::malformed(format!(
-            "{KEY_ALIGNMENT} has type {}, not UINT32",
-            other.value_type().name()
-        ))),
-    }
+    let fault = match metadata.get(KEY_ALIGNMENT) {
+        None => return Ok(DEFAULT_ALIGNMENT),
+        Some(&Value::U32(n)) if n.is_power_of_two() => return Ok(n),
+        Some(Value::U32(n)) => format!("is {n}, not a power of two"),
+        Some(other) => format!("has type {}, not UINT32", other.value_type().name()),
+    };
+    Err(Error::malformed(format!("{KEY_ALIGNMENT} {fault}")).key(KEY_ALIGNMENT))
 }
 
 /// Checks that a metadata key is one every reader accepts.

@@ -40,6 +40,9 @@ pub struct Gguf {
     pub shards: usize,
 }
 
+/// The byte of the version, behind the magic.
+const VERSION_AT: u64 = MAGIC.len() as u64;
+
 /// One file's header.
 struct Header {
     version: u32,
@@ -223,7 +226,7 @@ impl Header {
         let mut c = Cursor::new(file, limits);
         let magic = [c.u8()?, c.u8()?, c.u8()?, c.u8()?];
         if magic != MAGIC {
-            return Err(Error::unsupported("is no GGUF file: it does not begin with \"GGUF\""));
+            return Err(Error::unsupported("is no GGUF file: it does not begin with \"GGUF\"").offset(0));
         }
         // Little-endian versions are small numbers; read the other way round they are huge.
         let mut version = c.u32()?;
@@ -235,10 +238,12 @@ impl Header {
             2 | VERSION => {}
             0 | 1 => {
                 return Err(Error::unsupported(format!("GGUF version {version} is too old"))
+                    .offset(VERSION_AT)
                     .hint("versions 2 and 3 are read; make the file anew from its source"));
             }
             _ => {
-                return Err(Error::unsupported(format!("GGUF version {version} is newer than this program")));
+                let message = format!("GGUF version {version} is newer than this program");
+                return Err(Error::unsupported(message).offset(VERSION_AT));
             }
         }
         let (n_tensors, n_entries) = (c.u64()?, c.u64()?);
@@ -253,24 +258,22 @@ impl Header {
         }
         let mut metadata = Metadata::default();
         for i in 0..n_entries {
-            let key = c.string(MAX_KEY).map_err(|e| e.context(format_args!("metadata entry {i}")))?;
-            let key = String::from_utf8(key)
-                .map_err(|_| Error::malformed(format!("the key of metadata entry {i} is not UTF-8")))?;
-            check_key(&key)?;
-            let value = c.value().map_err(|e| e.context(format_args!("metadata {key:?}")))?;
-            if metadata.get(&key).is_some() {
-                return Err(Error::malformed(format!("metadata {key:?} appears twice")));
-            }
-            metadata.set(key, value);
+            let at = c.pos();
+            entry(&mut c, i, &mut metadata).map_err(|e| e.offset(at))?;
         }
         let alignment = alignment(&metadata)?;
         let mut tensors = Vec::with_capacity(n_tensors as usize);
+        let mut infos = Vec::with_capacity(n_tensors as usize);
         for i in 0..n_tensors {
-            tensors.push(tensor_info(&mut c, alignment).map_err(|e| e.context(format_args!("tensor {i}")))?);
+            infos.push(c.pos());
+            let info = tensor_info(&mut c, alignment).map_err(|e| {
+                e.context(format_args!("tensor {i}")).offset(infos.last().copied().unwrap_or(0))
+            })?;
+            tensors.push(info);
         }
         let data_offset =
             align_up(c.pos(), alignment).ok_or_else(|| Error::malformed("the header overflows"))?;
-        let end = place(&mut tensors, data_offset, alignment, file.len())?;
+        let end = place(&mut tensors, &infos, data_offset, alignment, file.len())?;
         let trailing_bytes = file.len().saturating_sub(end);
         let big_endian = c.big_endian;
         Ok(Self { version, big_endian, alignment, metadata, tensors, data_offset, trailing_bytes })
@@ -281,7 +284,7 @@ impl Header {
         let number = |key: &str| match self.metadata.get(key) {
             None => Ok(None),
             Some(v) => match v.as_u64() {
-                None => Err(Error::malformed(format!("{key} is {v}, not a count"))),
+                None => Err(Error::malformed(format!("{key} is {v}, not a count")).key(key)),
                 n => Ok(n),
             },
         };
@@ -293,7 +296,8 @@ impl Header {
             return Err(Error::malformed(format!(
                 "{KEY_SPLIT_NO} is {}, of {count} shards",
                 no.unwrap_or_default()
-            )));
+            ))
+            .key(KEY_SPLIT_NO));
         }
         match (no, tensors) {
             _ if count == 1 => Ok(None),
@@ -303,6 +307,20 @@ impl Header {
             ))),
         }
     }
+}
+
+/// Reads key and value of metadata entry number `i`.
+fn entry(c: &mut Cursor<'_>, i: u64, metadata: &mut Metadata) -> Result<()> {
+    let key = c.string(MAX_KEY).map_err(|e| e.context(format_args!("metadata entry {i}")))?;
+    let key = String::from_utf8(key)
+        .map_err(|_| Error::malformed(format!("the key of metadata entry {i} is not UTF-8")))?;
+    check_key(&key)?;
+    let value = c.value().map_err(|e| e.context(format_args!("metadata {key:?}")).key(&key))?;
+    if metadata.get(&key).is_some() {
+        return Err(Error::malformed(format!("metadata {key:?} appears twice")).key(&key));
+    }
+    metadata.set(key, value);
+    Ok(())
 }
 
 fn limit_tensors(n: u64, limits: &Limits) -> Result<()> {
@@ -322,7 +340,7 @@ fn tensor_info(c: &mut Cursor<'_>, alignment: u32) -> Result<TensorInfo> {
             name.len()
         )));
     }
-    let context = |e: Error| e.context(format_args!("{name:?}"));
+    let context = |e: Error| e.context(format_args!("{name:?}")).tensor(&name);
     let n_dims = c.u32()?;
     if n_dims > MAX_DIMS {
         return Err(context(Error::malformed(format!(
@@ -348,12 +366,19 @@ fn tensor_info(c: &mut Cursor<'_>, alignment: u32) -> Result<TensorInfo> {
 }
 
 /// Turns relative offsets into absolute ones; refuses tensors that overlap or leave the file.
-/// Returns where the last tensor's padding ends.
-fn place(tensors: &mut [TensorInfo], data_offset: u64, alignment: u32, len: u64) -> Result<u64> {
+/// Returns where the last tensor's padding ends. `infos` are the bytes where the header tells of each.
+fn place(
+    tensors: &mut [TensorInfo],
+    infos: &[u64],
+    data_offset: u64,
+    alignment: u32,
+    len: u64,
+) -> Result<u64> {
     let mut names = HashSet::with_capacity(tensors.len());
-    for t in tensors.iter_mut() {
+    for (t, info) in tensors.iter_mut().zip(infos) {
         if !names.insert(t.name.clone()) {
-            return Err(Error::malformed(format!("tensor {:?} appears twice", t.name)));
+            let message = format!("tensor {:?} appears twice", t.name);
+            return Err(Error::malformed(message).tensor(&t.name).offset(*info));
         }
         let end = t.offset.checked_add(data_offset).and_then(|at| {
             t.offset = at;
@@ -364,6 +389,8 @@ fn place(tensors: &mut [TensorInfo], data_offset: u64, alignment: u32, len: u64)
                 "tensor {:?} takes {} bytes from byte {}, the file has {len}",
                 t.name, t.nbytes, t.offset
             ))
+            .tensor(&t.name)
+            .offset(*info)
             .hint("the file is cut short: fetch it again"));
         }
     }
@@ -373,7 +400,8 @@ fn place(tensors: &mut [TensorInfo], data_offset: u64, alignment: u32, len: u64)
         if let [a, b] = pair
             && a.offset + a.nbytes > b.offset
         {
-            return Err(Error::malformed(format!("tensors {:?} and {:?} overlap", a.name, b.name)));
+            let message = format!("tensors {:?} and {:?} overlap", a.name, b.name);
+            return Err(Error::malformed(message).tensor(&b.name).offset(b.offset));
         }
     }
     let end = order.last().map_or(data_offset, |t| t.offset + t.nbytes);

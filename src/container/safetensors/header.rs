@@ -96,8 +96,9 @@ impl Header {
         if json.first() != Some(&b'{') {
             return Err(Error::malformed("is no safetensors file: its header does not begin with \"{\""));
         }
-        let items: Unique<Item> = serde_json::from_slice(&json)
-            .map_err(|e| Error::malformed(format!("its header is faulty: {e}")))?;
+        let items: Unique<Item> = serde_json::from_slice(&json).map_err(|e| {
+            Error::malformed(format!("its header is faulty: {e}")).offset(8 + byte_of(&json, &e))
+        })?;
         if items.0.len() as u64 > limits.tensors {
             return Err(Bound::Tensors.reached(format!(
                 "{} tensors, at most {} are allowed",
@@ -113,7 +114,7 @@ impl Header {
                 Item::Tensor(entry) => {
                     let info = entry
                         .info(&name, number, data)
-                        .map_err(|e| e.context(format_args!("tensor {name:?}")))?;
+                        .map_err(|e| e.context(format_args!("tensor {name:?}")).tensor(&name))?;
                     header.tensors.push(info);
                 }
             }
@@ -133,7 +134,9 @@ impl Header {
                 return Err(Error::malformed(format!(
                     "tensor {:?} {what}: it begins at {}, not {end}",
                     t.name, t.offset
-                )));
+                ))
+                .tensor(&t.name)
+                .offset(t.offset));
             }
             end = t.offset.saturating_add(t.nbytes);
         }
@@ -152,10 +155,18 @@ impl Header {
             return Err(Error::malformed(format!(
                 "{} bytes behind its last tensor belong to nothing",
                 len - end
-            )));
+            ))
+            .offset(end));
         }
         Ok(())
     }
+}
+
+/// The byte of a text that an error's line and column name.
+fn byte_of(json: &[u8], error: &serde_json::Error) -> u64 {
+    let lines = json.split_inclusive(|b| *b == b'\n').take(error.line().saturating_sub(1));
+    let before: usize = lines.map(<[u8]>::len).sum();
+    (before + error.column().saturating_sub(1)).min(json.len()) as u64
 }
 
 impl Entry {

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 
 use super::rules::{LIMIT, MALFORMED, Rule, SHARD_MISSING, Severity};
-use crate::error::{Error, ErrorKind};
+use crate::error::{Error, ErrorKind, Place};
 
 /// One finding.
 #[derive(Clone, Debug, Serialize)]
@@ -78,9 +78,9 @@ impl Finding {
     /// In the words of an error; `file` is to blame where that names none.
     pub fn quoting(rule: &'static Rule, error: &Error, file: &Path) -> Self {
         let at = error.path().unwrap_or(file);
-        let text = error.to_string();
-        let own = format!("{}: ", at.display());
-        let mut finding = Self::new(rule, at, text.strip_prefix(&own).unwrap_or(&text));
+        let mut finding = Self::new(rule, at, error.message());
+        let Place { offset, tensor, key } = error.place().clone();
+        (finding.offset, finding.tensor, finding.key) = (offset, tensor, key);
         finding.hint = error.hint_text().map(str::to_owned);
         finding
     }
