@@ -106,7 +106,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
             "summing_seconds": summary.summing.as_secs_f64(), "thin_experts": thin_json(&thin),
             "converted": runs.json(),
         });
-        println!("{value:#}");
+        ui::print(format_args!("{value:#}"))?;
     } else if !args.quiet {
         ui::say(&format!(
             "{}: {}, {} inputs, {} windows in {} passes, {:.1} s ({:.1} s in the model, {:.1} s for the sums)",
@@ -167,34 +167,34 @@ fn show(args: &Args, job: &Calibration<'_>, model_bytes: u64) -> anyhow::Result<
             "passes": passes.len(), "windows": job.windows(), "ctx": args.calibration.ctx,
             "peak_bytes": plan.scratch + most, "model_bytes": model_bytes, "inputs": inputs,
         });
-        println!("{value:#}");
+        ui::print(format_args!("{value:#}"))?;
         return Ok(());
     }
     let width = plain::width(plan.contents.inputs.iter().map(|i| i.name.chars().count()), 0);
     for i in &plan.contents.inputs {
         let experts = if i.experts > 1 { format!(" x {}", i.experts) } else { String::new() };
         let others = i.weights.get(1..).unwrap_or_default().join(" ");
-        println!("{:<width$}  {:>6}{experts}  {others}", plain::line(&i.name), i.columns);
+        ui::print(format_args!("{:<width$}  {:>6}{experts}  {others}", plain::line(&i.name), i.columns))?;
     }
-    println!(
+    ui::print(format_args!(
         "\n{} inputs; {} windows of {} tokens, read in {} {}",
         plan.contents.inputs.len(),
         job.windows(),
         args.calibration.ctx,
         passes.len(),
         if passes.len() == 1 { "pass" } else { "passes" },
-    );
-    println!(
+    ))?;
+    ui::print(format_args!(
         "disk: {} for {}, at most {} for the state until then",
         ui::size(plan.layout.total_len),
         args.output.display(),
         ui::size(2 * state)
-    );
-    println!(
+    ))?;
+    ui::print(format_args!(
         "memory: at most {} for the sums; beside it the model with {}, and llama.cpp's own",
         ui::size(plan.scratch + most),
         ui::size(model_bytes)
-    );
+    ))?;
     Ok(())
 }
 
@@ -258,7 +258,7 @@ fn merge_files(args: &Args) -> anyhow::Result<()> {
     if args.json {
         let value = json!({"output": args.output, "inputs": contents.inputs.len(), "files": files.len(),
             "texts": contents.texts.iter().map(|t| &t.name).collect::<Vec<_>>(), "thin_experts": thin_json(&thin)});
-        println!("{value:#}");
+        ui::print(format_args!("{value:#}"))?;
     } else if !args.quiet {
         ui::say(&format!(
             "{}: {} inputs from {} files",

@@ -261,7 +261,7 @@ pub fn finish(job: &Job, args: &WriteArgs) -> anyhow::Result<super::Status> {
             say_summary(job, &done);
         }
         if args.work.json {
-            println!("{:#}", summary(job, &done));
+            ui::print(format_args!("{:#}", summary(job, &done)))?;
         }
     }
     Ok(super::Status::Done)

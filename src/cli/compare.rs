@@ -130,23 +130,23 @@ pub fn compare(
     }
     stage.map_or(Ok(()), Stage::commit)?;
     if args.json {
-        println!("{}", serde_json::to_string_pretty(&rows)?);
+        ui::print(serde_json::to_string_pretty(&rows)?)?;
     } else {
-        say(&rows);
+        say(&rows)?;
     }
     Ok(())
 }
 
-fn say(rows: &[Row]) {
+fn say(rows: &[Row]) -> qconv::Result<()> {
     let name = |r: &Row| r.model.file_name().unwrap_or_default().to_string_lossy().into_owned();
     let width = rows.iter().map(|r| name(r).chars().count()).max().unwrap_or(0).max(5);
-    println!(
+    ui::print(format_args!(
         "{:width$}  {:>9}  {:>6}  {:>20}  {:>21}  {:>9}  {:>8}  {:>8}",
         "model", "size", "bits/w", "perplexity", "KLD", "KLD 99 %", "same top", "tokens/s"
-    );
+    ))?;
     for r in rows {
         let d = &r.divergence;
-        println!(
+        ui::print(format_args!(
             "{:width$}  {:>9}  {:>6.2}  {:>20}  {:>21}  {:>9.6}  {:>6.2} %  {:>8.1}",
             name(r),
             ui::size(r.bytes),
@@ -156,8 +156,9 @@ fn say(rows: &[Row]) {
             d.kld_99,
             100.0 * d.same_top.value,
             r.tokens_per_second
-        );
+        ))?;
     }
+    Ok(())
 }
 
 fn table(rows: &[Row]) -> String {

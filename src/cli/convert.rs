@@ -336,7 +336,7 @@ pub fn finish(job: &Job, write: &WriteArgs) -> anyhow::Result<Status> {
     if write.work.json {
         let mut summary = common::summary(job, &done);
         summary["losses"] = losses(job, &done.outcomes);
-        println!("{summary:#}");
+        ui::print(format_args!("{summary:#}"))?;
     }
     Ok(Status::Done)
 }

@@ -229,14 +229,19 @@ fn perplexity(path: &Path, args: &TextArgs) -> anyhow::Result<()> {
     watch.finish(&[(path, &*model)]);
     let estimate = ppl.estimate();
     if args.json {
-        println!(
+        ui::print(format_args!(
             "{:#}",
             json!({ "perplexity": estimate, "scored": ppl.count(), "windows": windows.count(), "ctx": windows.n_ctx,
                     "converted": runs.json() })
-        );
+        ))?;
     } else {
-        println!("perplexity {}", plus_minus(estimate, 4));
-        println!("{} predictions in {} windows of {} tokens", ppl.count(), windows.count(), windows.n_ctx);
+        ui::print(format_args!("perplexity {}", plus_minus(estimate, 4)))?;
+        ui::print(format_args!(
+            "{} predictions in {} windows of {} tokens",
+            ppl.count(),
+            windows.count(),
+            windows.n_ctx
+        ))?;
     }
     Ok(())
 }
@@ -286,23 +291,23 @@ fn kld(path: &Path, base: &Path, args: &TextArgs) -> anyhow::Result<()> {
     let s = divergence.summary();
     if args.json {
         let converted = runs.json();
-        println!(
+        ui::print(format_args!(
             "{:#}",
             json!({ "divergence": s, "note": note, "converted": converted, "base_converted": base_converted })
-        );
+        ))?;
         return Ok(());
     }
-    println!("perplexity          {}", plus_minus(s.perplexity, 4));
-    println!("perplexity of base  {}", plus_minus(s.base_perplexity, 4));
-    println!("ln of their ratio   {}", plus_minus(s.ln_ratio, 6));
-    println!("KLD mean            {}", plus_minus(s.kld, 6));
-    println!("KLD median          {:.6}", s.kld_median);
-    println!("KLD 99 %            {:.6}", s.kld_99);
-    println!("KLD 99.9 %          {:.6}", s.kld_999);
-    println!("KLD maximum         {:.6}", s.kld_max);
-    println!("RMS of change in p  {} %", plus_minus(percent(s.p_rms), 3));
-    println!("same top token      {} %", plus_minus(percent(s.same_top), 3));
-    println!("{} predictions{}", s.count, note.map(|n| format!(", {n}")).unwrap_or_default());
+    ui::print(format_args!("perplexity          {}", plus_minus(s.perplexity, 4)))?;
+    ui::print(format_args!("perplexity of base  {}", plus_minus(s.base_perplexity, 4)))?;
+    ui::print(format_args!("ln of their ratio   {}", plus_minus(s.ln_ratio, 6)))?;
+    ui::print(format_args!("KLD mean            {}", plus_minus(s.kld, 6)))?;
+    ui::print(format_args!("KLD median          {:.6}", s.kld_median))?;
+    ui::print(format_args!("KLD 99 %            {:.6}", s.kld_99))?;
+    ui::print(format_args!("KLD 99.9 %          {:.6}", s.kld_999))?;
+    ui::print(format_args!("KLD maximum         {:.6}", s.kld_max))?;
+    ui::print(format_args!("RMS of change in p  {} %", plus_minus(percent(s.p_rms), 3)))?;
+    ui::print(format_args!("same top token      {} %", plus_minus(percent(s.same_top), 3)))?;
+    ui::print(format_args!("{} predictions{}", s.count, note.map(|n| format!(", {n}")).unwrap_or_default()))?;
     Ok(())
 }
 
@@ -439,12 +444,12 @@ fn baseline(
     let full = 2 * shape.n_vocab as u64 * count;
     let (rest, share) = (rest / count.max(1) as f64, at as f64 / full.max(1) as f64);
     if args.json {
-        println!(
+        ui::print(format_args!(
             "{:#}",
             json!({ "output": output, "bytes": at, "top_k": shape.k, "drawn": shape.drawn, "share_of_f16_logits": share, "mean_rest": rest, "converted": runs.json() })
-        );
+        ))?;
     } else {
-        println!(
+        ui::print(format_args!(
             "{}: {}, {:.2} % of 16-bit logits; the {} likeliest tokens hold {:.3} % of the probability, \
              {} drawn stand for the rest",
             output.display(),
@@ -453,7 +458,7 @@ fn baseline(
             shape.k,
             100.0 * (1.0 - rest),
             shape.drawn
-        );
+        ))?;
     }
     Ok(())
 }

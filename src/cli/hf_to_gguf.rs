@@ -216,7 +216,7 @@ pub fn run(args: &Args) -> anyhow::Result<Status> {
     }
     args.report.write(&done, &summary, args.write.force)?;
     if work.json {
-        println!("{summary:#}");
+        ui::print(format_args!("{summary:#}"))?;
     }
     match report {
         Some(report) => Ok(super::verify::say(&report, work.quiet)),

@@ -141,7 +141,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         if args.show_statistics {
             summary["statistics"] = json!({ "tensors": tensors, "layers": by_layer(&tensors) });
         }
-        println!("{summary:#}");
+        ui::print(format_args!("{summary:#}"))?;
     } else if args.show_statistics {
         show(&tensors)?;
     }
@@ -256,14 +256,14 @@ mod read {
         if args.dry_run {
             let tokens = total * n_ctx;
             if args.json {
-                println!(
+                ui::print(format_args!(
                     "{:#}",
                     json!({"windows": total, "ctx": n_ctx, "tokens": tokens, "read_already": already})
-                );
+                ))?;
             } else {
-                println!(
+                ui::print(format_args!(
                     "{tokens} tokens in {total} windows of {n_ctx}, {already} of which are read already"
-                );
+                ))?;
             }
             return Ok(None);
         }

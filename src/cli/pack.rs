@@ -188,7 +188,7 @@ fn compressed(
         summary["files"] = json!(found.outputs);
         summary["bytes"] = json!(found.bytes);
         summary["bytes_uncompressed"] = json!(found.bytes_before);
-        println!("{summary:#}");
+        ui::print(format_args!("{summary:#}"))?;
     }
     Ok(Status::Done)
 }

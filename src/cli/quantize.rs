@@ -11,7 +11,7 @@ use super::mix::{self, MixArgs};
 use super::quantizer::{QuantizerArgs, ShardArgs, type_names};
 use super::report::ReportArgs;
 use super::runnable::Runnable;
-use super::{Status, beforehand};
+use super::{Status, beforehand, ui};
 
 /// Write a GGUF file with another type
 #[derive(clap::Args, Debug)]
@@ -113,7 +113,7 @@ pub fn run(args: &Args) -> anyhow::Result<Status> {
     summary["evaluation"] = json!(report.evaluation(&job, source, write)?);
     report.write(&done, &summary, write.force)?;
     if write.work.json {
-        println!("{summary:#}");
+        ui::print(format_args!("{summary:#}"))?;
     }
     Ok(Status::Done)
 }

@@ -76,14 +76,14 @@ impl ScanArgs {
         }
         let found = self.look(files, work, limits)?;
         if let Some(path) = &self.sarif {
-            let text = serde_json::to_string_pretty(&sarif::log(&found))? + "\n";
+            let text = serde_json::to_string_pretty(&sarif::log(&found))?;
             match path.as_path() == Path::new("-") {
-                true => print!("{text}"),
-                false => write(path, &text)?,
+                true => ui::print(text)?,
+                false => write(path, &(text + "\n"))?,
             }
         }
         if work.json {
-            println!("{}", serde_json::to_string_pretty(&summary(&found))?);
+            ui::print(serde_json::to_string_pretty(&summary(&found))?)?;
         } else if self.sha256 {
             sums(&found, work.verbose)?;
         }

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use qconv::convert::Observer;
+use qconv::error::{Error, Result};
 use qconv::plain::{self, Plain};
 
 static INTERRUPTED: AtomicBool = AtomicBool::new(false);
@@ -58,6 +59,15 @@ pub fn say(text: &str) {
 /// Stdout for what has names and texts of files in it: none of them steers the terminal.
 pub fn stdout() -> Plain<BufWriter<StdoutLock<'static>>> {
     Plain(BufWriter::new(std::io::stdout().lock()))
+}
+
+/// A line, or several, on stdout; nothing in it steers the terminal, and JSON stays JSON.
+///
+/// # Errors
+/// `Io` where stdout takes nothing more.
+pub fn print(text: impl std::fmt::Display) -> Result<()> {
+    let mut out = stdout();
+    writeln!(out, "{text}").and_then(|()| out.flush()).map_err(|e| Error::io("write", "stdout", e))
 }
 
 /// Progress of one pass over so many bytes: a bar on a terminal, a line every few seconds

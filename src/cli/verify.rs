@@ -113,7 +113,7 @@ pub fn run(args: &Args) -> anyhow::Result<Status> {
     progress.finish();
     let report = report?;
     if args.work.json {
-        println!("{}", serde_json::to_string_pretty(&scan::joined(&report, &found)?)?);
+        ui::print(serde_json::to_string_pretty(&scan::joined(&report, &found)?)?)?;
     }
     if args.work.verbose {
         for t in &report.tensors {
