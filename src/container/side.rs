@@ -147,8 +147,40 @@ fn parse<T: for<'de> Deserialize<'de>>(bytes: &[u8], path: &Path, most: usize) -
     if values(bytes) > most {
         return Err(Error::limit(format!("is JSON of more than the {most} values allowed")).at(path));
     }
-    serde_json::from_slice(bytes)
-        .map_err(|e| Error::malformed(format!("is not the JSON expected: {e}")).at(path))
+    let failed = |e| Error::malformed(format!("is not the JSON expected: {e}")).at(path);
+    serde_json::from_slice(bytes).or_else(|first| {
+        let quoted = with_texts(bytes).ok_or_else(|| failed(first))?;
+        serde_json::from_slice(&quoted).map_err(failed)
+    })
+}
+
+/// Numbers that are none in JSON, but that Python's `json` writes and reads.
+const NO_JSON: [&[u8]; 3] = [b"-Infinity", b"Infinity", b"NaN"];
+
+/// The same JSON with these as texts, which no number is read from: most stand where nobody looks. `None` without any.
+fn with_texts(json: &[u8]) -> Option<Vec<u8>> {
+    let mut out = Vec::new();
+    let (mut copied, mut at, mut in_text) = (0, 0, false);
+    while let Some(rest) = json.get(at..).filter(|rest| !rest.is_empty()) {
+        let found = NO_JSON.iter().find(|word| !in_text && rest.starts_with(word));
+        if let Some(word) = found {
+            out.extend_from_slice(&json[copied..at]);
+            out.extend([b"\"", *word, b"\""].concat());
+            at += word.len();
+            copied = at;
+            continue;
+        }
+        match rest[0] {
+            b'\\' if in_text => at += 1,
+            b'"' => in_text = !in_text,
+            _ => {}
+        }
+        at += 1;
+    }
+    (copied > 0).then(|| {
+        out.extend_from_slice(&json[copied..]);
+        out
+    })
 }
 
 /// At least as many as JSON has values: what opens a list or an object, and what comes between their entries.
@@ -169,6 +201,20 @@ fn values(json: &[u8]) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn numbers_that_only_python_writes_are_texts() {
+        let json = br#"{"limit": [0.0, Infinity, -Infinity], "a \\" NaN \\\\": NaN, "n": 1}"#;
+        let read: serde_json::Value = from_json(json, Path::new("config.json")).unwrap();
+        let expected =
+            serde_json::json!({"limit": [0.0, "Infinity", "-Infinity"], "a \" NaN \\": "NaN", "n": 1});
+        assert_eq!(read, expected);
+        for bad in ["[NaN", "[Nan]", "[+Infinity]", "[NaNNaN]", "NaN\"", "\"NaN\\"] {
+            assert!(from_json::<serde_json::Value>(bad.as_bytes(), Path::new("x")).is_err(), "{bad}");
+        }
+        let e = from_json::<Vec<f64>>(b"[1, NaN]", Path::new("x")).unwrap_err();
+        assert!(e.to_string().contains("\"NaN\""), "{e}");
+    }
 
     #[test]
     fn values_are_counted_outside_texts() {
