@@ -1,7 +1,7 @@
 //! Checkpoints of Hugging Face and PyTorch: weights, the files beside them, and whether they belong together.
 
 use std::collections::HashSet;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value as Json};
 
@@ -62,8 +62,8 @@ fn tensor_names(scan: &mut Scan, store: &Store) {
     }
 }
 
-/// A directory of transformers, or a part of one.
-pub(super) fn directory(scan: &mut Scan, path: &Path, options: &Options) -> Result<Option<Opened>> {
+/// A directory of transformers, or a part of one: the weights of the checkpoint, and what else lies beside them.
+pub(super) fn directory(scan: &mut Scan, path: &Path, options: &Options) -> Result<Vec<Opened>> {
     let limits = &options.limits;
     let dir = if path.is_dir() {
         path
@@ -95,6 +95,36 @@ pub(super) fn directory(scan: &mut Scan, path: &Path, options: &Options) -> Resu
             }
         }
     }
+    let mut all = Vec::new();
+    match weights(scan, path, &files, limits) {
+        Ok(opened) => all.extend(opened),
+        Err(e) => scan.error(e, dir)?,
+    }
+    let mut read: HashSet<PathBuf> = all.iter().flat_map(Opened::files).collect();
+    strays(scan, all.first(), &files, &read);
+    // Adapters, parts of pipelines, consolidated weights: nobody promises that they stay unread.
+    for (_, file) in files.iter().filter(|(name, _)| name.ends_with(".safetensors")) {
+        if read.contains(file) {
+            continue;
+        }
+        match safetensors(scan, file, options) {
+            Ok(opened) => {
+                read.extend(opened.iter().flat_map(Opened::files));
+                all.extend(opened);
+            }
+            Err(e) => scan.error(e, file)?,
+        }
+    }
+    Ok(all)
+}
+
+/// The weights of the checkpoint, where there are any that can be read.
+fn weights(
+    scan: &mut Scan,
+    path: &Path,
+    files: &[(String, PathBuf)],
+    limits: &Limits,
+) -> Result<Option<Opened>> {
     let opened = match OpenedModel::open(path, limits) {
         // A tokenizer alone, or a configuration.
         Err(e) if e.kind() == ErrorKind::Unsupported && !files.iter().any(|(n, _)| is_weights(n)) => {
@@ -110,23 +140,27 @@ pub(super) fn directory(scan: &mut Scan, path: &Path, options: &Options) -> Resu
         other => other?,
     };
     let OpenedModel::Directory { weights, .. } = opened else { return Ok(None) };
-    let read: HashSet<&Path> = weights.store.files().iter().map(InputFile::path).collect();
-    let suffix = if weights.format == st::NAMING.format { ".safetensors" } else { ".bin" };
-    for (name, file) in &files {
-        let is_stray = name.ends_with(suffix) && !name.contains('/') && !BESIDE.contains(&name.as_str());
-        if is_stray && !read.contains(file.as_path()) && st_or_torch(file) {
-            let message = format!("{name} belongs to no index and no set of shards");
-            scan.find(Finding::new(&SHARD_STRAY, file, message));
-        }
-    }
     tensor_names(scan, &weights.store);
     // Quantized tensors are joined from their parts, which have to fit.
     if let Err(e) = Model::open(path, limits)
         && matches!(e.kind(), ErrorKind::Malformed | ErrorKind::Limit)
     {
-        scan.find(Finding::quoting(&CHECKPOINT, &e, dir));
+        scan.find(Finding::quoting(&CHECKPOINT, &e, path));
     }
-    Ok(Some(Opened { store: weights.store, format: "Hugging Face" }))
+    Ok(Some(Opened { store: weights.store, format: Kind::HuggingFace.name() }))
+}
+
+/// Weights of the checkpoint's own kind that are not of it.
+fn strays(scan: &mut Scan, opened: Option<&Opened>, files: &[(String, PathBuf)], read: &HashSet<PathBuf>) {
+    let Some(ending) = opened.and_then(|o| o.store.files().first()?.path().extension()) else { return };
+    for (name, file) in files {
+        let is_alike = file.extension() == Some(ending) && !name.contains('/');
+        let is_stray = is_alike && !BESIDE.contains(&name.as_str());
+        if is_stray && !read.contains(file) && st_or_torch(file) {
+            let message = format!("{name} belongs to no index and no set of shards");
+            scan.find(Finding::new(&SHARD_STRAY, file, message));
+        }
+    }
 }
 
 fn is_weights(name: &str) -> bool {

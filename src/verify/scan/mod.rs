@@ -124,6 +124,9 @@ impl Scan {
             return Err(error);
         }
         match Finding::of_error(&error, path) {
+            // A set and each of its files may be looked at.
+            Some(new) if self.findings.iter().any(|f| (&f.file, &f.message) == (&new.file, &new.message)) => {
+            }
             Some(finding) => self.find(finding),
             None => self.unchecked.push(Unchecked { path: path.to_path_buf(), error: error.to_string() }),
         }
@@ -134,10 +137,11 @@ impl Scan {
 /// Looks at `paths`: files, of a set any, and directories.
 ///
 /// # Errors
-/// `Io` where a path is not there; `Interrupted`.
+/// `Io` where a path that was named is not there; `Interrupted`.
 pub fn scan(paths: &[PathBuf], options: &Options, budget: &Budget, observer: &dyn Observer) -> Result<Scan> {
-    let mut scan = Scan::default();
-    for target in target::find(paths)? {
+    let (targets, unchecked) = target::find(paths)?;
+    let mut scan = Scan { unchecked, ..Scan::default() };
+    for target in targets {
         one(&mut scan, &target, options, budget, observer)?;
         if observer.interrupted() {
             return Err(Error::interrupted());
@@ -157,7 +161,7 @@ pub fn scan(paths: &[PathBuf], options: &Options, budget: &Budget, observer: &dy
 
 /// About how many bytes [`scan`] tells an observer of.
 pub fn bytes_to_read(paths: &[PathBuf], options: &Options) -> u64 {
-    let targets = target::find(paths).unwrap_or_default();
+    let (targets, _) = target::find(paths).unwrap_or_default();
     let of_file = |path: &Path| std::fs::metadata(path).map_or(0, |m| m.len());
     let times = u64::from(options.tensors) + u64::from(options.sha256);
     let bytes: u64 = targets.iter().map(|t| of_file(&t.path)).sum();
@@ -177,6 +181,12 @@ pub fn kind(path: &Path) -> Result<Option<Kind>> {
 struct Opened {
     store: Store,
     format: &'static str,
+}
+
+impl Opened {
+    fn files(&self) -> impl Iterator<Item = PathBuf> {
+        self.store.files().iter().map(|file| file.path().to_path_buf())
+    }
 }
 
 fn one(
@@ -202,40 +212,36 @@ fn one(
             Err(e) => scan.error(e, path),
         };
     }
+    let one = |opened: Option<Opened>| opened.into_iter().collect::<Vec<_>>();
     let opened = match target.kind {
-        Kind::Gguf => gguf::check(scan, path, options),
-        Kind::Safetensors => checkpoint::safetensors(scan, path, options),
-        Kind::Pytorch => checkpoint::pytorch(scan, path, options),
+        Kind::Gguf => gguf::check(scan, path, options).map(one),
+        Kind::Safetensors => checkpoint::safetensors(scan, path, options).map(one),
+        Kind::Pytorch => checkpoint::pytorch(scan, path, options).map(one),
         Kind::HuggingFace => checkpoint::directory(scan, path, options),
-        Kind::Imatrix => imatrix::flat(scan, path, options),
-        Kind::Qpack | Kind::CoreMl => whole(scan, target, options, budget, observer),
+        Kind::Imatrix => imatrix::flat(scan, path, options).map(one),
+        Kind::Qpack | Kind::CoreMl => whole(scan, target, options, budget, observer).map(one),
         Kind::Unknown => Err(Error::unsupported("is no file that can be read").at(path)),
     };
     let opened = match opened {
         Ok(opened) => opened,
         Err(e) => {
             scan.error(e, path)?;
-            None
+            Vec::new()
         }
     };
-    match opened {
-        Some(Opened { store, format }) => {
-            let wanted = Wanted { tensors: options.tensors, sha256: options.sha256 };
-            if let Err(e) = contents::check(scan, &store, format, wanted, budget, observer) {
-                scan.error(e, path)?;
-            }
-        }
-        None => {
-            contents::files_alone(scan, path, format, options.sha256, observer)?;
-            if target.kind == Kind::Qpack {
-                for other in set_of(path, &options.limits) {
-                    contents::files_alone(scan, &other, format, options.sha256, observer)?;
-                }
-            }
+    let wanted = Wanted { tensors: options.tensors, sha256: options.sha256 };
+    for Opened { store, format } in &opened {
+        if let Err(e) = contents::check(scan, store, format, wanted, budget, observer) {
+            scan.error(e, path)?;
         }
     }
-    if target.kind == Kind::HuggingFace && path.is_dir() {
+    if opened.is_empty() || target.kind == Kind::HuggingFace && path.is_dir() {
         contents::files_alone(scan, path, format, options.sha256, observer)?;
+    }
+    if opened.is_empty() && target.kind == Kind::Qpack {
+        for other in set_of(path, &options.limits) {
+            contents::files_alone(scan, &other, format, options.sha256, observer)?;
+        }
     }
     Ok(())
 }

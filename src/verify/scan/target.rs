@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use super::Unchecked;
 use crate::container::coreml::{chunks, package};
 use crate::container::gguf::MAGIC;
 use crate::container::shards::split_shard_name;
@@ -64,11 +65,12 @@ const ENDINGS: &[&str] = &["gguf", "safetensors", "bin", "pt", "pth", "ckpt", "p
 /// Endings of pickles of other libraries.
 pub const PICKLES: &[&str] = &["bin", "pt", "pth", "ckpt", "pkl", "pickle"];
 
-/// The targets that `paths` mean: files, directories of models, and what lies in other directories.
+/// The targets that `paths` mean: files, directories of models, and what lies in other directories; and what cannot be
+/// looked at in these.
 ///
 /// # Errors
-/// `Io` when a path cannot be looked at.
-pub fn find(paths: &[PathBuf]) -> Result<Vec<Target>> {
+/// `Io` when one of `paths` cannot be looked at.
+pub fn find(paths: &[PathBuf]) -> Result<(Vec<Target>, Vec<Unchecked>)> {
     let mut found = Targets::default();
     for path in paths {
         let meta = fs::metadata(path).map_err(|e| Error::io("open", path, e))?;
@@ -79,20 +81,25 @@ pub fn find(paths: &[PathBuf]) -> Result<Vec<Target>> {
         } else if let Some(kind) = kind_of_directory(path) {
             found.model(path, kind, true);
         } else {
-            directory(path, 0, &mut found)?;
+            directory(path, 0, &mut found);
         }
     }
-    Ok(found.targets)
+    Ok((found.targets, found.unchecked))
 }
 
 #[derive(Default)]
 struct Targets {
     targets: Vec<Target>,
+    unchecked: Vec<Unchecked>,
     /// Sets of which one file is there already.
     sets: BTreeSet<(PathBuf, String, u64)>,
 }
 
 impl Targets {
+    fn fail(&mut self, path: &Path, error: &Error) {
+        self.unchecked.push(Unchecked { path: path.to_path_buf(), error: error.to_string() });
+    }
+
     fn add(&mut self, path: &Path, kind: Kind, named: bool) {
         let name = path.file_name().and_then(|n| n.to_str()).unwrap_or_default();
         let ending = name.rsplit_once('.').map_or("", |(_, e)| e);
@@ -124,8 +131,8 @@ impl Targets {
 /// Directories within directories.
 const MAX_DEPTH: u32 = 8;
 
-/// Models in a directory that is none itself.
-fn directory(dir: &Path, depth: u32, found: &mut Targets) -> Result<()> {
+/// Paths in a directory in order, and whether they are directories.
+fn entries(dir: &Path) -> Result<Vec<(PathBuf, bool)>> {
     let failed = |e| Error::io("read", dir, e);
     let mut entries = Vec::new();
     for entry in fs::read_dir(dir).map_err(failed)? {
@@ -133,6 +140,15 @@ fn directory(dir: &Path, depth: u32, found: &mut Targets) -> Result<()> {
         entries.push((entry.path(), entry.file_type().map_err(failed)?.is_dir()));
     }
     entries.sort();
+    Ok(entries)
+}
+
+/// Models in a directory that is none itself.
+fn directory(dir: &Path, depth: u32, found: &mut Targets) {
+    let entries = entries(dir).unwrap_or_else(|e| {
+        found.fail(dir, &e);
+        Vec::new()
+    });
     for (path, is_dir) in entries {
         if path.file_name().is_some_and(|n| n.to_string_lossy().starts_with('.')) {
             continue;
@@ -144,18 +160,18 @@ fn directory(dir: &Path, depth: u32, found: &mut Targets) -> Result<()> {
             }
             match kind_of_directory(&path) {
                 Some(kind) => found.model(&path, kind, false),
-                None if depth < MAX_DEPTH => directory(&path, depth + 1, found)?,
+                None if depth < MAX_DEPTH => directory(&path, depth + 1, found),
                 None => {}
             }
         } else if path.is_file() {
             let ending = path.extension().and_then(|e| e.to_str()).unwrap_or_default();
-            match kind_of_file(&path)? {
-                Kind::Unknown if !ENDINGS.contains(&ending) => {}
-                kind => found.add(&path, kind, false),
+            match kind_of_file(&path) {
+                Ok(Kind::Unknown) if !ENDINGS.contains(&ending) => {}
+                Ok(kind) => found.add(&path, kind, false),
+                Err(e) => found.fail(&path, &e),
             }
         }
     }
-    Ok(())
 }
 
 /// What a directory is, where it is a model.
