@@ -10,7 +10,8 @@ const WIDEST: usize = 100;
 
 /// What steers a terminal, or the order in which it shows text.
 fn steers(c: char) -> bool {
-    c.is_control() || matches!(c, '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+    c.is_control()
+        || matches!(c, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
 }
 
 /// `text` with what steers a terminal as `\u001b`, where `keep` does not say otherwise.
@@ -84,6 +85,7 @@ mod tests {
     fn what_steers_a_terminal_is_shown() {
         assert!(matches!(line("blk.0.é 漢"), Cow::Borrowed(_)));
         assert_eq!(line("a\u{1b}[2J\n\u{9b}\u{202e}\u{7f}"), "a\\u001b[2J\\u000a\\u009b\\u202e\\u007f");
+        assert_eq!(line("\u{61c}"), "\\u061c");
         assert_eq!(lines("a\n\tb\r"), "a\n\tb\\u000d");
         let mut out = Plain(Vec::new());
         write!(out, "\u{9b}31m é\n\u{1b}").unwrap();

@@ -7,7 +7,8 @@ use crate::error::{Error, Result};
 use crate::limits::Limits;
 
 use super::cursor::Cursor;
-use super::layout::{MAGIC, MAX_DIMS, MAX_KEY};
+use super::layout::{KEY_ALIGNMENT, MAGIC, MAX_DIMS, MAX_KEY, align_up, alignment};
+use super::value::Metadata;
 
 /// Where the parts of a header lie.
 #[derive(Debug, Default)]
@@ -16,6 +17,10 @@ pub struct Places {
     pub entries: HashMap<String, u64>,
     /// Where the header ends, before the padding in front of the data.
     pub end: u64,
+    /// Where the data begins.
+    pub data_offset: u64,
+    /// Alignment of the data in bytes; 0 where nothing is known.
+    pub alignment: u32,
 }
 
 /// Where the parts of the header of `file` lie.
@@ -29,11 +34,14 @@ pub fn places(file: &InputFile, limits: &Limits) -> Result<Places> {
     }
     c.big_endian = c.u32()? & 0xffff == 0;
     let (tensors, entries) = (c.u64()?, c.u64()?);
-    let mut places = Places::default();
+    let (mut places, mut metadata) = (Places::default(), Metadata::default());
     for _ in 0..entries.min(limits.metadata_entries) {
         let at = c.pos();
         let key = String::from_utf8_lossy(&c.string(MAX_KEY)?).into_owned();
-        c.value()?;
+        let value = c.value()?;
+        if key == KEY_ALIGNMENT {
+            metadata.set(key.clone(), value);
+        }
         places.entries.insert(key, at);
     }
     for _ in 0..tensors.min(limits.tensors) {
@@ -45,5 +53,8 @@ pub fn places(file: &InputFile, limits: &Limits) -> Result<Places> {
         c.u64()?;
     }
     places.end = c.pos();
+    places.alignment = alignment(&metadata)?;
+    places.data_offset = align_up(places.end, places.alignment)
+        .ok_or_else(|| Error::malformed("the header overflows").offset(places.end))?;
     Ok(places)
 }

@@ -5,8 +5,8 @@ use std::path::Path;
 use super::finding::Finding;
 use super::rules::{HOLE, ORDER, PADDING, POLYGLOT, SHARD_FOREIGN, TRAILING};
 use super::{Opened, Options, Scan, hyper, imatrix, names, shape, template, vocab};
-use crate::container::InputFile;
 use crate::container::gguf::{Gguf, Metadata, Places, Value, is_gguf, places};
+use crate::container::{InputFile, Store};
 use crate::error::{Error, Result};
 use crate::limits::Limits;
 use crate::tensor::TensorInfo;
@@ -43,8 +43,19 @@ impl<'a> Entries<'a> {
     }
 }
 
-/// Values of `general.type` that are no models.
-const NO_MODELS: &[&str] = &["imatrix", "moments", "adapter"];
+/// Values of `general.type` that are no models, and the ends of the names of all their tensors. A loader of models does
+/// not ask for the type: what has other tensors is checked as a model.
+const NO_MODELS: &[(&str, &[&str])] = &[
+    ("imatrix", &[".in_sum2", ".counts"]),
+    ("moments", &[".in_moments", ".in_sum", ".in_sum_abs", ".counts"]),
+    ("adapter", &[".lora_a", ".lora_b"]),
+];
+
+/// Whether a file can be no model. Importance matrices need not say what they are.
+fn is_no_model(kind: &str, store: &Store) -> bool {
+    let all = |ends: &[&str]| store.tensors().iter().all(|t| ends.iter().any(|end| t.name.ends_with(end)));
+    NO_MODELS.iter().any(|(name, ends)| *name == kind && all(ends)) || imatrix::is_one(store)
+}
 
 pub(super) fn check(scan: &mut Scan, path: &Path, options: &Options) -> Result<Option<Opened>> {
     if !is_gguf(path)? {
@@ -55,8 +66,8 @@ pub(super) fn check(scan: &mut Scan, path: &Path, options: &Options) -> Result<O
     let entries = Entries::new(first, &gguf.metadata, &options.limits);
     for (number, file) in gguf.store.files().iter().enumerate() {
         let tensors = gguf.store.tensors().iter().filter(|t| t.file == number);
-        let begin = (number == 0).then_some((entries.places.end, gguf.data_offset));
-        layout(scan, file, tensors.collect(), begin, gguf.alignment)?;
+        let own = if number == 0 { None } else { Some(places(file, &options.limits)?) };
+        layout(scan, file, tensors.collect(), own.as_ref().unwrap_or(&entries.places))?;
         if number > 0 {
             shard(scan, &gguf.metadata, file, &options.limits)?;
         }
@@ -71,20 +82,20 @@ pub(super) fn check(scan: &mut Scan, path: &Path, options: &Options) -> Result<O
         scan.findings.extend(found.into_iter().map(|f| f.key(key).at(entries.place(key))));
     }
     let kind = gguf.metadata.str("general.type").unwrap_or_default();
-    let format = if kind == "imatrix" || imatrix::is_one(&gguf.store) {
-        imatrix::of_gguf(scan, path, options)?;
-        "imatrix"
-    } else {
-        if !NO_MODELS.contains(&kind) {
-            hyper::check(scan, &entries, gguf.store.tensors());
-            shape::check(scan, &entries, &gguf.store);
+    if !is_no_model(kind, &gguf.store) {
+        hyper::check(scan, &entries, gguf.store.tensors());
+        shape::check(scan, &entries, &gguf.store);
+    }
+    vocab::check(scan, &entries);
+    let place = |key| template::Place { file: entries.file, key, offset: entries.text_place(key) };
+    let templates = template::of_metadata(&gguf.metadata).map(|(key, name, text)| (place(key), name, text));
+    template::check_all(scan, templates, &template::tokens(&gguf.metadata));
+    let format = match imatrix::is_one(&gguf.store) {
+        true => {
+            imatrix::of_gguf(scan, path, options)?;
+            "imatrix"
         }
-        vocab::check(scan, &entries);
-        let place = |key| template::Place { file: entries.file, key, offset: entries.text_place(key) };
-        let templates =
-            template::of_metadata(&gguf.metadata).map(|(key, name, text)| (place(key), name, text));
-        template::check_all(scan, templates, &template::tokens(&gguf.metadata));
-        "GGUF"
+        false => "GGUF",
     };
     Ok(Some(Opened { store: gguf.store, format }))
 }
@@ -109,90 +120,139 @@ const OTHERS: &[(&[u8], &str)] = &[
     (b"\x80\x02}", "a pickle"),
     (b"\x80\x04\x95", "a pickle"),
 ];
-/// Bytes of a hole that are looked at.
-const WINDOW: u64 = 64 << 10;
+/// Longest of them, in bytes.
+const LONGEST: usize = 8;
+/// Where the directory of an archive ends, which its readers look for from the end of a file.
+const ZIP_END: &[u8] = b"PK\x05\x06";
+/// Bytes that are read at once.
+const PIECE: u64 = 64 << 10;
 
-/// Which other format bytes begin as, or hold the directory of.
-pub(super) fn other_format(bytes: &[u8]) -> Option<&'static str> {
-    let start = bytes.iter().position(|b| *b != 0).unwrap_or(0);
-    let begins = |(magic, name): &(&[u8], &'static str)| {
-        [bytes, bytes.get(start..).unwrap_or_default()].iter().any(|b| b.starts_with(magic)).then_some(*name)
-    };
-    OTHERS
-        .iter()
-        .find_map(begins)
-        .or_else(|| bytes.windows(4).any(|w| w == b"PK\x05\x06").then_some("the end of a zip archive"))
+fn begins(bytes: &[u8]) -> Option<&'static str> {
+    OTHERS.iter().find_map(|(magic, name)| bytes.starts_with(magic).then_some(*name))
 }
 
-/// What lies between tensors, and behind them. `begin` is where the header ends and the data begin, where that is known.
-fn layout(
-    scan: &mut Scan,
-    file: &InputFile,
-    tensors: Vec<&TensorInfo>,
-    begin: Option<(u64, u64)>,
-    alignment: u32,
-) -> Result<()> {
+/// What bytes are that belong to nothing.
+#[derive(Default)]
+struct Filling {
+    /// The first few from the first that is not zero, and where that is.
+    from: Option<(u64, Vec<u8>)>,
+    /// The first few of all.
+    first: Vec<u8>,
+    /// The last few of the pieces before.
+    last: Vec<u8>,
+    read: u64,
+    has_zip: bool,
+}
+
+impl Filling {
+    /// Of a place in a file, read piece by piece.
+    fn of(file: &InputFile, at: u64, bytes: u64) -> Result<Self> {
+        let mut filling = Self::default();
+        let mut piece = Vec::new();
+        while filling.read < bytes {
+            piece.resize((bytes - filling.read).min(PIECE) as usize, 0);
+            file.read_at(at.saturating_add(filling.read), &mut piece)?;
+            filling.piece(&piece);
+        }
+        Ok(filling)
+    }
+
+    fn piece(&mut self, bytes: &[u8]) {
+        if self.first.len() < LONGEST {
+            self.first.extend(bytes.iter().take(LONGEST - self.first.len()));
+        }
+        let start = match &self.from {
+            None => bytes.iter().position(|b| *b != 0),
+            Some((_, there)) => (there.len() < LONGEST).then_some(0),
+        };
+        if let Some(start) = start {
+            let (_, there) = self.from.get_or_insert((self.read + start as u64, Vec::new()));
+            there.extend(bytes.iter().skip(start).take(LONGEST - there.len()));
+        }
+        let edge = [self.last.as_slice(), bytes.get(..ZIP_END.len().min(bytes.len())).unwrap_or_default()];
+        let within = |bytes: &[u8]| bytes.windows(ZIP_END.len()).any(|w| w == ZIP_END);
+        self.has_zip |= within(&edge.concat()) || within(bytes);
+        self.last = bytes.get(bytes.len().saturating_sub(ZIP_END.len() - 1)..).unwrap_or_default().to_vec();
+        self.read += bytes.len() as u64;
+    }
+
+    fn is_zero(&self) -> bool {
+        self.from.is_none()
+    }
+
+    fn other(&self) -> Option<&'static str> {
+        let from = self.from.as_ref().and_then(|(_, bytes)| begins(bytes));
+        begins(&self.first).or(from).or(self.has_zip.then_some("the end of a zip archive"))
+    }
+}
+
+/// What lies between tensors, and behind them.
+fn layout(scan: &mut Scan, file: &InputFile, tensors: Vec<&TensorInfo>, places: &Places) -> Result<()> {
     let mut order = tensors.clone();
     order.sort_by_key(|t| (t.offset, t.nbytes));
     if let Some((a, b)) = tensors.iter().zip(&order).find(|(a, b)| a.offset != b.offset) {
         let message = format!("tensor {:?} lies where {:?} should by the order of the list", b.name, a.name);
         scan.find(Finding::new(&ORDER, file.path(), message).tensor(&b.name).at(b.offset));
     }
-    let (mut padding, mut first_padding) = (0u64, None);
-    if let Some((from, to)) = begin.filter(|(from, to)| *from > 0 && to > from && *to <= file.len())
-        && !is_zero(file, from, to - from)?
-    {
-        (padding, first_padding) = (1, Some((from, to - from)));
-    }
-    let begin = begin.map(|(_, data)| data);
-    let mut end = begin.or(order.first().map(|t| t.offset)).unwrap_or(0);
+    let is_known = places.alignment > 0;
+    let alignment = u64::from(places.alignment.max(1));
+    let first = order.first().map_or(file.len(), |t| t.offset);
+    let (head, begin) = if is_known { (places.end, places.data_offset.min(first)) } else { (first, first) };
+    let mut odd = Vec::new();
+    let mut pad = |scan: &mut Scan, from: u64, to: u64| -> Result<()> {
+        // A file without tensors may end before its data begins.
+        let bytes = to.min(file.len()).saturating_sub(from);
+        let filling = Filling::of(file, from, bytes)?;
+        match filling.other() {
+            Some(other) => scan.find(polyglot(file, from, bytes, "of padding", other)),
+            None if !filling.is_zero() => odd.push((from, bytes)),
+            None => {}
+        }
+        Ok(())
+    };
+    pad(scan, head, begin)?;
+    let mut end = begin;
     for t in order {
         let gap = t.offset.saturating_sub(end);
-        if gap >= u64::from(alignment) {
+        if gap >= alignment {
             between(scan, file, end, gap, Some(&t.name))?;
-        } else if gap > 0 && !is_zero(file, end, gap)? {
-            padding += 1;
-            first_padding.get_or_insert((end, gap));
+        } else if gap > 0 {
+            pad(scan, end, t.offset)?;
         }
         end = t.offset.saturating_add(t.nbytes);
     }
-    if let Some((at, bytes)) = first_padding {
-        let message = format!("padding is not zero in {padding} places");
-        scan.find(Finding::new(&PADDING, file.path(), message).at(at).of(bytes));
+    if let Some((at, bytes)) = odd.first() {
+        let message = format!("padding is not zero in {} places", odd.len());
+        scan.find(Finding::new(&PADDING, file.path(), message).at(*at).of(*bytes));
     }
     let rest = file.len().saturating_sub(end);
-    let padded = end.checked_next_multiple_of(u64::from(alignment)).unwrap_or(end).saturating_sub(end);
-    if rest > padded || (rest > 0 && !is_zero(file, end, rest)?) {
+    let padded = end.checked_next_multiple_of(alignment).unwrap_or(end).saturating_sub(end);
+    if rest > padded || (rest > 0 && !Filling::of(file, end, rest)?.is_zero()) {
         between(scan, file, end, rest, None)?;
     }
     Ok(())
 }
 
+fn polyglot(file: &InputFile, at: u64, bytes: u64, place: &str, other: &str) -> Finding {
+    Finding::new(&POLYGLOT, file.path(), format!("{bytes} bytes {place} are {other}")).at(at).of(bytes)
+}
+
 /// Bytes that belong to no tensor, before the tensor named or at the end.
 fn between(scan: &mut Scan, file: &InputFile, at: u64, bytes: u64, before: Option<&str>) -> Result<()> {
-    let mut seen = vec![0; bytes.min(WINDOW) as usize];
-    file.read_at(at, &mut seen)?;
-    let mut tail = vec![0; bytes.min(WINDOW) as usize];
-    file.read_at(at + (bytes - bytes.min(WINDOW)), &mut tail)?;
     let place = match before {
         Some(name) => format!("before tensor {name:?}"),
         None => "behind the last tensor".to_string(),
     };
-    let finding = match other_format(&seen).or_else(|| other_format(&tail)) {
-        Some(other) => Finding::new(&POLYGLOT, file.path(), format!("{bytes} bytes {place} are {other}")),
-        None if before.is_some() => {
-            Finding::new(&HOLE, file.path(), format!("{bytes} bytes {place} belong to no tensor"))
+    let (rule, message) = match Filling::of(file, at, bytes)?.other() {
+        Some(other) => {
+            scan.find(polyglot(file, at, bytes, &place, other));
+            return Ok(());
         }
-        None => Finding::new(&TRAILING, file.path(), format!("{bytes} bytes {place} belong to nothing")),
+        None if before.is_some() => (&HOLE, format!("{bytes} bytes {place} belong to no tensor")),
+        None => (&TRAILING, format!("{bytes} bytes {place} belong to nothing")),
     };
-    scan.find(finding.at(at).of(bytes));
+    scan.find(Finding::new(rule, file.path(), message).at(at).of(bytes));
     Ok(())
-}
-
-fn is_zero(file: &InputFile, at: u64, bytes: u64) -> Result<bool> {
-    let mut seen = vec![0; bytes.min(WINDOW) as usize];
-    file.read_at(at, &mut seen)?;
-    Ok(seen.iter().all(|b| *b == 0))
 }
 
 /// What a later shard says of itself beside the first.

@@ -9,9 +9,10 @@ use crate::container::Store;
 use crate::container::imatrix::ImportanceMatrix;
 use crate::error::{Error, Result};
 
-/// Whether tensors are those of an importance matrix.
+/// Whether tensors are those of an importance matrix, and no others.
 pub(super) fn is_one(store: &Store) -> bool {
-    store.tensors().first().is_some_and(|t| t.name.ends_with(".in_sum2") || t.name.ends_with(".counts"))
+    let of_one = |name: &str| name.ends_with(".in_sum2") || name.ends_with(".counts");
+    !store.tensors().is_empty() && store.tensors().iter().all(|t| of_one(&t.name))
 }
 
 /// Checks one in GGUF, whose structure was checked.

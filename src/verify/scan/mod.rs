@@ -25,6 +25,7 @@ pub use finding::Finding;
 pub use rules::{RULES, Rule, Severity};
 pub use target::{Kind, Target};
 
+use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
@@ -134,6 +135,9 @@ impl Scan {
     }
 }
 
+/// Files of a set in which something is wrong that are looked at one by one: each of them may open all others.
+const MOST_OF_A_BROKEN_SET: u32 = 16;
+
 /// Looks at `paths`: files, of a set any, and directories.
 ///
 /// # Errors
@@ -141,17 +145,31 @@ impl Scan {
 pub fn scan(paths: &[PathBuf], options: &Options, budget: &Budget, observer: &dyn Observer) -> Result<Scan> {
     let (targets, unchecked) = target::find(paths)?;
     let mut scan = Scan { unchecked, ..Scan::default() };
+    // Of a set each file is met. What was opened with another is done; names alone promise nothing.
+    let (mut opened, mut broken) = (HashSet::new(), HashMap::new());
     for target in targets {
+        let set = target.set();
+        let failures = set.as_ref().and_then(|set| broken.get(set)).copied().unwrap_or(0);
+        if failures >= MOST_OF_A_BROKEN_SET || set.is_some() && opened.contains(&target.path) {
+            continue;
+        }
+        let before = (scan.count(Severity::Error), scan.unchecked.len(), scan.files.len());
         one(&mut scan, &target, options, budget, observer)?;
+        opened.extend(scan.files.iter().skip(before.2).map(|f| f.path.clone()));
+        if let Some(set) =
+            set.filter(|_| (scan.count(Severity::Error), scan.unchecked.len()) != (before.0, before.1))
+        {
+            *broken.entry(set).or_insert(0) += 1;
+        }
         if observer.interrupted() {
             return Err(Error::interrupted());
         }
     }
     // Paths may have been given twice, and sets by two of their files; SARIF wants each once.
-    let mut seen = std::collections::HashSet::new();
+    let mut seen = HashSet::new();
     scan.files.retain(|f| seen.insert(f.path.clone()));
     // The gravest first, in the order of the files.
-    let place: std::collections::HashMap<PathBuf, usize> =
+    let place: HashMap<PathBuf, usize> =
         scan.files.iter().enumerate().map(|(i, f)| (f.path.clone(), i)).collect();
     scan.findings.sort_by_key(|f| {
         (place.get(&f.file).copied().unwrap_or(usize::MAX), std::cmp::Reverse(f.severity), f.rule.id)

@@ -31,7 +31,8 @@ pub(super) fn check(file: &Path, what: &str, name: &str) -> Vec<Finding> {
 /// Characters that are not seen, or that turn the text beside them round.
 fn is_deceptive(c: char) -> bool {
     matches!(u32::from(c),
-        0xad | 0x200b..=0x200f | 0x202a..=0x202e | 0x2060..=0x2064 | 0x2066..=0x206f | 0xfeff | 0xe0000..=0xe007f)
+        0xad | 0x34f | 0x61c | 0x115f | 0x1160 | 0x17b4 | 0x17b5 | 0x180e | 0x200b..=0x200f | 0x202a..=0x202e | 0x2060..=0x2064 | 0x2066..=0x206f | 0x3164
+            | 0xfeff | 0xffa0 | 0xe0000..=0xe007f)
 }
 
 /// In ASCII.
@@ -57,6 +58,8 @@ mod tests {
         for bad in ["../../x", "a/../b", "/etc/passwd", "..\\x", "C:\\x", "a/.."] {
             assert_eq!(rules(bad), [NAME_PATH.id], "{bad}");
         }
-        assert_eq!(rules("a\u{202e}b"), [NAME_DECEPTIVE.id]);
+        for c in ['\u{202e}', '\u{61c}', '\u{180e}', '\u{3164}'] {
+            assert_eq!(rules(&format!("a{c}b")), [NAME_DECEPTIVE.id], "{c:?}");
+        }
     }
 }

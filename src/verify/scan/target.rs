@@ -1,6 +1,5 @@
 //! Which files paths mean, and what each of them is.
 
-use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -52,7 +51,7 @@ impl Kind {
 /// Something to scan: a file with what belongs to it, or a directory.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Target {
-    /// Where it is; of a set the file that was met first.
+    /// Where it is; of a set any file.
     pub path: PathBuf,
     /// What it is.
     pub kind: Kind,
@@ -91,8 +90,19 @@ pub fn find(paths: &[PathBuf]) -> Result<(Vec<Target>, Vec<Unchecked>)> {
 struct Targets {
     targets: Vec<Target>,
     unchecked: Vec<Unchecked>,
-    /// Sets of which one file is there already.
-    sets: BTreeSet<(PathBuf, String, u64)>,
+}
+
+/// The set that a file belongs to by its name: the directory, the name without its number, and how many there are.
+pub type Set = (PathBuf, String, u64);
+
+impl Target {
+    /// The set that it belongs to by its name. Whether it does, only the files can say.
+    pub fn set(&self) -> Option<Set> {
+        let name = self.path.file_name()?.to_str()?;
+        let ending = name.rsplit_once('.').map_or("", |(_, ending)| ending);
+        let (stem, _, count) = split_shard_name(name, ending)?;
+        Some((self.path.parent()?.to_path_buf(), format!("{stem}.{ending}"), count))
+    }
 }
 
 impl Targets {
@@ -101,14 +111,6 @@ impl Targets {
     }
 
     fn add(&mut self, path: &Path, kind: Kind, named: bool) {
-        let name = path.file_name().and_then(|n| n.to_str()).unwrap_or_default();
-        let ending = name.rsplit_once('.').map_or("", |(_, e)| e);
-        if let Some((stem, _, count)) = split_shard_name(name, ending) {
-            let dir = path.parent().unwrap_or(path).to_path_buf();
-            if !self.sets.insert((dir, format!("{stem}.{ending}"), count)) {
-                return;
-            }
-        }
         self.targets.push(Target { path: path.to_path_buf(), kind, named });
     }
 

@@ -108,22 +108,16 @@ fn special(scan: &mut Scan, entries: &Entries<'_>, tokens: usize) {
         if !(role.ends_with("_token_id") || role.ends_with("_token_ids")) {
             continue;
         }
-        let check = |scan: &mut Scan, value: &Value| {
-            // -1, as many writers have it, is none; unsigned it is 2^32 - 1.
-            let is_none = matches!(value, Value::I32(-1) | Value::I64(-1) | Value::U32(u32::MAX));
-            if !is_none && value.as_u64().is_none_or(|id| id >= tokens as u64) {
-                let message = format!("{key} is {value}, of {tokens} tokens");
-                scan.find(entries.finding(&VOCAB_ID, key, message).values(value, format!("below {tokens}")));
-            }
+        // -1, as many writers have it, is none; unsigned it is 2^32 - 1.
+        let is_none = |id: &Value| matches!(id, Value::I32(-1) | Value::I64(-1) | Value::U32(u32::MAX));
+        let is_bad = |id: &Value| !is_none(id) && id.as_u64().is_none_or(|id| id >= tokens as u64);
+        let bad = match value {
+            Value::Array(ids) => (0..ids.len()).filter_map(|i| ids.get(i)).find(is_bad),
+            id => is_bad(id).then(|| id.clone()),
         };
-        match value {
-            Value::Array(ids) => {
-                let mut all = (0..ids.len()).filter_map(|i| ids.get(i));
-                if let Some(bad) = all.find(|v| v.as_u64().is_none_or(|id| id >= tokens as u64)) {
-                    check(scan, &bad);
-                }
-            }
-            value => check(scan, value),
+        if let Some(id) = bad {
+            let message = format!("{key} is {id}, of {tokens} tokens");
+            scan.find(entries.finding(&VOCAB_ID, key, message).values(id, format!("below {tokens}")));
         }
     }
 }
