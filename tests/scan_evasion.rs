@@ -3,6 +3,8 @@
 #[path = "common/checkpoint.rs"]
 mod checkpoint;
 mod common;
+#[path = "common/place.rs"]
+mod place;
 #[path = "common/raw.rs"]
 mod raw;
 #[path = "common/sound.rs"]
@@ -195,11 +197,27 @@ fn what_cannot_be_read_ends_no_scan() {
     let (closed, shut) = (dir.path().join("a"), dir.path().join("b.gguf"));
     fs::create_dir(&closed).unwrap();
     fs::write(&shut, sound().bytes()).unwrap();
-    fs::set_permissions(&closed, fs::Permissions::from_mode(0)).unwrap();
-    fs::set_permissions(&shut, fs::Permissions::from_mode(0)).unwrap();
+    fs::set_permissions(&closed, fs::Permissions::from_mode(0o0)).unwrap();
+    fs::set_permissions(&shut, fs::Permissions::from_mode(0o0)).unwrap();
     let scan = look(dir.path());
     assert_eq!(scan.count(Severity::Error), 1, "{scan:#?}");
     // Root reads everything.
     let is_root = fs::read_dir(&closed).is_ok();
     assert_eq!(scan.unchecked.len(), if is_root { 0 } else { 2 }, "{scan:#?}");
+}
+
+/// llama.cpp has an assertion that more experts are there than are used.
+#[cfg(feature = "ggml")]
+#[test]
+fn what_ends_the_engine_is_not_handed_to_it() {
+    let place = place::Place::new();
+    fs::write(place.path("x.gguf"), sound().u32("llama.expert_used_count", 255).bytes()).unwrap();
+    place.refuses(
+        &["run", "x.gguf", "-p", "a", "-n", "1"],
+        &[
+            "x.gguf: would end the program that loads it",
+            "llama.expert_used_count",
+            "hint: qconv verify --scan",
+        ],
+    );
 }

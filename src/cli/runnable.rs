@@ -15,6 +15,7 @@ use qconv::eval::coreml::CoremlModel;
 use qconv::eval::engine::Engine;
 use qconv::exec::Rounding;
 use qconv::limits::Limits;
+use qconv::verify::scan::unloadable;
 use serde_json::{Value as Json, json};
 
 use super::common::WriteArgs;
@@ -49,7 +50,7 @@ impl Runnable {
     /// otherwise has Q8_0, or F16 where rows do not fit that. How much that loses is said.
     ///
     /// # Errors
-    /// As the conversion; `Unsupported` for a Core ML package.
+    /// As the conversion; `Unsupported` for a Core ML package, `Malformed` for a file that would end the process.
     pub fn of(path: &Path, threads: Option<u32>, quiet: bool) -> Result<Self> {
         if is_coreml(path) {
             return Err(Error::unsupported("is a Core ML package, which llama.cpp does not execute")
@@ -60,6 +61,7 @@ impl Runnable {
         }
         let is_packed = path.is_file() && is_qpack(&InputFile::open(path)?)?;
         if !is_packed && !path.is_dir() {
+            refuse_fatal(path)?;
             return Ok(Self { path: path.to_path_buf(), stated: None, _kept: None });
         }
         ui::catch_interrupt();
@@ -131,6 +133,22 @@ impl Runnable {
     pub fn json(&self) -> Json {
         self.stated.as_ref().map_or(Json::Null, Stated::json)
     }
+}
+
+/// The library that loads a model has assertions, which end the program.
+fn refuse_fatal(path: &Path) -> Result<()> {
+    // What is no GGUF file, the engine says.
+    if !is_gguf(path)? {
+        return Ok(());
+    }
+    let Some(found) = unloadable(path, &Limits::default())? else { return Ok(()) };
+    let message = format!("would end the program that loads it: {}", found.message);
+    let error =
+        Error::malformed(message).at(&found.file).hint("qconv verify --scan tells all that is wrong with it");
+    Err(match found.offset {
+        Some(offset) => error.offset(offset),
+        None => error,
+    })
 }
 
 fn convert(job: &Job, budget: &Budget, quiet: bool) -> Result<Vec<Outcome>> {

@@ -3,7 +3,10 @@
 use std::path::Path;
 
 use super::finding::Finding;
-use super::rules::{HOLE, ORDER, PADDING, POLYGLOT, SHARD_FOREIGN, TRAILING};
+use super::rules::{
+    HOLE, KEY_RANGE, ORDER, PADDING, POLYGLOT, SHARD_FOREIGN, TRAILING, VOCAB_BYTE, VOCAB_DUPLICATE,
+    VOCAB_UNLOADABLE,
+};
 use super::{Opened, Options, Scan, hyper, imatrix, names, shape, template, vocab};
 use crate::container::gguf::{Gguf, Metadata, Places, Value, is_gguf, places};
 use crate::container::{InputFile, Store};
@@ -98,6 +101,21 @@ pub(super) fn check(scan: &mut Scan, path: &Path, options: &Options) -> Result<O
         false => "GGUF",
     };
     Ok(Some(Opened { store: gguf.store, format }))
+}
+
+/// What ends the process that loads the file, or never lets it come back.
+///
+/// # Errors
+/// As [`Gguf::open`].
+pub fn unloadable(path: &Path, limits: &Limits) -> Result<Option<Finding>> {
+    let gguf = Gguf::open(path, limits)?;
+    let Some(first) = gguf.store.files().first() else { return Ok(None) };
+    let entries = Entries::new(first, &gguf.metadata, limits);
+    let mut scan = Scan::default();
+    hyper::check(&mut scan, &entries, gguf.store.tensors());
+    vocab::check(&mut scan, &entries);
+    let fatal = [&KEY_RANGE, &VOCAB_DUPLICATE, &VOCAB_BYTE, &VOCAB_UNLOADABLE].map(|rule| rule.id);
+    Ok(scan.findings.into_iter().find(|f| fatal.contains(&f.rule.id)))
 }
 
 /// Beginnings of other formats, and what they are.

@@ -22,6 +22,7 @@ mod template;
 mod vocab;
 
 pub use finding::Finding;
+pub use gguf::unloadable;
 pub use rules::{RULES, Rule, Severity};
 pub use target::{Kind, Target};
 
