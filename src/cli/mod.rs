@@ -22,6 +22,7 @@ mod gguf_to_hf;
 mod hf_to_gguf;
 mod imatrix;
 mod inspect;
+mod interrupt;
 mod limits;
 mod lora_to_gguf;
 mod mix;
