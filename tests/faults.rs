@@ -374,6 +374,50 @@ fn signals() {
     }
 }
 
+/// What a shell has set to be ignored, as `nohup` does, stays so; other signals are heard.
+#[cfg(target_os = "linux")]
+#[test]
+fn ignored_signals_stay_ignored() {
+    let place = with_outputs();
+    let line = format!("trap '' HUP INT; exec \"$0\" {}", TO_GGUF.join(" "));
+    let begin = || {
+        let mut command = Command::new("sh");
+        command.args(["-c", &line, env!("CARGO_BIN_EXE_qconv")]).current_dir(place.0.path());
+        let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        let begun = Instant::now();
+        while fs::symlink_metadata(place.path("o/.m.gguf.qconv-partial")).is_err() {
+            assert!(child.try_wait().unwrap().is_none() && begun.elapsed() < Duration::from_secs(60));
+        }
+        signal(&child, "-STOP");
+        child
+    };
+    let child = begin();
+    signal(&child, "-HUP");
+    signal(&child, "-INT");
+    let output = go_on(child);
+    assert!(output.status.success(), "{}", said(&output));
+    fs::remove_file(place.path("o/m.gguf")).unwrap();
+    let child = begin();
+    signal(&child, "-TERM");
+    assert_eq!(go_on(child).status.code(), Some(2));
+    assert!(!place.path("o/m.gguf").exists());
+}
+
+/// A bound on the length of files is an error as a full disk is, and nothing empty stays.
+#[test]
+fn files_that_may_not_grow() {
+    let place = with_outputs();
+    for blocks in ["0", "1", "100"] {
+        let line = format!("ulimit -f {blocks}; exec \"$0\" {}", TO_GGUF.join(" "));
+        let mut command = Command::new("sh");
+        command.args(["-c", &line, env!("CARGO_BIN_EXE_qconv")]).current_dir(place.0.path());
+        let output = command.output().unwrap();
+        check_refusal(&output, blocks, &["m.gguf"]);
+        assert_eq!(names(place.path("o")), Vec::<String>::new(), "{blocks}");
+    }
+    place.succeeds(&TO_GGUF);
+}
+
 /// Who reads stdout has gone: that is no fault, and no panic.
 #[test]
 fn a_reader_that_goes() {

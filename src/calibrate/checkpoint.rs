@@ -62,8 +62,8 @@ impl Key {
 /// # Errors
 /// `Misuse` for a path that names no file.
 pub fn path_for(output: &Path) -> Result<PathBuf> {
-    let name = output.file_name().ok_or_else(|| Error::misuse("is no name for an output").at(output))?;
-    Ok(output.with_file_name(format!(".{}.qconv-checkpoint", name.to_string_lossy())))
+    output.file_name().ok_or_else(|| Error::misuse("is no name for an output").at(output))?;
+    Ok(crate::sys::hidden(output, "checkpoint"))
 }
 
 /// The bytes of a checkpoint.

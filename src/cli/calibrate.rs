@@ -100,7 +100,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     let thin = coverage(&file)?;
     if args.json {
         let value = json!({
-            "output": args.output, "bytes": job.plan.layout.total_len, "inputs": file.contents().inputs.len(),
+            "output": args.output.to_string_lossy(), "bytes": job.plan.layout.total_len, "inputs": file.contents().inputs.len(),
             "windows": job.windows(), "passes": summary.passes, "resumed": summary.resumed,
             "seconds": begun.elapsed().as_secs_f64(), "reading_seconds": summary.reading.as_secs_f64(),
             "summing_seconds": summary.summing.as_secs_f64(), "thin_experts": thin_json(&thin),
@@ -163,7 +163,7 @@ fn show(args: &Args, job: &Calibration<'_>, model_bytes: u64) -> anyhow::Result<
         let one = |i: &Input| json!({"name": i.name, "weights": i.weights, "columns": i.columns, "experts": i.experts});
         let inputs: Vec<_> = plan.contents.inputs.iter().map(one).collect();
         let value = json!({
-            "output": args.output, "bytes": plan.layout.total_len, "state_bytes": 2 * state,
+            "output": args.output.to_string_lossy(), "bytes": plan.layout.total_len, "state_bytes": 2 * state,
             "passes": passes.len(), "windows": job.windows(), "ctx": args.calibration.ctx,
             "peak_bytes": plan.scratch + most, "model_bytes": model_bytes, "inputs": inputs,
         });
@@ -256,7 +256,7 @@ fn merge_files(args: &Args) -> anyhow::Result<()> {
     let merged = Moments::open(&args.output, &limits)?;
     let thin = coverage(&merged)?;
     if args.json {
-        let value = json!({"output": args.output, "inputs": contents.inputs.len(), "files": files.len(),
+        let value = json!({"output": args.output.to_string_lossy(), "inputs": contents.inputs.len(), "files": files.len(),
             "texts": contents.texts.iter().map(|t| &t.name).collect::<Vec<_>>(), "thin_experts": thin_json(&thin)});
         ui::print(format_args!("{value:#}"))?;
     } else if !args.quiet {

@@ -9,6 +9,7 @@ use qconv::error::{Error, Result};
 use qconv::plain;
 use serde_json::json;
 
+use super::given;
 use super::ui::{self, Progress};
 
 /// Options of every command that writes.
@@ -158,6 +159,7 @@ pub struct Done {
 /// Whether a job may write, before something long comes before it. From then on Ctrl-C ends things in order.
 pub fn check_new(job: &Job, args: &WriteArgs) -> Result<()> {
     ui::catch_interrupt();
+    given::check(&job.outputs())?;
     // What was being renamed when a run was killed is not finished: the job itself finds out.
     let is_new = |path: &&PathBuf| !path.exists() || args.force || Stage::is_unfinished(&job.output);
     match job.outputs().iter().find(|path| !is_new(path)) {
@@ -182,6 +184,7 @@ pub fn carry_out(job: &Job, args: &WriteArgs) -> Result<Option<Done>> {
         job.plan.notes.iter().for_each(|n| ui::say(&format!("note: {n}")));
     }
     ui::catch_interrupt();
+    given::check(&job.outputs())?;
     let begun = Instant::now();
     let progress = Progress::new("converting", job.work(), args.work.quiet);
     let done = job.run_resuming(args.force, args.resuming(), &budget, &progress);
@@ -210,7 +213,7 @@ fn show_plan(job: &Job, budget: &Budget, json: bool) -> std::io::Result<()> {
             .collect();
         let files: Vec<_> =
             plan.files.iter().map(|f| json!({"name": f.name.to_string_lossy(), "bytes": f.len})).collect();
-        let value = json!({"output": job.output, "files": files, "bytes": plan.total_len(),
+        let value = json!({"output": job.output.to_string_lossy(), "files": files, "bytes": plan.total_len(),
             "parameters": plan.parameters(), "bits_per_weight": plan.bits_per_weight(),
             "peak_buffer_bytes": budget.peak(plan), "tokens": job.tokens, "notes": plan.notes,
             "obstacle": plan.obstacle.as_ref().map(|o| &o.message), "tensors": tensors});
@@ -277,8 +280,8 @@ pub fn summary(job: &Job, done: &Done) -> serde_json::Value {
     let notes: Vec<String> = job.plan.notes.iter().cloned().chain(Outcome::notes(&done.outcomes)).collect();
     let input = stored_bytes(job);
     json!({
-        "output": job.output,
-        "files": job.outputs(),
+        "output": job.output.to_string_lossy(),
+        "files": job.outputs().iter().map(|path| path.to_string_lossy()).collect::<Vec<_>>(),
         "bytes": job.plan.total_len(),
         "source_bytes": input,
         "tensors": job.plan.tensors.len(),

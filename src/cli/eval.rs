@@ -446,7 +446,7 @@ fn baseline(
     if args.json {
         ui::print(format_args!(
             "{:#}",
-            json!({ "output": output, "bytes": at, "top_k": shape.k, "drawn": shape.drawn, "share_of_f16_logits": share, "mean_rest": rest, "converted": runs.json() })
+            json!({ "output": output.to_string_lossy(), "bytes": at, "top_k": shape.k, "drawn": shape.drawn, "share_of_f16_logits": share, "mean_rest": rest, "converted": runs.json() })
         ))?;
     } else {
         ui::print(format_args!(

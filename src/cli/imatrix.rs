@@ -104,7 +104,7 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         Some(output) if !args.dry_run => Some(Stage::files_at(&[(output.clone(), 0)], args.force)?),
         _ => None,
     };
-    let mut summary = json!({ "output": args.output });
+    let mut summary = json!({ "output": args.output.as_ref().map(|path| path.to_string_lossy()) });
     if let Some(model) = &args.model {
         match read::collect(args, model, importance)? {
             None => return Ok(()),

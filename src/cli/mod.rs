@@ -19,9 +19,11 @@ mod diff;
 mod embed;
 mod eval;
 mod gguf_to_hf;
+mod given;
 mod hf_to_gguf;
 mod imatrix;
 mod inspect;
+mod interrupt;
 mod limits;
 mod lora_to_gguf;
 mod mix;
@@ -44,6 +46,8 @@ use std::process::ExitCode;
 
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use qconv::limits::Limits;
+
+use self::given::Given;
 
 /// Convert, quantize, inspect, verify and run language-model files
 #[derive(Parser)]
@@ -143,23 +147,27 @@ pub fn main() -> ExitCode {
     // What is wrong with any shall show before the first begins.
     let mut commands = Vec::with_capacity(lines.len());
     for line in lines {
-        match command.clone().try_get_matches_from(line).and_then(|m| Cli::from_arg_matches(&m)) {
-            Ok(cli) => {
+        match command
+            .clone()
+            .try_get_matches_from(line)
+            .and_then(|m| Ok((Given::of(&m), Cli::from_arg_matches(&m)?)))
+        {
+            Ok((given, cli)) => {
                 let mut limits = cli.limits.limits();
                 // Its own option of this name is about what it writes.
                 if matches!(cli.command, Command::Split(_)) {
                     limits.tensors = Limits::STANDARD.tensors;
                 }
-                commands.push((limits, cli.command));
+                commands.push((limits, given, cli.command));
             }
             Err(e) => e.exit(),
         }
     }
     let (mut code, count) = (ExitCode::SUCCESS, commands.len());
-    for (number, (limits, command)) in (1..).zip(commands) {
+    for (number, (limits, given, command)) in (1..).zip(commands) {
         // For all that a command opens on its way, deep down too.
         Limits::set_default(limits);
-        match run(command) {
+        match given.enter().map_err(anyhow::Error::from).and_then(|()| run(command)) {
             Ok(Status::Done) => {}
             Ok(Status::Findings) => code = ExitCode::from(1),
             Err(e) if is_broken_pipe(&e) => return code,

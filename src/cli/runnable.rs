@@ -93,8 +93,8 @@ impl Runnable {
 
     /// What would be written for a conversion whose output is `output`.
     fn conversion(of: &HfToGguf, output: &Path) -> Result<HfToGguf> {
-        let name = output.file_name().ok_or_else(|| Error::misuse("is no name for an output").at(output))?;
-        let path = output.with_file_name(format!(".{}.qconv-source.gguf", name.to_string_lossy()));
+        output.file_name().ok_or_else(|| Error::misuse("is no name for an output").at(output))?;
+        let path = Temporary::name(output, "source.gguf");
         let (quantizer, file_type, sharding) = (None, None, Sharding::Whole);
         Ok(HfToGguf { output: Some(path), quantizer, file_type, sharding, ..of.clone() })
     }
@@ -198,9 +198,9 @@ impl Stated {
 /// A name of its own beside a model, or, where nothing can be written there, in the system's directory for such.
 fn beside(model: &Path) -> Result<Temporary> {
     let full = model.canonicalize().map_err(|e| Error::io("open", model, e))?;
-    let name = full.file_name().unwrap_or_default().to_string_lossy().into_owned();
-    let prefix = format!(".{name}.qconv-");
-    let create = |dir: &Path| tempfile::Builder::new().prefix(&prefix).suffix(".gguf").tempfile_in(dir);
+    let prefix = Temporary::name(&full, "");
+    let prefix = prefix.file_name().unwrap_or_default();
+    let create = |dir: &Path| tempfile::Builder::new().prefix(prefix).suffix(".gguf").tempfile_in(dir);
     let elsewhere = std::env::temp_dir();
     let created = match full.parent().map(create) {
         Some(Ok(file)) => Ok(file),

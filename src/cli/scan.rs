@@ -1,9 +1,9 @@
 //! `qconv verify` as a scanner: many files, nothing executed.
 
-use std::io::Write;
+use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 
-use qconv::convert::Budget;
+use qconv::convert::{Budget, Stage};
 use qconv::error::{Error, Result};
 use qconv::limits::Limits;
 use qconv::verify::Report;
@@ -69,17 +69,20 @@ impl ScanArgs {
 
     /// Scans, prints what was found, and writes what was asked for.
     pub fn run(&self, files: &[PathBuf], work: &WorkArgs, limits: &Limits) -> anyhow::Result<Status> {
-        if self.sarif.as_deref() == Some(Path::new("-")) && (work.json || self.sha256) {
+        if self.sarif.as_deref().is_some_and(is_stdout) && (work.json || self.sha256) {
             return Err(Error::misuse("--sarif and another output both want stdout")
                 .hint("give it a file: --sarif=scan.sarif")
                 .into());
         }
+        // What cannot be written shall show before the work.
+        self.sarif.as_ref().map_or(Ok(()), |path| Written::Sarif.check(path))?;
+        self.write_manifest.as_ref().map_or(Ok(()), |path| Written::Manifest.check(path))?;
         let found = self.look(files, work, limits)?;
         if let Some(path) = &self.sarif {
             let text = serde_json::to_string_pretty(&sarif::log(&found))?;
-            match path.as_path() == Path::new("-") {
+            match is_stdout(path) {
                 true => ui::print(text)?,
-                false => write(path, &(text + "\n"))?,
+                false => Written::Sarif.write(path, &(text + "\n"))?,
             }
         }
         if work.json {
@@ -89,7 +92,7 @@ impl ScanArgs {
         }
         if let Some(path) = &self.write_manifest {
             let dir = path.parent().unwrap_or(Path::new(""));
-            write(path, &manifest::text(&found, dir)?)?;
+            Written::Manifest.write(path, &manifest::text(&found, dir)?)?;
         }
         say(&found, work.quiet);
         let clean = found.is_clean(self.strict);
@@ -131,13 +134,73 @@ fn is_same(a: &Path, b: &Path) -> bool {
     }
 }
 
-fn write(path: &Path, text: &str) -> Result<()> {
-    let dir = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let failed = |e| Error::io("write", path, e);
-    let mut file = tempfile::NamedTempFile::new_in(dir).map_err(failed)?;
-    file.write_all(text.as_bytes()).map_err(failed)?;
-    file.persist(path).map_err(|e| failed(e.error))?;
-    Ok(())
+/// What is written to a file.
+#[derive(Clone, Copy)]
+enum Written {
+    Sarif,
+    Manifest,
+}
+
+impl Written {
+    /// Its name, and what is found in the beginning of each.
+    fn is(self) -> (&'static str, &'static str) {
+        match self {
+            Self::Sarif => ("SARIF log", "sarif"),
+            Self::Manifest => ("list of hashes", "\"qconv_manifest\""),
+        }
+    }
+
+    /// Refuses to replace what is something else: a model, say.
+    fn check(self, path: &Path) -> Result<()> {
+        let is_regular = std::fs::metadata(path).is_ok_and(|meta| meta.is_file());
+        if !is_regular || is_stream(path) {
+            return Ok(());
+        }
+        let mut begins = Vec::new();
+        let file = std::fs::File::open(path).map_err(|e| Error::io("open", path, e))?;
+        file.take(BEGIN).read_to_end(&mut begins).map_err(|e| Error::io("read", path, e))?;
+        let text = String::from_utf8_lossy(&begins);
+        let (name, word) = self.is();
+        let is_one = text.trim_start().starts_with('{') && text.contains(word) && !text.contains('\0');
+        match is_one || begins.is_empty() {
+            true => Ok(()),
+            false => Err(Error::misuse(format!("exists already, and is no {name}"))
+                .at(path)
+                .hint("give another name, or remove it first")),
+        }
+    }
+
+    /// Writes it. A device, a pipe or what is open already is written to; files are replaced.
+    fn write(self, path: &Path, text: &str) -> Result<()> {
+        let failed = |e| Error::io("write", path, e);
+        if is_stream(path) {
+            // A pipe waits for its reader, and nothing else is left to be ended in order.
+            ui::patience(0);
+            let mut file = std::fs::OpenOptions::new().append(true).open(path).map_err(failed)?;
+            return file.write_all(text.as_bytes()).map_err(failed);
+        }
+        self.check(path)?;
+        let stage = Stage::files_at(&[(path.to_path_buf(), text.len() as u64)], true)?;
+        stage.files().iter().try_for_each(|file| file.write_at(0, text.as_bytes()))?;
+        stage.commit()
+    }
+}
+
+/// Bytes that tell a log or a list.
+const BEGIN: u64 = 1024;
+
+/// Whether a path leads to stdout.
+fn is_stdout(path: &Path) -> bool {
+    ["-", "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"].iter().any(|name| path == Path::new(name))
+}
+
+/// Whether a path leads to a device or a pipe, or to what this program has open: nothing that is replaced.
+fn is_stream(path: &Path) -> bool {
+    let link = std::fs::read_link(path).unwrap_or_default();
+    let is_open = |path: &Path| path.starts_with("/proc/self/fd") || path.starts_with("/dev/fd");
+    is_open(path)
+        || is_open(&link)
+        || std::fs::metadata(path).is_ok_and(|meta| !meta.is_file() && !meta.is_dir())
 }
 
 /// What a file holds, before it is loaded; nothing is said where there is nothing.

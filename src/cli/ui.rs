@@ -1,8 +1,8 @@
 //! What a person sees: progress, notes, errors, and Ctrl-C.
 
 use std::io::{BufWriter, IsTerminal, StdoutLock, Write};
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Mutex, Once};
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
@@ -10,20 +10,24 @@ use qconv::convert::Observer;
 use qconv::error::{Error, Result};
 use qconv::plain::{self, Plain};
 
+use super::interrupt;
+
 static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 static PATIENCE: AtomicUsize = AtomicUsize::new(usize::MAX);
 
 /// Lets the first Ctrl-C stop the work cleanly.
 pub fn catch_interrupt() -> &'static AtomicBool {
-    // A second handler cannot be set; the first one is ours.
-    let _ = ctrlc::set_handler(|| {
+    static SET: Once = Once::new();
+    let end = || {
         if PATIENCE.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| n.checked_sub(1)).is_err() {
             qconv::convert::Temporary::remove_all();
             // As a shell reports a program that Ctrl-C ended.
             std::process::exit(130);
         }
         INTERRUPTED.store(true, Ordering::Relaxed);
-    });
+    };
+    // Where that cannot be, signals end the program at once.
+    SET.call_once(|| drop(interrupt::catch(end)));
     &INTERRUPTED
 }
 

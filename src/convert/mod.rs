@@ -14,6 +14,7 @@ mod gather;
 mod general;
 mod guide;
 mod hf_to_gguf;
+mod inputs;
 mod journal;
 mod lora_to_gguf;
 mod low_rank;
@@ -45,6 +46,7 @@ pub use from_qpack::FromQpack;
 pub use gather::{Scratch, Source, identity};
 pub use guide::{MethodChoice, Way, parse_method, parse_tensor_method, strip_awq};
 pub use hf_to_gguf::{HfToGguf, MergeLora, source_tensors};
+pub use inputs::refuse_inputs;
 pub use journal::Journal;
 pub use lora_to_gguf::LoraToGguf;
 pub use moved::Moved;
@@ -67,6 +69,7 @@ pub use types::{FILE_TYPES, FileType, base_name};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use self::inputs::{Known, refused};
 use self::stage::Outputs;
 use crate::container::qpack::Qpack;
 use crate::container::{InputFile, Store};
@@ -280,15 +283,18 @@ impl Job {
     /// # Errors
     /// `Misuse` naming the file.
     pub fn check_not_input(&self) -> Result<()> {
-        let refused = |path: &Path| Error::misuse("the output would overwrite its own input").at(path);
+        let known = Known::of(self.store.files().iter().map(InputFile::path));
         let directory = if self.is_directory { self.output.canonicalize().ok() } else { None };
         let inputs: Vec<PathBuf> =
             self.store.files().iter().filter_map(|f| f.path().canonicalize().ok()).collect();
         for output in self.outputs() {
             let Ok(output) = output.canonicalize() else { continue };
+            if known.has(&output) {
+                return Err(refused(&output));
+            }
             let is_beside =
                 !self.is_directory && inputs.iter().any(|input| input.parent() == output.parent());
-            if inputs.contains(&output) || is_beside && is_side(&output) {
+            if is_beside && is_side(&output) {
                 return Err(refused(&output));
             }
         }

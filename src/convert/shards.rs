@@ -9,11 +9,13 @@ use std::path::{Path, PathBuf};
 use super::Job;
 use super::gather::{Source, identity};
 use super::plan::{FilePlan, Plan, TensorPlan};
+use super::stage::no_directory;
 use crate::container::gguf::write::Layout;
 use crate::container::gguf::{Gguf, Metadata, Value};
 use crate::container::shards::{shard_name, split_shard_name};
 use crate::error::{Error, Result};
 use crate::limits::Limits;
+use crate::sys;
 use crate::tensor::DType;
 
 /// How the output is divided into files.
@@ -174,10 +176,14 @@ fn infos(tensors: &[TensorPlan]) -> Vec<(&str, DType, &[u64])> {
     tensors.iter().map(|t| (t.name.as_str(), t.dtype, t.shape.as_slice())).collect()
 }
 
+/// What the names of shards begin with, where there are several:
 /// `dir/model.gguf`, `dir/model` and `dir/model-00001-of-00002.gguf` all give `model`.
 fn shard_prefix(output: &Path) -> Result<String> {
+    if sys::ends_as_directory(output) && !output.exists() {
+        return Err(no_directory(output));
+    }
     let name = output.file_name().unwrap_or_default();
-    let name = name.to_str().ok_or_else(|| Error::misuse("shards need a name in UTF-8").at(output))?;
+    let name = name.to_str().ok_or_else(|| Error::misuse("is no name in UTF-8").at(output))?;
     let prefix = match split_shard_name(name, "gguf") {
         Some((prefix, ..)) => prefix,
         None => name.strip_suffix(".gguf").unwrap_or(name),

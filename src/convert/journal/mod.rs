@@ -13,8 +13,8 @@
 mod key;
 
 use std::collections::HashMap;
-use std::fs::{self, File, OpenOptions, TryLockError};
-use std::io::{ErrorKind, Read, Seek, SeekFrom, Write};
+use std::fs::{self, File};
+use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -153,8 +153,6 @@ const RECENT: usize = 8;
 const BUFFER: u64 = 1 << 20;
 /// Most bytes of a journal that are read: those of about a million spans.
 const MOST_BYTES: u64 = 128 << 20;
-/// How often it is tried to open what others put there and take away.
-const TRIES: usize = 100;
 
 impl Journal {
     /// The journal's place beside an output.
@@ -162,8 +160,8 @@ impl Journal {
     /// # Errors
     /// `Misuse` for a path that names no file.
     pub fn path_for(output: &Path) -> Result<PathBuf> {
-        let name = output.file_name().ok_or_else(|| Error::misuse("is no name for an output").at(output))?;
-        Ok(output.with_file_name(format!(".{}.qconv-journal", name.to_string_lossy())))
+        output.file_name().ok_or_else(|| Error::misuse("is no name for an output").at(output))?;
+        Ok(sys::hidden(output, "journal"))
     }
 
     /// Takes the journal at `path` for this process, with what an earlier one left in it; `None` where another
@@ -172,7 +170,7 @@ impl Journal {
     /// # Errors
     /// `Io`.
     pub fn lock(path: PathBuf) -> Result<Option<Self>> {
-        let Some(file) = open_locked(&path)? else { return Ok(None) };
+        let Some(file) = sys::open_locked(&path)? else { return Ok(None) };
         let mut journal = Self {
             path,
             file: Mutex::new(file),
@@ -257,10 +255,13 @@ impl Journal {
         *self.bytes.get_mut() = 0;
         self.key = key.map(String::from);
         let first = key.map(|key| format!("{VERSION} {key}\n")).unwrap_or_default();
-        self.speaks = !first.is_empty();
         self.len = 0;
         self.go_on()?;
-        self.append(&first)
+        // Where not even this can be written, nothing is to stay.
+        self.speaks = false;
+        self.append(&first)?;
+        self.speaks = !first.is_empty();
+        Ok(())
     }
 
     /// Notes what is about to be renamed, and flushes it to the disk.
@@ -353,49 +354,6 @@ impl Drop for Journal {
             sys::sync_directory(self.path.parent().unwrap_or(Path::new(".")));
         }
     }
-}
-
-/// Opens a file that is nobody else's, or makes it, and locks it; `None` where another process has done so. A link,
-/// or a file of another user, that lies there is removed.
-fn open_locked(path: &Path) -> Result<Option<File>> {
-    let failed = |e| Error::io("create", path, e);
-    for _ in 0..TRIES {
-        // Some disks give all files to one user: what was made here is ours all the same.
-        let mut is_new = false;
-        let found = match fs::symlink_metadata(path) {
-            Ok(meta) if meta.is_file() => sys::open_no_link(path),
-            Ok(meta) if meta.is_dir() => return Err(failed(ErrorKind::IsADirectory.into())),
-            Ok(_) => {
-                fs::remove_file(path).map_err(|e| Error::io("remove", path, e))?;
-                continue;
-            }
-            Err(e) if e.kind() == ErrorKind::NotFound => {
-                is_new = true;
-                OpenOptions::new().read(true).write(true).create_new(true).open(path)
-            }
-            Err(e) => Err(e),
-        };
-        let file = match found {
-            Ok(file) => file,
-            Err(e) if matches!(e.kind(), ErrorKind::AlreadyExists | ErrorKind::NotFound) => continue,
-            Err(e) => return Err(failed(e)),
-        };
-        match file.try_lock() {
-            Ok(()) => {}
-            Err(TryLockError::WouldBlock) => return Ok(None),
-            // Where the disk knows no locks there is nothing better.
-            Err(TryLockError::Error(e)) if e.kind() == ErrorKind::Unsupported => {}
-            Err(TryLockError::Error(e)) => return Err(Error::io("lock", path, e)),
-        }
-        // Who had it may have removed it in the meantime: then this is the lock of nothing.
-        let meta = file.metadata().map_err(failed)?;
-        match (sys::is_still(path, &meta), is_new || sys::is_own(&meta)) {
-            (true, true) => return Ok(Some(file)),
-            (true, false) => fs::remove_file(path).map_err(|e| Error::io("remove", path, e))?,
-            (false, _) => {}
-        }
-    }
-    Err(failed(ErrorKind::ResourceBusy.into()))
 }
 
 fn parse(line: &str) -> Option<(Span, Finished)> {

@@ -8,6 +8,7 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
+pub(super) use self::place::no_directory;
 use self::place::{Place, Places, remove};
 use self::recover::{Half, old, restore_old, sweep};
 use super::journal::{Journal, Rename};
@@ -246,6 +247,7 @@ impl Drop for Stage {
 }
 
 fn rename(place: &Place) -> Result<()> {
+    place.keep_mode();
     fs::rename(&place.temporary, &place.target).map_err(|e| Error::io("rename to", &place.target, e))
 }
 
@@ -305,8 +307,7 @@ impl Temporary {
 
     /// The name that [`Self::beside`] gives.
     pub fn name(output: &Path, what: &str) -> PathBuf {
-        let name = output.file_name().unwrap_or_default().to_string_lossy();
-        output.with_file_name(format!(".{name}.qconv-{what}"))
+        sys::hidden(output, what)
     }
 
     /// Where it is.

@@ -33,14 +33,27 @@ impl Place {
         let target = target.canonicalize().unwrap_or_else(|_| target.to_path_buf());
         let named =
             target.file_name().ok_or_else(|| Error::misuse("is no name for an output").at(&target))?;
-        let name = format!(".{}.qconv-partial", named.to_string_lossy());
         let parent = parent(&target);
         if !parent.is_dir() {
             return Err(Error::misuse("the directory for the output does not exist").at(parent));
         }
         // All files of an output by one path of their directory, whether they are there already or not.
         let parent = parent.canonicalize().map_err(|e| Error::io("open", parent, e))?;
-        Ok(Self { temporary: parent.join(name), target: parent.join(named) })
+        let target = parent.join(named);
+        Ok(Self { temporary: sys::hidden(&target, "partial"), target })
+    }
+
+    /// The same of a file.
+    fn of_file(target: &Path) -> Result<Self> {
+        match sys::ends_as_directory(target) && !target.exists() {
+            true => Err(no_directory(target)),
+            false => Self::of(target),
+        }
+    }
+
+    /// What replaces a file is as private as that was.
+    pub fn keep_mode(&self) {
+        sys::take_mode(&self.temporary, &self.target, true);
     }
 
     /// Refuses what exists and must not be replaced.
@@ -69,6 +82,11 @@ impl Place {
     }
 }
 
+/// That there is no directory `target`.
+pub fn no_directory(target: &Path) -> Error {
+    Error::misuse("ends as a directory does, and there is none").at(target).hint("give the name of a file")
+}
+
 /// Whether another disk begins at a directory.
 fn is_mount(target: &Path, meta: &fs::Metadata) -> bool {
     let above = fs::metadata(parent(target)).ok();
@@ -81,7 +99,7 @@ impl Places {
     /// # Errors
     /// `Misuse` for paths that are no names of files, and directories that are not there.
     pub fn files(targets: &[(PathBuf, u64)]) -> Result<Self> {
-        let files = targets.iter().map(|(target, len)| Ok((Place::of(target)?, *len)));
+        let files = targets.iter().map(|(target, len)| Ok((Place::of_file(target)?, *len)));
         Ok(Self { directory: None, files: files.collect::<Result<_>>()?, replaces: false })
     }
 
@@ -194,7 +212,7 @@ impl Places {
             fs::create_dir(temporary).map_err(|e| failed(temporary, e))?;
         }
         let mut files = Vec::with_capacity(self.files.len());
-        for (Place { temporary: path, .. }, len) in &self.files {
+        for (Place { temporary: path, target }, len) in &self.files {
             if self.directory.is_some()
                 && let Some(inner) = path.parent()
             {
@@ -202,6 +220,7 @@ impl Places {
             }
             let file = fs::OpenOptions::new().read(true).write(true).create_new(true).open(path);
             let file = file.map_err(|e| failed(path, e))?;
+            sys::take_mode(path, target, false);
             file.set_len(*len).map_err(|e| failed(path, e))?;
             files.push(OutputFile { path: path.clone(), file });
         }

@@ -17,8 +17,7 @@ use crate::sys;
 
 /// What a directory that is being replaced is called meanwhile.
 pub fn old(target: &Path) -> PathBuf {
-    let name = target.file_name().unwrap_or_default().to_string_lossy();
-    target.with_file_name(format!(".{name}.qconv-old"))
+    sys::hidden(target, "old")
 }
 
 impl Rename {
