@@ -43,6 +43,13 @@ pub fn all_added(
     notes: &mut Vec<String>,
 ) -> Result<Vec<AddedToken>> {
     let listed = hf::added_tokens_decoder(config)?;
+    // The tokenizers library passes over these.
+    added.retain(|token| {
+        if token.content.is_empty() {
+            notes.push(format!("the added token with id {} is empty: ignored", token.id));
+        }
+        !token.content.is_empty()
+    });
     let known: HashSet<u32> = added.iter().map(|t| t.id).collect();
     added.extend(listed.into_iter().filter(|t| !known.contains(&t.id)));
     for token in &mut added {

@@ -72,6 +72,15 @@ fn byte_level() {
             Refused(Malformed, "have the same id"),
         ),
         (
+            "an added token of no text",
+            edit(&|t| {
+                let mut empty = t["added_tokens"][0].clone();
+                (empty["id"], empty["content"]) = (json!(300), json!(""));
+                t["added_tokens"].as_array_mut().unwrap().push(empty);
+            }),
+            Accepted,
+        ),
+        (
             "an added token twice",
             edit(&|t| {
                 let same = t["added_tokens"][0].clone();
