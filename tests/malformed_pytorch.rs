@@ -140,6 +140,8 @@ fn lengths_are_held_against_the_file() {
         ("LONG4", b"\x8b\xff\xff\xff\x7f"),
         ("LONG4", b"\x8b\xff\xff\xff\xff"),
         ("FRAME", b"\x95\0"),
+        ("FRAME", b"\x95\x03\0\0\0\0\0\0\0}."),
+        ("FRAME", b"\x95\xff\xff\xff\xff\xff\xff\xff\xff}."),
         ("GLOBAL", b"cos"),
         ("BINFLOAT", b"G\0"),
         ("nothing", b""),
@@ -263,6 +265,28 @@ fn tensors_stay_in_their_storages() {
     open(&archive(&of(6, 6, &[0, 9], &[max, max]))).unwrap();
     open(&archive(&of(6, 5, &[1, 1], &[max, max]))).unwrap();
     open(&archive(&of(6, 0, &[2, 2], &[0, 5]))).unwrap();
+}
+
+/// A few bytes that name a storage again are another tensor to all who come after.
+#[test]
+fn names_of_one_storage_are_counted() {
+    let numel: usize = 1 << 14;
+    let of = |offset: usize, n: usize| {
+        tensor(storage("torch\nFloatStorage", "0", numel as i64), offset as i64, &[n as i64], &[1])
+    };
+    let file = |views: &mut dyn Iterator<Item = Vec<u8>>| {
+        let entries: Vec<_> = views.enumerate().map(|(i, view)| (text(&format!("t{i}")), view)).collect();
+        let data = vec![0; 4 * numel];
+        zip(&[member("x/data.pkl", &whole(&dict(&entries))), member("x/data/0", &data)])
+    };
+    open(&file(&mut (0..64).map(|_| of(0, numel)))).unwrap();
+    refused("whole", &file(&mut (0..65).map(|_| of(0, numel))), Limit, "at most 64 times");
+    refused("nearly", &file(&mut (0..4000).map(|i| of(i, numel / 2))), Limit, "at most 64 times");
+    // One behind another: a checkpoint in one storage.
+    assert_eq!(open(&file(&mut (0..4096).map(|i| of(i * 4, 4)))).unwrap().tensors().len(), 4096);
+    // What is small can be shared by all layers.
+    let views: Vec<_> = (0..1000).map(|i| (text(&format!("t{i}")), six())).collect();
+    assert_eq!(open(&archive(&whole(&dict(&views)))).unwrap().tensors().len(), 1000);
 }
 
 #[test]

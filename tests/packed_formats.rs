@@ -271,6 +271,56 @@ fn values_are_those_of_the_formulas() {
 
 /// Whatever part is taken away, whatever shape is changed: an error, when it is opened or when it is read,
 /// and never other values.
+/// The first group that names a module or has a pattern for it, then the first for its class; and patterns, which
+/// take time and memory, are counted over all groups.
+#[test]
+fn groups_are_found_by_their_targets() {
+    let dir = tempfile::tempdir().unwrap();
+    let (made, values) = packed_integers(&mut Random(7));
+    let with = |groups: &[(u64, Vec<String>)]| {
+        let group = |(bits, targets): &(u64, Vec<String>)| json!({"targets": targets, "weights": {"num_bits": bits, "strategy": "group", "group_size": 24}});
+        let all: serde_json::Map<_, _> =
+            groups.iter().enumerate().map(|(i, g)| (format!("group_{i}"), group(g))).collect();
+        let config =
+            json!({"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": all});
+        open(dir.path(), &made.clone().quantized(config))
+    };
+    let to = |targets: &[&str]| targets.iter().map(|t| (*t).to_owned()).collect::<Vec<_>>();
+    // The matrix has 3 bits; where 5 are stated, it does not fit.
+    for (case, groups, fits) in [
+        ("class", vec![(5, to(&["q", "re:q"])), (3, to(&["Linear"]))], true),
+        ("first class", vec![(5, to(&["Linear"])), (3, to(&["Linear"]))], false),
+        ("name before class", vec![(5, to(&["Linear"])), (3, to(&["p"]))], true),
+        ("first name", vec![(3, to(&["p"])), (5, to(&["p"]))], true),
+        ("pattern before name", vec![(3, to(&["re:[pq]$"])), (5, to(&["p"]))], true),
+        ("name before pattern", vec![(5, to(&["p"])), (3, to(&["re:p"]))], false),
+        ("pattern twice", vec![(3, to(&["re:p.*"])), (5, to(&["re:p.*"]))], true),
+    ] {
+        match with(&groups) {
+            Ok(store) if fits => same(&decoded(&store, "p.weight"), &values),
+            Ok(_) => panic!("{case}: accepted"),
+            Err(e) => assert!(!fits && e.to_string().contains("5 bits"), "{case}: {e}"),
+        }
+    }
+    let many = |groups: usize, each: usize, pattern: &dyn Fn(usize) -> String| {
+        let group =
+            |g: usize| (3, (0..each).map(|i| pattern(g * each + i)).chain(["Linear".into()]).collect());
+        with(&(0..groups).map(group).collect::<Vec<_>>())
+    };
+    many(400, 1, &|i| format!("re:model\\.layers\\.{i}\\.(self_attn|mlp)\\..*_proj$")).unwrap();
+    many(8, 400, &|i| format!("re:model.layers.{i}.mlp.down_proj")).unwrap();
+    many(8, 10_000, &|i| format!("model.layers.{i}.mlp.down_proj")).unwrap();
+    many(1000, 1, &|_| "re:[^a]{300}".into()).unwrap();
+    let long = "(?:)".repeat(50);
+    for (case, groups, each, pattern) in
+        [("programs", 8, 250, "[^a]{300}"), ("texts", 8, 128, long.as_str()), ("patterns", 8, 600, "x")]
+    {
+        let e = many(groups, each, &|i| format!("re:{pattern}{i}")).unwrap_err();
+        assert_eq!(e.kind(), qconv::ErrorKind::Limit, "{case}: {e}");
+        assert!(e.to_string().contains("quantization_config"), "{case}: {e}");
+    }
+}
+
 #[test]
 fn parts_are_held_against_each_other() {
     let dir = tempfile::tempdir().unwrap();

@@ -55,6 +55,29 @@ fn wordpiece() {
     assert!(parity(dir.path(), &["wpm"]).agrees());
 }
 
+/// The disk is full while the first is tried, or a name is taken: that the second fits says nothing.
+#[test]
+fn a_vocabulary_that_could_not_be_tried_is_no_wrong_one() {
+    let dir = model_dir("llama");
+    let vocab = load(&dir, &[]).unwrap();
+    let reference = Reference::new(&vocab::reference_tokenizer(&dir).unwrap(), &[]).unwrap();
+    let place = tempfile::tempdir().unwrap();
+    let scratch = place.path().join("not there yet");
+    let vocabs = (0..2).map(|n| {
+        if n == 1 {
+            std::fs::create_dir(&scratch).unwrap();
+        }
+        vocab.clone()
+    });
+    let e = trial::judge_in(&scratch, vocabs, &reference).unwrap_err();
+    assert_eq!(e.kind(), qconv::ErrorKind::Io, "{e}");
+    assert!(!scratch.exists());
+    std::fs::create_dir(&scratch).unwrap();
+    let verdict = trial::judge_in(&scratch, [vocab], &reference).unwrap();
+    assert!(verdict.parity.agrees());
+    assert_eq!(std::fs::read_dir(&scratch).unwrap().count(), 0, "it is gone");
+}
+
 #[test]
 fn unigram() {
     let found = parity(&model_dir("t5"), &["ugm"]);

@@ -10,22 +10,19 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use indexmap::IndexMap;
-use regex::{Regex, RegexBuilder};
 use serde_json::Value as Json;
 
 use super::checkpoint::model_card;
 use crate::arch::Placer;
 use crate::container::side::read_json;
 use crate::container::{Factor, LowRank, Store, weights};
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::limits::Limits;
+use crate::packed::patterns::{At, Patterns};
 use crate::tensor::{DType, TensorInfo};
 
 const CONFIG: &str = "adapter_config.json";
 const WEIGHTS: [&str; 2] = ["adapter_model.safetensors", "adapter_model.bin"];
-/// Most patterns of ranks or alphas, and bytes of a compiled one.
-const MAX_PATTERNS: usize = 1 << 12;
-const PATTERN_BYTES: usize = 1 << 16;
 /// PEFT wraps a model twice, which shows in the names.
 const WRAPPERS: &str = "base_model.model.";
 
@@ -231,31 +228,35 @@ impl Config {
 
     /// `r` or `lora_alpha` of a module: that of the first pattern whose end it matches, or the common
     /// one.
-    fn number(&self, key: &str, patterns: &[(Regex, f64)], module: &str) -> Result<f64> {
-        let of_pattern = patterns.iter().find(|(pattern, _)| pattern.is_match(module)).map(|(_, n)| *n);
+    fn number(&self, key: &str, of: &Numbers, module: &str) -> Result<f64> {
+        let of_pattern =
+            of.patterns.first(module, of.numbers.len())?.and_then(|i| of.numbers.get(i).copied());
         let number = of_pattern.or(self.0.get(key).and_then(Json::as_f64));
         number
             .filter(|n| n.is_finite() && *n != 0.0)
             .ok_or_else(|| Error::malformed(format!("{CONFIG} gives no {key} other than 0")))
     }
 
-    fn patterns(&self, key: &str) -> Result<Vec<(Regex, f64)>> {
-        let Some(Json::Object(map)) = self.0.get(key) else { return Ok(Vec::new()) };
-        if map.len() > MAX_PATTERNS {
-            let many = map.len();
-            return Err(Error::limit(format!(
-                "{CONFIG}: {key} has {many} patterns, at most {MAX_PATTERNS} are allowed"
-            )));
-        }
-        let entry = |(pattern, n): (&String, &Json)| {
+    fn patterns(&self, key: &str) -> Result<Numbers> {
+        let mut of = Numbers { patterns: Patterns::new(At::Modules), numbers: Vec::new() };
+        let Some(Json::Object(map)) = self.0.get(key) else { return Ok(of) };
+        for (pattern, n) in map {
             let bad = || Error::malformed(format!("{CONFIG}: {key} {pattern:?} is no pattern with a number"));
-            let regex =
-                RegexBuilder::new(&format!(r"^(?:.*\.)?(?:{pattern})$")).size_limit(PATTERN_BYTES).build();
-            let regex = regex.map_err(|_| bad())?;
-            Ok((regex, n.as_f64().ok_or_else(bad)?))
-        };
-        map.iter().map(entry).collect()
+            of.patterns.add(pattern).map_err(|e| match e.kind() {
+                ErrorKind::Unsupported => bad(),
+                _ => e.context(format_args!("{CONFIG}: {key}")),
+            })?;
+            of.numbers.push(n.as_f64().ok_or_else(bad)?);
+        }
+        Ok(of)
     }
+}
+
+/// Ranks or alphas of some modules.
+struct Numbers {
+    patterns: Patterns,
+    /// That of each pattern.
+    numbers: Vec<f64>,
 }
 
 /// Name of the weight, the part, and whether the weight is an embedding.

@@ -16,11 +16,13 @@
 //! The layout shows in names and types of the tensors; `config_groups` tells widths. Source: the library's
 //! `compressors/`, checked by values.
 
+use std::collections::{HashMap, HashSet};
 use std::ops::Range;
 
 use serde_json::Value as Json;
 
 use super::fp4::{Factor, Fp4};
+use super::patterns::{At, Patterns};
 use super::{FLOATS, Format, Packed, bytes, check, fp8, matrix, missing, unsupported, values, words};
 use crate::block::bits;
 use crate::container::grouped::{Grouped, Shape};
@@ -48,24 +50,23 @@ fn join(packed: &Packed<'_>) -> Result<Vec<Joined>> {
     {
         return Err(unsupported("sparsity_config.format", sparsity));
     }
-    let groups = Scheme::read(packed.config)?;
+    let groups = Schemes::read(packed.config)?;
     let mut joined = Vec::new();
     for (stem, codes) in packed.ending(PACKED) {
         match codes.dtype {
             DType::U8 => joined.push(fp4(packed, stem, codes)?),
-            _ => joined.push(integers(packed, stem, codes, Scheme::of(&groups, stem)?)?),
+            _ => joined.push(integers(packed, stem, codes, groups.of(stem)?)?),
         }
     }
     for (stem, codes) in packed.ending(".weight").filter(|(_, t)| t.dtype == DType::I8) {
-        joined.push(integers(packed, stem, codes, Scheme::of(&groups, stem)?)?);
+        joined.push(integers(packed, stem, codes, groups.of(stem)?)?);
     }
-    joined.extend(fp8::join(packed, "_scale", |stem| Ok(Scheme::of(&groups, stem)?.block))?);
+    joined.extend(fp8::join(packed, "_scale", |stem| Ok(groups.of(stem)?.block))?);
     Ok(joined)
 }
 
 /// What config_groups says of the weights of some modules.
 struct Scheme {
-    targets: Vec<Target>,
     bits: u64,
     /// Columns of a group, where rows are divided.
     group_size: Option<u64>,
@@ -73,21 +74,20 @@ struct Scheme {
     block: Option<[u64; 2]>,
 }
 
-enum Target {
-    /// All linear layers.
-    Class,
-    Name(String),
-    Pattern(regex::Regex),
+/// What config_groups says, and of which modules.
+struct Schemes<'a> {
+    all: Vec<Scheme>,
+    /// Modules by their names.
+    names: HashMap<&'a str, usize>,
+    patterns: Patterns,
+    /// The scheme of each pattern, in the order of the schemes.
+    of_patterns: Vec<usize>,
+    /// That of all linear layers.
+    class: Option<usize>,
 }
 
 impl Scheme {
-    fn read(config: &Json) -> Result<Vec<Self>> {
-        let groups = config.get("config_groups").and_then(Json::as_object);
-        let groups = groups.filter(|g| !g.is_empty()).ok_or_else(|| missing("config_groups"))?;
-        groups.iter().map(|(name, group)| Self::of_group(group).map_err(|e| e.context(name))).collect()
-    }
-
-    fn of_group(group: &Json) -> Result<Self> {
+    fn read(group: &Json) -> Result<Self> {
         let weights = group.get("weights").filter(|w| w.is_object());
         let bits = weights.and_then(|w| w.get("num_bits")).and_then(Json::as_u64);
         let bits = bits.filter(|b| (1..=8).contains(b)).ok_or_else(|| {
@@ -104,54 +104,73 @@ impl Scheme {
             Some([Some(h), Some(w)]) if h > 0 && w > 0 => Some([h, w]),
             Some(_) => return Err(Error::malformed("quantization_config: block_structure is no two sizes")),
         };
-        let targets = group.get("targets").and_then(Json::as_array).map_or(&[][..], Vec::as_slice);
-        let patterns = targets.iter().filter(|t| t.as_str().is_some_and(|t| t.starts_with("re:")));
-        if patterns.count() > MOST_PATTERNS {
+        Ok(Self { bits, group_size, block })
+    }
+}
+
+impl<'a> Schemes<'a> {
+    fn read(config: &'a Json) -> Result<Self> {
+        let groups = config.get("config_groups").and_then(Json::as_object);
+        let groups = groups.filter(|g| !g.is_empty()).ok_or_else(|| missing("config_groups"))?;
+        if groups.len() > MOST_GROUPS {
+            let n = groups.len();
             return Err(Error::limit(format!(
-                "quantization_config: a group of config_groups has more than {MOST_PATTERNS} patterns"
+                "quantization_config: config_groups has {n} groups, at most {MOST_GROUPS} are allowed"
             )));
         }
-        let targets = targets.iter().map(|target| {
+        let mut schemes = Self {
+            all: Vec::with_capacity(groups.len()),
+            names: HashMap::new(),
+            patterns: Patterns::new(At::Start),
+            of_patterns: Vec::new(),
+            class: None,
+        };
+        let mut seen = HashSet::new();
+        for (name, group) in groups {
+            schemes.add(group, &mut seen).map_err(|e| e.context(name))?;
+        }
+        Ok(schemes)
+    }
+
+    fn add(&mut self, group: &'a Json, seen: &mut HashSet<&'a str>) -> Result<()> {
+        let scheme = self.all.len();
+        self.all.push(Scheme::read(group)?);
+        for target in group.get("targets").and_then(Json::as_array).into_iter().flatten() {
             let text = target.as_str().ok_or_else(|| unsupported("targets", target))?;
-            Ok(match text.strip_prefix("re:") {
+            match text.strip_prefix("re:") {
+                // Of a pattern that comes twice, only the first can be the one that counts.
+                Some(pattern) if !seen.insert(pattern) => {}
                 Some(pattern) => {
-                    let whole = regex::RegexBuilder::new(&format!("^(?:{pattern})"))
-                        .size_limit(1 << 20)
-                        .dfa_size_limit(1 << 18)
-                        .build();
-                    Target::Pattern(whole.map_err(|e| {
-                        Error::unsupported(format!(
-                            "quantization_config: pattern {pattern:?} is not read: {e}"
-                        ))
-                    })?)
+                    self.patterns.add(pattern).map_err(|e| e.context("quantization_config"))?;
+                    self.of_patterns.push(scheme);
                 }
                 // Classes begin with a capital: Linear.
                 None if text.contains('.') || !text.starts_with(|c: char| c.is_ascii_uppercase()) => {
-                    Target::Name(text.to_string())
+                    self.names.entry(text).or_insert(scheme);
                 }
-                None => Target::Class,
-            })
-        });
-        Ok(Self { targets: targets.collect::<Result<_>>()?, bits, group_size, block })
+                None => {
+                    self.class.get_or_insert(scheme);
+                }
+            }
+        }
+        Ok(())
     }
 
-    /// The scheme of a module: by its name before its class.
-    fn of<'a>(schemes: &'a [Self], stem: &str) -> Result<&'a Self> {
-        let named = |target: &Target| match target {
-            Target::Name(name) => name == stem,
-            Target::Pattern(pattern) => pattern.is_match(stem),
-            Target::Class => false,
-        };
-        let by_name = schemes.iter().find(|s| s.targets.iter().any(named));
-        let by_class = || schemes.iter().find(|s| s.targets.iter().any(|t| matches!(t, Target::Class)));
-        by_name.or_else(by_class).ok_or_else(|| {
+    /// The scheme of a module: by its name before its class, the first of several.
+    fn of(&self, stem: &str) -> Result<&Scheme> {
+        let named = self.names.get(stem).copied();
+        // Patterns of later schemes need not be asked.
+        let before = named.map_or(self.of_patterns.len(), |n| self.of_patterns.partition_point(|s| *s < n));
+        let pattern = self.patterns.first(stem, before).map_err(|e| e.context("quantization_config"))?;
+        let pattern = pattern.and_then(|i| self.of_patterns.get(i).copied());
+        pattern.or(named).or(self.class).and_then(|scheme| self.all.get(scheme)).ok_or_else(|| {
             Error::malformed(format!("{stem:?} is packed, but config_groups has no target that it is"))
         })
     }
 }
 
-/// Each of which takes memory when it is compiled.
-const MOST_PATTERNS: usize = 256;
+/// Most entries of config_groups: there can be one for each module.
+const MOST_GROUPS: usize = 1 << 16;
 
 fn integers(packed: &Packed<'_>, stem: &str, codes: &TensorInfo, scheme: &Scheme) -> Result<Joined> {
     let fail = |why: String| Error::malformed(format!("tensor {:?} {why}", codes.name));

@@ -22,6 +22,7 @@ mod gptq;
 mod hqq;
 mod modelopt;
 mod mxfp4;
+pub(crate) mod patterns;
 pub mod qpack;
 pub mod write;
 

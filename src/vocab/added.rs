@@ -35,7 +35,7 @@ pub fn ids_by_text(entries: &[(String, u32)]) -> Result<HashMap<&str, u32>> {
 /// role tokens of the vocabulary that nobody lists.
 ///
 /// # Errors
-/// As [`hf::added_tokens_decoder`].
+/// As [`hf::added_tokens_decoder`] and [`check_ids`].
 pub fn all_added(
     mut added: Vec<AddedToken>,
     config: &Value,
@@ -43,6 +43,13 @@ pub fn all_added(
     notes: &mut Vec<String>,
 ) -> Result<Vec<AddedToken>> {
     let listed = hf::added_tokens_decoder(config)?;
+    // The tokenizers library passes over these.
+    added.retain(|token| {
+        if token.content.is_empty() {
+            notes.push(format!("the added token with id {} is empty: ignored", token.id));
+        }
+        !token.content.is_empty()
+    });
     let known: HashSet<u32> = added.iter().map(|t| t.id).collect();
     added.extend(listed.into_iter().filter(|t| !known.contains(&t.id)));
     for token in &mut added {
@@ -53,6 +60,7 @@ pub fn all_added(
             token.id = id;
         }
     }
+    check_ids(&added, |_| None)?;
     for role in ["bos", "eos", "unk", "sep", "pad", "cls", "mask"] {
         let Some(content) = hf::token_text(config, &format!("{role}_token")) else { continue };
         if added.iter().any(|t| t.content == content) {
@@ -64,4 +72,24 @@ pub fn all_added(
         }
     }
     Ok(added)
+}
+
+/// Refuses two added tokens of one id; the same token twice does no harm. `own` is the id that the vocabulary
+/// itself gives a text, which counts.
+///
+/// # Errors
+/// `Malformed`.
+pub fn check_ids(added: &[AddedToken], own: impl Fn(&str) -> Option<u32>) -> Result<()> {
+    let mut texts: HashMap<u32, &str> = HashMap::with_capacity(added.len());
+    for token in added {
+        let id = own(&token.content).unwrap_or(token.id);
+        let first = texts.entry(id).or_insert(&token.content);
+        if *first != token.content {
+            return Err(Error::malformed(format!(
+                "the added tokens {first:?} and {:?} have the same id {id}",
+                token.content
+            )));
+        }
+    }
+    Ok(())
 }

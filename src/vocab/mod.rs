@@ -479,6 +479,8 @@ pub fn reference_tokenizer(dir: &Path) -> Result<tokenizers::Tokenizer> {
         Some(bytes) => {
             let checked: hf::TokenizerJson = hf::from_json(&bytes, &path)?;
             checked.model.check_merges().map_err(|e| e.at(&path))?;
+            charsmap::check_steps([&checked.normalizer, &checked.pre_tokenizer, &checked.post_processor])
+                .map_err(|e| e.at(&path))?;
             bytes
         }
         None => {

@@ -9,7 +9,7 @@ use serde_json::Value;
 use super::added::added_form;
 use super::hf::{self, AddedToken, TokenizerJson};
 use super::proto::{self, ModelProto};
-use super::{Kind, MAX_TOKENS, Source, TokenType, Vocab, special, vocab_size};
+use super::{Kind, MAX_TOKENS, Source, TokenType, Vocab, charsmap, special, vocab_size};
 use crate::error::{Error, Result};
 use crate::limits::Limits;
 
@@ -155,6 +155,7 @@ pub fn load(
     }
     vocab.charsmap = normalizer.precompiled_charsmap.unwrap_or_default();
     if !vocab.charsmap.is_empty() {
+        charsmap::check(&vocab.charsmap).map_err(|e| e.at(&path))?;
         vocab.notes.push(format!(
             "warning: llama.cpp does not apply the tokenizer's normalization {:?}",
             normalizer.name.unwrap_or_default()

@@ -10,7 +10,7 @@ use std::collections::HashMap;
 
 use serde_json::Value;
 
-use super::added::added_form;
+use super::added::{added_form, check_ids};
 use super::hf::{AddedToken, Entries, TokenizerJson, merge_parts};
 use super::spm::{ADDED_SCORE, PAD_SCORE, finish, is_byte};
 use super::{Kind, Source, TokenType, Vocab, gemma4, vocab_size};
@@ -76,6 +76,8 @@ pub fn entries(source: &Source, kind: Kind, json: TokenizerJson) -> Result<Parts
         };
         vocab.put(*id as usize, text.as_str(), kind, Some(0.0));
     }
+    let own: HashMap<&str, u32> = entries.iter().map(|(text, id)| (text.as_str(), *id)).collect();
+    check_ids(&json.added_tokens, |text| own.get(text).copied())?;
     for token in &json.added_tokens {
         let id = token.id as usize;
         let (text, kind) = added_form(&token.content, token.special);

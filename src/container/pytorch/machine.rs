@@ -42,7 +42,7 @@ impl Fault {
     pub fn into_error(self) -> Error {
         match self {
             Self::Error(e) => e,
-            Self::End => Error::malformed("its pickle ends within an instruction")
+            Self::End => Error::malformed("its pickle ends within an instruction or a frame")
                 .hint("the file is cut short: fetch it again"),
         }
     }
@@ -226,9 +226,13 @@ impl<'a> Machine<'a> {
     /// Opcodes are those of `pickletools`; the comment on each line is its name there.
     fn step(&mut self, opcode: u8, at: usize) -> Result<(), Fault> {
         match opcode {
-            // FRAME: what it holds is read as it comes.
+            // FRAME: what it holds is read as it comes, and has to be there.
             0x95 => {
-                self.array::<8>()?;
+                let len = self.uint(8)?;
+                let rest = self.bytes.len().saturating_sub(self.at);
+                if len > rest as u64 {
+                    return Err(Fault::End);
+                }
             }
             b'(' => self.marks.push(self.stack.len()), // MARK
             b'N' => self.push(Value::None),            // NONE

@@ -18,6 +18,10 @@ const MAX_DIMS: usize = 8;
 const MAX_NAMES: usize = 64 << 20;
 /// Longest text and list among plain values.
 const MAX_TEXT: usize = 64;
+/// How often all storages can be named over, and how many bytes can be however often: whoever goes through
+/// tensors does work for each name.
+const MAX_SHARE: u64 = 64;
+const SHARED: u64 = 1 << 20;
 /// What marks a module of HQQ in a dict of modules.
 const MARK: &str = "W_q";
 
@@ -45,7 +49,7 @@ pub enum Place {
 ///
 /// # Errors
 /// `Unsupported` when there is no dict of tensors, or more than one; `Malformed` for a name that
-/// comes twice and a tensor that leaves its storage; `Limit`.
+/// comes twice and a tensor that leaves its storage; `Limit`, also where many tensors lie over each other.
 pub fn read<'a>(pickle: &Pickle<'a>, limits: &Limits) -> Result<(Vec<Entry<'a>>, Map<String, Json>)> {
     let (dict, in_modules) = match find(pickle)? {
         Found::Tensors(dict) => {
@@ -57,6 +61,9 @@ pub fn read<'a>(pickle: &Pickle<'a>, limits: &Limits) -> Result<(Vec<Entry<'a>>,
     let mut values = Map::new();
     let mut names = HashSet::new();
     let mut used = HashSet::new();
+    let stored = pickle.storages.iter().try_fold(0u64, |n, s| Ok(n.saturating_add(bytes_of(s)?)))?;
+    let most = stored.saturating_mul(MAX_SHARE).max(SHARED);
+    let mut named = 0u64;
     for (name, value) in dict {
         let tensor = match value {
             Value::Object(id) => pickle.objects.get(id).map(|object| (id, object)),
@@ -77,6 +84,14 @@ pub fn read<'a>(pickle: &Pickle<'a>, limits: &Limits) -> Result<(Vec<Entry<'a>>,
         }
         let entry =
             locate(pickle, tensor).map_err(|e| e.context(format_args!("tensor {:?}", shown(&name))))?;
+        named = named.saturating_add(entry.nbytes);
+        if named > most {
+            return Err(Error::limit(format!(
+                "its tensors have {named} bytes and more over storages of {stored}, at most {MAX_SHARE} times as many are allowed"
+            ))
+            .tensor(&name)
+            .hint("save each tensor once"));
+        }
         entries.push(Entry { name, ..entry });
         used.insert(id);
     }

@@ -249,6 +249,8 @@ fn adapters() {
     };
     try_it("sound", &adapter(&|_| {}), Accepted);
     let patterns = |n: usize| (0..n).map(|i| (format!("x{i}"), json!(1))).collect::<serde_json::Map<_, _>>();
+    let classes =
+        |n: usize| (0..n).map(|i| (format!("x{i}|[^a]*"), json!(1))).collect::<serde_json::Map<_, _>>();
     for (key, value, expect) in [
         ("peft_type", json!(["LORA"]), Refused(Unsupported, "unnamed")),
         ("r", json!("8"), Refused(Malformed, "no r other than 0")),
@@ -257,8 +259,14 @@ fn adapters() {
         ("lora_alpha", json!({}), Refused(Malformed, "no lora_alpha")),
         ("rank_pattern", json!({"(": 1}), Refused(Malformed, "is no pattern with a number")),
         ("rank_pattern", json!({"a": "x"}), Refused(Malformed, "is no pattern with a number")),
-        ("rank_pattern", json!({"((a{1000}){1000}){1000}": 1}), Refused(Malformed, "is no pattern")),
-        ("alpha_pattern", json!(patterns(5000)), Refused(Limit, "5000 patterns")),
+        ("rank_pattern", json!({"((a{1000}){1000}){1000}": 1}), Refused(Limit, "is too large")),
+        (
+            "alpha_pattern",
+            json!(patterns(5000)),
+            Refused(Limit, "alpha_pattern: there are more than 4096 patterns"),
+        ),
+        ("rank_pattern", json!(patterns(4096)), Accepted),
+        ("rank_pattern", json!(classes(2000)), Refused(Limit, "no plain names")),
         ("alora_invocation_tokens", json!([-1]), Refused(Malformed, "is no list of token ids")),
     ] {
         try_it(&format!("{key} = {:.60}", value.to_string()), &adapter(&|c| c[key] = value.clone()), expect);

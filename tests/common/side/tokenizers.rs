@@ -62,6 +62,32 @@ fn byte_level() {
             edit(&|t| t["model"]["merges"] = json!(["qqqq zzzz"])),
             Compared("out of vocabulary"),
         ),
+        (
+            "two added tokens of one id",
+            edit(&|t| {
+                let mut other = t["added_tokens"][0].clone();
+                other["content"] = json!("zzzz");
+                t["added_tokens"].as_array_mut().unwrap().push(other);
+            }),
+            Refused(Malformed, "have the same id"),
+        ),
+        (
+            "an added token of no text",
+            edit(&|t| {
+                let mut empty = t["added_tokens"][0].clone();
+                (empty["id"], empty["content"]) = (json!(300), json!(""));
+                t["added_tokens"].as_array_mut().unwrap().push(empty);
+            }),
+            Accepted,
+        ),
+        (
+            "an added token twice",
+            edit(&|t| {
+                let same = t["added_tokens"][0].clone();
+                t["added_tokens"].as_array_mut().unwrap().push(same);
+            }),
+            Accepted,
+        ),
         ("added token beyond", edit(&|t| t["added_tokens"][0]["id"] = json!(1u32 << 31)), Accepted),
         ("added tokens", edit(&|t| t["added_tokens"] = json!({})), Refused(Malformed, "")),
         ("kind", edit(&|t| t["model"]["type"] = json!("WordLevel")), Refused(Unsupported, "WordLevel")),
@@ -226,6 +252,59 @@ fn sentence_piece() {
         place.edit("tokenizer_config.json", |c| c["added_tokens_decoder"] = decoder.clone());
         place.converts(case, expect);
     }
+}
+
+/// The `tokenizers` library panics on these, so they do not come so far.
+#[test]
+fn compiled_normalizations() {
+    let looped = [&4096u32.to_le_bytes()[..], &b"\0\x01\0\0".repeat(1024), &[0; 50]].concat();
+    let far = [&8u32.to_le_bytes()[..], &[0xff; 8], b"abc\0"].concat();
+    for (case, charsmap, sound) in [
+        ("junk", vec![0xff; 1000], false),
+        ("long", b"\xff\xff\xff\x7f\x01\0\0\0".to_vec(), false),
+        ("no trie", vec![0; 5], false),
+        ("trie that leads outside", far, false),
+        ("within the trie", looped, true),
+    ] {
+        let place = Place::model("fmt-spm-bpe");
+        let whole = fs::read(place.path("tokenizer.model")).unwrap();
+        place.put("tokenizer.model", [whole, field(3, &field(2, &charsmap))].concat());
+        place.remove(TOKENIZER);
+        if !sound {
+            place.converts(case, Refused(Malformed, "compiled normalization"));
+        }
+        // The same in tokenizer.json, deep within others.
+        let text = base64(&charsmap);
+        for (text, sound) in [(text.clone(), sound), (format!("{text}\n"), false)] {
+            let place = Place::model("llama");
+            let step = json!({"type": "Precompiled", "precompiled_charsmap": text});
+            let sequence = |step: &Json| json!({"type": "Sequence", "normalizers": [step]});
+            place.edit(TOKENIZER, |t| t["normalizer"] = sequence(&sequence(&step)));
+            let found = qconv::vocab::reference_tokenizer(&place.source());
+            assert_eq!(found.as_ref().err().map(|e| e.kind()), (!sound).then_some(Malformed), "{case}");
+        }
+    }
+    let place = Place::model("llama");
+    place.edit(TOKENIZER, |t| t["normalizer"] = json!({"type": "Precompiled"}));
+    assert_eq!(qconv::vocab::reference_tokenizer(&place.source()).unwrap_err().kind(), Malformed);
+    let split =
+        json!({"type": "Split", "pattern": {"Regex": "\\p{L}+"}, "behavior": "Isolated", "invert": false});
+    place.edit(TOKENIZER, |t| {
+        t["normalizer"] = Json::Null;
+        t["pre_tokenizer"] = json!({"type": "Sequence", "pretokenizers": vec![split.clone(); 65]});
+    });
+    assert_eq!(qconv::vocab::reference_tokenizer(&place.source()).unwrap_err().kind(), Limit);
+}
+
+fn base64(bytes: &[u8]) -> String {
+    let digit =
+        |n: u32| char::from(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"[n as usize]);
+    let mut text = String::new();
+    for three in bytes.chunks(3) {
+        let word = (0..3).fold(0, |w, i| w << 8 | u32::from(three.get(i).copied().unwrap_or(0)));
+        text.extend((0..4).map(|i| if i <= three.len() { digit(word >> (18 - 6 * i) & 63) } else { '=' }));
+    }
+    text
 }
 
 #[test]
