@@ -262,6 +262,28 @@ fn pipes_and_devices_are_refused() {
     }
 }
 
+/// Files of caches are links; a directory that lies elsewhere is none of the package's.
+#[cfg(unix)]
+#[test]
+fn links_of_directories_stay_inside() {
+    use std::os::unix::fs::symlink;
+    let (dir, path) = copy("coreml/mini.mlpackage");
+    let open = || Package::open(&path, &Limits::default());
+    let (file, cached) = (path.join(WEIGHTS), dir.path().join("blob"));
+    fs::rename(&file, &cached).unwrap();
+    symlink(&cached, &file).unwrap();
+    open().unwrap();
+    let (weights, inside, outside) = (file.parent().unwrap(), path.join("w"), dir.path().join("w"));
+    fs::rename(weights, &inside).unwrap();
+    symlink(&inside, weights).unwrap();
+    open().unwrap();
+    fs::remove_file(weights).unwrap();
+    fs::rename(&inside, &outside).unwrap();
+    symlink(&outside, weights).unwrap();
+    let e = open().unwrap_err();
+    assert!(e.kind() == ErrorKind::Malformed && e.to_string().contains("outside of the package"), "{e}");
+}
+
 /// What is cut while a program is open is an error when it is read.
 #[test]
 fn a_weight_file_that_shrinks() {
