@@ -11,7 +11,9 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use common::fixture;
-use qconv::container::coreml::mil::Program as MilProgram;
+use qconv::container::coreml::mil::{
+    Binding, NamedValueType, Operation, Program as MilProgram, TensorValue, Value, ValueType,
+};
 use qconv::container::coreml::model::{
     ArrayDataType, FeatureDescription, Flexibility, ModelDescription, SizeRange,
 };
@@ -226,8 +228,7 @@ fn many_outputs_take_time_by_their_number() {
     let main = model.program.functions.get_mut("main").unwrap();
     let input = main.inputs[0].clone();
     for n in 0..60_000 {
-        main.inputs
-            .push(qconv::container::coreml::mil::NamedValueType { name: format!("i{n}"), ..input.clone() });
+        main.inputs.push(NamedValueType { name: format!("i{n}"), ..input.clone() });
     }
     let block = main.block_specializations.get_mut("CoreML8").unwrap();
     block.outputs.extend((0..60_000).map(|n| format!("i{n}")));
@@ -259,6 +260,28 @@ fn pipes_and_devices_are_refused() {
         let e = Package::open(&path, &Limits::default()).unwrap_err();
         assert!(e.to_string().contains("neither a file nor"), "{name}: {e}");
     }
+}
+
+/// Files of caches are links; a directory that lies elsewhere is none of the package's.
+#[cfg(unix)]
+#[test]
+fn links_of_directories_stay_inside() {
+    use std::os::unix::fs::symlink;
+    let (dir, path) = copy("coreml/mini.mlpackage");
+    let open = || Package::open(&path, &Limits::default());
+    let (file, cached) = (path.join(WEIGHTS), dir.path().join("blob"));
+    fs::rename(&file, &cached).unwrap();
+    symlink(&cached, &file).unwrap();
+    open().unwrap();
+    let (weights, inside, outside) = (file.parent().unwrap(), path.join("w"), dir.path().join("w"));
+    fs::rename(weights, &inside).unwrap();
+    symlink(&inside, weights).unwrap();
+    open().unwrap();
+    fs::remove_file(weights).unwrap();
+    fs::rename(&inside, &outside).unwrap();
+    symlink(&outside, weights).unwrap();
+    let e = open().unwrap_err();
+    assert!(e.kind() == ErrorKind::Malformed && e.to_string().contains("outside of the package"), "{e}");
 }
 
 /// What is cut while a program is open is an error when it is read.
@@ -325,4 +348,116 @@ fn every_byte_of_a_small_package() {
         assert!(read_all > 0 && read_all < n * 3 / 4, "{name}: {read_all} of {n}");
     }
     assert!(read(&path).is_some());
+}
+
+/// The smallest package, with these operations before its own.
+fn with_operations(operations: Vec<Operation>) -> (TempDir, PathBuf) {
+    let (dir, path) = copy("coreml/mini.mlpackage");
+    let mut model: Model = decode(&fs::read(path.join(MODEL)).unwrap()).unwrap().0;
+    let main = model.program.functions.get_mut("main").unwrap();
+    main.block_specializations.get_mut("CoreML8").unwrap().operations.splice(0..0, operations);
+    fs::write(path.join(MODEL), encode(&model)).unwrap();
+    (dir, path)
+}
+
+fn bytes(dtype: DataType, shape: &[u64], bytes: Vec<u8>) -> Value {
+    Value::immediate(dtype, shape, TensorValue::Bytes(Only(bytes)))
+}
+
+fn constant(name: &str, value: Value) -> Operation {
+    Operation {
+        kind: "const".into(),
+        outputs: vec![NamedValueType::new(name, value.value_type.clone())],
+        attributes: BTreeMap::from([("val".into(), value), ("name".into(), Value::string(name))]),
+        ..Operation::default()
+    }
+}
+
+/// A `constexpr` operation that gives float16.
+fn constexpr(kind: &str, name: &str, inputs: &[(&str, Binding)], shape: &[u64]) -> Operation {
+    let bound = |(parameter, binding): &(&str, Binding)| (parameter.to_string(), Only(vec![binding.clone()]));
+    Operation {
+        kind: format!("constexpr_{kind}"),
+        inputs: inputs.iter().map(bound).collect(),
+        outputs: vec![NamedValueType::new(name, ValueType::fixed(DataType::Float16, shape))],
+        attributes: BTreeMap::from([("name".into(), Value::string(name))]),
+        ..Operation::default()
+    }
+}
+
+fn named(name: &str) -> Binding {
+    Binding::Name(name.into())
+}
+
+fn number(n: i32) -> Binding {
+    Binding::Value(Value::immediate(DataType::Int32, &[], TensorValue::Ints(Only(vec![n]))))
+}
+
+/// Tables out of tables, and wide ones: kilobytes that stand for terabytes.
+#[test]
+fn tables_stand_for_little() {
+    let palette = |name: &str, indices: Value, lut: Binding, axis: i32, shape: &[u64]| {
+        let inputs = [("indices", Binding::Value(indices)), ("lut", lut), ("vector_axis", number(axis))];
+        constexpr("lut_to_dense", name, &inputs, shape)
+    };
+    let codes = |shape: &[u64]| {
+        let n: u64 = shape.iter().product();
+        bytes(DataType::UInt1, shape, vec![0; n.div_ceil(8) as usize])
+    };
+    let table = |name: &str, rank: usize, width: u64| {
+        let shape = [&vec![1; rank][..], &[2, width]].concat();
+        constant(name, bytes(DataType::Float16, &shape, vec![0; 4 * width as usize]))
+    };
+    for (width, words) in [(64, "values decoded"), (65, "lut has entries of 65 elements")] {
+        let made = palette("wide", codes(&[1, 8]), named("table"), 1, &[1, 8 * width]);
+        let (_dir, path) = with_operations(vec![table("table", 2, width), made]);
+        let run = run(&["verify", path.to_str().unwrap()]);
+        assert!(run.output.contains(words), "{width}: {}", run.output);
+    }
+    let first = palette("first", codes(&[1, 1, 2, 32]), named("table"), 3, &[1, 1, 2, 1024]);
+    let second = palette("second", codes(&[1, 8]), named("first"), 1, &[1, 8 * 1024]);
+    let (_dir, path) = with_operations(vec![table("table", 4, 32), first, second]);
+    ends(&["verify", path.to_str().unwrap()], 1, "lut \"first\" is 1-bit palette");
+    let scaled = constexpr(
+        "blockwise_shift_scale",
+        "scaled",
+        &[
+            ("data", Binding::Value(bytes(DataType::Int8, &[1, 1, 2, 1024], vec![0; 2048]))),
+            ("scale", named("first")),
+        ],
+        &[1, 1, 2, 1024],
+    );
+    let first = palette("first", codes(&[1, 1, 2, 32]), named("table"), 3, &[1, 1, 2, 1024]);
+    let (_dir, path) = with_operations(vec![table("table", 4, 32), first, scaled]);
+    ends(&["verify", path.to_str().unwrap()], 1, "scale \"first\" is 1-bit palette");
+}
+
+/// One content is decoded once, whatever it is called; many of one blob are too many.
+#[test]
+fn one_blob_by_many_names() {
+    let shape = [1u64 << 20];
+    let data = || constant("data", bytes(DataType::UInt1, &shape, vec![0; 1 << 17]));
+    let scaled = |name: String, n: usize| {
+        let scale = Value::immediate(
+            DataType::Float16,
+            &[1],
+            TensorValue::Bytes(Only((n as u16).to_le_bytes().to_vec())),
+        );
+        let inputs = [("data", named("data")), ("scale", Binding::Value(scale))];
+        constexpr("blockwise_shift_scale", &name, &inputs, &shape)
+    };
+    let verify = |operations: Vec<Operation>| {
+        let (_dir, path) = with_operations(operations);
+        run(&["verify", path.to_str().unwrap()]).output
+    };
+    let decoded = |output: String| {
+        let line = output.lines().find(|line| line.contains("values decoded")).map(str::to_string);
+        line.unwrap_or_else(|| panic!("{output}"))
+    };
+    let one = decoded(verify(vec![data(), scaled("a".into(), 1)]));
+    let same = (0..500).map(|n| scaled(format!("a{n}"), 1));
+    assert_eq!(decoded(verify(std::iter::once(data()).chain(same).collect())), one);
+    let others = (0..500).map(|n| scaled(format!("a{n}"), n));
+    let output = verify(std::iter::once(data()).chain(others).collect());
+    assert!(output.contains("its weights, each decoded once, are more than"), "{output}");
 }

@@ -2,11 +2,16 @@
 
 use std::sync::Arc;
 
+use super::parse::Declared;
+use super::program::FUEL_HINT;
 use super::program::MEMORY_HINT;
-use super::tensor::{Data, Tensor, elements};
-use super::weight::Weight;
+use super::tensor::{Data, Tensor, described, elements};
+use super::weight::{Weight, is_float};
 use crate::container::coreml::DataType;
 use crate::error::{Error, Result};
+
+/// Most values of a list of sizes, axes and the like; of parts, as many as there are results.
+const MOST_LISTED: usize = 16;
 
 /// What a parameter is bound to.
 #[derive(Clone, Debug)]
@@ -32,6 +37,19 @@ impl Operand {
         }
     }
 
+    /// As a tensor is described.
+    pub(super) fn described(&self) -> String {
+        described(self.dtype(), self.shape())
+    }
+
+    /// How many elements it has.
+    pub(super) fn len(&self) -> usize {
+        match self {
+            Self::Tensor(tensor) => tensor.len(),
+            Self::Weight(weight) => weight.len(),
+        }
+    }
+
     /// In memory, where there is room for so many elements.
     ///
     /// # Errors
@@ -51,8 +69,12 @@ pub(super) struct Call<'a> {
     pub(super) inputs: Vec<(&'a str, Vec<Operand>)>,
     /// How many results are declared.
     pub(super) results: usize,
-    /// How many elements there is memory for.
+    /// What the first of them is declared to be.
+    pub(super) declared: Option<&'a Declared>,
+    /// How many elements there is memory for: less with every tensor that is made or decoded.
     pub(super) room: usize,
+    /// How much may still be computed, about an element each.
+    pub(super) fuel: u64,
 }
 
 impl Call<'_> {
@@ -60,11 +82,77 @@ impl Call<'_> {
     ///
     /// # Errors
     /// `Limit` for more than are computed with, or there is memory for.
-    pub(super) fn elements(&self, shape: &[usize]) -> Result<usize> {
+    pub(super) fn elements(&mut self, shape: &[usize]) -> Result<usize> {
         let n = elements(shape)?;
-        match n > self.room {
-            true => Err(no_room(shape, self.room)),
-            false => Ok(n),
+        self.room = self.room.checked_sub(n).ok_or_else(|| no_room(shape, self.room))?;
+        self.work(n)?;
+        Ok(n)
+    }
+
+    /// The same of the first result, which is to have the shape that is declared.
+    ///
+    /// # Errors
+    /// As [`Self::elements`]; `Malformed` for another shape.
+    pub(super) fn result(&mut self, shape: &[usize]) -> Result<usize> {
+        self.declared.map_or(Ok(()), |declared| declared.check(declared.dtype, shape))?;
+        self.elements(shape)
+    }
+
+    /// Takes memory for so many elements that are needed meanwhile.
+    ///
+    /// # Errors
+    /// `Limit` where there is none.
+    pub(super) fn reserve(&mut self, n: usize) -> Result<()> {
+        self.room = self.room.checked_sub(n).ok_or_else(|| no_room(&[n], self.room))?;
+        Ok(())
+    }
+
+    /// Counts what is to be computed, before it is.
+    ///
+    /// # Errors
+    /// `Limit` where a call has computed too much.
+    pub(super) fn work(&mut self, n: usize) -> Result<()> {
+        let left = self.fuel.checked_sub(n as u64);
+        self.fuel = left.ok_or_else(|| {
+            Error::limit("a call computes far more than such a package should").hint(FUEL_HINT)
+        })?;
+        Ok(())
+    }
+
+    /// In memory: what a weight takes there is taken from the room.
+    ///
+    /// # Errors
+    /// As [`Weight::tensor`]; `Limit` where there is no room.
+    pub(super) fn decoded(&mut self, operand: Operand) -> Result<Tensor> {
+        match operand {
+            Operand::Tensor(tensor) => Ok(tensor),
+            Operand::Weight(weight) => {
+                self.elements(&weight.shape)?;
+                if !is_float(weight.dtype) {
+                    self.reserve(weight.len())?; // floats, of which they are made
+                }
+                weight.tensor()
+            }
+        }
+    }
+
+    /// Elements that are to be changed in place, copied where somebody else has them.
+    ///
+    /// # Errors
+    /// `Limit` where there is no room for a copy.
+    pub(super) fn own<'v, T: Clone>(&mut self, values: &'v mut Arc<Vec<T>>) -> Result<&'v mut Vec<T>> {
+        if Arc::get_mut(values).is_none() {
+            self.reserve(values.len())?;
+        }
+        Ok(Arc::make_mut(values))
+    }
+
+    /// A short list, in memory.
+    fn list(&mut self, name: &str, operand: Operand) -> Result<Tensor> {
+        let (n, most) = (operand.len(), MOST_LISTED.max(self.results));
+        match n > most {
+            true => Err(Error::limit(format!("{name} has {n} values, at most {most} are read"))),
+            false => self.decoded(operand),
         }
     }
 
@@ -99,7 +187,8 @@ impl Call<'_> {
     /// # Errors
     /// As [`Self::operand`]; `Limit` for a weight that is too large.
     pub(super) fn tensor(&mut self, name: &str) -> Result<Tensor> {
-        self.operand(name)?.tensor(self.room).map_err(|e| e.context(name))
+        let operand = self.operand(name)?;
+        self.decoded(operand).map_err(|e| e.context(name))
     }
 
     /// The same, with its elements as floats.
@@ -118,7 +207,7 @@ impl Call<'_> {
     /// `Malformed` for other types, and for more than one dimension.
     pub(super) fn ints(&mut self, name: &str) -> Result<Option<Vec<i64>>> {
         let Some(operand) = self.given(name)? else { return Ok(None) };
-        let tensor = operand.tensor(self.room)?;
+        let tensor = self.list(name, operand)?;
         match &tensor.data {
             Data::Ints(ints) if tensor.shape.len() <= 1 => {
                 Ok(Some(ints.iter().map(|n| i64::from(*n)).collect()))
@@ -153,7 +242,7 @@ impl Call<'_> {
     /// `Malformed` for other types, and for more than one dimension.
     fn bools(&mut self, name: &str) -> Result<Option<Vec<bool>>> {
         let Some(operand) = self.given(name)? else { return Ok(None) };
-        let tensor = operand.tensor(self.room)?;
+        let tensor = self.list(name, operand)?;
         match &tensor.data {
             Data::Bools(bools) if tensor.shape.len() <= 1 => Ok(Some(bools.to_vec())),
             _ => {
@@ -194,7 +283,7 @@ impl Call<'_> {
     /// `Malformed` for several, and for other types.
     pub(super) fn float(&mut self, name: &str, default: f32) -> Result<f32> {
         let Some(operand) = self.given(name)? else { return Ok(default) };
-        let tensor = operand.tensor(self.room)?;
+        let tensor = self.list(name, operand)?;
         match tensor.as_floats() {
             Some([one]) => Ok(*one),
             _ => Err(Error::malformed(format!("{name} is {}, a float was expected", tensor.described()))),

@@ -9,7 +9,7 @@ use rayon::prelude::*;
 
 use super::call::{Call, Operand, floats};
 use super::ops::{Operator, broadcast, computed};
-use super::strided::{Walk, repeated};
+use super::strided::repeated;
 use super::tensor::{Tensor, zeros};
 use super::weight::Weight;
 use crate::error::{Error, Result};
@@ -22,6 +22,8 @@ pub(super) const OPERATORS: &[Operator] = &[
 
 /// Rows that are decoded at a time.
 const TILE: usize = 64;
+/// Products of a matrix that take as much time as one element of other operations.
+pub(super) const PRODUCTS: usize = 128;
 
 /// `out = a b`, on one thread.
 pub(super) fn multiply(out: MatMut<'_, f32>, a: MatRef<'_, f32>, b: MatRef<'_, f32>) {
@@ -87,10 +89,41 @@ fn rows(weight: &Operand) -> Result<Rows<'_>> {
 /// One for each output, if it is given.
 fn bias(call: &mut Call<'_>, outputs: usize) -> Result<Option<Vec<f32>>> {
     let Some(bias) = call.given("bias")? else { return Ok(None) };
-    let bias = bias.tensor(call.room)?;
+    let bias = call.decoded(bias)?;
+    call.reserve(bias.len())?;
     match bias.as_floats() {
         Some(values) if bias.shape == [outputs] => Ok(Some(values.to_vec())),
         _ => Err(Error::malformed(format!("bias is {}, there are {outputs} outputs", bias.described()))),
+    }
+}
+
+/// Takes memory for the tiles of a weight, if it is one, and counts the work of `count` times a matrix of `rows` by
+/// `inner` with one of `inner` by `columns`, the weight's outputs.
+fn pay(
+    call: &mut Call<'_>,
+    weight: Option<&Weight>,
+    count: usize,
+    [rows, inner, columns]: [usize; 3],
+) -> Result<()> {
+    let of = |a: usize, b: usize| a.saturating_mul(b);
+    let mut each = of(rows, inner).saturating_add(of(rows, columns));
+    each = each.saturating_add(of(of(rows, inner), columns) / PRODUCTS);
+    each = each.saturating_add(match weight {
+        Some(weight) => {
+            let tiles = columns.div_ceil(TILE);
+            call.reserve(of(of(columns.min(TILE), inner), tiles.min(rayon::current_num_threads())))?;
+            weight.work(tiles, of(columns.min(TILE), inner))
+        }
+        None => of(inner, columns),
+    });
+    call.work(of(each, count))
+}
+
+/// Of an operand that is decoded in tiles.
+fn stored(weight: &Operand) -> Option<&Weight> {
+    match weight {
+        Operand::Weight(weight) => Some(weight),
+        Operand::Tensor(_) => None,
     }
 }
 
@@ -115,8 +148,10 @@ fn linear(call: &mut Call<'_>) -> Result<Vec<Tensor>> {
     }
     let bias = bias(call, outputs)?;
     let shape = [outer, &[outputs]].concat();
-    let mut out = zeros(call.elements(&shape)?)?;
+    let n = call.result(&shape)?;
     let vectors = outer.iter().product();
+    pay(call, stored(&weight), 1, [vectors, inputs, outputs])?;
+    let mut out = zeros(n)?;
     if !out.is_empty() && inputs > 0 {
         let x = MatRef::from_row_major_slice(&values, vectors, inputs);
         let out = MatMut::from_row_major_slice_mut(&mut out, vectors, outputs);
@@ -152,7 +187,9 @@ fn conv(call: &mut Call<'_>) -> Result<Vec<Tensor>> {
     }
     let bias = bias(call, outputs)?;
     let shape = [&[batch, outputs], places].concat();
-    let (mut out, n) = (zeros(call.elements(&shape)?)?, places.iter().product::<usize>());
+    let (all, n) = (call.result(&shape)?, places.iter().product::<usize>());
+    pay(call, stored(&weight), batch, [n, inputs, outputs])?;
+    let mut out = zeros(all)?;
     if !out.is_empty() && inputs > 0 {
         let weight = rows(&weight)?;
         for (x, out) in values.chunks_exact(inputs * n).zip(out.chunks_exact_mut(outputs * n)) {
@@ -162,7 +199,8 @@ fn conv(call: &mut Call<'_>) -> Result<Vec<Tensor>> {
     }
     if let Some(bias) = bias {
         let each = |(row, b): (&mut [f32], &f32)| row.iter_mut().for_each(|v| *v += b);
-        out.chunks_mut(outputs * n.max(1)).for_each(|out| out.chunks_mut(n.max(1)).zip(&bias).for_each(each));
+        out.chunks_mut((outputs * n).max(1))
+            .for_each(|out| out.chunks_mut(n.max(1)).zip(&bias).for_each(each));
     }
     Ok(vec![Tensor::of_floats(x.dtype, shape, out)])
 }
@@ -208,31 +246,40 @@ fn matrices(call: &mut Call<'_>) -> Result<Vec<Tensor>> {
             x.described()
         )));
     }
-    let outer = broadcast(call, of_x.outer, of_y.outer)?;
+    let outer = broadcast(of_x.outer, of_y.outer)?;
     let shape = [&outer[..], &[rows, columns]].concat();
-    let mut out = zeros(call.elements(&shape)?)?;
+    let n = call.result(&shape)?;
+    let tiles = stored(&y).filter(|_| of_y.turned);
+    pay(call, tiles, if n > 0 { outer.iter().product() } else { 0 }, [rows, inner, columns])?;
+    let mut out = zeros(n)?;
     let done = |out| Ok(vec![Tensor::of_floats(x.dtype, shape, out)]);
     if out.is_empty() || inner == 0 {
         return done(out);
     }
     // Which matrices each product is of.
-    let mut pairs = Vec::new();
-    let strides = repeated(of_x.outer, &outer).into_iter().zip(repeated(of_y.outer, &outer));
-    let walk = Walk::new(outer.iter().copied().zip(strides.map(|(a, b)| [a, b])));
-    walk.rows([0; 2], |at, n, strides| {
-        pairs.extend((0..n).map(|i| [0, 1].map(|k| at[k] as usize + i * strides[k] as usize)));
-    });
+    let strides = [repeated(of_x.outer, &outer), repeated(of_y.outer, &outer)];
+    let pair = |product: usize| {
+        let (mut rest, mut places) = (product, [0; 2]);
+        for (k, size) in outer.iter().enumerate().rev() {
+            let at = rest % size;
+            rest /= size;
+            places = [0, 1].map(|side| places[side] + at * strides[side][k] as usize);
+        }
+        places
+    };
     let x_of = |i: usize| of_x.matrix(&values[i * rows * inner..][..rows * inner]);
     // Where rows of what is stored are columns of what is multiplied, they are decoded in tiles.
     if let (Operand::Weight(weight), true) = (&y, of_y.turned) {
-        for ([i, j], out) in pairs.into_iter().zip(out.chunks_exact_mut(rows * columns)) {
+        for (k, out) in out.chunks_exact_mut(rows * columns).enumerate() {
+            let [i, j] = pair(k);
             let out = MatMut::from_row_major_slice_mut(out, rows, columns);
             Rows::Weight(weight, j * columns * inner).multiply(x_of(i).transpose(), out.transpose_mut())?;
         }
         return done(out);
     }
-    let y = floats(&y.tensor(call.room)?)?;
-    out.par_chunks_exact_mut(rows * columns).zip(pairs).for_each(|(out, [i, j])| {
+    let y = floats(&call.decoded(y)?)?;
+    out.par_chunks_exact_mut(rows * columns).enumerate().for_each(|(k, out)| {
+        let [i, j] = pair(k);
         let y = of_y.matrix(&y[j * columns * inner..][..columns * inner]);
         let x = x_of(i);
         out.par_chunks_mut(TILE * columns).enumerate().for_each(|(k, out)| {
@@ -300,6 +347,16 @@ mod tests {
         refused("linear", &[("x", x), ("weight", some(&[4], 0))], "a matrix was expected");
     }
 
+    /// No outputs, each with a bias.
+    #[test]
+    fn no_outputs() {
+        let none = |shape: &[usize]| floats(shape, &[]);
+        let x = [("x", some(&[1, 3, 1, 1], 1)), ("weight", none(&[0, 3, 1, 1])), ("bias", none(&[0]))];
+        assert_eq!(of("conv", &x).0, [1, 0, 1, 1]);
+        let x = [("x", some(&[2, 3], 1)), ("weight", none(&[0, 3])), ("bias", none(&[0]))];
+        assert_eq!(of("linear", &x).0, [2, 0]);
+    }
+
     /// What is decoded in tiles gives the bits of what was decoded before.
     #[test]
     fn weights_are_as_tensors() {
@@ -320,7 +377,9 @@ mod tests {
                 inputs.push(("transpose_y", vec![Operand::Tensor(truth(true))]));
             }
             let operator = super::super::ops::find(name).unwrap();
-            (operator.run)(&mut Call { inputs, results: 1, room: usize::MAX }).unwrap().remove(0)
+            (operator.run)(&mut Call { inputs, results: 1, declared: None, room: usize::MAX, fuel: u64::MAX })
+                .unwrap()
+                .remove(0)
         };
         for (name, parameter, shape, x, turn) in [
             ("linear", "weight", vec![outputs, inputs], vec![3, inputs], false),

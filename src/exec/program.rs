@@ -21,10 +21,12 @@ pub(super) const MEMORY_HINT: &str = "the limit is 64 bytes for each of the pack
 /// tokens for models of 2 bits are within.
 const SOME_MEMORY: u64 = 128 << 20;
 const MEMORY_PER_BYTE: u64 = 64;
-/// Most elements of all results of a call together, in the same way: models for hundreds of tokens at a time take some
-/// hundred for each byte.
+/// Where the limit of [`Call::fuel`] is from.
+pub(super) const FUEL_HINT: &str = "the limit is 8192 elements for each byte of the package, and 32 Mi; 128 products of a matrix count as one";
+/// Most elements of all operands and results of a call together, in the same way. A model of 2 bits that takes 4096
+/// tokens at once takes some 500 for each byte, of 16,384 tokens some 5000.
 const SOME_FUEL: u64 = 1 << 25;
-const FUEL_PER_BYTE: u64 = 4096;
+const FUEL_PER_BYTE: u64 = 8192;
 /// Bytes of an element in memory.
 const ELEMENT: u64 = 4;
 
@@ -37,7 +39,7 @@ pub struct Program {
     pub(super) bytes: u64,
     /// Most elements that are in memory at a time.
     most_live: usize,
-    /// Most elements of all results of a call.
+    /// Most elements of all operands and results of a call.
     fuel: u64,
 }
 
@@ -170,7 +172,10 @@ impl Program {
                 run.step(step).map_err(|e| e.context(&step.name))?;
             }
             let output = |(declared, source): &(Declared, Source)| {
-                let tensor = run.take(source)?.tensor(run.most)?;
+                let operand = run.take(source)?;
+                run.spend(&operand)?;
+                let tensor = operand.tensor(run.most.saturating_sub(run.live))?;
+                run.live = run.live.saturating_add(tensor.len());
                 Ok((declared.name.clone(), tensor))
             };
             found.outputs.iter().map(output).collect()
@@ -230,6 +235,16 @@ impl Run<'_> {
         }
     }
 
+    /// Counts what is decoded outside of an operation.
+    fn spend(&mut self, operand: &Operand) -> Result<()> {
+        if let Operand::Weight(weight) = operand {
+            let mut call = Call { fuel: self.fuel, ..Call::default() };
+            call.work(weight.len())?;
+            self.fuel = call.fuel;
+        }
+        Ok(())
+    }
+
     fn put(&mut self, tensor: Tensor, place: Option<usize>) -> Result<()> {
         let Some(place) = place else { return Ok(()) };
         self.live = self.live.saturating_add(tensor.len());
@@ -268,18 +283,40 @@ impl Run<'_> {
                 })?]
             }
             Action::Write { state, data } => {
-                let tensor = self.take(data)?.tensor(self.most)?;
+                let operand = self.take(data)?;
+                self.spend(&operand)?;
+                let tensor = operand.tensor(self.most.saturating_sub(self.live))?;
                 return self.write(state, tensor);
             }
             Action::Run(operator, inputs) => {
-                let room = self.most.saturating_sub(self.live);
-                let mut call =
-                    Call { inputs: Vec::with_capacity(inputs.len()), results: step.results.len(), room };
+                let mut call = Call {
+                    inputs: Vec::with_capacity(inputs.len()),
+                    results: step.results.len(),
+                    declared: step.results.first().map(|(declared, _)| declared),
+                    room: self.most.saturating_sub(self.live),
+                    fuel: self.fuel,
+                };
+                call.work(1)?;
                 for (parameter, sources) in inputs {
-                    let operands = sources.iter().map(|source| self.take(source)).collect::<Result<_>>()?;
+                    let operands: Vec<Operand> =
+                        sources.iter().map(|source| self.take(source)).collect::<Result<_>>()?;
+                    for operand in &operands {
+                        if let Operand::Tensor(tensor) = operand {
+                            call.work(tensor.len())?;
+                        }
+                    }
                     call.inputs.push((parameter, operands));
                 }
-                let mut found = (operator.run)(&mut call)?;
+                // What is declared is not more than there may be.
+                for (declared, _) in &step.results {
+                    let least: usize = declared.shape.iter().map(|n| n.unwrap_or(1)).product(); // bounded
+                    if least > self.most {
+                        return Err(beyond(format!("{:?} is declared {declared}", declared.name), self.most));
+                    }
+                }
+                let found = (operator.run)(&mut call);
+                self.fuel = call.fuel;
+                let mut found = found?;
                 if operator.computes {
                     found.iter_mut().for_each(|tensor| self.round(tensor, &step.name));
                 }
@@ -294,9 +331,6 @@ impl Run<'_> {
             )));
         }
         for (tensor, (declared, place)) in found.into_iter().zip(&step.results) {
-            let left = self.fuel.checked_sub(tensor.len() as u64);
-            self.fuel =
-                left.ok_or_else(|| Error::limit("a call computes far more than such a package should"))?;
             declared.check(tensor.dtype, &tensor.shape)?;
             self.put(tensor, *place)?;
         }

@@ -103,9 +103,14 @@ impl Tensor {
 
     /// `int32[1,5]`
     pub(super) fn described(&self) -> String {
-        let sizes: Vec<String> = self.shape.iter().map(usize::to_string).collect();
-        format!("{}[{}]", self.dtype, sizes.join(","))
+        described(self.dtype, &self.shape)
     }
+}
+
+/// `int32[1,5]`
+pub(super) fn described(dtype: DataType, shape: &[usize]) -> String {
+    let sizes: Vec<String> = shape.iter().map(usize::to_string).collect();
+    format!("{dtype}[{}]", sizes.join(","))
 }
 
 fn check_len(shape: &[usize], found: usize) -> Result<()> {

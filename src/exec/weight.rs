@@ -12,6 +12,9 @@ use crate::packed::coreml::Weight as Decoded;
 
 /// Values are rounded in runs of so many, on the stack.
 const RUN: usize = 512;
+/// What a read is beside its elements: a look at the mask before them, or at scales and tables.
+const SPARSE_READ: usize = 1 << 13;
+const PLAIN_READ: usize = 1 << 6;
 
 /// A constant of numbers or truth values.
 #[derive(Debug)]
@@ -52,6 +55,15 @@ impl Weight {
     /// Whether something of it is read from a file.
     pub(super) fn is_in_file(&self) -> bool {
         self.decoded.constant().is_in_file()
+    }
+
+    /// What it is to read so many elements so many times, each about as much as one of an addition.
+    pub(super) fn work(&self, reads: usize, each: usize) -> usize {
+        let begin = match self.decoded.constant().form {
+            Form::Sparse { .. } => SPARSE_READ,
+            _ => PLAIN_READ,
+        };
+        reads.saturating_mul(each.saturating_add(begin))
     }
 
     /// The elements from `first` on.

@@ -16,6 +16,9 @@ use crate::error::{Error, Result};
 
 /// Most operations that stand behind one another between stored elements and a weight.
 const DEPTH: usize = 4;
+/// Most elements of an entry of a table: no weight has more than 512 for each byte that is stored for it. coremltools
+/// makes few of a table of vectors, 2 to 8.
+const MOST_WIDE: u64 = 64;
 
 /// A constant.
 #[derive(Debug, PartialEq)]
@@ -321,7 +324,7 @@ impl Reader<'_> {
         let (data, scale) = (self.get(operation, "data")?, self.get(operation, "scale")?);
         let offset = self.given(operation, "offset")?;
         check_groups("scale", &data.shape, &scale.shape)?;
-        check_offset(&scale, offset.as_deref())?;
+        check_scale(&scale, offset.as_deref())?;
         Ok((scale.data_type, data.shape.clone(), Form::Blockwise { data, scale, offset }))
     }
 
@@ -378,7 +381,7 @@ impl Reader<'_> {
         let offset = self.given(operation, "offset")?;
         check_vector("nonzero_data", &data)?;
         check_groups("scale", &mask.shape, &scale.shape)?;
-        check_offset(&scale, offset.as_deref())?;
+        check_scale(&scale, offset.as_deref())?;
         let first = (DataType::UInt1, mask.shape.clone(), same(&mask)?);
         let values = (scale.data_type, data.shape.clone());
         Ok(vec![first, (values.0, values.1, Form::SparseBlockwise { mask, data, scale, offset })])
@@ -484,12 +487,35 @@ fn check_groups(what: &str, whole: &[u64], groups: &[u64]) -> Result<()> {
     Err(Error::malformed(format!("{what} has shape {groups:?}, which does not divide {whole:?}")))
 }
 
-fn check_offset(scale: &Constant, offset: Option<&Constant>) -> Result<()> {
+fn check_scale(scale: &Constant, offset: Option<&Constant>) -> Result<()> {
+    check_shared("scale", scale)?;
+    offset.map_or(Ok(()), |offset| check_shared("offset", offset))?;
     match offset {
         Some(offset) if offset.shape != scale.shape => {
             Err(Error::malformed(format!("offset has shape {:?}, scale {:?}", offset.shape, scale.shape)))
         }
         _ => Ok(()),
+    }
+}
+
+/// That what elements share is not out of tables itself: it is at most 8 elements for each byte that is stored.
+fn check_shared(what: &str, shared: &Constant) -> Result<()> {
+    fn is_palette(constant: &Constant) -> bool {
+        match &constant.form {
+            Form::Plain(_) | Form::Unknown(_) => false,
+            Form::Blockwise { .. } => constant.parts().iter().any(|(_, part)| is_palette(part)),
+            _ => true,
+        }
+    }
+    match is_palette(shared) {
+        true => {
+            let (name, encoding) = (&shared.name, shared.encoding());
+            Err(Error::unsupported(format!(
+                "{what} {name:?} is {encoding}: stored or scaled numbers are read"
+            ))
+            .hint("decode the table once, and store what it gives"))
+        }
+        false => Ok(()),
     }
 }
 
@@ -499,6 +525,12 @@ fn check_table(whole: &[u64], indices: DataType, lut: &Constant) -> Result<u64> 
         return Err(Error::malformed(format!("lut has shape {:?}, which is no table's", lut.shape)));
     };
     check_groups("lut", whole, groups)?;
+    check_shared("lut", lut)?;
+    if *elements > MOST_WIDE {
+        return Err(Error::limit(format!(
+            "lut has entries of {elements} elements, at most {MOST_WIDE} are read"
+        )));
+    }
     let bits = indices.bits();
     if !(1..=8).contains(&bits) || *entries != 1 << bits || *elements == 0 {
         return Err(Error::malformed(format!(

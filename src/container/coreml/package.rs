@@ -181,6 +181,7 @@ impl Package {
         check::values(program, &mut |value, tensor| {
             if !weights.contains_key(&value.file_name) {
                 let inside = weight_path(&value.file_name, folder, items)?;
+                stays(path, &inside)?;
                 let at = path.join(DATA).join(inside);
                 regular(&at)?;
                 let file = BlobFile::open(InputFile::open(at)?, limits)?;
@@ -221,6 +222,26 @@ fn regular(path: &Path) -> Result<()> {
     }
 }
 
+/// That no directory on the way to what is `inside` of its data is a link that leads out of the package. Files may be
+/// links: those of caches are.
+fn stays(path: &Path, inside: &str) -> Result<()> {
+    let mut at = path.to_path_buf();
+    for part in Path::new(DATA).join(inside).components() {
+        at.push(part);
+        let is_link = fs::symlink_metadata(&at).is_ok_and(|meta| meta.is_symlink());
+        if !is_link || !at.is_dir() {
+            continue;
+        }
+        let real = |place: &Path| fs::canonicalize(place).map_err(|e| Error::io("find", place, e));
+        if !real(&at)?.starts_with(real(path)?) {
+            return Err(Error::malformed("is a link to a directory outside of the package")
+                .at(&at)
+                .hint("put the directory itself there; files may be links"));
+        }
+    }
+    Ok(())
+}
+
 fn listed(bytes: &[u8], path: &Path, at: &Path) -> Result<(Vec<String>, String)> {
     let manifest: Manifest = from_json(bytes, at)?;
     if manifest.file_format_version != FORMAT_VERSION {
@@ -239,6 +260,7 @@ fn listed(bytes: &[u8], path: &Path, at: &Path) -> Result<(Vec<String>, String)>
             ))));
         }
         let place = path.join(DATA).join(&item.path);
+        stays(path, &item.path).map_err(context)?;
         fs::metadata(&place).map_err(|e| context(Error::io("find", &place, e)))?;
     }
     let root = &manifest.root_model_identifier;

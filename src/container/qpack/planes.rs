@@ -4,6 +4,9 @@
 //!
 //! Chunks are read by themselves, so that rows need not wait for the whole.
 
+use std::cell::RefCell;
+use std::sync::atomic::{AtomicU64, Ordering};
+
 use super::manifest::Compression;
 use super::rans::{self, Coded};
 use crate::container::InputFile;
@@ -164,9 +167,29 @@ impl Planes {
     }
 }
 
+/// Chunks that each thread keeps, of the parts of a tensor: spans far smaller than a chunk are read one after the other.
+const MOST_KEPT: usize = 4;
+
+/// A chunk of a segment without compression.
+struct Kept {
+    segment: u64,
+    number: usize,
+    bytes: Vec<u8>,
+}
+
+thread_local! {
+    /// The last chunks of which parts were read, the latest behind.
+    static KEPT: RefCell<Vec<Kept>> = const { RefCell::new(Vec::new()) };
+}
+
+/// How many segments were opened.
+static SEGMENTS: AtomicU64 = AtomicU64::new(0);
+
 /// A compressed segment in a file.
 #[derive(Debug)]
 pub struct Compressed {
+    /// Another for each that is opened.
+    number: u64,
     planes: Planes,
     /// Bytes without compression.
     bytes: u64,
@@ -205,7 +228,10 @@ impl Compressed {
             places.push(end);
         }
         match end.checked_add(table) == at.checked_add(len) {
-            true => Ok(Self { planes, bytes, entries, places }),
+            true => {
+                let number = SEGMENTS.fetch_add(1, Ordering::Relaxed);
+                Ok(Self { number, planes, bytes, entries, places })
+            }
             false => Err(wrong()),
         }
     }
@@ -220,25 +246,51 @@ impl Compressed {
         }
         let size = self.planes.chunk;
         let (mut at, mut out) = (start, out);
-        let (mut stored, mut chunk) = (Vec::new(), Vec::new());
         while !out.is_empty() {
             let (k, skipped) = ((at / size) as usize, (at % size) as usize);
-            let (Some([from, to]), Some(entries)) = (
-                self.places.get(k..k + 2).and_then(|p| p.first_chunk::<2>()),
-                self.entries.chunks(self.planes.planes).nth(k),
-            ) else {
-                return Err(Error::misuse(format!("chunk {k} is not there")));
-            };
-            stored.resize((to - from) as usize, 0); // within the segment
-            file.read_at(*from, &mut stored)?;
-            chunk.resize(size.min(self.bytes - k as u64 * size) as usize, 0);
-            self.planes.decompress(&stored, entries, &mut chunk)?;
-            let n = out.len().min(chunk.len() - skipped);
+            let len = size.min(self.bytes - k as u64 * size) as usize;
+            let n = out.len().min(len - skipped);
             let (these, rest) = out.split_at_mut(n);
-            these.copy_from_slice(&chunk[skipped..skipped + n]);
+            match n == len {
+                true => self.decompress(file, k, these)?,
+                false => {
+                    self.part(file, k, len, |chunk| these.copy_from_slice(&chunk[skipped..skipped + n]))?
+                }
+            }
             (at, out) = (at + n as u64, rest);
         }
         Ok(())
+    }
+
+    /// Calls `take` with a chunk of `len` bytes, which this thread keeps for the next part of it.
+    fn part(&self, file: &InputFile, number: usize, len: usize, take: impl FnOnce(&[u8])) -> Result<()> {
+        let mut kept = KEPT.take();
+        let is_it = |kept: &Kept| (kept.segment, kept.number) == (self.number, number);
+        let chunk = match kept.iter().position(is_it) {
+            Some(at) => kept.remove(at),
+            None => {
+                let mut bytes = if kept.len() < MOST_KEPT { Vec::new() } else { kept.remove(0).bytes };
+                bytes.resize(len, 0);
+                self.decompress(file, number, &mut bytes)?;
+                Kept { segment: self.number, number, bytes }
+            }
+        };
+        take(&chunk.bytes);
+        kept.push(chunk);
+        KEPT.set(kept);
+        Ok(())
+    }
+
+    fn decompress(&self, file: &InputFile, number: usize, chunk: &mut [u8]) -> Result<()> {
+        let (Some([from, to]), Some(entries)) = (
+            self.places.get(number..number + 2).and_then(|p| p.first_chunk::<2>()),
+            self.entries.chunks(self.planes.planes).nth(number),
+        ) else {
+            return Err(Error::misuse(format!("chunk {number} is not there")));
+        };
+        let mut stored = vec![0; (to - from) as usize]; // within the segment
+        file.read_at(*from, &mut stored)?;
+        self.planes.decompress(&stored, entries, chunk)
     }
 }
 
@@ -305,6 +357,32 @@ mod tests {
         let content: Vec<u8> = weights.flat_map(|w| ((w.to_bits() >> 16) as u16).to_le_bytes()).collect();
         let share = segment(Planes::of(2), &content).len() as f64 / content.len() as f64;
         assert!((0.6..0.7).contains(&share), "{share}");
+    }
+
+    /// Parts of a chunk come from one decompression: what becomes of the file between them is of no effect.
+    #[test]
+    fn a_chunk_is_decompressed_once() {
+        let planes = Planes { planes: 2, chunk: MIN_CHUNK };
+        let content: Vec<u8> = (0..3 * MIN_CHUNK).map(|i| (i % 251) as u8).collect();
+        let (bytes, dir) = (segment(planes, &content), tempfile::tempdir().unwrap());
+        let file = opened(dir.path(), &bytes);
+        let open = || Compressed::open(&file, (0, bytes.len() as u64), content.len() as u64, planes).unwrap();
+        let (one, other) = (open(), open());
+        let mut part = [0; 100];
+        for compressed in [&one, &other] {
+            compressed.read(&file, 5, &mut part).unwrap();
+        }
+        let none = opened(dir.path(), &vec![0xEE; bytes.len()]);
+        for start in (0..MIN_CHUNK - 100).step_by(1000) {
+            for compressed in [&one, &other] {
+                compressed.read(&none, start, &mut part).unwrap();
+                assert_eq!(part, content[start as usize..][..100]);
+            }
+        }
+        // Of the next chunk nothing is known.
+        assert!(
+            one.read(&none, MIN_CHUNK, &mut part).is_err() || part != content[MIN_CHUNK as usize..][..100]
+        );
     }
 
     #[test]

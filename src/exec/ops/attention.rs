@@ -4,7 +4,7 @@ use faer::{MatMut, MatRef};
 use rayon::prelude::*;
 
 use super::super::call::{Call, same_dtype};
-use super::super::product::multiply;
+use super::super::product::{PRODUCTS, multiply};
 use super::super::strided::{repeated, strides};
 use super::super::tensor::{Data, Tensor, zeros};
 use super::reduce::softmax_row;
@@ -37,7 +37,7 @@ fn attention(call: &mut Call<'_>) -> Result<Vec<Tensor>> {
         return Err(wrong());
     }
     let scores: Vec<usize> = [outer, &[*rows, *keys]].concat();
-    let mask = call.given("attn_mask")?.map(|mask| mask.tensor(call.room)).transpose()?;
+    let mask = call.given("attn_mask")?.map(|mask| call.decoded(mask)).transpose()?;
     if let Some(mask) = &mask
         && !(mask.shape.len() <= scores.len()
             && mask.shape.iter().rev().zip(scores.iter().rev()).all(|(n, size)| *n == 1 || n == size))
@@ -74,12 +74,18 @@ fn attention(call: &mut Call<'_>) -> Result<Vec<Tensor>> {
         return Err(Error::malformed(format!("attn_mask is {}", mask.described())));
     }
     let shape: Vec<usize> = [outer, &[*rows, *columns]].concat();
-    let mut out = zeros(call.elements(&shape)?)?;
+    let mut out = zeros(call.result(&shape)?)?;
     let (rows, keys, width, columns) = (*rows, *keys, *width, *columns);
     if out.is_empty() || keys == 0 || width == 0 {
         return Err(wrong());
     }
-    call.elements(&[rows.min(ROWS), keys])?;
+    // Scores of each thread.
+    let parts = rows.div_ceil(ROWS).saturating_mul(outer.iter().product()).min(rayon::current_num_threads());
+    call.reserve(rows.min(ROWS).saturating_mul(keys).saturating_mul(parts))?;
+    let sides = (rows.saturating_mul(width)).saturating_add(keys.saturating_mul(width + columns));
+    let scores = rows.saturating_mul(keys);
+    let all = sides.saturating_add(scores).saturating_add(scores.saturating_mul(width + columns) / PRODUCTS);
+    call.work(all.saturating_mul(outer.iter().product()))?;
     let scale = 1.0 / (width as f32).sqrt();
     out.par_chunks_exact_mut(rows * columns).enumerate().for_each(|(batch, out)| {
         let queries = &q[batch * rows * width..][..rows * width];

@@ -5,9 +5,8 @@ use std::sync::Arc;
 use rayon::prelude::*;
 
 use super::super::call::{Call, same_dtype};
-use super::super::strided::{Dim, Walk, repeated};
+use super::super::strided::{Walk, repeated};
 use super::super::tensor::{Data, Tensor};
-use super::shape::taken;
 use super::{Operator, computed, moved, one};
 use crate::container::coreml::DataType;
 use crate::error::{Error, Result};
@@ -56,7 +55,7 @@ fn unary(call: &mut Call<'_>, f: impl Fn(f32) -> f32 + Sync) -> Result<Vec<Tenso
         return Err(Error::malformed(format!("x is {described}, floats were expected")));
     };
     let each = |chunk: &mut [f32]| chunk.iter_mut().for_each(|v| *v = f(*v));
-    Arc::make_mut(values).par_chunks_mut(PARALLEL).for_each(each);
+    call.own(values)?.par_chunks_mut(PARALLEL).for_each(each);
     one(x)
 }
 
@@ -85,8 +84,8 @@ fn modulo(a: i32, b: i32) -> Option<i32> {
 /// lacks in front.
 ///
 /// # Errors
-/// `Malformed` for sizes that differ; `Limit`.
-pub(in super::super) fn broadcast(call: &Call<'_>, x: &[usize], y: &[usize]) -> Result<Vec<usize>> {
+/// `Malformed` for sizes that differ.
+pub(in super::super) fn broadcast(x: &[usize], y: &[usize]) -> Result<Vec<usize>> {
     let rank = x.len().max(y.len());
     let at = |shape: &[usize], i: usize| (i + shape.len()).checked_sub(rank).map_or(1, |k| shape[k]);
     let one = |i: usize| match (at(x, i), at(y, i)) {
@@ -94,9 +93,7 @@ pub(in super::super) fn broadcast(call: &Call<'_>, x: &[usize], y: &[usize]) -> 
         (1, n) | (n, 1) => Ok(n),
         _ => Err(Error::malformed(format!("shapes {x:?} and {y:?} do not go together"))),
     };
-    let shape: Vec<usize> = (0..rank).map(one).collect::<Result<_>>()?;
-    call.elements(&shape)?;
-    Ok(shape)
+    (0..rank).map(one).collect()
 }
 
 /// `f` of each pair.
@@ -127,7 +124,8 @@ fn binary(
 ) -> Result<Vec<Tensor>> {
     let (x, y) = (call.tensor("x")?, call.tensor("y")?);
     same_dtype(&x, &y)?;
-    let shape = broadcast(call, &x.shape, &y.shape)?;
+    let shape = broadcast(&x.shape, &y.shape)?;
+    call.result(&shape)?;
     let data = match (&x.data, &y.data) {
         (Data::Floats(a), Data::Floats(b)) => {
             Data::Floats(Arc::new(pairs((a, &x.shape), (b, &y.shape), &shape, f)))
@@ -158,7 +156,8 @@ fn comparison(
 ) -> Result<Vec<Tensor>> {
     let (x, y) = (call.tensor("x")?, call.tensor("y")?);
     same_dtype(&x, &y)?;
-    let shape = broadcast(call, &x.shape, &y.shape)?;
+    let shape = broadcast(&x.shape, &y.shape)?;
+    call.result(&shape)?;
     let values = match (&x.data, &y.data) {
         (Data::Floats(a), Data::Floats(b)) => pairs((a, &x.shape), (b, &y.shape), &shape, f),
         (Data::Ints(a), Data::Ints(b)) => pairs((a, &x.shape), (b, &y.shape), &shape, g),
@@ -173,7 +172,8 @@ fn logical(call: &mut Call<'_>, f: impl Fn(bool, bool) -> bool) -> Result<Vec<Te
         let (x, y) = (x.described(), y.described());
         return Err(Error::malformed(format!("{x} and {y} are no truth values")));
     };
-    let shape = broadcast(call, &x.shape, &y.shape)?;
+    let shape = broadcast(&x.shape, &y.shape)?;
+    call.result(&shape)?;
     let values = pairs((a, &x.shape), (b, &y.shape), &shape, f);
     one(Tensor::of_bools(shape, values))
 }
@@ -183,6 +183,7 @@ fn logical_not(call: &mut Call<'_>) -> Result<Vec<Tensor>> {
     let Data::Bools(values) = &x.data else {
         return Err(Error::malformed(format!("x is {}, truth values were expected", x.described())));
     };
+    call.result(&x.shape)?;
     one(Tensor::of_bools(x.shape.clone(), values.iter().map(|v| !v).collect()))
 }
 
@@ -234,26 +235,29 @@ fn select(call: &mut Call<'_>) -> Result<Vec<Tensor>> {
     let Data::Bools(which) = &cond.data else {
         return Err(Error::malformed(format!("cond is {}, truth values were expected", cond.described())));
     };
-    let shape = broadcast(call, &cond.shape, &broadcast(call, &a.shape, &b.shape)?)?;
-    let (a, b) = (expanded(&a, &shape)?, expanded(&b, &shape)?);
-    fn choose<T: Copy>((which, of): (&[bool], &[usize]), (a, b): (&[T], &[T]), shape: &[usize]) -> Vec<T> {
-        let pairs_of = pairs((a, shape), (b, shape), shape, |a, b| (a, b));
-        pairs((which, of), (&pairs_of, shape), shape, |which, (a, b)| if which { a } else { b })
+    let shape = broadcast(&cond.shape, &broadcast(&a.shape, &b.shape)?)?;
+    let n = call.result(&shape)?;
+    let strides: [Vec<isize>; 3] = [&cond, &a, &b].map(|x| repeated(&x.shape, &shape));
+    let dims = (0..shape.len()).map(|i| (shape[i], [strides[0][i], strides[1][i], strides[2][i]]));
+    let walk = Walk::new(dims);
+    fn choose<T: Copy>(walk: &Walk<3>, n: usize, which: &[bool], a: &[T], b: &[T]) -> Vec<T> {
+        let mut out = Vec::with_capacity(n);
+        walk.rows([0; 3], |at, n, strides| {
+            let place = |k: usize, i: usize| at[k] as usize + i * strides[k] as usize;
+            out.extend((0..n).map(|i| match which[place(0, i)] {
+                true => a[place(1, i)],
+                false => b[place(2, i)],
+            }));
+        });
+        out
     }
-    let which = (&which[..], &cond.shape[..]);
     let data = match (&a.data, &b.data) {
-        (Data::Floats(a), Data::Floats(b)) => Data::Floats(Arc::new(choose(which, (a, b), &shape))),
-        (Data::Ints(a), Data::Ints(b)) => Data::Ints(Arc::new(choose(which, (a, b), &shape))),
-        (Data::Bools(a), Data::Bools(b)) => Data::Bools(Arc::new(choose(which, (a, b), &shape))),
+        (Data::Floats(a), Data::Floats(b)) => Data::Floats(Arc::new(choose(&walk, n, which, a, b))),
+        (Data::Ints(a), Data::Ints(b)) => Data::Ints(Arc::new(choose(&walk, n, which, a, b))),
+        (Data::Bools(a), Data::Bools(b)) => Data::Bools(Arc::new(choose(&walk, n, which, a, b))),
         _ => return Err(Error::malformed(format!("a is {}, which is not chosen from", a.described()))),
     };
     one(Tensor { dtype: a.dtype, shape, data })
-}
-
-/// Repeated to this shape, which it goes together with.
-fn expanded(x: &Tensor, shape: &[usize]) -> Result<Tensor> {
-    let dims: Vec<Dim> = shape.iter().copied().zip(repeated(&x.shape, shape)).collect();
-    taken(x, shape.to_vec(), 0, &dims)
 }
 
 /// Floats lose their fraction, and what an integer cannot hold becomes the nearest that it can; NaN becomes 0.
@@ -271,6 +275,7 @@ fn cast(call: &mut Call<'_>) -> Result<Vec<Tensor>> {
         UInt16 => 0..=65535,
         _ => i32::MIN..=i32::MAX,
     };
+    call.result(&x.shape)?;
     let clamp = |n: i32| n.clamp(*range.start(), *range.end());
     let is_float = matches!(dtype, Float16 | Float32);
     let data = match x.data {

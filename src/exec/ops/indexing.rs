@@ -54,20 +54,22 @@ fn gather(call: &mut Call<'_>) -> Result<Vec<Tensor>> {
         ));
     }
     let shape = [&of[..axis], &indices.shape[batch..], &of[axis + 1..]].concat();
-    let n = call.elements(&shape)?;
+    let n = call.result(&shape)?;
     let inner: usize = of[axis + 1..].iter().product();
     let x = match x {
         Operand::Weight(weight) if axis == 0 && is_float(weight.dtype) => {
+            call.work(weight.work(places.len(), inner))?;
             return one(rows(&weight, places, inner, shape, n)?);
         }
-        other => other.tensor(call.room)?,
+        other => call.decoded(other)?,
     };
     let batches: usize = x.shape[..batch].iter().product();
     let middle: usize = x.shape[batch..axis].iter().product();
     let per_batch = places.len().checked_div(batches).unwrap_or(0);
     let data = of_each!(&x.data, values => {
         let mut out = Vec::with_capacity(n);
-        for outer in 0..batches * middle {
+        // Nothing is made of any number of rows that hold nothing.
+        for outer in 0..if n > 0 { batches * middle } else { 0 } {
             for place in &places[outer / middle * per_batch..][..per_batch] {
                 out.extend_from_slice(&values[(outer * size + *place as usize) * inner..][..inner]);
             }
@@ -103,6 +105,7 @@ fn range(call: &mut Call<'_>) -> Result<Vec<Tensor>> {
             "from {start} to {end} by {step}: more than {MOST_STEPS} integers"
         )));
     }
+    call.result(&[n as usize])?;
     let values: Vec<i32> = (0..n).map(|i| (start + i * step) as i32).collect();
     one(Tensor::of_ints(vec![values.len()], values))
 }
@@ -166,7 +169,7 @@ fn stretch(call: &mut Call<'_>, x: &Tensor) -> Result<Stretch> {
 fn slice_by_index(call: &mut Call<'_>) -> Result<Vec<Tensor>> {
     let x = call.tensor("x")?;
     let Stretch { base, dims, shape } = stretch(call, &x)?;
-    one(taken(&x, shape, base, &dims)?)
+    one(taken(call, &x, shape, base, &dims)?)
 }
 
 /// In place, where nobody else has `x`.
@@ -182,9 +185,9 @@ fn slice_update(call: &mut Call<'_>) -> Result<Vec<Tensor>> {
         )));
     }
     match (&mut x.data, &update.data) {
-        (Data::Floats(x), Data::Floats(values)) => put(values, &mut Arc::make_mut(x)[..], base, &dims),
-        (Data::Ints(x), Data::Ints(values)) => put(values, &mut Arc::make_mut(x)[..], base, &dims),
-        (Data::Bools(x), Data::Bools(values)) => put(values, &mut Arc::make_mut(x)[..], base, &dims),
+        (Data::Floats(x), Data::Floats(values)) => put(values, &mut call.own(x)?[..], base, &dims),
+        (Data::Ints(x), Data::Ints(values)) => put(values, &mut call.own(x)?[..], base, &dims),
+        (Data::Bools(x), Data::Bools(values)) => put(values, &mut call.own(x)?[..], base, &dims),
         _ => return Err(Error::malformed("a text is no tensor of elements")),
     }
     one(x)
@@ -204,7 +207,11 @@ fn topk(call: &mut Call<'_>) -> Result<Vec<Tensor>> {
     }
     let mut shape = x.shape.clone();
     shape[axis] = k;
-    let n = call.elements(&shape)?;
+    let n = call.result(&shape)?;
+    call.elements(&shape)?;
+    // Places in order, and what sorting them takes: 8 bytes each.
+    call.reserve(size.saturating_mul(4))?;
+    call.work(x.len().saturating_mul(4 * (size.ilog2() as usize + 1)))?; // one or more, as k is
     let (mut chosen, mut places) = (vec![0.0; n], vec![0; n]);
     for outer in 0..n / (k * inner).max(1) {
         for i in 0..inner {
@@ -271,10 +278,8 @@ fn scatter_along_axis(call: &mut Call<'_>) -> Result<Vec<Tensor>> {
     }
     let sizes = (size, count, inner);
     match (&mut data.data, &updates.data) {
-        (Data::Floats(to), Data::Floats(values)) => {
-            scatter(&mut Arc::make_mut(to)[..], values, places, sizes)
-        }
-        (Data::Ints(to), Data::Ints(values)) => scatter(&mut Arc::make_mut(to)[..], values, places, sizes),
+        (Data::Floats(to), Data::Floats(values)) => scatter(&mut call.own(to)?[..], values, places, sizes),
+        (Data::Ints(to), Data::Ints(values)) => scatter(&mut call.own(to)?[..], values, places, sizes),
         _ => return Err(Error::malformed(format!("data is {}, numbers were expected", data.described()))),
     }
     one(data)

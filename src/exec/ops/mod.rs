@@ -68,6 +68,7 @@ pub(super) mod tests {
     use std::sync::Arc;
 
     use super::super::call::Operand;
+    use super::super::parse::Declared;
     use super::super::tensor::Data;
     use super::*;
     use crate::container::coreml::DataType;
@@ -107,7 +108,13 @@ pub(super) mod tests {
                 None => bound.push((name, vec![Operand::Tensor(tensor.clone())])),
             }
         }
-        (operator.run)(&mut Call { inputs: bound, results: 1, room: usize::MAX })
+        (operator.run)(&mut Call {
+            inputs: bound,
+            results: 1,
+            declared: None,
+            room: usize::MAX,
+            fuel: u64::MAX,
+        })
     }
 
     /// The one result of an operation, of floats: its shape and elements.
@@ -127,6 +134,103 @@ pub(super) mod tests {
         for (f, w) in found.iter().zip(wanted) {
             assert!((f - w).abs() <= 1e-6 * w.abs().max(1.0), "{found:?}, {wanted:?} was expected");
         }
+    }
+
+    /// What operations take is counted before they take it: what is decoded, what they need meanwhile, and the work.
+    #[test]
+    fn memory_and_work_are_counted() {
+        use super::super::weight::Weight;
+        use super::super::weight::tests::{of_bytes, package};
+        let stored = |shape: &[u64], dtype: DataType, bytes: usize| {
+            Operand::Weight(Arc::new(
+                Weight::new(&package(), of_bytes(dtype, shape, &vec![0; bytes])).unwrap(),
+            ))
+        };
+        let row = |n: u64| stored(&[n], DataType::Float16, 2 * n as usize);
+        let tensor = Operand::Tensor;
+        let many = |n: usize| Tensor::ints(&[n], vec![1; n]).unwrap();
+        let call = |name: &str, inputs: Vec<(&'static str, Vec<Operand>)>, room: usize, fuel: u64| {
+            let mut call = Call { inputs, results: 1, declared: None, room, fuel };
+            (find(name).unwrap().run)(&mut call).map(|_| ())
+        };
+        let (most, all) = (usize::MAX, u64::MAX);
+        let memory = "there is memory for";
+        let work = "computes far more";
+        let few = "at most 16 are read";
+        let axis = || ("axis", vec![tensor(int(0))]);
+        let floats = |shape: &[usize]| tensor(floats(shape, &vec![1.0; shape.iter().product()]));
+        let square = |n: usize| vec![("x", vec![floats(&[n, n])]), ("y", vec![floats(&[n, n])])];
+        let heads = || ["query", "key", "value"].map(|name| (name, vec![floats(&[1, 100, 1])])).to_vec();
+        type Inputs = Vec<(&'static str, Vec<Operand>)>;
+        let cases: Vec<(&str, Inputs, usize, u64, &str)> = vec![
+            ("add", vec![("x", vec![row(100)]), ("y", vec![row(100)])], 299, all, memory),
+            ("concat", vec![("values", vec![row(100); 16]), axis()], 3199, all, memory),
+            ("concat", vec![("values", vec![row(100); 16]), axis()], 1599, all, memory),
+            (
+                "select",
+                vec![("cond", vec![tensor(truth(true))]), ("a", vec![row(100)]), ("b", vec![row(100)])],
+                299,
+                all,
+                memory,
+            ),
+            (
+                "cast",
+                vec![("x", vec![floats(&[100])]), ("dtype", vec![tensor(text("int32"))])],
+                99,
+                all,
+                memory,
+            ),
+            (
+                "transpose",
+                vec![("x", vec![floats(&[10, 10])]), ("perm", vec![tensor(ints(&[1, 0]))])],
+                99,
+                all,
+                memory,
+            ),
+            ("topk", vec![("x", vec![floats(&[100])])], 401, all, memory),
+            ("topk", vec![("x", vec![floats(&[1024])])], most, 40_000, work),
+            ("reshape", vec![("x", vec![floats(&[1])]), ("shape", vec![tensor(many(17))])], most, all, few),
+            (
+                "expand_dims",
+                vec![("x", vec![floats(&[1])]), ("axes", vec![tensor(many(17))])],
+                most,
+                all,
+                few,
+            ),
+            (
+                "split",
+                vec![("x", vec![floats(&[17])]), ("split_sizes", vec![tensor(many(17))])],
+                most,
+                all,
+                few,
+            ),
+            ("matmul", square(100), 10_000, 30_000 + 7000, work),
+            ("scaled_dot_product_attention", heads(), 200 + 6400 - 100 - 1, all, memory),
+            ("scaled_dot_product_attention", heads(), most, 10_000, work),
+        ];
+        for (name, inputs, room, fuel, words) in cases {
+            let e = call(name, inputs.clone(), room, fuel).unwrap_err();
+            assert!(e.kind() == crate::ErrorKind::Limit && e.to_string().contains(words), "{name}: {e}");
+            let parts_of_many = words == few;
+            assert!(parts_of_many || call(name, inputs, most, all).is_ok(), "{name}");
+        }
+        // What is declared is looked at before anything is made.
+        let declared = Declared { name: "y".into(), dtype: DataType::Float32, shape: vec![Some(2)] };
+        let inputs = vec![("x", vec![floats(&[2])]), ("reps", vec![tensor(ints(&[1 << 20]))])];
+        let mut tile = Call { inputs, results: 1, declared: Some(&declared), room: 0, fuel: 0 };
+        let e = (find("tile").unwrap().run)(&mut tile).unwrap_err();
+        assert!(e.to_string().contains("it is declared fp32[2]"), "{e}");
+    }
+
+    /// Rows without elements are not walked through.
+    #[test]
+    fn nothing_of_many_rows() {
+        let none = || floats(&[1 << 29, 0], &[]);
+        let joined = run("concat", &[("values", none()), ("values", none()), ("axis", int(1))]).unwrap();
+        assert_eq!(joined[0].shape(), [1 << 29, 0]);
+        let x = floats(&[1 << 28, 2, 0], &[]);
+        let taken = run("gather", &[("x", x), ("indices", ints(&[0, 1])), ("axis", int(1))]).unwrap();
+        assert_eq!(taken[0].shape(), [1 << 28, 2, 0]);
     }
 
     #[test]

@@ -1,7 +1,5 @@
 //! Operations along axes: sums, norms.
 
-use std::sync::Arc;
-
 use rayon::prelude::*;
 
 use super::super::call::{Call, floats};
@@ -38,21 +36,21 @@ fn max(row: &[f32]) -> f32 {
 }
 
 /// With these axes last, in their order.
-fn last(x: &Tensor, axes: &[usize]) -> Result<(Tensor, Vec<usize>)> {
+fn last(call: &mut Call<'_>, x: &Tensor, axes: &[usize]) -> Result<(Tensor, Vec<usize>)> {
     let others = (0..x.shape.len()).filter(|i| !axes.contains(i));
     let perm: Vec<usize> = others.chain((0..x.shape.len()).filter(|i| axes.contains(i))).collect();
     let is_so = perm.iter().enumerate().all(|(i, p)| i == *p);
-    Ok((if is_so { x.clone() } else { transposed(x, &perm)? }, perm))
+    Ok((if is_so { x.clone() } else { transposed(call, x, &perm)? }, perm))
 }
 
 /// The inverse of [`last`].
-fn back(x: Tensor, perm: &[usize]) -> Result<Tensor> {
+fn back(call: &mut Call<'_>, x: Tensor, perm: &[usize]) -> Result<Tensor> {
     if perm.iter().enumerate().all(|(i, p)| i == *p) {
         return Ok(x);
     }
     let mut inverse = vec![0; perm.len()];
     perm.iter().enumerate().for_each(|(i, p)| inverse[*p] = i);
-    transposed(&x, &inverse)
+    transposed(call, &x, &inverse)
 }
 
 fn reduce(call: &mut Call<'_>, f: impl Fn(&[f32]) -> f64 + Sync) -> Result<Vec<Tensor>> {
@@ -70,7 +68,8 @@ fn reduce(call: &mut Call<'_>, f: impl Fn(&[f32]) -> f64 + Sync) -> Result<Vec<T
     if size == 0 {
         return Err(Error::malformed(format!("{} has nothing along its axes {axes:?}", x.described())));
     }
-    let (rows, _) = last(&x, &axes)?;
+    call.result(&shape)?;
+    let (rows, _) = last(call, &x, &axes)?;
     let rows = rows.as_floats().unwrap_or_default();
     let values = rows.par_chunks(size).with_min_len(64).map(|row| f(row) as f32).collect();
     one(Tensor::of_floats(x.dtype, shape, values))
@@ -89,25 +88,30 @@ pub(super) fn softmax_row(row: &mut [f32]) {
 }
 
 /// Each row along these axes, in place.
-fn each_row(x: Tensor, axes: &[usize], f: impl Fn(&mut [f32]) + Send + Sync) -> Result<Vec<Tensor>> {
+fn each_row(
+    call: &mut Call<'_>,
+    x: Tensor,
+    axes: &[usize],
+    f: impl Fn(&mut [f32]) + Send + Sync,
+) -> Result<Vec<Tensor>> {
     let size: usize = axes.iter().map(|i| x.shape[*i]).product();
-    let (rows, perm) = last(&x, axes)?;
+    let (rows, perm) = last(call, &x, axes)?;
     let (dtype, shape) = (x.dtype, rows.shape.clone());
     drop(x);
     let mut values = match rows.data {
-        Data::Floats(values) => Arc::unwrap_or_clone(values),
+        Data::Floats(mut values) => std::mem::take(call.own(&mut values)?),
         _ => Vec::new(),
     };
     if size > 0 {
         values.par_chunks_mut(size).with_min_len(16).for_each(f);
     }
-    one(back(Tensor::of_floats(dtype, shape, values), &perm)?)
+    one(back(call, Tensor::of_floats(dtype, shape, values), &perm)?)
 }
 
 fn softmax(call: &mut Call<'_>) -> Result<Vec<Tensor>> {
     let (x, _) = call.floats("x")?;
     let axis = call.axis("axis", -1, x.shape.len())?;
-    each_row(x, &[axis], softmax_row)
+    each_row(call, x, &[axis], softmax_row)
 }
 
 /// `(x - mean) / sqrt(variance + epsilon) * gamma + beta`, the variance that of all, not of a sample.
@@ -126,10 +130,10 @@ fn layer_norm(call: &mut Call<'_>) -> Result<Vec<Tensor>> {
                 x.described()
             )))
         }
-        Some(given) => floats(&given.tensor(call.room)?).map(Some),
+        Some(given) => floats(&call.decoded(given)?).map(Some),
     };
     let (gamma, beta) = (affine("gamma")?, affine("beta")?);
-    each_row(x, &axes, |row| {
+    each_row(call, x, &axes, |row| {
         let n = row.len() as f64;
         let mean = sum(row) / n;
         let variance = row.iter().map(|v| (f64::from(*v) - mean).powi(2)).sum::<f64>() / n;

@@ -33,7 +33,14 @@ macro_rules! of_each {
 pub(super) use of_each;
 
 /// The elements at these places of a tensor, which are within it, as a tensor of this shape.
-pub(super) fn taken(x: &Tensor, shape: Vec<usize>, base: isize, dims: &[Dim]) -> Result<Tensor> {
+pub(super) fn taken(
+    call: &mut Call<'_>,
+    x: &Tensor,
+    shape: Vec<usize>,
+    base: isize,
+    dims: &[Dim],
+) -> Result<Tensor> {
+    call.elements(&shape)?;
     let data = of_each!(&x.data, values => take(values, base, dims));
     Ok(Tensor { dtype: x.dtype, shape, data })
 }
@@ -77,14 +84,14 @@ fn transpose(call: &mut Call<'_>) -> Result<Vec<Tensor>> {
     if perm.len() != x.shape.len() {
         return Err(Error::malformed(format!("perm has {} axes, x is {}", perm.len(), x.described())));
     }
-    one(transposed(&x, &perm)?)
+    one(transposed(call, &x, &perm)?)
 }
 
 /// With its dimensions in this order.
-pub(super) fn transposed(x: &Tensor, perm: &[usize]) -> Result<Tensor> {
+pub(super) fn transposed(call: &mut Call<'_>, x: &Tensor, perm: &[usize]) -> Result<Tensor> {
     let own = strides(&x.shape);
     let dims: Vec<Dim> = perm.iter().map(|i| (x.shape[*i], own[*i])).collect();
-    taken(x, dims.iter().map(|(n, _)| *n).collect(), 0, &dims)
+    taken(call, x, dims.iter().map(|(n, _)| *n).collect(), 0, &dims)
 }
 
 fn expand_dims(call: &mut Call<'_>) -> Result<Vec<Tensor>> {
@@ -118,35 +125,38 @@ fn tile(call: &mut Call<'_>) -> Result<Vec<Tensor>> {
         Error::malformed(format!("reps: one or more for each dimension of {}", x.described()))
     })?;
     let shape: Vec<usize> = x.shape.iter().zip(&reps).map(|(n, times)| n.saturating_mul(*times)).collect();
-    call.elements(&shape)?;
+    call.declared.map_or(Ok(()), |declared| declared.check(declared.dtype, &shape))?;
     let own = x.shape.iter().copied().zip(strides(&x.shape));
     let dims: Vec<Dim> = own.zip(reps).flat_map(|(dim, times)| [(times, 0), dim]).collect();
-    one(taken(&x, shape, 0, &dims)?)
+    one(taken(call, &x, shape, 0, &dims)?)
 }
 
 fn concat(call: &mut Call<'_>) -> Result<Vec<Tensor>> {
     let values = call.all("values");
-    let values: Vec<Tensor> = values.into_iter().map(|v| v.tensor(call.room)).collect::<Result<_>>()?;
     let Some(first) = values.first() else { return Err(Error::malformed("values is missing")) };
     if call.is("interleave", false)? {
         return Err(Error::unsupported("interleave: elements that alternate are not computed"));
     }
-    let at = call.axis("axis", 0, first.shape.len())?;
-    let (mut shape, mut size) = (first.shape.clone(), 0usize);
+    let at = call.axis("axis", 0, first.shape().len())?;
+    let (mut shape, mut size, dtype) = (first.shape().to_vec(), 0usize, first.dtype());
     for value in &values {
-        let mut own = value.shape.clone();
+        let mut own = value.shape().to_vec();
         if own.len() == shape.len() {
             own[at] = shape[at];
         }
-        if own != shape || value.dtype != first.dtype {
+        if own != shape || value.dtype() != dtype {
             let (a, b) = (first.described(), value.described());
             return Err(Error::malformed(format!("{a} and {b} cannot be joined at axis {at}")));
         }
-        size = size.saturating_add(value.shape[at]);
+        size = size.saturating_add(value.shape()[at]);
     }
     shape[at] = size;
-    call.elements(&shape)?;
-    let outer: usize = shape[..at].iter().product();
+    let n = call.result(&shape)?;
+    // Nothing is made of any number of rows that hold nothing.
+    let outer: usize = if n > 0 { shape[..at].iter().product() } else { 0 };
+    call.work(outer.saturating_mul(values.len()))?;
+    let values: Vec<Tensor> = values.into_iter().map(|v| call.decoded(v)).collect::<Result<_>>()?;
+    let Some(first) = values.first() else { return Err(Error::malformed("values is missing")) };
     fn joined<T: Copy>(parts: &[&[T]], outer: usize) -> Vec<T> {
         let mut out = Vec::with_capacity(parts.iter().map(|p| p.len()).sum());
         for i in 0..outer {
@@ -200,7 +210,7 @@ fn split(call: &mut Call<'_>) -> Result<Vec<Tensor>> {
         let dims: Vec<Dim> = shape.iter().copied().zip(own.iter().copied()).collect();
         let base = begin as isize * own[at];
         begin += size;
-        taken(&x, shape, base, &dims)
+        taken(call, &x, shape, base, &dims)
     };
     sizes.into_iter().map(&mut part).collect()
 }

@@ -16,6 +16,9 @@ use crate::error::{Error, Result};
 const STRETCH: u64 = 1 << 15;
 /// Elements that are read at a time.
 const RUN: usize = 1 << 15;
+/// Tables are decoded as a whole where they have at most so many times the elements that are read, or so few.
+const TABLE_TIMES: usize = 16;
+const TABLE_FEW: usize = 1 << 9;
 
 /// A constant of a package, ready to be read from any element on.
 #[derive(Clone, Debug)]
@@ -165,17 +168,43 @@ impl Weight {
         out: &mut [f32],
     ) -> Result<()> {
         let Some([groups @ .., entries, _]) = lut.shape.get(..) else { return Err(unread(lut)) };
-        let (groups, entries) = (Groups::new(shape, groups), *entries as usize);
+        let (groups, entries) = (Groups::new(shape, groups), *entries);
         let span = groups.span(start, out.len());
-        let mut tables = vec![0.0; (span.end - span.start) as usize * entries];
-        self.values(lut, span.start * entries as u64, &mut tables)?;
+        let Some(tables) = self.tables(lut, &span, entries, out.len())? else {
+            let mut read = Ok(());
+            groups.runs(start, out.len(), |run, group| {
+                for (x, code) in out[run.clone()].iter_mut().zip(&codes[run]) {
+                    if read.is_ok() {
+                        read = self.values(lut, group * entries + u64::from(*code), std::slice::from_mut(x));
+                    }
+                }
+            });
+            return read;
+        };
         groups.runs(start, out.len(), |run, group| {
             // Codes of n bits are below the 2^n entries, as was checked.
-            let table = &tables[(group - span.start) as usize * entries..][..entries];
+            let table = &tables[((group - span.start) * entries) as usize..][..entries as usize];
             let codes = &codes[run.clone()];
             out[run].iter_mut().zip(codes).for_each(|(x, code)| *x = table[usize::from(*code)]);
         });
         Ok(())
+    }
+
+    /// Elements of the tables of these groups, each of `size` of them; `None` where these are far more than the
+    /// `wanted` that are read.
+    fn tables(
+        &self,
+        lut: &Constant,
+        groups: &Range<u64>,
+        size: u64,
+        wanted: usize,
+    ) -> Result<Option<Vec<f32>>> {
+        let most = wanted.saturating_mul(TABLE_TIMES).max(TABLE_FEW);
+        let n = (groups.end - groups.start).checked_mul(size).and_then(|n| usize::try_from(n).ok());
+        let Some(n) = n.filter(|n| *n <= most) else { return Ok(None) };
+        let mut tables = vec![0.0; n];
+        self.values(lut, groups.start * size, &mut tables)?;
+        Ok(Some(tables))
     }
 
     /// Entries of several elements each, which follow on each other along `axis`.
@@ -189,20 +218,31 @@ impl Weight {
         let [groups @ .., entries, width] = &lut.shape[..] else { return Err(unread(lut)) };
         let (groups, entries, width) = (Groups::new(&indices.shape, groups), *entries, *width);
         let inner: u64 = whole.shape[axis + 1..].iter().product();
-        let end = start + out.len() as u64;
+        let (n, column) = (out.len() as u64, start % inner);
+        let end = start + n;
         // Lines of indices: those at one place of the axis.
         let lines = start / inner / width..(end - 1) / inner / width + 1;
-        let (first, last) = (lines.start * inner, lines.end * inner);
+        let (mut first, mut last) = (lines.start * inner, lines.end * inner);
+        if n <= inner - column {
+            (first, last) = (first + column, first + column + n);
+        } else if last - first > n.saturating_mul(4) {
+            // Few elements of long lines.
+            let (here, next) = out.split_at_mut((inner - column) as usize);
+            self.vectors((whole, indices, lut), axis, start, here)?;
+            return self.vectors((whole, indices, lut), axis, start + inner - column, next);
+        }
         let codes = self.codes(indices, first, (last - first) as usize)?;
         let span = groups.span(first, codes.len());
-        let mut tables = vec![0.0; ((span.end - span.start) * entries * width) as usize];
-        self.values(lut, span.start * entries * width, &mut tables)?;
+        let tables = self.tables(lut, &span, entries * width, out.len())?;
         for (at, x) in (start..end).zip(out) {
             let (line, column) = (at / inner, at % inner);
             let index = line / width * inner + column;
-            let group = groups.of(index) - span.start;
-            let entry = group * entries + u64::from(codes[(index - first) as usize]);
-            *x = tables[(entry * width + line % width) as usize];
+            let entry = groups.of(index) * entries + u64::from(codes[(index - first) as usize]);
+            let place = entry * width + line % width;
+            match &tables {
+                Some(tables) => *x = tables[(place - span.start * entries * width) as usize],
+                None => self.values(lut, place, std::slice::from_mut(x))?,
+            }
         }
         Ok(())
     }
@@ -474,5 +514,60 @@ impl Groups {
             _ => self.runs(start, n, |_, group| widen(group)),
         }
         first..end
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::limits::Limits;
+
+    fn constant(data_type: DataType, shape: &[u64], bytes: Vec<u8>) -> Arc<Constant> {
+        let form = Form::Plain(Place::Immediate(bytes.into()));
+        Arc::new(Constant { name: "x".into(), data_type, shape: shape.into(), form })
+    }
+
+    /// By the definition, any part: of few elements in long lines, and of tables that are not decoded as a whole.
+    #[test]
+    fn parts_of_palettes() {
+        let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/coreml/mini.mlpackage");
+        let package = Arc::new(Package::open(path, &Limits::default()).unwrap());
+        for (shape, axis, groups, width) in [
+            ([3, 40], Some(0), [1, 1], 4u64),
+            ([3, 40], Some(0), [1, 40], 2),
+            ([3, 40], Some(1), [3, 5], 3),
+            ([2, 64], None, [1, 64], 1),
+            ([6, 10], None, [2, 1], 1),
+        ] {
+            let n = (shape[0] * shape[1]) as usize;
+            let codes: Vec<u8> = (0..n).map(|i| (i * 89 % 251) as u8).collect();
+            let size = (groups[0] * groups[1] * 256 * width) as usize;
+            let table: Vec<i16> = (0..size).map(|i| (i * 31 % 30011) as i16).collect();
+            let bytes = table.iter().flat_map(|x| x.to_le_bytes()).collect();
+            let lut = constant(DataType::Int16, &[groups[0], groups[1], 256, width], bytes);
+            let indices = constant(DataType::UInt8, &shape, codes.clone());
+            let mut whole = shape;
+            axis.into_iter().for_each(|axis: usize| whole[axis] *= width);
+            let form = Form::Lut { indices, lut, vector_axis: axis };
+            let made = Constant { name: "w".into(), data_type: DataType::Int16, shape: whole.to_vec(), form };
+            let weight = Weight::new(Arc::clone(&package), Arc::new(made)).unwrap();
+            let wanted = |at: usize| {
+                let mut place = [at as u64 / whole[1], at as u64 % whole[1]];
+                let within = axis.map_or(0, |axis| place[axis] % width);
+                axis.into_iter().for_each(|axis| place[axis] /= width);
+                let group = place[0] * groups[0] / shape[0] * groups[1] + place[1] * groups[1] / shape[1];
+                let code = u64::from(codes[(place[0] * shape[1] + place[1]) as usize]);
+                f32::from(table[((group * 256 + code) * width + within) as usize])
+            };
+            let all = (whole[0] * whole[1]) as usize;
+            for len in [1, 2, 7, 39, 45, all] {
+                for start in 0..=all - len {
+                    let mut found = vec![0.0; len];
+                    weight.read(start as u64, &mut found).unwrap();
+                    let wanted: Vec<f32> = (start..start + len).map(wanted).collect();
+                    assert_eq!(found, wanted, "{shape:?} {axis:?} {start} {len}");
+                }
+            }
+        }
     }
 }

@@ -2,6 +2,7 @@
 //! have, and nothing of the source is missing.
 
 use std::collections::{HashMap, HashSet};
+use std::path::Path;
 use std::sync::Arc;
 
 use half::f16;
@@ -11,7 +12,7 @@ use super::super::{Options, Outcome};
 use super::groups::{Groups, most_error};
 use crate::arch::{Mapped, Positions};
 use crate::container::Store;
-use crate::container::coreml::{Constant, Form, Package, constants};
+use crate::container::coreml::{Constant, DataType, Form, Package, Place, constants};
 use crate::convert::to_coreml::{Given, Opened};
 use crate::convert::{Budget, Observer, Scratch, Source};
 use crate::diff::stretches;
@@ -24,8 +25,10 @@ use crate::work::each;
 /// Elements decoded at a time.
 const SPAN: u64 = 1 << 17;
 
-/// Weights of one name that are compared with each other.
-const MOST_OTHERS: usize = 16;
+/// Most elements that all weights of a package decode to, of one of any size, and for each of its bytes: what is stored
+/// once may be named a million times. Vectors of a table take 512 for a byte, all that is known 32 and less.
+const SOME_ELEMENTS: u64 = 1 << 26;
+const ELEMENTS_PER_BYTE: u64 = 512;
 
 /// What was found: each tensor, how it ended, in words.
 pub(super) type Found = (Vec<TensorCheck>, Outcome, String);
@@ -35,27 +38,14 @@ pub(super) type Found = (Vec<TensorCheck>, Outcome, String);
 /// # Errors
 /// `Malformed` for what cannot be decoded; `Io`; `Interrupted`.
 pub(super) fn decode(packages: &[Arc<Package>], budget: &Budget, observer: &dyn Observer) -> Result<Found> {
-    let mut weights = Vec::new();
+    let mut all = Vec::new();
     for package in packages {
-        let mut seen: HashMap<String, Vec<Arc<Constant>>> = HashMap::new();
         for (function, body) in &package.model().program.functions {
             let context = |e: Error| e.context(format_args!("function {function:?}")).at(package.path());
-            let all = constants(package, body).map_err(context)?;
-            let parts: HashSet<&str> =
-                all.iter().flat_map(|c| c.parts()).map(|(_, part)| part.name.as_str()).collect();
-            let is_weight = |c: &Constant| {
-                (!matches!(c.form, Form::Plain(_)) || c.is_in_file()) && !parts.contains(c.name.as_str())
-            };
-            for constant in all.iter().filter(|c| is_weight(c)) {
-                // Functions share weights, but for those that only have the same name.
-                let others = seen.entry(constant.name.clone()).or_default();
-                if others.len() > MOST_OTHERS || !others.contains(constant) {
-                    others.push(Arc::clone(constant));
-                    weights.push((package, Arc::clone(constant)));
-                }
-            }
+            all.push((package, constants(package, body).map_err(context)?));
         }
     }
+    let weights = once(&all)?;
     let counts = each(
         &weights,
         budget.threads,
@@ -87,6 +77,72 @@ pub(super) fn decode(packages: &[Arc<Package>], budget: &Budget, observer: &dyn 
     let n: u64 = counts.iter().map(|(elements, _)| elements).sum();
     let detail = format!("{} weights, {n} values decoded, all finite", weights.len());
     Ok((Vec::new(), Outcome::Passed, detail))
+}
+
+/// The weights among constants, each content once: functions share them, and names are of no matter.
+fn once(all: &[(&Arc<Package>, Vec<Arc<Constant>>)]) -> Result<Vec<(Arc<Package>, Arc<Constant>)>> {
+    let (mut weights, mut seen, mut elements) = (Vec::new(), HashSet::new(), HashMap::<&Path, u64>::new());
+    for (package, constants) in all {
+        let parts: HashSet<&str> =
+            constants.iter().flat_map(|c| c.parts()).map(|(_, part)| part.name.as_str()).collect();
+        let is_weight = |c: &Constant| {
+            (!matches!(c.form, Form::Plain(_)) || c.is_in_file()) && !parts.contains(c.name.as_str())
+        };
+        for constant in constants.iter().filter(|c| is_weight(c)) {
+            let mut content = Vec::new();
+            describe(constant, &mut content);
+            if !seen.insert((package.path(), content)) {
+                continue;
+            }
+            let sum = elements.entry(package.path()).or_default();
+            *sum = sum.saturating_add(constant.elements());
+            let most = package.bytes().saturating_mul(ELEMENTS_PER_BYTE).saturating_add(SOME_ELEMENTS);
+            if *sum > most {
+                return Err(Error::limit(format!(
+                    "its weights, each decoded once, are more than {most} elements, for {} bytes",
+                    package.bytes()
+                ))
+                .hint(format!(
+                    "the most is {SOME_ELEMENTS} elements, and {ELEMENTS_PER_BYTE} for each byte of the package"
+                ))
+                .at(package.path()));
+            }
+            weights.push((Arc::clone(package), Arc::clone(constant)));
+        }
+    }
+    Ok(weights)
+}
+
+/// What the elements of a constant depend on: not its name.
+#[derive(PartialEq, Eq, Hash)]
+enum Content<'a> {
+    Form(std::mem::Discriminant<Form>, DataType, &'a [u64], Option<usize>),
+    Elements(DataType, u64),
+    File(&'a str, u64),
+    Bytes(&'a [u8]),
+}
+
+fn describe<'a>(constant: &'a Constant, content: &mut Vec<Content<'a>>) {
+    if let Form::Plain(place) = &constant.form {
+        content.push(Content::Elements(constant.data_type, constant.elements()));
+        content.push(match place {
+            Place::File(name, blob) => Content::File(name, blob.record),
+            Place::Immediate(bytes) => Content::Bytes(bytes),
+        });
+        return;
+    }
+    let axis = match &constant.form {
+        Form::Lut { vector_axis, .. } => *vector_axis,
+        _ => None,
+    };
+    let form = std::mem::discriminant(&constant.form);
+    content.push(Content::Form(form, constant.data_type, &constant.shape, axis));
+    for (parameter, part) in constant.parts() {
+        content.push(Content::Bytes(parameter.as_bytes()));
+        // Blocks are those of its shape.
+        content.push(Content::Form(std::mem::discriminant(&part.form), part.data_type, &part.shape, None));
+        describe(part, content);
+    }
 }
 
 /// Compares all tensors with those of a source.
@@ -301,15 +357,25 @@ fn rotations(all: &[Constants], source: &Opened) -> Result<Option<String>> {
     };
     let rows = usize::try_from(context).map_err(|_| Error::limit("a table beyond the address space"))?;
     for (t, spec) in tables.iter().enumerate() {
-        let (cos, sin) = spec.table(rows)?;
-        for (name, wanted) in [(format!("rope_cos.{t}"), cos), (format!("rope_sin.{t}"), sin)] {
+        let (names, n) = ([format!("rope_cos.{t}"), format!("rope_sin.{t}")], spec.elements(rows)? as u64);
+        // Before any is made: what a shape asks for is no more than what is there.
+        for name in &names {
             let mut is_there = false;
             for constants in all {
-                let Some((table, _)) = constants.tensor(&[identifier(&name)])? else { continue };
+                let Some(table) = constants.get(&identifier(name)) else { continue };
                 is_there = true;
-                if table.elements() != wanted.len() as u64 {
-                    return Ok(Some(format!("the table {name:?} has shape {:?}", table.shape())));
+                if table.elements() != n {
+                    return Ok(Some(format!("the table {name:?} has shape {:?}", table.shape)));
                 }
+            }
+            if !is_there {
+                return Ok(Some(format!("the table {name:?} is missing")));
+            }
+        }
+        let (cos, sin) = spec.table(rows)?;
+        for (name, wanted) in names.iter().zip([cos, sin]) {
+            for constants in all {
+                let Some((table, _)) = constants.tensor(&[identifier(name)])? else { continue };
                 let mut found = vec![0.0; wanted.len()];
                 table.read(0, &mut found)?;
                 let same = |(x, y): (&f32, &f16)| *x == y.to_f32();
@@ -319,9 +385,6 @@ fn rotations(all: &[Constants], source: &Opened) -> Result<Option<String>> {
                         found[at], wanted[at]
                     )));
                 }
-            }
-            if !is_there {
-                return Ok(Some(format!("the table {name:?} is missing")));
             }
         }
     }
