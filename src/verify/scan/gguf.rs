@@ -80,10 +80,7 @@ pub(super) fn check(scan: &mut Scan, path: &Path, options: &Options) -> Result<O
             shape::check(scan, &entries, &gguf.store);
         }
         vocab::check(scan, &entries);
-        let place = |key| template::Place { file: entries.file, key, offset: entries.text_place(key) };
-        let templates =
-            template::of_metadata(&gguf.metadata).map(|(key, name, text)| (place(key), name, text));
-        template::check_all(scan, templates, &template::tokens(&gguf.metadata));
+        template::check_metadata(scan, &entries);
         "GGUF"
     };
     Ok(Some(Opened { store: gguf.store, format }))
