@@ -222,7 +222,8 @@ fn joined(tokens: &[Placed<'_>]) -> Vec<(Hidden, usize, usize)> {
         };
         let mut is_plain = *plain;
         let before = |n: usize| i.checked_sub(n).and_then(|i| tokens.get(i));
-        let is_subscript = before(1).is_some_and(|t| t.is('['));
+        let outer = tokens.get(..i).unwrap_or_default().iter().rev().find(|t| !t.is('('));
+        let is_subscript = outer.is_some_and(|t| t.is('['));
         let mut all = match (before(2).map(|t| &t.token), before(1)) {
             (Some(&Token::Number(n)), Some(star)) if star.is('*') && n <= 16 => {
                 is_plain = false;
@@ -273,8 +274,9 @@ fn joined(tokens: &[Placed<'_>]) -> Vec<(Hidden, usize, usize)> {
         // `%c` makes characters of numbers.
         let is_character = all.contains("%c") || all.contains(":c}");
         let word = all.as_str();
-        let is_key = is_subscript && tokens.get(next).is_some_and(|t| t.is(']'));
-        let is_call = tokens.get(next + 1).is_some_and(|t| t.is('('));
+        let mut behind = tokens.get(next..).unwrap_or_default().iter().skip_while(|t| t.is(')'));
+        let is_key = is_subscript && behind.next().is_some_and(|t| t.is(']'));
+        let is_call = behind.next().is_some_and(|t| t.is('('));
         if !is_plain && is_internal || is_character || is_key && INTERNALS.contains(&word) {
             found.push((Hidden::Attribute, first.from, to));
         }

@@ -42,11 +42,14 @@ pub(super) fn check_metadata(scan: &mut Scan, entries: &Entries<'_>) {
         match (name, value) {
             (_, Value::String(bytes)) => {
                 let text = String::from_utf8_lossy(bytes);
+                // Where bytes were replaced, those behind them lie elsewhere in the file.
+                let mut offset = entries.text_place(key);
                 if matches!(text, Cow::Owned(_)) {
                     scan.find(entries.finding(&MALFORMED, key, "a chat template is not UTF-8"));
+                    offset = None;
                 }
                 let name = if name.is_empty() { "default" } else { name.trim_start_matches('.') };
-                all.push((place(entries.text_place(key)), name, text));
+                all.push((place(offset), name, text));
             }
             // Their names, as gguf-py writes them.
             ("s", Value::Array(Array::String(names))) => {
