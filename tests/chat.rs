@@ -248,10 +248,7 @@ fn what_templates_make_is_counted() {
         ("{{ true and ('ab' ~ 'c') * 9000000 }}".into(), "constant"),
         ("{{ 'a' * 99 ** 3 }}".into(), "constant"),
         ("{{ 9999999 // 1 * 'a' }}".into(), "constant"),
-        (
-            format!("{}{{% for i in range(90000) %}}{}{{% endfor %}}", "", "x".repeat(9000)),
-            "more values than",
-        ),
+        (format!("{{% for i in range(90000) %}}{}{{% endfor %}}", "x".repeat(9000)), "more values than"),
     ] {
         let found = one(&template).unwrap_or_else(|e| e);
         if !found.contains(expected) || found.len() > 2000 {
