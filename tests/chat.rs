@@ -5,7 +5,6 @@ mod common;
 
 use std::fs;
 use std::path::Path;
-use std::time::{Duration, Instant};
 
 use indexmap::IndexMap;
 use qconv::eval::chat::{Conversation, Message, TemplateTokens, render};
@@ -165,10 +164,110 @@ fn values_behave_as_in_python() {
     }
 }
 
+/// Chains that the compiler would go through by recursion, or again and again, are counted before.
+#[test]
+fn long_expressions_are_refused_before_they_are_compiled() {
+    let n = 150_000;
+    let around = |open: &str, close: &str, n: usize| format!("{}1{}", open.repeat(n), close.repeat(n));
+    let chain = |first: &str, more: &str| format!("{first}{}", more.repeat(n));
+    for inner in [
+        chain("a", ".b"),
+        chain("a", "|e"),
+        chain("1", "+1"),
+        chain("a", "~a"),
+        chain("a", "()"),
+        chain("a", "[0]"),
+        chain("1", "*1"),
+        chain("1", "**1"),
+        chain("a", " is a"),
+        chain("a", " if a"),
+        chain("a", " and a"),
+        format!("{}a", "a if a else ".repeat(80_000)),
+        format!("{}1", "-".repeat(n)),
+        format!("{}1", "not ".repeat(n)),
+        around("(", "*1)", n),
+        around("1*(", ")", n),
+    ] {
+        let fault = one(&format!("{{{{ {inner} }}}}")).unwrap_err();
+        assert!(fault.contains("more operators than 1000"), "{:.30}: {fault}", inner);
+    }
+    // Each alone is short enough.
+    let constants = format!("{{{{ y{} }}}}", " ~ ['a', 'a', 'a', 'a']".repeat(450));
+    let fault = one(&constants.repeat(20)).unwrap_err();
+    assert!(fault.contains("more operators than can be compiled"), "{fault}");
+    let fault = one(&format!("{{% if a %}}{}{{% endif %}}", "{% elif a %}".repeat(60_000))).unwrap_err();
+    assert!(fault.contains("more branches than 1000"), "{fault}");
+    // What is long without being deep is none of this.
+    let long = format!(
+        "{{% set l = [{}] %}}{{{{ l | length }}}}{}",
+        "1, ".repeat(20_000),
+        "{{ 1 + 1 }}".repeat(9000)
+    );
+    assert_eq!(one(&long).unwrap().len(), 5 + 9000);
+    let sum = format!("{{{{ 1{} }}}}", " + 1".repeat(900));
+    assert_eq!(one(&sum).unwrap(), "901");
+}
+
+/// Little that would make or walk through much, each of another kind; refused by count, not by time.
+#[test]
+fn what_templates_make_is_counted() {
+    let mut faults = Vec::new();
+    let grown = |n: usize, rest: &str| {
+        format!(
+            "{{% set ns = namespace(s='ab%F%F\\n') %}}{{% for i in range({n}) %}}{{% set ns.s = ns.s ~ ns.s %}}{{% endfor %}}{rest}"
+        )
+    };
+    let listed = |rest: &str| {
+        format!("{{% set l = range(90000) | list %}}{{% for i in range(400) %}}{rest}{{% endfor %}}")
+    };
+    for (template, expected) in [
+        (grown(19, "{{ strftime_now(ns.s) | length }}"), "strftime_now for too much"),
+        (grown(20, "{{ raise_exception(ns.s) }}"), "refuses"),
+        (grown(19, "{{ ns.s | replace('a', ns.s) | length }}"), "too large"),
+        (grown(19, "{{ [ns.s] | map('replace', 'a', ns.s) | list | length }}"), "too large"),
+        (grown(19, "{{ ns.s | indent(4000) | length }}"), "too large"),
+        (grown(19, "{{ ns.s | indent(width=4000) | length }}"), "too large"),
+        ("{{ ['a'] | map('indent', 4000000000, true) | list }}".into(), "too much"),
+        ("{{ ['%999999999d'] | map('format', 1) | list }}".into(), "too much"),
+        (grown(19, "{{ ns.s.ljust(60000, ns.s) | length }}"), "3670016"),
+        (grown(19, "{{ ns.s.replace('ab', '{0:>999}').format(1) | length }}"), "too large"),
+        (grown(19, "{{ ns.s.replace('a', '%s') % (ns.s,) }}"), "too large"),
+        (grown(19, "{{ ns.s | list | length }}"), "too large"),
+        (grown(19, "{{ [[1], [2]] | tojson(indent=ns.s) | length }}"), "tojson for too much"),
+        (grown(19, "{{ [1, 2] | tojson(separators=(ns.s, ns.s)) | length }}"), "tojson for too much"),
+        (listed("{% if l + [1] == 3 %}x{% endif %}"), "more values than"),
+        (listed("{% set x = l | sort(reverse=true) %}"), "walks through more"),
+        (listed("{% set x = l | unique %}"), "walks through more"),
+        (listed("{% set x = l | select('in', l) | list %}"), "walks through more"),
+        (
+            grown(19, "{% for i in range(2000) %}{% if 'q' in ns.s %}x{% endif %}{% endfor %}"),
+            "walks through more",
+        ),
+        ("{% set d = dict() %}{{ namespace([1] * 2000) }}".into(), "namespace for too much"),
+        ("{% macro a() %}{% macro b() %}{% endmacro %}{% endmacro %}".into(), "macros within macros"),
+        ("{{ true and ('ab' ~ 'c') * 9000000 }}".into(), "constant"),
+        ("{{ 'a' * 99 ** 3 }}".into(), "constant"),
+        ("{{ 9999999 // 1 * 'a' }}".into(), "constant"),
+        (format!("{{% for i in range(90000) %}}{}{{% endfor %}}", "x".repeat(9000)), "more values than"),
+    ] {
+        let found = one(&template).unwrap_or_else(|e| e);
+        if !found.contains(expected) || found.len() > 2000 {
+            faults.push(format!("{template:.200}: {found:.200}"));
+        }
+    }
+    assert!(faults.is_empty(), "{}", faults.join("\n"));
+    // Looking at a value from outside costs the same however large it is.
+    assert_eq!(one(&listed("{% if l | length == 3 or l is string or l[7] == 8 %}x{% endif %}")).unwrap(), "");
+    assert_eq!(
+        one("{{ ['a', 'b'] | map('upper') | join }}{{ [' a '] | map('trim') | first }}").unwrap(),
+        "ABa"
+    );
+    assert_eq!(one("{% for k in {'a': 1} | chain({'b': 2}) %}{{ k }}{% endfor %}").unwrap(), "ab");
+}
+
 /// Programs that would not end, fill the memory, break the stack, or look around.
 #[test]
 fn hostile_templates_are_stopped() {
-    let begun = Instant::now();
     let grow = |how: &str| {
         format!(
             "{{% set ns = namespace(x='ab', l=['ab', 'c']) %}}{{% for i in range(99) %}}{{% set {how} %}}{{% endfor %}}{{{{ ns.x }}}}"
@@ -231,7 +330,6 @@ fn hostile_templates_are_stopped() {
         ("{{ open('/etc/passwd') }}".into(), "unknown"),
     ];
     for (template, expected) in cases {
-        let before = Instant::now();
         let shown: String = template.chars().take(120).collect();
         match (one(template), *expected) {
             (Ok(_), "") => {}
@@ -241,9 +339,7 @@ fn hostile_templates_are_stopped() {
                 assert!(fault.contains(words) || fault.contains("takes too long"), "{shown}: {fault}");
             }
         }
-        assert!(before.elapsed() < Duration::from_secs(60), "{shown}: {:?}", before.elapsed());
     }
-    assert!(begun.elapsed() < Duration::from_secs(300), "{:?}", begun.elapsed());
 }
 
 fn converted(source: &Path, output: &Path) -> Vec<(String, String)> {

@@ -240,6 +240,48 @@ fn places_are_told() {
     assert!(bytes[at..].starts_with(b"__class__"), "{:?}", scan.findings);
 }
 
+/// A template is looked at wherever a loader might take it from.
+#[test]
+fn templates_are_found_in_other_forms() {
+    let dir = tempfile::tempdir().unwrap();
+    let found = |bytes: Vec<u8>| {
+        fs::write(dir.path().join("x.gguf"), bytes).unwrap();
+        let scan = look(dir.path(), &Limits::default());
+        let mut rules = rules(&scan);
+        rules.sort_unstable();
+        rules
+    };
+    let key = "tokenizer.chat_template";
+    let evil: &[u8] = b"{{ ''.__class__ }}";
+    assert_eq!(found(without(key).text(key, [evil, b"{# \xff #}"].concat()).bytes()), ["QV101", "QV603"]);
+    assert_eq!(found(without(key).strings(key, &[evil]).bytes()), ["QV302", "QV603"]);
+    assert_eq!(
+        found(sound().strings("tokenizer.chat_template.x", &[b"a", evil]).bytes()),
+        ["QV302", "QV603"]
+    );
+    assert_eq!(found(sound().strings("tokenizer.chat_templates", &[evil]).bytes()), ["QV603"]);
+    assert_eq!(found(sound().u32("tokenizer.chat_template.x", 1).bytes()), ["QV302"]);
+    let names = sound().strings("tokenizer.chat_templates", &[b"tool_use"]);
+    assert_eq!(found(names.text("tokenizer.chat_template.tool_use", "{{ messages }}").bytes()), [""; 0]);
+}
+
+/// What is found in hostile templates is not in those of known models.
+#[test]
+fn real_templates_raise_no_alarm() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut seen = 0;
+    for entry in fs::read_dir(common::fixture("chat/templates")).unwrap() {
+        let path = entry.unwrap().path();
+        let text = fs::read_to_string(&path).unwrap();
+        fs::write(dir.path().join("x.gguf"), template(&text)).unwrap();
+        let scan = look(dir.path(), &Limits::default());
+        let alarms: Vec<_> = scan.findings.iter().filter(|f| f.severity != Severity::Note).collect();
+        assert!(alarms.is_empty(), "{}: {alarms:?}", path.display());
+        seen += 1;
+    }
+    assert!(seen > 10, "{seen}");
+}
+
 #[test]
 fn limits_are_findings() {
     let dir = tempfile::tempdir().unwrap();

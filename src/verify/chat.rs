@@ -2,7 +2,7 @@
 
 use super::Outcome;
 use crate::container::gguf::{Metadata, Value};
-use crate::eval::chat::{Conversation, Message, TemplateTokens, render};
+use crate::eval::chat::{Allowance, Conversation, Message, TemplateTokens, render_within};
 
 const TEMPLATE: &str = "tokenizer.chat_template";
 
@@ -29,10 +29,12 @@ pub(super) fn check(metadata: &Metadata) -> Option<(Outcome, String)> {
     let tokens =
         TemplateTokens { bos: token("bos").unwrap_or_default(), eos: token("eos").unwrap_or_default() };
     let conversation = Conversation::new(&[Message::new("user", "What is 2 + 2?")]);
+    // All together: a file may have many.
+    let allowance = Allowance::chat();
     let mut outcome = Outcome::Passed;
     let mut said = Vec::new();
     for (name, text) in templates {
-        match render(text, &conversation, &tokens, 0) {
+        match render_within(text, &conversation, &tokens, 0, &allowance) {
             Ok(rendered) => said.push(format!("{name}: {} bytes for a question", rendered.len())),
             Err(e) => {
                 outcome = Outcome::Skipped;

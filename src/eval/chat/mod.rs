@@ -5,9 +5,12 @@
 //! steps (fuel), its time, the size and depth of its values, and its output. minijinja runs it; the
 //! operations in which Python differs, and those that make values, are ours (`sandbox.rs`).
 
+mod bounds;
 mod clock;
 mod python;
 mod sandbox;
+
+use std::sync::Arc;
 
 use serde_json::{Map, Value as Json, json};
 
@@ -69,6 +72,21 @@ impl TemplateTokens {
     }
 }
 
+/// What renderings may take together: time, and values made and walked through.
+pub struct Allowance(Arc<bounds::Meter>);
+
+impl Allowance {
+    /// For a chat.
+    pub fn chat() -> Self {
+        Self(bounds::Meter::new(bounds::CHAT))
+    }
+
+    /// For short samples with all templates of a file.
+    pub fn samples() -> Self {
+        Self(bounds::Meter::new(bounds::SAMPLES))
+    }
+}
+
 /// Renders `template` as transformers' `apply_chat_template` does. `now` is the time in seconds since
 /// 1970, in UTC, for templates that print the date.
 ///
@@ -80,6 +98,20 @@ pub fn render(
     conversation: &Conversation,
     tokens: &TemplateTokens,
     now: i64,
+) -> Result<String> {
+    render_within(template, conversation, tokens, now, &Allowance::chat())
+}
+
+/// [`render`], with what is left of an allowance.
+///
+/// # Errors
+/// As [`render`].
+pub fn render_within(
+    template: &str,
+    conversation: &Conversation,
+    tokens: &TemplateTokens,
+    now: i64,
+    allowance: &Allowance,
 ) -> Result<String> {
     let mut variables = conversation.extra.clone();
     for (name, value) in [
@@ -93,7 +125,7 @@ pub fn render(
         variables.insert(name.into(), value);
     }
     // The library's frames are deep; a thread of its own has room for them, and keeps its panics.
-    let run = || sandbox::render(template, &variables, now);
+    let run = || sandbox::render(template, &variables, now, &allowance.0);
     let rendered = std::thread::scope(|scope| {
         let thread = std::thread::Builder::new().stack_size(STACK_BYTES).spawn_scoped(scope, run);
         match thread.map(|t| t.join()) {
@@ -116,6 +148,8 @@ const BOUNDS: &[&str] = &[
     "too long",
     "too deep",
     "more values than it may",
+    "more operators than",
+    "more branches than",
     "writes more than",
     "for too much",
     "multiplies a constant",

@@ -6,7 +6,7 @@ use std::fmt::Write;
 use minijinja::value::{Kwargs, Value, ValueKind};
 use minijinja::{Error, ErrorKind, State};
 
-use super::sandbox::fail;
+use super::bounds::fail;
 
 type Made = Result<Value, Error>;
 
@@ -82,6 +82,10 @@ pub fn tojson(value: &Value, options: Kwargs) -> Made {
         Some([comma, colon]) => [comma.clone(), colon.clone()],
         _ => default,
     };
+    let all = [indent.as_ref(), Some(&comma), Some(&colon)];
+    if all.into_iter().flatten().any(|text| text.len() > 64) {
+        return Err(fail("asks tojson for too much"));
+    }
     let flag = |name| options.get::<Option<bool>>(name).map(Option::unwrap_or_default);
     let json = Json { indent, comma, colon, ascii: flag("ensure_ascii")?, sorted: flag("sort_keys")? };
     let mut out = String::new();
@@ -144,6 +148,7 @@ impl Json {
             out.push_str(if i > 0 { &self.comma } else { "" });
             line(depth + 1, out);
             each(item, out)?;
+            check_len(out.len())?;
         }
         if !empty {
             line(depth, out);
@@ -398,6 +403,42 @@ pub fn widens(name: &str, args: &[Value]) -> bool {
     }
 }
 
+/// Refuses what would make much more than it takes, before it is made. `bytes` are those of all arguments, and
+/// `most` how many elements a list may have.
+pub fn check_made(name: &str, args: &[Value], bytes: usize, most: usize) -> Result<(), Error> {
+    let text = args.first().and_then(Value::as_str).unwrap_or_default();
+    let other = |i: usize| args.get(i).and_then(Value::as_str);
+    let count = |c: char| text.matches(c).count();
+    match name {
+        "|replace" | ".replace" => {
+            let (from, to) = (other(1).unwrap_or_default(), other(2).unwrap_or_default());
+            check_len(text.len().saturating_add(text.matches(from).count().saturating_mul(to.len())))
+        }
+        "|indent" => {
+            let number = |v: &Value| f64::try_from(v.clone()).map_or(0, |n| n.clamp(0.0, 4096.0) as usize);
+            let keyword = |v: &Value| v.get_attr("width").map_or(0, |v| number(&v));
+            let width = args.iter().skip(1).map(|v| if v.is_kwargs() { keyword(v) } else { number(v) });
+            let lines = count('\n') + 1;
+            check_len(text.len().saturating_add(lines.saturating_mul(width.max().unwrap_or(0).max(4))))
+        }
+        // A width has three digits at most.
+        "|format" | ".format" | "%" => {
+            let pieces = count('%') + count('{');
+            check_len(text.len().saturating_add(pieces.saturating_mul(1000 + bytes - text.len().min(bytes))))
+        }
+        "|list" | "|batch" | "|slice" | "|sort" | "|unique" | "|groupby" | "|zip" | "|chain" | "|lines"
+        | "|split" | ".split" | ".rsplit" | ".splitlines" => {
+            let parts = match (name, other(1)) {
+                ("|split" | ".split" | ".rsplit", Some(at)) => text.matches(at).count(),
+                (".splitlines" | "|lines", _) => count('\n') + count('\r'),
+                _ => text.len(),
+            };
+            if parts > most { Err(fail("makes a value that is too large")) } else { Ok(()) }
+        }
+        _ => Ok(()),
+    }
+}
+
 /// Methods of texts, lists and dictionaries: Python's.
 pub fn method(state: &State<'_, '_>, value: &Value, name: &str, args: &[Value]) -> Made {
     let first = args.first().and_then(Value::as_str);
@@ -433,7 +474,8 @@ pub fn method(state: &State<'_, '_>, value: &Value, name: &str, args: &[Value]) 
             let width = args.first().and_then(Value::as_i64).unwrap_or(0).clamp(0, 1 << 16) as usize;
             let missing = width.saturating_sub(s.chars().count());
             let fill = if name == "zfill" { "0" } else { args.get(1).and_then(Value::as_str).unwrap_or(" ") };
-            let fill = fill.repeat(missing);
+            let fill =
+                fill.get(..fill.chars().next().map_or(0, char::len_utf8)).unwrap_or(" ").repeat(missing);
             Ok(Value::from(if name == "ljust" { format!("{s}{fill}") } else { format!("{fill}{s}") }))
         }
         _ => minijinja_contrib::pycompat::unknown_method_callback(state, value, name, args),

@@ -6,12 +6,10 @@
 //! `|join`, `.split`). It looks at what it is given and at what it gives.
 
 use std::collections::BTreeSet;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, LazyLock};
-use std::time::{Duration, Instant};
 
 use minijinja::machinery::{
-    CompiledTemplate, Instruction, TemplateConfig, Token, Vm, WhitespaceConfig, make_string_output, tokenize,
+    CompiledTemplate, Instruction, Instructions, TemplateConfig, Vm, WhitespaceConfig, make_string_output,
 };
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Rest, Value, ValueKind};
@@ -19,95 +17,18 @@ use minijinja::{AutoEscape, Environment, Error, ErrorKind, Output, State, functi
 use regex::Regex;
 use serde_json::{Map, Value as Json};
 
+use super::bounds::{self, Meter, OUTPUT_BYTES, TEMPLATE_BYTES, fail};
 use super::{clock, python};
-
-/// Instructions that a template may execute.
-const FUEL: u64 = 5_000_000;
-/// Time that it may take.
-const TIME: Duration = Duration::from_secs(10);
-/// Bytes of a template, and of what it writes.
-const TEMPLATE_BYTES: usize = 1 << 20;
-const OUTPUT_BYTES: usize = 16 << 20;
-/// Bytes of all values that it makes, whether they are still there or not.
-const MADE_BYTES: usize = 256 << 20;
-/// Size and depth of one value: elements, and bytes of text, of all that is in it.
-const VALUE_ELEMENTS: usize = 1 << 20;
-const VALUE_BYTES: usize = 16 << 20;
-const VALUE_DEPTH: usize = 48;
 
 type Made = Result<Value, Error>;
 
-pub(super) fn fail(why: impl Into<String>) -> Error {
-    Error::new(ErrorKind::InvalidOperation, why.into())
-}
-
-/// What a rendering has used up.
-struct Meter {
-    made: AtomicUsize,
-    deadline: Instant,
-}
-
-/// Size of a value with all that is in it.
-#[derive(Default)]
-struct Size {
-    elements: usize,
-    bytes: usize,
-}
-
-impl Size {
-    fn add(&mut self, value: &Value, depth: usize) -> Result<(), Error> {
-        self.elements += 1;
-        self.bytes += 32 + value.as_str().map_or(0, str::len);
-        if self.elements > VALUE_ELEMENTS || self.bytes > 2 * VALUE_BYTES {
-            return Err(fail("makes a value that is too large"));
-        }
-        let kind = value.kind();
-        if matches!(kind, ValueKind::Seq | ValueKind::Map | ValueKind::Iterable) {
-            if depth == VALUE_DEPTH {
-                return Err(fail("nests its values too deep"));
-            }
-            for item in value.try_iter()? {
-                if kind == ValueKind::Map {
-                    self.add(&value.get_item(&item)?, depth + 1)?;
-                }
-                self.add(&item, depth + 1)?;
-            }
-        }
-        Ok(())
-    }
-}
-
-impl Meter {
-    /// Whether what goes in is of a size, so that walking through it ends.
-    fn take(&self, args: &[Value]) -> Result<(), Error> {
-        if Instant::now() > self.deadline {
-            return Err(fail("takes too long"));
-        }
-        let mut size = Size::default();
-        args.iter().try_for_each(|arg| size.add(arg, 0))
-    }
-
-    /// What was made, counted, and no longer lazy.
-    fn give(&self, value: Value) -> Made {
-        let mut size = Size::default();
-        size.add(&value, 0)?;
-        self.spend(size.bytes)?;
-        if value.kind() != ValueKind::Iterable {
-            return Ok(value);
-        }
-        Ok(Value::from(value.try_iter()?.collect::<Vec<_>>()))
-    }
-
-    fn spend(&self, bytes: usize) -> Result<(), Error> {
-        if self.made.fetch_add(bytes, Ordering::Relaxed).saturating_add(bytes) > MADE_BYTES {
-            return Err(fail("makes more values than it may"));
-        }
-        Ok(())
-    }
-}
-
 /// The text, or why there is none: "does not end within ...".
-pub(super) fn render(template: &str, variables: &Map<String, Json>, now: i64) -> Result<String, String> {
+pub(super) fn render(
+    template: &str,
+    variables: &Map<String, Json>,
+    now: i64,
+    meter: &Arc<Meter>,
+) -> Result<String, String> {
     if template.len() > TEMPLATE_BYTES {
         return Err(format!("is longer than {TEMPLATE_BYTES} bytes"));
     }
@@ -120,42 +41,27 @@ pub(super) fn render(template: &str, variables: &Map<String, Json>, now: i64) ->
     });
     // Jinja ends a template's last line without its line break.
     let template = template.strip_suffix('\n').unwrap_or(&template);
-    run(template, variables, now).map_err(|e| fault(&e))
+    run(template, variables, now, meter).map_err(|e| fault(&e, meter))
 }
 
-fn run(source: &str, variables: &Map<String, Json>, now: i64) -> Result<String, Error> {
+fn run(source: &str, variables: &Map<String, Json>, now: i64, meter: &Arc<Meter>) -> Result<String, Error> {
+    meter.tick()?;
     let ws_config = WhitespaceConfig { keep_trailing_newline: true, lstrip_blocks: true, trim_blocks: true };
-    check_products(source, ws_config)?;
+    bounds::check(source, ws_config)?;
     let syntax_config = SyntaxConfig;
     let config =
         TemplateConfig { syntax_config, ws_config, default_auto_escape: Arc::new(|_| AutoEscape::None) };
-    let mut compiled = CompiledTemplate::new("chat_template", source, &config)?;
-    if !compiled.blocks.is_empty() {
-        return Err(fail("has blocks, which a chat template has no use for"));
-    }
-    let meter = Arc::new(Meter { made: AtomicUsize::new(0), deadline: Instant::now() + TIME });
-    let mut env = Environment::new();
+    let compiled = CompiledTemplate::new("chat_template", source, &config)?;
+    meter.tick()?;
     let names = guarded_names(&compiled)?;
-    let mut longest = 1;
-    let code = &mut compiled.instructions;
-    for i in 0..code.len() as u32 {
-        let Some(instruction) = code.get_mut(i) else { break };
-        if let Instruction::EmitRaw(text) = instruction {
-            longest = text.len().max(longest);
-        }
-        if let Some((name, n)) = guarded(instruction) {
-            let name = names.get(&name).ok_or_else(|| fail("is too large"))?;
-            *instruction = Instruction::CallFunction(name, n);
-        }
-    }
-    // Text of the template itself is not metered: so often may its longest piece be written.
-    env.set_fuel(Some(FUEL.min((MADE_BYTES / longest) as u64)));
+    let code = guarded_code(&compiled.instructions, &names)?;
+    let mut env = Environment::new();
+    env.set_fuel(Some(meter.bounds.steps));
     for name in &names {
         let meter = meter.clone();
         let own = name.clone();
         env.add_function(name.as_str(), move |state: &State<'_, '_>, args: Rest<Value>| {
-            meter.take(&args)?;
-            meter.give(operation(&own, state, &args)?)
+            guarded_call(&meter, &own, state, &args)
         });
     }
     env.set_unknown_method_callback(python::method);
@@ -169,14 +75,28 @@ fn run(source: &str, variables: &Map<String, Json>, now: i64) -> Result<String, 
         env.add_test(*name, *test);
     }
     env.add_function("raise_exception", |message: String| -> Made {
+        let message: String = message.chars().take(1000).collect();
         Err(Error::new(ErrorKind::InvalidOperation, format!("refuses the messages: {message}")))
     });
-    env.add_function("strftime_now", move |format: &str| clock::strftime(format, now));
+    let clock = meter.clone();
+    env.add_function("strftime_now", move |format: &str| -> Made {
+        if format.len() > DATE_BYTES {
+            return Err(fail(format!(
+                "asks strftime_now for too much: a date of more than {DATE_BYTES} bytes"
+            )));
+        }
+        clock.give(Value::from(clock::strftime(format, now)))
+    });
     env.remove_global("debug");
+    env.remove_filter("pprint");
     for name in ["dict", "namespace"] {
         let meter = meter.clone();
         env.add_function(name, move |args: Rest<Value>| -> Made {
-            meter.take(&args)?;
+            meter.take(&args, 1)?;
+            // Each loop over a namespace copies its names.
+            if name == "namespace" && args.iter().any(|v| v.len().is_some_and(|n| n > NAMES)) {
+                return Err(fail(format!("asks namespace for too much: more than {NAMES} names")));
+            }
             let (kwargs, rest): (Vec<_>, Vec<_>) = args.iter().cloned().partition(Value::is_kwargs);
             let first = rest.first().or(kwargs.first()).cloned();
             match name {
@@ -190,7 +110,7 @@ fn run(source: &str, variables: &Map<String, Json>, now: i64) -> Result<String, 
     }
     let counted = meter.clone();
     env.set_formatter(move |out: &mut Output<'_>, _: &State<'_, '_>, value: &Value| {
-        counted.take(std::slice::from_ref(value))?;
+        counted.take(std::slice::from_ref(value), 1)?;
         let text = python::text(value)?;
         counted.spend(text.len())?;
         out.write_str(&text).map_err(Error::from)
@@ -198,7 +118,7 @@ fn run(source: &str, variables: &Map<String, Json>, now: i64) -> Result<String, 
     let mut output = String::new();
     let root = Value::from_serialize(variables);
     let mut sink = make_string_output(&mut output);
-    Vm::new(&env).eval(&compiled.instructions, root, &compiled.blocks, &mut sink, AutoEscape::None)?;
+    Vm::new(&env).eval(&code, root, &compiled.blocks, &mut sink, AutoEscape::None)?;
     drop(sink);
     if output.len() > OUTPUT_BYTES {
         return Err(fail(format!("writes more than {OUTPUT_BYTES} bytes")));
@@ -260,6 +180,120 @@ fn guarded_names(compiled: &CompiledTemplate<'_>) -> Result<BTreeSet<String>, Er
     Ok(names)
 }
 
+/// The same program with guarded functions for what walks through values. Text of the template itself is
+/// written as a value is, so that it is counted.
+fn guarded_code<'a>(code: &Instructions<'a>, names: &'a BTreeSet<String>) -> Result<Instructions<'a>, Error> {
+    let all = || (0..code.len() as u32).filter_map(|i| Some((i, code.get(i)?)));
+    // Where each instruction comes to lie.
+    let mut places = Vec::with_capacity(code.len() + 1);
+    let mut next = 0;
+    for (_, instruction) in all() {
+        places.push(next);
+        next += if matches!(instruction, Instruction::EmitRaw(_)) { 2 } else { 1 };
+    }
+    places.push(next);
+    let place = |old: u32| places.get(old as usize).copied().unwrap_or(next);
+    let mut guards = Instructions::new("chat_template", code.source());
+    for (i, instruction) in all() {
+        let line = code.get_line(i).and_then(|line| u16::try_from(line).ok()).unwrap_or(0);
+        let mut add = |instruction| guards.add_with_line(instruction, line);
+        if let Some((name, n)) = guarded(instruction) {
+            let name = names.get(&name).ok_or_else(|| fail("is too large"))?;
+            add(Instruction::CallFunction(name, n));
+            continue;
+        }
+        match instruction.clone() {
+            Instruction::EmitRaw(text) => {
+                add(Instruction::LoadConst(Value::from(text)));
+                add(Instruction::Emit)
+            }
+            Instruction::Iterate(to) => add(Instruction::Iterate(place(to))),
+            Instruction::Jump(to) => add(Instruction::Jump(place(to))),
+            Instruction::JumpIfFalse(to) => add(Instruction::JumpIfFalse(place(to))),
+            Instruction::JumpIfFalseOrPop(to) => add(Instruction::JumpIfFalseOrPop(place(to))),
+            Instruction::JumpIfTrueOrPop(to) => add(Instruction::JumpIfTrueOrPop(place(to))),
+            Instruction::BuildMacro(name, to, flags) => add(Instruction::BuildMacro(name, place(to), flags)),
+            other => add(other),
+        };
+    }
+    Ok(guards)
+}
+
+/// An operation, with what it takes and gives looked at.
+fn guarded_call(meter: &Meter, name: &str, state: &State<'_, '_>, args: &[Value]) -> Made {
+    let made = match (name, args) {
+        // What takes the same time however much is in it.
+        ("[]", [container, key]) => {
+            let text = if container.as_str().is_some() { args } else { std::slice::from_ref(key) };
+            meter.take(text, 1)?;
+            return python::item(container, key);
+        }
+        ("|length" | "|count", [value]) if value.as_str().is_none() => {
+            meter.tick()?;
+            operation(name, state, args)?
+        }
+        _ if LOOKS.contains(&name) => {
+            meter.tick()?;
+            operation(name, state, args)?
+        }
+        // A filter for each element is called as it is elsewhere.
+        ("|map", [value, filter, rest @ ..]) if filter.as_str().is_some() => {
+            meter.take(std::slice::from_ref(value), 1)?;
+            let name = format!("|{}", filter.as_str().unwrap_or_default());
+            let each = |item: Value| {
+                let args: Vec<Value> = std::iter::once(item).chain(rest.iter().cloned()).collect();
+                guarded_call(meter, &name, state, &args)
+            };
+            if name == "|map" {
+                return Err(fail("maps with map, which is unknown"));
+            }
+            Value::from(value.try_iter()?.map(each).collect::<Result<Vec<_>, _>>()?)
+        }
+        ("|select" | "|reject" | "|selectattr" | "|rejectattr", [value, rest @ ..]) => {
+            let each = Meter::cost(&meter.size(rest)?);
+            meter.take(std::slice::from_ref(value), each)?;
+            operation(name, state, args)?
+        }
+        _ => {
+            let bytes = meter.take(args, if SORTS.contains(&name) { 20 } else { 1 })?;
+            python::check_made(name, args, bytes, meter.bounds.elements)?;
+            operation(name, state, args)?
+        }
+    };
+    match name {
+        // A dictionary of several collects its keys at each loop.
+        "|chain" if made.kind() == ValueKind::Map => {
+            meter.size(std::slice::from_ref(&made))?;
+            let pairs = made.try_iter()?.map(|key| Ok((made.get_item(&key)?, key)));
+            let pairs = pairs.collect::<Result<Vec<_>, Error>>()?;
+            meter.give(pairs.into_iter().map(|(value, key)| (key, value)).collect())
+        }
+        _ => meter.give(made),
+    }
+}
+
+/// Tests that look at a value from outside.
+const LOOKS: &[&str] = &[
+    "?defined",
+    "?undefined",
+    "?none",
+    "?boolean",
+    "?true",
+    "?false",
+    "?number",
+    "?integer",
+    "?float",
+    "?string",
+    "?mapping",
+    "?sequence",
+    "?iterable",
+];
+/// What compares each element with several others.
+const SORTS: &[&str] = &["|sort", "|unique", "|dictsort", "|groupby"];
+/// Bytes of the format of a date, and names of a namespace.
+const DATE_BYTES: usize = 256;
+const NAMES: usize = 1024;
+
 /// What a guarded function does.
 fn operation(name: &str, state: &State<'_, '_>, args: &[Value]) -> Made {
     match (name, args) {
@@ -300,82 +334,11 @@ fn named(error: Error, name: &str) -> Error {
     }
 }
 
-/// Products of constants would be multiplied out while the template is compiled, before anything
-/// counts them; those of texts and lists are refused, but for a line such as `'-' * 40`.
-fn check_products(source: &str, ws_config: WhitespaceConfig) -> Result<(), Error> {
-    let mut tokens = Vec::new();
-    for token in tokenize(source, false, SyntaxConfig, ws_config) {
-        tokens.push(token?.0);
-    }
-    for (i, token) in tokens.iter().enumerate() {
-        if matches!(token, Token::Mul) {
-            let left = operand(tokens[..i].iter().rev());
-            let right = operand(tokens[i + 1..].iter());
-            let is_rule = |i: usize| {
-                let beside = [i.checked_sub(2), Some(i + 2)].map(|i| i.and_then(|i| tokens.get(i)));
-                !beside.iter().any(|t| matches!(t, Some(Token::Mul)))
-                    && matches!(
-                        (i.checked_sub(1).and_then(|i| tokens.get(i)), tokens.get(i + 1)),
-                        (Some(Token::Str(_)), Some(Token::Int(0..=100)))
-                            | (Some(Token::Int(0..=100)), Some(Token::Str(_)))
-                    )
-            };
-            if left.is_constant && right.is_constant && (left.has_text || right.has_text) && !is_rule(i) {
-                return Err(fail("multiplies a constant text or list"));
-            }
-        }
-    }
-    Ok(())
-}
-
-/// What stands beside an operator: one token, or all between brackets.
-#[derive(Default)]
-struct Operand {
-    /// No variable is in it.
-    is_constant: bool,
-    /// A text or a list is.
-    has_text: bool,
-}
-
-/// The operand that `tokens` begin with. Backwards, a closing bracket begins a group.
-fn operand<'a, 't: 'a>(tokens: impl Iterator<Item = &'a Token<'t>>) -> Operand {
-    use Token::{BraceClose, BraceOpen, BracketClose, BracketOpen, ParenClose, ParenOpen};
-    let mut open = Vec::new();
-    let mut found = Operand { is_constant: true, has_text: false };
-    let mut complete = false;
-    for token in tokens {
-        let bracket = match token {
-            ParenOpen | ParenClose => Some((')', matches!(token, ParenOpen))),
-            BracketOpen | BracketClose => Some((']', matches!(token, BracketOpen))),
-            BraceOpen | BraceClose => Some(('}', matches!(token, BraceOpen))),
-            _ => None,
-        };
-        match (token, bracket) {
-            // A variable, or what is called or indexed by the group that was complete.
-            (Token::Ident(_), _) => return Operand { is_constant: false, ..found },
-            _ if complete => break,
-            (Token::Str(_) | Token::String(_), _) => found.has_text = true,
-            (_, Some((kind, opens))) => {
-                found.has_text |= kind != ')';
-                match open.last() {
-                    Some(&(_, way)) if way != opens => {
-                        open.pop();
-                    }
-                    _ => open.push((kind, opens)),
-                }
-            }
-            _ => {}
-        }
-        complete = open.is_empty();
-    }
-    found
-}
-
-fn fault(error: &Error) -> String {
+fn fault(error: &Error, meter: &Meter) -> String {
     let line = error.line().map_or(String::new(), |l| format!(" (line {l})"));
     let what = error.detail().map_or_else(|| error.kind().to_string(), str::to_owned);
     match error.kind() {
-        ErrorKind::OutOfFuel => format!("does not end within {FUEL} steps"),
+        ErrorKind::OutOfFuel => format!("does not end within {} steps", meter.bounds.steps),
         _ => format!("fails{line}: {what}"),
     }
 }

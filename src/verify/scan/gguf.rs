@@ -90,9 +90,7 @@ pub(super) fn check(scan: &mut Scan, path: &Path, options: &Options) -> Result<O
         shape::check(scan, &entries, &gguf.store);
     }
     vocab::check(scan, &entries);
-    let place = |key| template::Place { file: entries.file, key, offset: entries.text_place(key) };
-    let templates = template::of_metadata(&gguf.metadata).map(|(key, name, text)| (place(key), name, text));
-    template::check_all(scan, templates, &template::tokens(&gguf.metadata));
+    template::check_metadata(scan, &entries);
     let format = match imatrix::is_one(&gguf.store) {
         true => {
             imatrix::of_gguf(scan, path, options)?;

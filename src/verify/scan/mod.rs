@@ -11,6 +11,7 @@ mod finding;
 mod gguf;
 mod hyper;
 mod imatrix;
+mod jinja;
 pub mod manifest;
 mod names;
 mod pickle;

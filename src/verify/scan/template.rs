@@ -3,24 +3,27 @@
 //! A loader that renders templates without a sandbox runs what they say (CVE-2024-34359, CVE-2026-5760). Only what
 //! stands between braces is code; what a template writes out is the model's affair.
 
+use std::borrow::Cow;
 use std::path::Path;
 use std::sync::LazyLock;
 
 use regex::{Regex, RegexBuilder};
 use serde_json::json;
 
-use super::Scan;
 use super::finding::Finding;
+use super::jinja::{Hidden, code, hidden};
 use super::rules::{
-    Rule, TEMPLATE_ADDRESS, TEMPLATE_ATTRIBUTE, TEMPLATE_BOUNDS, TEMPLATE_CODE, TEMPLATE_IMPORT,
-    TEMPLATE_LOOP, TEMPLATE_RENDER,
+    KEY_TYPE, MALFORMED, Rule, TEMPLATE_ADDRESS, TEMPLATE_ATTRIBUTE, TEMPLATE_BOUNDS, TEMPLATE_CODE,
+    TEMPLATE_IMPORT, TEMPLATE_LOOP, TEMPLATE_RENDER,
 };
-use crate::container::gguf::{Metadata, Value};
-use crate::eval::chat::{Conversation, Message, TemplateTokens, exceeds_bounds, render};
+use super::{Scan, gguf::Entries};
+use crate::container::gguf::{Array, Metadata, Value};
+use crate::eval::chat::{Allowance, Conversation, Message, TemplateTokens, exceeds_bounds, render_within};
 
 const TEMPLATE: &str = "tokenizer.chat_template";
 
 /// Where a template lies.
+#[derive(Clone, Copy)]
 pub(super) struct Place<'a> {
     pub file: &'a Path,
     /// The metadata key, or the field of a JSON file.
@@ -29,16 +32,47 @@ pub(super) struct Place<'a> {
     pub offset: Option<u64>,
 }
 
-/// The templates of a GGUF file: key, name, text.
-pub(super) fn of_metadata(metadata: &Metadata) -> impl Iterator<Item = (&str, &str, &str)> {
-    metadata.iter().filter_map(|(key, value)| match (key.strip_prefix(TEMPLATE)?, value.as_str()?) {
-        ("", text) => Some((key, "default", text)),
-        (name, text) => Some((key, name.strip_prefix('.')?, text)),
-    })
+/// The templates of a GGUF file. What is not UTF-8 is looked at all the same, as are texts where others have
+/// lists: a loader may be less strict.
+pub(super) fn check_metadata(scan: &mut Scan, entries: &Entries<'_>) {
+    let mut all = Vec::new();
+    for (key, value) in entries.metadata.iter() {
+        let Some(name) = key.strip_prefix(TEMPLATE) else { continue };
+        let place = |offset| Place { file: entries.file, key, offset };
+        match (name, value) {
+            (_, Value::String(bytes)) => {
+                let text = String::from_utf8_lossy(bytes);
+                // Where bytes were replaced, those behind them lie elsewhere in the file.
+                let mut offset = entries.text_place(key);
+                if matches!(text, Cow::Owned(_)) {
+                    scan.find(entries.finding(&MALFORMED, key, "a chat template is not UTF-8"));
+                    offset = None;
+                }
+                let name = if name.is_empty() { "default" } else { name.trim_start_matches('.') };
+                all.push((place(offset), name, text));
+            }
+            // Their names, as gguf-py writes them.
+            ("s", Value::Array(Array::String(names))) => {
+                all.extend(names.iter().map(|b| (place(None), "names", String::from_utf8_lossy(b))));
+            }
+            (_, other) => {
+                // Without a name, it is one of the keys whose types are known.
+                if !name.is_empty() {
+                    let message = format!("{key} is {}, not a text", other.value_type().name());
+                    scan.find(entries.finding(&KEY_TYPE, key, message));
+                }
+                if let Value::Array(Array::String(texts)) = other {
+                    all.extend(texts.iter().map(|b| (place(None), name, String::from_utf8_lossy(b))));
+                }
+            }
+        }
+    }
+    let all = all.iter().map(|(place, name, text)| (*place, *name, text.as_ref()));
+    check_all(scan, all, &tokens(entries.metadata));
 }
 
 /// The texts of the special tokens that templates may name.
-pub(super) fn tokens(metadata: &Metadata) -> TemplateTokens {
+fn tokens(metadata: &Metadata) -> TemplateTokens {
     let token = |role: &str| {
         let id = metadata.u64(&format!("tokenizer.ggml.{role}_token_id"))?;
         match metadata.get("tokenizer.ggml.tokens")? {
@@ -69,59 +103,17 @@ static COMPILED: LazyLock<Vec<(&Rule, Regex)>> = LazyLock::new(|| {
     PATTERNS.iter().map(|(rule, pattern)| (*rule, compile(pattern))).collect()
 });
 
-/// The stretches of a template that are code, braces included, by their bytes.
-fn code(text: &str) -> Vec<(usize, usize)> {
-    let mut found = Vec::new();
-    let mut at = 0;
-    while let Some(open) = text.get(at..).and_then(|rest| rest.find('{')).map(|n| n + at) {
-        let close = match text.as_bytes().get(open + 1) {
-            Some(b'%') => "%}",
-            Some(b'{') => "}}",
-            Some(b'#') => "#}",
-            _ => {
-                at = open + 1;
-                continue;
-            }
-        };
-        let end = closing(text, open + 2, close);
-        if close != "#}" {
-            found.push((open, end));
-        }
-        at = end;
-    }
-    found
-}
-
-/// Where code that begins at `from` ends: braces within quotes do not count, as Jinja has it, but in comments.
-fn closing(text: &str, from: usize, close: &str) -> usize {
-    let bytes = text.as_bytes();
-    let mut quote = None;
-    let mut at = from;
-    while let Some(&byte) = bytes.get(at) {
-        match quote {
-            Some(_) if byte == b'\\' => at += 1,
-            Some(open) if byte == open => quote = None,
-            Some(_) => {}
-            None if bytes.get(at..).is_some_and(|rest| rest.starts_with(close.as_bytes())) => {
-                return at + close.len();
-            }
-            None if close != "#}" && matches!(byte, b'\'' | b'"') => quote = Some(byte),
-            None => {}
-        }
-        at += 1;
-    }
-    text.len()
-}
-
-/// Most templates of a file: rendering each may take as long as the bounds allow.
+/// Most templates of a file.
 const MAX_TEMPLATES: usize = 64;
 
-/// All templates of a file: place, name, text. Once one goes beyond the bounds, none is rendered any more.
+/// All templates of a file: place, name, text. They share what rendering may take; once one goes beyond the bounds,
+/// none is rendered any more.
 pub(super) fn check_all<'a>(
     scan: &mut Scan,
     templates: impl Iterator<Item = (Place<'a>, &'a str, &'a str)>,
     tokens: &TemplateTokens,
 ) {
+    let allowance = Allowance::samples();
     let mut renders = true;
     for (number, (place, name, text)) in templates.enumerate() {
         if number == MAX_TEMPLATES {
@@ -129,7 +121,7 @@ pub(super) fn check_all<'a>(
             return scan.find(Finding::new(&TEMPLATE_BOUNDS, place.file, message).key(place.key));
         }
         patterns(scan, &place, name, text);
-        if renders && let Some(finding) = rendered(&place, name, text, tokens) {
+        if renders && let Some(finding) = rendered(&place, name, text, tokens, &allowance) {
             renders = finding.rule.id != TEMPLATE_BOUNDS.id;
             scan.find(finding);
         }
@@ -137,17 +129,15 @@ pub(super) fn check_all<'a>(
 }
 
 pub(super) fn check(scan: &mut Scan, place: &Place<'_>, name: &str, text: &str, tokens: &TemplateTokens) {
-    patterns(scan, place, name, text);
-    if let Some(finding) = rendered(place, name, text, tokens) {
-        scan.find(finding);
-    }
+    check_all(scan, std::iter::once((*place, name, text)), tokens);
 }
 
 /// What stands in a template's code.
 fn patterns(scan: &mut Scan, place: &Place<'_>, name: &str, text: &str) {
     let stretches = code(text);
+    let hidden: Vec<_> = stretches.iter().flat_map(|&stretch| hidden(text, stretch)).collect();
     for (rule, pattern) in COMPILED.iter() {
-        let matches: Vec<_> = stretches
+        let mut matches: Vec<_> = stretches
             .iter()
             .flat_map(|&(from, to)| {
                 pattern
@@ -155,6 +145,15 @@ fn patterns(scan: &mut Scan, place: &Place<'_>, name: &str, text: &str) {
                     .map(move |m| (from + m.start(), m.as_str()))
             })
             .collect();
+        // What its words show is said by them.
+        let shown: Vec<usize> = matches.iter().map(|&(at, _)| at).collect();
+        matches.extend(hidden.iter().filter_map(|&(kind, from, to)| {
+            let of = if kind == Hidden::Attribute { &TEMPLATE_ATTRIBUTE } else { &TEMPLATE_CODE };
+            let next = shown.partition_point(|&at| at < from);
+            let is_shown = shown.get(next).is_some_and(|&at| at < to);
+            (of.id == rule.id && !is_shown).then_some((from, text.get(from..to)?))
+        }));
+        matches.sort_by_key(|m| m.0);
         if let Some(&(at, first)) = matches.first() {
             let line = text.get(..at).unwrap_or_default().matches('\n').count() + 1;
             let shown: String = first.chars().take(60).collect();
@@ -168,7 +167,13 @@ fn patterns(scan: &mut Scan, place: &Place<'_>, name: &str, text: &str) {
 }
 
 /// What rendering says, with conversations as applications have them.
-fn rendered(place: &Place<'_>, name: &str, text: &str, tokens: &TemplateTokens) -> Option<Finding> {
+fn rendered(
+    place: &Place<'_>,
+    name: &str,
+    text: &str,
+    tokens: &TemplateTokens,
+    allowance: &Allowance,
+) -> Option<Finding> {
     let message = |role: &str, text: &str| Message::new(role, text);
     let (system, user, answer) =
         (message("system", "Be brief."), message("user", "What is 2 + 2?"), message("assistant", "4"));
@@ -184,7 +189,7 @@ fn rendered(place: &Place<'_>, name: &str, text: &str, tokens: &TemplateTokens) 
     let mut failed = None;
     let mut any = false;
     for sample in &samples {
-        match render(text, sample, tokens, 0) {
+        match render_within(text, sample, tokens, 0, allowance) {
             Ok(_) => any = true,
             Err(e) if exceeds_bounds(&e) => {
                 let message = format!("template {name:?}: {e}");
@@ -221,6 +226,37 @@ mod tests {
         assert!(rules("{{ '}}' ~ x.__class__ }}").contains(&TEMPLATE_ATTRIBUTE.id));
         assert!(rules("{{ x['__' ~ 'class__'] }}").contains(&TEMPLATE_ATTRIBUTE.id));
         assert!(rules(r"{{ x|map('\x5f\x5fclass\x5f\x5f') }}").contains(&TEMPLATE_ATTRIBUTE.id));
+        for hidden in [
+            r"x['\x5F\x5Fclass\x5F\x5F']",
+            r"x['\u005F\u005Fclass\u005F\u005F']",
+            r"x['\137\137class\137\137']",
+            r"x['\U0000005f\U0000005fclass\U0000005f\U0000005f']",
+            r"x['\N{LOW LINE}\N{LOW LINE}class']",
+            "x['_'~'_class_'~'_']",
+            "x['_' '_class']",
+            "x['_'*2~'class'~'_'*2]",
+            "x[2*'_'~'class']",
+            "x[('_'~'_')~'class']",
+            "x['_' ~ name ~ '_']",
+            "x['_' ~ ('_' ~ name)]",
+            "x['%c%cclass%c%c'|format(95,95,95,95)]",
+            "[x]|map(attribute='_'~'_init_'~'_')|list",
+            "[x]|map(attribute='_'~name)|list",
+            "{1:{}} and ''.__class__",
+            "{1:{2:{}}}[x.__class__]",
+        ] {
+            assert!(rules(&format!("{{{{ {hidden} }}}}")).contains(&TEMPLATE_ATTRIBUTE.id), "{hidden}");
+        }
+        let raw = "{% raw %}{#{% endraw %}{{ ''.__class__ }}{% raw %}#}{% endraw %}";
+        assert!(rules(raw).contains(&TEMPLATE_ATTRIBUTE.id));
+        assert!(rules("{%- raw -%}{{ ''.__class__ }}{%+ endraw %}").is_empty());
+        for hidden in ["x['popen']('id')", "x['po' ~ 'pen']", r"x['\x73ystem']('id')", "x[('exec')]('1')"] {
+            assert!(rules(&format!("{{{{ {hidden} }}}}")).contains(&TEMPLATE_CODE.id), "{hidden}");
+        }
+        let harmless = "{% set t = {'a_b': '\\n___\\n', 'system': 1, 'exec': 2} %}{{ t['a_' ~ 'b'] }}{{ t['system'] }}\
+            {{ t['exec'] }}{{ ['_', '-'] | join('_') }}{{ 'a_b' | replace('_', ' ') }}{{ 'a_b'.split('_')[0] ~ '_' }}\
+            {{ '100%' ~ '\n' + '<|im_end|>' }}{{ t['a' ~ '_b'] }}{{ ('x' * 3) ~ '_' }}";
+        assert_eq!(rules(harmless), [""; 0]);
         assert!(rules("{{ cycler.x.os.popen('id').read() }}").contains(&TEMPLATE_CODE.id));
         assert!(rules("{% include '/etc/passwd' %}").contains(&TEMPLATE_IMPORT.id));
         assert!(rules("{% for i in range(10**9) %}{% endfor %}x").contains(&TEMPLATE_LOOP.id));
