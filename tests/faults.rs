@@ -412,7 +412,8 @@ fn files_that_may_not_grow() {
         let mut command = Command::new("sh");
         command.args(["-c", &line, env!("CARGO_BIN_EXE_qconv")]).current_dir(place.0.path());
         let output = command.output().unwrap();
-        check_refusal(&output, blocks, &["m.gguf"]);
+        // The first file to be written may be one that llama.cpp tries the tokenizer on.
+        check_refusal(&output, blocks, &["cannot", "File too large"]);
         assert_eq!(names(place.path("o")), Vec::<String>::new(), "{blocks}");
     }
     place.succeeds(&TO_GGUF);

@@ -4,18 +4,11 @@
 /// so: `nohup` and shells mean it.
 #[cfg(unix)]
 pub fn catch(ask: impl Fn() + Send + 'static) -> std::io::Result<()> {
-    use std::sync::Arc;
-    use std::sync::atomic::AtomicBool;
-
-    use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGXFSZ};
+    use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
     use signal_hook::iterator::Signals;
 
     let ignored = ignored();
     let is_heard = |signal: &i32| !is_in(ignored, *signal);
-    if is_heard(&SIGXFSZ) {
-        // A file that may not grow any more is an error of its write, as a full disk is, instead of an end.
-        signal_hook::flag::register(SIGXFSZ, Arc::new(AtomicBool::new(false)))?;
-    }
     let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP].iter().filter(|s| is_heard(s)))?;
     std::thread::Builder::new()
         .name("signals".into())
@@ -23,7 +16,20 @@ pub fn catch(ask: impl Fn() + Send + 'static) -> std::io::Result<()> {
     Ok(())
 }
 
-/// The same, by what Windows has for that.
+/// Lets a file that may not grow any more (`ulimit -f`) be an error of its write, as a full disk is, instead of the
+/// program's end.
+pub fn limits_are_errors() {
+    #[cfg(unix)]
+    {
+        use signal_hook::consts::SIGXFSZ;
+        if !is_in(ignored(), SIGXFSZ) {
+            // Where that cannot be, it stays as it is.
+            let _ = signal_hook::flag::register(SIGXFSZ, std::sync::Arc::default());
+        }
+    }
+}
+
+/// As the other `catch`, by what Windows has for that.
 #[cfg(not(unix))]
 pub fn catch(ask: impl Fn() + Send + 'static) -> std::io::Result<()> {
     ctrlc::set_handler(ask).map_err(std::io::Error::other)

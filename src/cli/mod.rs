@@ -137,6 +137,7 @@ fn version() -> String {
 
 /// Parses and runs.
 pub fn main() -> ExitCode {
+    interrupt::limits_are_errors();
     // The version asks the linked library, which is not worth it for anything else.
     let wants_version = std::env::args_os().skip(1).any(|a| a == "--version" || a == "-V");
     let command = if wants_version { command().long_version(version()) } else { command() };

@@ -204,7 +204,7 @@ mod tests {
 
     #[test]
     fn numbers_that_only_python_writes_are_texts() {
-        let json = br#"{"limit": [0.0, Infinity, -Infinity], "a \\" NaN \\\\": NaN, "n": 1}"#;
+        let json = br#"{"limit": [0.0, Infinity, -Infinity], "a \" NaN \\": NaN, "n": 1}"#;
         let read: serde_json::Value = from_json(json, Path::new("config.json")).unwrap();
         let expected =
             serde_json::json!({"limit": [0.0, "Infinity", "-Infinity"], "a \" NaN \\": "NaN", "n": 1});

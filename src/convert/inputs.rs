@@ -53,9 +53,10 @@ pub fn refuse_inputs(outputs: &[PathBuf], inputs: &[PathBuf]) -> Result<()> {
     for output in outputs {
         let twice = || Err(Error::misuse("would be written twice: two outputs have one name").at(output));
         let Some(found) = full(output) else {
-            if let (Some(parent), Some(name)) = (output.parent(), output.file_name())
-                && !places.insert(full(&parent.join(".")).unwrap_or_default().join(name))
-            {
+            // The directory may be there, under another name than it has in another output, or be made only now.
+            let (Some(parent), Some(name)) = (output.parent(), output.file_name()) else { continue };
+            let parent = full(&parent.join(".")).or_else(|| std::path::absolute(parent).ok());
+            if !places.insert(parent.unwrap_or_default().join(name)) {
                 return twice();
             }
             continue;

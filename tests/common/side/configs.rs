@@ -77,7 +77,7 @@ fn numbers_of_the_wrong_kind() {
         ("vocab_size", "1048577", Refused(Limit, "at most 1048576")),
         ("vocab_size", "9223372036854775807", Refused(Limit, "at most 1048576")),
         ("vocab_size", "7", Refused(Malformed, "vocab_size 7")),
-        ("rms_norm_eps", "NaN", Refused(Malformed, "is not the JSON expected")),
+        ("rms_norm_eps", "NaN", Refused(Malformed, "\"NaN\" is no number")),
         ("rms_norm_eps", "1e999", Refused(Malformed, "is not the JSON expected")),
         ("architectures", "7", Refused(Malformed, "names no architecture")),
         ("architectures", "[{}]", Refused(Malformed, "names no architecture")),
