@@ -251,7 +251,7 @@ fn an_interrupted_run_goes_on() {
         assert!(child.try_wait().unwrap().is_none());
         std::thread::sleep(Duration::from_millis(1));
     }
-    let kill = Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
+    let kill = Command::new("kill").args([common::interrupt(), &child.id().to_string()]).status().unwrap();
     assert!(kill.success());
     let output = child.wait_with_output().unwrap();
     let message = String::from_utf8_lossy(&output.stderr);
@@ -306,7 +306,9 @@ fn what_cannot_be_done_is_refused() {
             says,
         );
     };
-    refuses(&["-o", "f32.gguf"], &["exists already", "--force"]);
+    refuses(&["-o", "f32.gguf"], &["would overwrite its own input"]);
+    fs::write(place.path("other.gguf"), "mine").unwrap();
+    refuses(&["-o", "other.gguf"], &["exists already", "--force"]);
     refuses(&["-o", "out", "--layers", "9"], &["none of", "--layers"]);
     refuses(&["-o", "out", "--max-memory", "64K"], &["too few", "needed", "--max-memory"]);
     refuses(&["-o", "no/out"], &["no"]);

@@ -374,7 +374,7 @@ fn interrupted_in_the_middle() {
     use std::time::{Duration, Instant};
     let place = Place::new();
     large_model(&place.path("model"));
-    for signal in ["INT", "TERM"] {
+    for signal in [common::interrupt(), "-TERM"] {
         let before = place.listing();
         let child = Command::new(env!("CARGO_BIN_EXE_qconv"))
             .args(["hf-to-gguf", "model", "-o", "x.gguf", "--type", "tq1_0", "-j1"])
@@ -389,11 +389,11 @@ fn interrupted_in_the_middle() {
             std::thread::sleep(Duration::from_millis(2));
         }
         std::thread::sleep(Duration::from_millis(50));
-        Command::new("kill").args([&format!("-{signal}"), &child.id().to_string()]).assert().success();
+        Command::new("kill").args([signal, &child.id().to_string()]).assert().success();
         let output = child.wait_with_output().unwrap();
-        assert_eq!(output.status.signal(), None, "SIG{signal} killed it");
+        assert_eq!(output.status.signal(), None, "{signal} killed it");
         check_refusal(&output, signal, &["interrupted"]);
-        assert_eq!(place.listing(), before, "SIG{signal} left something behind");
+        assert_eq!(place.listing(), before, "{signal} left something behind");
     }
     // What a kill -9 leaves behind is not in the way, and does not stay.
     fs::write(place.path(".x.gguf.qconv-partial"), vec![7u8; 100_000]).unwrap();

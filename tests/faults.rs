@@ -349,7 +349,7 @@ fn signals() {
     let begun = Instant::now();
     place.succeeds(&TO_GGUF);
     let takes = begun.elapsed();
-    for (k, which) in ["-INT", "-TERM", "-INT", "-TERM", "-INT", "-TERM"].iter().enumerate() {
+    for (k, which) in [common::interrupt(), "-TERM"].repeat(3).into_iter().enumerate() {
         let _ = fs::remove_file(place.path("o/m.gguf"));
         let mut child = begin(&place, &TO_GGUF);
         std::thread::sleep(takes.mul_f64((k as f64 + 0.5) / 6.0));

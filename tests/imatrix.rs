@@ -203,7 +203,7 @@ mod with_a_model {
         let whole = fs::read(place.path("whole.gguf")).unwrap();
         let kept = place.path(".out.gguf.qconv-checkpoint");
         let args = [&begin[..], &["-o", "out.gguf"], TEXT].concat();
-        for signal in ["-KILL", "-INT"] {
+        for signal in ["-KILL", crate::common::interrupt()] {
             let mut child = Command::new(env!("CARGO_BIN_EXE_qconv"))
                 .args(&args)
                 .current_dir(place.0.path())

@@ -233,7 +233,9 @@ fn an_interrupt_leaves_nothing() {
     // It generates.
     let mut byte = [0; 1];
     child.stdout.as_mut().unwrap().read_exact(&mut byte).unwrap();
-    assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
+    assert!(
+        Command::new("kill").args([common::interrupt(), &child.id().to_string()]).status().unwrap().success()
+    );
     child.wait_with_output().unwrap();
     assert_eq!(place.listing(), before);
 }

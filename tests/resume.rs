@@ -78,7 +78,7 @@ fn a_killed_run_goes_on_and_ends_the_same() {
     // Ctrl-C ends it in order, and says what is kept.
     let mut child = begin(&place, &args);
     wait_for(&place, &mut child, lines + 2);
-    Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
+    Command::new("kill").args([common::interrupt(), &child.id().to_string()]).status().unwrap();
     let stopped = child.wait_with_output().unwrap();
     let said = String::from_utf8_lossy(&stopped.stderr);
     assert_eq!(stopped.status.code(), Some(2), "{said}");

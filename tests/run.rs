@@ -268,7 +268,7 @@ fn an_interrupt_ends_the_answer() {
     let (mut stdin, mut stdout) = (child.stdin.take().unwrap(), child.stdout.take().unwrap());
     let interrupt = || {
         let id = child.id().to_string();
-        assert!(Command::new("kill").args(["-INT", &id]).status().unwrap().success());
+        assert!(Command::new("kill").args([common::interrupt(), &id]).status().unwrap().success());
     };
     stdin.write_all(b"What did she say?\n").unwrap();
     let mut byte = [0; 1];

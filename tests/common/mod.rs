@@ -14,6 +14,16 @@ pub fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures").join(name)
 }
 
+/// Ctrl-C, for `kill`. Where a test was begun with it ignored, as in the background of a script, so are its children,
+/// which obey: then the signal that asks programs to end.
+pub fn interrupt() -> &'static str {
+    const INT: u64 = 1 << (2 - 1);
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let ignored = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    let ignored = ignored.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or(0);
+    if ignored & INT == 0 { "-INT" } else { "-TERM" }
+}
+
 /// The models of the fixtures that are converted whole.
 pub const MODELS: &[&str] = &[
     "models/llama",
