@@ -396,11 +396,14 @@ fn ignored_signals_stay_ignored() {
     signal(&child, "-INT");
     let output = go_on(child);
     assert!(output.status.success(), "{}", said(&output));
-    fs::remove_file(place.path("o/m.gguf")).unwrap();
-    let child = begin();
-    signal(&child, "-TERM");
-    assert_eq!(go_on(child).status.code(), Some(2));
-    assert!(!place.path("o/m.gguf").exists());
+    // It may be done before it hears.
+    let is_heard = (0..20).any(|_| {
+        fs::remove_file(place.path("o/m.gguf")).unwrap();
+        let child = begin();
+        signal(&child, "-TERM");
+        go_on(child).status.code() == Some(2)
+    });
+    assert!(is_heard && !place.path("o/m.gguf").exists());
 }
 
 /// A bound on the length of files is an error as a full disk is, and nothing empty stays.
