@@ -186,3 +186,14 @@ fn no_crate_was_known_to_be_yanked() {
     }
     eprintln!("of {} crates the index here knows {known}", packages.len());
 }
+
+/// The fuzzers have a lock file of their own, which has to know what the library is built of.
+#[test]
+fn the_fuzzers_lock_file_is_current() {
+    let mut cargo = Command::new(env!("CARGO"));
+    cargo.args(["metadata", "--locked", "--offline", "--format-version", "1", "--manifest-path"]);
+    let out = cargo.arg(root().join("fuzz/Cargo.toml")).output().unwrap();
+    let text = String::from_utf8(out.stderr).unwrap();
+    // What was not fetched is another matter.
+    assert!(!text.contains("cannot update the lock file"), "{text}");
+}
